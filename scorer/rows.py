@@ -1,0 +1,73 @@
+"""Cut a stream of tokenised documents into rows of seq_len tokens.
+
+Documents are laid end to end; a row may begin and end inside one. Only the last row of a source is short.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+
+from shards.schema import list_array, row_schema
+
+
+class RowCutter:
+    """Collects documents and gives record batches of exactly `rows_per_batch` full rows.
+
+    Batch borders depend on the tokens alone, not on how the documents arrived, so that the same corpus
+    gives the same bytes.
+    """
+
+    def __init__(self, seq_len: int, rows_per_batch: int, source: int) -> None:
+        self.seq_len, self.rows_per_batch, self.source = seq_len, rows_per_batch, source
+        self._ids: list[np.ndarray] = []  # int32, tokens not cut yet
+        self._lengths: list[int] = []  # of the document pieces among them
+        self._doc_ids: list[int] = []
+        self._pending = 0
+
+    def add(self, doc_id: int, ids: np.ndarray) -> Iterator[pa.RecordBatch]:
+        """Append one document, int32 [tokens] with its EOS; yields the batches that it fills."""
+        self._ids.append(ids)
+        self._lengths.append(len(ids))
+        self._doc_ids.append(doc_id)
+        self._pending += len(ids)
+        while self._pending >= self.seq_len * self.rows_per_batch:
+            yield self._cut(self.rows_per_batch * self.seq_len)
+
+    def finish(self) -> Iterator[pa.RecordBatch]:
+        """The rest: full rows and the short last one."""
+        if self._pending:
+            yield self._cut(self._pending)
+
+    def _cut(self, num_tokens: int) -> pa.RecordBatch:
+        """Batch of the first `num_tokens` pending tokens."""
+        flat = np.concatenate(self._ids)
+        lengths = np.array(self._lengths, dtype=np.int64)
+        doc_ids = np.array(self._doc_ids, dtype=np.int64)
+        doc_ends = np.cumsum(lengths)
+        row_starts = np.arange(0, num_tokens, self.seq_len)
+        # a piece begins where a document or a row begins
+        piece_starts = np.union1d(row_starts, (doc_ends - lengths)[doc_ends - lengths < num_tokens])
+        piece_ends = np.append(piece_starts[1:], num_tokens)
+        document = np.searchsorted(doc_ends, piece_starts, side="right")
+        pieces_per_row = np.bincount(piece_starts // self.seq_len, minlength=len(row_starts))
+        row_lengths = np.minimum(self.seq_len, num_tokens - row_starts)
+
+        left = np.searchsorted(doc_ends, num_tokens, side="right")  # first document that is not used up
+        rest = flat[num_tokens:]
+        self._ids = [rest.copy()] if len(rest) else []
+        self._lengths = [int(length) for length in lengths[left:]]
+        self._doc_ids = [int(doc_id) for doc_id in doc_ids[left:]]
+        if self._lengths:
+            self._lengths[0] = int(doc_ends[left] - num_tokens)
+        self._pending -= num_tokens
+
+        return pa.record_batch(
+            [
+                list_array(pa.array(flat[:num_tokens]), row_lengths),
+                list_array(pa.array((piece_ends - piece_starts).astype(np.int32)), pieces_per_row),
+                list_array(pa.array(doc_ids[document]), pieces_per_row),
+                pa.array(np.full(len(row_starts), self.source, dtype=np.int32)),
+            ],
+            schema=row_schema(),
+        )

@@ -1,0 +1,68 @@
+"""Content fingerprints of tokenizers and weights, so that nothing is mixed in silence.
+
+Names and paths do not enter: a tokenizer or a model is what its content is.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from shards.part import sha256_file
+
+
+def _vocabulary(tokenizer_json: dict[str, Any]) -> tuple[dict[str, int], list[list[Any]], list[list[Any]]]:
+    """Token-to-id map, merges and special tokens of a parsed tokenizer.json."""
+    model = tokenizer_json["model"]
+    entries = model["vocab"]
+    if isinstance(entries, list):  # Unigram stores [token, score] in the order of the ids
+        ids = {token: index for index, (token, _) in enumerate(entries)}
+    else:
+        ids = dict(entries)
+    added = tokenizer_json.get("added_tokens") or []
+    ids.update({token["content"]: token["id"] for token in added})
+    # older files write a merge as "a b", newer ones as ["a", "b"]
+    merges = [merge.split(" ", 1) if isinstance(merge, str) else list(merge) for merge in model.get("merges") or []]
+    special = sorted([token["id"], token["content"]] for token in added if token.get("special"))
+    return ids, merges, special
+
+
+def tokenizer_fingerprint(tokenizer_json: dict[str, Any]) -> str:
+    """sha256 over the token-to-id map, the merges and the special tokens of a parsed tokenizer.json."""
+    ids, merges, special = _vocabulary(tokenizer_json)
+    canonical = json.dumps([sorted(ids.items()), merges, special], ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+
+def tokenizer_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    """One phrase that says where two parsed tokenizer.json differ, for an error message."""
+    (our_ids, our_merges, our_special), (ids, merges, special) = _vocabulary(ours), _vocabulary(theirs)
+    for token, index in sorted(our_ids.items(), key=lambda item: item[1]):
+        if ids.get(token) != index:
+            other = f"id {ids[token]}" if token in ids else "absent"
+            return f"token {token!r} is id {index} in the one and {other} in the other"
+    extra = sorted(ids.keys() - our_ids.keys(), key=lambda token: ids[token])
+    if extra:
+        return f"token {extra[0]!r} (id {ids[extra[0]]}) is absent in the one and present in the other"
+    if our_merges != merges:
+        return f"the merges differ ({len(our_merges)} and {len(merges)})"
+    if our_special != special:
+        return f"the special tokens differ ({len(our_special)} and {len(special)})"
+    return "no difference"
+
+
+def weights_fingerprint(model_folder: Path) -> str:
+    """sha256 over the names and contents of the *.safetensors files of a model folder.
+
+    Raises ValueError where the folder holds no such file: pickled weights are not loaded.
+    """
+    files = sorted(model_folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(
+            f"{model_folder}: has no *.safetensors weights; give a folder that save_pretrained wrote "
+            "(pickled weights are not loaded; convert them with transformers first)"
+        )
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name} {sha256_file(file)}\n".encode())
+    return digest.hexdigest()

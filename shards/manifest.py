@@ -1,0 +1,189 @@
+"""The frozen plan of a shard folder and where its numbers come from: `_manifest.json`.
+
+Written before any part; the same provenance also stands in the schema metadata of every part, so that
+a part found alone still says what it is.
+"""
+
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from shards.part import publish_json
+from shards.schema import CONTEXTS, logprobs_column
+
+FORMAT = "remit-shards"
+FORMAT_VERSION = 1
+MANIFEST = "_manifest.json"
+_PART_NAME = re.compile(r"part-\d{5,}\.arrow")
+
+
+def part_name(index: int) -> str:
+    """File name of part `index`; names sort in corpus order."""
+    return f"part-{index:05d}.arrow"
+
+
+@dataclass(frozen=True)
+class CorpusFile:
+    """One corpus file as it was packed.
+
+    path: relative to the corpus, or `hf://name@revision` for a hub dataset, which has no size and sha256.
+    documents_read = documents_packed + documents_empty + documents_rejected.
+    """
+
+    path: str
+    size: int | None
+    sha256: str | None
+    documents_read: int
+    documents_packed: int
+    documents_empty: int
+    documents_rejected: int
+    rows: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class PartPlan:
+    """A part as planned: file name, rows, tokens."""
+
+    name: str
+    rows: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Plan and provenance of a shard folder.
+
+    rows_per_part, rows_per_batch: rows of every part but the last, and of every record batch of a part
+    but its last; so a reader knows the place of each row without opening the parts.
+    tokenizer: fingerprint, eos_token_id, vocab_size (largest id + 1), special_tokens ("parse" or "text").
+    references: per name its model name, revision, weights_sha256, dtype, engine, engine_version,
+    tensor_parallel_size, context, logprob_step.
+    """
+
+    seq_len: int
+    rows_per_part: int
+    rows_per_batch: int
+    tokenizer: dict[str, Any]
+    corpus: tuple[CorpusFile, ...]
+    parts: tuple[PartPlan, ...]
+    references: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        return sum(part.rows for part in self.parts)
+
+    @property
+    def tokens(self) -> int:
+        return sum(part.tokens for part in self.parts)
+
+    @property
+    def documents(self) -> dict[str, int]:
+        """Document counts over the whole corpus: read = packed + empty + rejected."""
+        kinds = ("read", "packed", "empty", "rejected")
+        return {kind: sum(getattr(file, f"documents_{kind}") for file in self.corpus) for kind in kinds}
+
+    def provenance(self) -> dict[str, Any]:
+        """All but the list of parts, as a JSON object; the same in the manifest and in every part."""
+        value = asdict(self)
+        del value["parts"]
+        value["corpus"] = list(value["corpus"])
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "documents": self.documents,
+            "num_parts": len(self.parts),
+            **value,
+        }
+
+    def write(self, folder: Path) -> None:
+        """Freeze this plan in `folder`. ValueError where another plan is frozen there already."""
+        publish_json({**self.provenance(), "parts": [asdict(part) for part in self.parts]}, folder / MANIFEST)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Read and check the manifest of `folder`; ValueError says what is wrong with it."""
+        path = folder / MANIFEST
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such folder; give the folder that remit pack or remit score wrote")
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ValueError(
+                f"{folder}: has no {MANIFEST}, so it is not a shard folder (or its writing never began); "
+                "give the folder that remit pack or remit score wrote"
+            ) from None
+        except ValueError as error:
+            raise ValueError(f"{path}: not valid JSON ({error}); restore it or write the folder again") from None
+        if not isinstance(value, dict) or value.get("format") != FORMAT:
+            raise ValueError(f"{path}: format is not {FORMAT!r}; this is not a remit shard folder")
+        if value.get("format_version") != FORMAT_VERSION:
+            raise ValueError(
+                f"{path}: format version {value.get('format_version')!r}, this program reads {FORMAT_VERSION}; "
+                "use the release of remit that wrote the folder"
+            )
+        try:
+            manifest = cls(
+                seq_len=value["seq_len"],
+                rows_per_part=value["rows_per_part"],
+                rows_per_batch=value["rows_per_batch"],
+                tokenizer=dict(value["tokenizer"]),
+                corpus=tuple(CorpusFile(**file) for file in value["corpus"]),
+                parts=tuple(PartPlan(**part) for part in value["parts"]),
+                references={name: dict(reference) for name, reference in value["references"].items()},
+            )
+            manifest._check()
+            if manifest.provenance() != {key: field for key, field in value.items() if key != "parts"}:
+                raise ValueError("its counts do not agree with each other, or it has unknown fields")
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path}: damaged ({error}); restore it or write the folder again") from None
+        return manifest
+
+    def _check(self) -> None:
+        for name in ("seq_len", "rows_per_part", "rows_per_batch"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected a positive integer")
+        for part in self.parts[:-1]:
+            if part.rows != self.rows_per_part:
+                raise ValueError(f"{part.name} has {part.rows} rows, expected rows_per_part = {self.rows_per_part}")
+        for part in self.parts:
+            if not _PART_NAME.fullmatch(part.name):
+                raise ValueError(f"part name {part.name!r} is not of the form part-00000.arrow")
+        if len({part.name for part in self.parts}) != len(self.parts):
+            raise ValueError("part names repeat")
+        for file in self.corpus:
+            pure = PurePosixPath(file.path)
+            if pure.is_absolute() or ".." in pure.parts:
+                raise ValueError(f"corpus path {file.path!r} is not relative")
+        for total in ("rows", "tokens"):
+            planned, packed = getattr(self, total), sum(getattr(file, total) for file in self.corpus)
+            if planned != packed:
+                raise ValueError(f"{planned} {total} in parts, {packed} in corpus files")
+        for name, reference in self.references.items():
+            logprobs_column(name)
+            if reference.get("context") not in CONTEXTS:
+                raise ValueError(f"reference {name}: context is {reference.get('context')!r}")
+
+
+def first_difference(ours: Any, theirs: Any, where: str = "") -> str | None:
+    """Name, our value and their value of the first field in which two JSON values differ, or None."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for key in sorted(ours.keys() | theirs.keys()):
+            path = f"{where}.{key}" if where else key
+            difference = first_difference(ours.get(key), theirs.get(key), path)
+            if difference:
+                return difference
+        return None
+    if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        for index, (our, their) in enumerate(zip(ours, theirs)):
+            difference = first_difference(our, their, f"{where}[{index}]")
+            if difference:
+                return difference
+        return None
+    if isinstance(ours, list) and isinstance(theirs, list):
+        return f"{where} has {len(theirs)} entries there, {len(ours)} asked for now"
+    if ours != theirs:
+        return f"{where} is {theirs!r} there, {ours!r} asked for now"
+    return None

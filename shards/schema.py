@@ -1,0 +1,67 @@
+"""Columns of a part, and which tokens of a row have something before them.
+
+T = tokens of a row, D = document pieces of a row.
+"""
+
+import re
+
+import numpy as np
+import pyarrow as pa
+
+CONTEXTS = ("packed", "document")
+LOGPROBS_SUFFIX = "_logprobs"
+_REFERENCE_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+
+
+def logprobs_column(name: str) -> str:
+    """Column that holds the log-probs of the reference called `name`.
+
+    Raises ValueError where the name would not be a plain identifier in SQL, Python and JSON.
+    """
+    if not _REFERENCE_NAME.fullmatch(name):
+        raise ValueError(
+            f"reference name {name!r} is not usable as a column name: "
+            "use lower-case letters, digits and _, starting with a letter, for instance rl"
+        )
+    return name + LOGPROBS_SUFFIX
+
+
+def row_schema(references: list[str] | tuple[str, ...] = ()) -> pa.Schema:
+    """Arrow schema of a part with one log-prob column per reference.
+
+    All list columns have one entry per token, except doc_lengths and doc_ids: one per document piece.
+    """
+    fields = [
+        pa.field("input_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("doc_lengths", pa.list_(pa.int32()), nullable=False),
+        pa.field("doc_ids", pa.list_(pa.int64()), nullable=False),
+        pa.field("source", pa.int32(), nullable=False),
+    ]
+    fields += [pa.field(logprobs_column(name), pa.list_(pa.float32()), nullable=False) for name in references]
+    return pa.schema(fields)
+
+
+def has_predecessor(row_lengths: np.ndarray, piece_lengths: np.ndarray, context: str) -> np.ndarray:
+    """True where a token has a predecessor in its context, so that a log-prob exists for it.
+
+    row_lengths: [rows] tokens per row; piece_lengths: [pieces] lengths of the document pieces of those
+    rows, one after the other. Returns bool [sum(row_lengths)]. In packed context only the first token
+    of a row lacks a predecessor, in document context the first token of every piece.
+    """
+    starts = row_lengths if context == "packed" else piece_lengths
+    mask = np.ones(int(row_lengths.sum()), dtype=bool)
+    first = np.cumsum(starts) - starts
+    mask[first[starts > 0]] = False
+    return mask
+
+
+def list_array(values: pa.Array | np.ndarray, lengths: np.ndarray) -> pa.ListArray:
+    """Arrow list array whose lists have the given lengths over one flat array of values."""
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=offsets[1:])
+    return pa.ListArray.from_arrays(pa.array(offsets), values)
+
+
+def list_lengths(array: pa.ListArray) -> np.ndarray:
+    """Length of each list, int64 [rows], also for a sliced array."""
+    return np.diff(array.offsets.to_numpy()).astype(np.int64)

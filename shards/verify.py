@@ -1,0 +1,190 @@
+"""Recount and rehash a shard folder offline.
+
+In: a folder. Out: a report that names every part that is not what the manifest and its commit record
+say, and every row that breaks an invariant of the format.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+
+from shards.folder import ShardFolder
+from shards.manifest import CorpusFile, PartPlan
+from shards.part import METADATA_KEY
+from shards.schema import has_predecessor, list_lengths, logprobs_column
+
+
+@dataclass
+class Report:
+    """Counts over the verified parts, and one line per problem."""
+
+    parts: int = 0
+    rows: int = 0
+    tokens: int = 0
+    documents: int = 0
+    logprobs: dict[str, int] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _SourceCount:
+    """What was seen of one corpus file so far, in row order."""
+
+    rows: int = 0
+    tokens: int = 0
+    documents: int = 0
+    last_document: int = -1
+    last_token: int = -1
+    short_row: bool = False
+
+
+def verify_folder(folder: ShardFolder, on_part: Callable[[PartPlan], None] = lambda plan: None) -> Report:
+    """Check every part of `folder`; on_part is called after each one, for a progress bar."""
+    report = Report(logprobs=dict.fromkeys(folder.manifest.references, 0))
+    counts = [_SourceCount() for _ in folder.manifest.corpus]
+    provenance = folder.manifest.provenance()
+    for plan in folder.manifest.parts:
+        try:
+            _verify_part(folder, plan, provenance, counts, report)
+        except (ValueError, pa.ArrowException) as error:
+            report.problems.append(str(error))
+        on_part(plan)
+    planned = {plan.name for plan in folder.manifest.parts}
+    report.problems += [
+        f"{path}: is not in the manifest; delete it"
+        for path in sorted(folder.path.glob("*.arrow"))
+        if path.name not in planned
+    ]
+    if not report.problems:  # a missing part would make every count differ
+        for file, count in zip(folder.manifest.corpus, counts):
+            report.problems += _compare_counts(folder, file, count)
+    report.documents = sum(count.documents for count in counts)
+    return report
+
+
+def _compare_counts(folder: ShardFolder, file: CorpusFile, count: _SourceCount) -> list[str]:
+    expected = {"rows": file.rows, "tokens": file.tokens, "documents": file.documents_packed}
+    found = {"rows": count.rows, "tokens": count.tokens, "documents": count.documents}
+    problems = [
+        f"{folder.path}: corpus file {file.path}: {found[key]} {key} found, the manifest says {expected[key]}"
+        for key in expected
+        if found[key] != expected[key]
+    ]
+    if file.documents_read != file.documents_packed + file.documents_empty + file.documents_rejected:
+        problems.append(f"{folder.path}: corpus file {file.path}: documents read is not packed + empty + rejected")
+    if count.rows and count.last_token != folder.manifest.tokenizer["eos_token_id"]:
+        problems.append(f"{folder.path}: corpus file {file.path}: its last document does not end in EOS")
+    return problems
+
+
+def _verify_part(
+    folder: ShardFolder, plan: PartPlan, provenance: dict, counts: list[_SourceCount], report: Report
+) -> None:
+    record = folder.record(plan.name)
+    if (record.rows, record.tokens) != (plan.rows, plan.tokens):
+        raise ValueError(
+            f"{folder.path / plan.name}: commit record has {record.rows} rows and {record.tokens} tokens, "
+            f"the manifest plans {plan.rows} and {plan.tokens}"
+        )
+    reader = folder.open_part(plan.name)
+    if json.loads((reader.schema.metadata or {}).get(METADATA_KEY, b"null")) != provenance:
+        raise ValueError(f"{folder.path / plan.name}: its schema metadata is not the provenance of the manifest")
+    rows = tokens = 0
+    for index in range(reader.num_record_batches):
+        batch = reader.get_batch(index)
+        where = f"{folder.path / plan.name}: record batch {index}"
+        batch.validate(full=True)
+        _verify_batch(folder, batch, counts, report, where)
+        rows += batch.num_rows
+        tokens += len(batch.column("input_ids").flatten())
+    if (rows, tokens) != (plan.rows, plan.tokens):
+        raise ValueError(
+            f"{folder.path / plan.name}: {rows} rows and {tokens} tokens found, "
+            f"the manifest plans {plan.rows} and {plan.tokens}"
+        )
+    report.parts += 1
+    report.rows += rows
+    report.tokens += tokens
+
+
+def _verify_batch(
+    folder: ShardFolder, batch: pa.RecordBatch, counts: list[_SourceCount], report: Report, where: str
+) -> None:
+    manifest = folder.manifest
+
+    def expect(condition: object, what: str) -> None:
+        if not condition:
+            raise ValueError(f"{where}: {what}")
+
+    for column in batch.columns:
+        expect(column.null_count == 0, "a whole row is null")
+    row_lengths = list_lengths(batch.column("input_ids"))
+    pieces_per_row = list_lengths(batch.column("doc_lengths"))
+    ids = batch.column("input_ids").flatten().to_numpy()
+    piece_lengths = batch.column("doc_lengths").flatten().to_numpy()
+    doc_ids = batch.column("doc_ids").flatten().to_numpy()
+    source = batch.column("source").to_numpy()
+
+    expect(
+        np.all((row_lengths >= 1) & (row_lengths <= manifest.seq_len)),
+        f"a row is not 1..{manifest.seq_len} long",
+    )
+    vocab_size = manifest.tokenizer["vocab_size"]
+    expect(np.all((ids >= 0) & (ids < vocab_size)), f"a token id is not in 0..{vocab_size - 1}")
+    expect(
+        np.array_equal(list_lengths(batch.column("doc_ids")), pieces_per_row),
+        "doc_ids and doc_lengths differ",
+    )
+    expect(np.all(piece_lengths >= 1), "a document piece is empty")
+    expect(np.all(pieces_per_row >= 1), "a row has no document piece")
+    row_of_piece = np.repeat(np.arange(batch.num_rows), pieces_per_row)
+    summed = np.bincount(row_of_piece, weights=piece_lengths, minlength=batch.num_rows)
+    expect(np.array_equal(summed, row_lengths), "doc_lengths do not sum to the row's length")
+    expect(np.all((source >= 0) & (source < len(counts))), "source is not the index of a corpus file")
+
+    for name, reference in manifest.references.items():
+        logprobs = batch.column(logprobs_column(name))
+        expect(
+            np.array_equal(list_lengths(logprobs), row_lengths),
+            f"{name}_logprobs and input_ids differ in length",
+        )
+        flat = logprobs.flatten()
+        present = flat.is_valid().to_numpy(zero_copy_only=False)
+        expected = has_predecessor(row_lengths, piece_lengths, reference["context"])
+        expect(
+            np.array_equal(present, expected),
+            f"{name}_logprobs is null elsewhere than where nothing precedes",
+        )
+        values = flat.drop_null().to_numpy().astype(np.float64)
+        expect(
+            np.all(np.isfinite(values) & (values <= 0)),
+            f"{name}_logprobs has a value that is not finite and <= 0",
+        )
+        step = reference["logprob_step"]
+        expect(not step or np.all(values / step % 1 == 0), f"{name}_logprobs is not a multiple of {step}")
+        report.logprobs[name] += len(values)
+
+    row_ends = np.cumsum(row_lengths)
+    piece_ends = np.cumsum(pieces_per_row)
+    for row in range(batch.num_rows):
+        count = counts[source[row]]
+        expect(not count.short_row, "a row follows the short last row of its corpus file")
+        documents = doc_ids[piece_ends[row] - pieces_per_row[row] : piece_ends[row]]
+        continues = count.last_document == documents[0]
+        expect(
+            np.all(np.diff(documents) > 0) and documents[0] >= count.last_document,
+            "documents are out of order",
+        )
+        row_ids = ids[row_ends[row] - row_lengths[row] : row_ends[row]]
+        lengths = piece_lengths[piece_ends[row] - pieces_per_row[row] : piece_ends[row]]
+        eos = manifest.tokenizer["eos_token_id"]
+        expect(np.all(row_ids[np.cumsum(lengths)[:-1] - 1] == eos), "a document does not end in EOS")
+        expect(continues or count.last_token in (-1, eos), "a document does not end in EOS")
+        count.rows += 1
+        count.tokens += len(row_ids)
+        count.documents += len(documents) - continues
+        count.last_document, count.last_token = int(documents[-1]), int(row_ids[-1])
+        count.short_row = len(row_ids) < manifest.seq_len

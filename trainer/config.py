@@ -1,0 +1,89 @@
+"""Settings of remit train, checked once, and the learning rate that follows from them."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Mid-train a base model from annotated shards."""
+
+    shards: Path
+    """Shard folder with the log-probs of the reference."""
+    model: str
+    """Base model: a Hugging Face folder or a hub id."""
+    out: Path
+    """Folder for metrics, checkpoints and the trained model; the same command again resumes."""
+    objective: Literal["remit", "ntp"] = "remit"
+    """remit weights each token by how much better the reference predicts it; ntp is plain next-token prediction."""
+    reference: str = "rl"
+    """Name of the reference whose log-probs weight the tokens (the --name of remit score)."""
+    epsilon: float = 0.2
+    """Weights are clipped to 1 - epsilon .. 1 + epsilon (Eq. 5 of arXiv 2602.03075)."""
+    context: Literal["auto", "packed", "document"] = "auto"
+    """Attention over the whole row or within each document; auto: as the reference was scored (packed for ntp)."""
+    max_steps: int | None = None
+    """Optimizer steps; overrides --epochs."""
+    epochs: float = 1.0
+    """Passes over the rows."""
+    global_batch_size: int = 64
+    """Rows per optimizer step."""
+    micro_batch_size: int = 1
+    """Rows per forward pass; more is faster and takes more memory, the result is the same."""
+    learning_rate: float = 3e-4
+    """Peak of the learning rate."""
+    min_learning_rate: float = 1e-7
+    """Learning rate at the last step, the end of the cosine."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up; default: 1 % of the steps."""
+    weight_decay: float = 0.1
+    """AdamW weight decay, on matrices only."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    seed: int = 0
+    """Decides the order of the rows, together with the epoch."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the matrix products; weights and optimizer stay in float32. auto: bfloat16 on a GPU, float32 elsewhere."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; 0: none."""
+    eval_shards: Path | None = None
+    """Held-out shard folder, whose mean loss goes to evaluation.jsonl."""
+    eval_every: int = 0
+    """Steps between evaluations; 0: only before the first and after the last step, if --eval-shards is given."""
+    debug: bool = field(default=False, repr=False)
+    """Show tracebacks."""
+
+    def __post_init__(self) -> None:
+        for name in ("global_batch_size", "micro_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
+        for name in ("learning_rate", "max_grad_norm", "epochs"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected a number above 0")
+        for name in ("min_learning_rate", "weight_decay", "checkpoint_every", "eval_every", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 0 or more")
+        if not 0 < self.epsilon < 1:
+            raise ValueError(f"--epsilon is {self.epsilon}, expected a number between 0 and 1, for instance 0.2")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"--max-steps is {self.max_steps}, expected at least 1")
+        if self.warmup_steps is not None and self.warmup_steps < 0:
+            raise ValueError(f"--warmup-steps is {self.warmup_steps}, expected 0 or more")
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"--min-learning-rate is {self.min_learning_rate}, expected at most --learning-rate ({self.learning_rate})"
+            )
+
+
+def learning_rate_at(step: int, config: TrainConfig, num_steps: int) -> float:
+    """Learning rate of step 1..num_steps: linear warm-up to the peak, then a cosine down to the minimum."""
+    warmup = math.ceil(num_steps / 100) if config.warmup_steps is None else config.warmup_steps
+    if step <= warmup:
+        return config.learning_rate * step / warmup
+    progress = (step - warmup) / max(1, num_steps - warmup)
+    span = config.learning_rate - config.min_learning_rate
+    return config.min_learning_rate + span * (1 + math.cos(math.pi * progress)) / 2

@@ -1,0 +1,105 @@
+"""The folder of a run: its settings, its metrics files, the exported model."""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from shards.fingerprint import weights_fingerprint
+from shards.folder import TOKENIZER, ShardFolder
+from shards.manifest import first_difference
+from shards.part import publish_json, temporary_name
+from trainer.config import TrainConfig
+from trainer.model import Base
+
+RUN = "run.json"
+METRICS = "metrics.jsonl"
+EVALUATION = "evaluation.jsonl"
+MODEL = "model"
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where the run is, and the means over its steps of the share of weights clipped low and high."""
+
+    out: Path
+    steps: int
+    clipped_low: float
+    clipped_high: float
+
+
+def run_settings(config: TrainConfig, shards: ShardFolder, context: str) -> dict[str, Any]:
+    """All that decides the outcome of a run; a resume under other settings is refused."""
+    settings = asdict(config)
+    for name in ("out", "debug", "shards", "model", "checkpoint_every", "eval_shards"):
+        del settings[name]
+    return settings | {
+        "context": context,
+        "shards": shards.manifest.provenance(),
+        "base_weights_sha256": weights_fingerprint(Path(config.model)),
+    }
+
+
+def prepare_out(out: Path, settings: dict[str, Any]) -> None:
+    """ValueError where `out` holds another run or something else."""
+    if (out / RUN).exists():
+        difference = first_difference(settings, json.loads((out / RUN).read_text(encoding="utf-8")))
+        if difference:
+            raise ValueError(
+                f"{out}: holds another run: {difference}; choose another --out, or delete it to start over"
+            )
+    elif out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out}: is not empty and not a run of remit train; choose another --out or empty it")
+
+
+def open_run(out: Path, settings: dict[str, Any]) -> None:
+    """Write the settings down, once, before the first step."""
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / RUN).exists():
+        publish_json(settings, out / RUN)
+
+
+def keep_lines(path: Path, last_step: int) -> dict[str, Any]:
+    """Cut a JSON-lines file after `last_step`, where a run resumes; returns the last object kept."""
+    if not path.exists():
+        return {}
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            break  # the line that was being written when the run died
+        if value["step"] > last_step:
+            break
+        kept.append(value)
+    temporary = temporary_name(path)
+    temporary.write_text("".join(json.dumps(value) + "\n" for value in kept), encoding="utf-8")
+    os.replace(temporary, path)
+    return kept[-1] if kept else {}
+
+
+def export(base: Base, shards: ShardFolder, model: Path, final: Path) -> None:
+    """Write the model with its tokenizer (the base's own, else the one of the shards) to `final`."""
+    if final.exists():
+        return
+    temporary = temporary_name(final)
+    base.export(temporary)
+    own = (model / "tokenizer.json").exists() or (model / "tokenizer_config.json").exists()
+    for file in sorted((model if own else shards.path / TOKENIZER).iterdir()):
+        is_tokenizer = any(word in file.name for word in ("token", "vocab", "merges", "chat_template"))
+        if file.suffix in (".json", ".model", ".txt", ".jinja") and is_tokenizer:
+            shutil.copyfile(file, temporary / file.name)
+    os.rename(temporary, final)
+
+
+def finished_result(out: Path) -> TrainResult:
+    """Summary of a run from its metrics."""
+    lines = [json.loads(line) for line in (out / METRICS).read_text(encoding="utf-8").splitlines()]
+
+    def mean(key: str) -> float:
+        return sum(line[key] for line in lines) / len(lines)
+
+    return TrainResult(out, len(lines), mean("clipped_low"), mean("clipped_high"))
