@@ -9,76 +9,24 @@ end, so that the output folder appears with its manifest or not at all.
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import ray
 
 from scorer.cluster import cause, ray_cluster
-from scorer.corpus import BadDocument, Source, find_sources, read_documents
-from scorer.rows import RowCutter
-from scorer.tokenizer import describe_tokenizer, load_encoder, load_tokenizer
+from scorer.config import PackConfig
+from scorer.corpus import Source, find_sources
+from scorer.staging import stage_source, write_part_from_staging
+from scorer.tokenizer import describe_tokenizer, load_tokenizer
 from shards.folder import TOKENIZER, ShardFolder
 from shards.manifest import MANIFEST, CorpusFile, Manifest, PartPlan, first_difference, part_name
-from shards.part import COMMITS, publish_json, sha256_file, temporary_name, write_part
-from shards.schema import row_schema
+from shards.part import COMMITS, sha256_file, temporary_name
 
-TOKENS_PER_BATCH = 1 << 18  # of an Arrow record batch: what a reader decompresses at once
 REJECTED = "_rejected.jsonl"
-
-
-@dataclass(frozen=True)
-class PackConfig:
-    """Tokenise a corpus and cut it into rows of seq_len tokens."""
-
-    corpus: list[str]
-    """Files, globs or folders (.jsonl, .jsonl.gz, .jsonl.zst, .parquet), or a Hugging Face dataset as
-    NAME[:CONFIG[:SPLIT]]."""
-    tokenizer: str
-    """Folder of the model's fast tokenizer, or its hub id."""
-    out: Path
-    """Shard folder to write."""
-    seq_len: int = 4096
-    """Tokens per row."""
-    text_field: str = "text"
-    """Field or column that holds the text."""
-    tokens_per_shard: int = 1 << 22
-    """Tokens per part; a part is what is lost at most when a scoring engine dies."""
-    num_workers: int | None = None
-    """Corpus files tokenised at once; default: one per CPU of the Ray cluster."""
-    special_tokens: Literal["parse", "text"] = "parse"
-    """Text that spells a special token, like <|endoftext|>: parse it to its id as transformers does, or
-    encode it as ordinary text."""
-    on_bad_document: Literal["stop", "reject"] = "stop"
-    """A document that is not valid JSON, lacks the field or is not Unicode: stop, or leave it out and count it."""
-    debug: bool = field(default=False, repr=False)
-    """Show tracebacks and what the workers print."""
-
-    def __post_init__(self) -> None:
-        if self.seq_len < 2:
-            raise ValueError(
-                f"--seq-len is {self.seq_len}, expected at least 2: one-token rows have nothing to predict"
-            )
-        if self.tokens_per_shard < self.seq_len:
-            raise ValueError(
-                f"--tokens-per-shard is {self.tokens_per_shard}, expected at least --seq-len ({self.seq_len})"
-            )
-        if self.num_workers is not None and self.num_workers < 1:
-            raise ValueError(f"--num-workers is {self.num_workers}, expected at least 1")
-        if not self.corpus:
-            raise ValueError("--corpus is empty, expected at least one file, folder or dataset name")
-
-    @property
-    def rows_per_part(self) -> int:
-        return self.tokens_per_shard // self.seq_len
-
-    @property
-    def rows_per_batch(self) -> int:
-        return max(1, min(self.rows_per_part, TOKENS_PER_BATCH // self.seq_len))
 
 
 Progress = Callable[[str, int, int, int], None]
@@ -115,7 +63,7 @@ def pack(config: PackConfig, progress: Progress = lambda phase, done, total, tok
     staging.mkdir(parents=True, exist_ok=True)
     try:
         with ray_cluster(config.debug):
-            staged = _stage_all(config, sources, staging, settings, progress)
+            staged = _stage_all(config, sources, staging, tokenizer.backend_tokenizer.to_str(), settings, progress)
             manifest = _plan(config, staged, description)
             config.out.mkdir(parents=True, exist_ok=True)
             (config.out / COMMITS).mkdir(exist_ok=True)
@@ -173,14 +121,22 @@ def _refuse_other_plan(config: PackConfig, folder: ShardFolder, sources: list[So
 
 
 def _stage_all(
-    config: PackConfig, sources: list[Source], staging: Path, settings: dict, progress: Progress
+    config: PackConfig,
+    sources: list[Source],
+    staging: Path,
+    tokenizer_json: str,
+    settings: dict,
+    progress: Progress,
 ) -> list[dict]:
     """Tokenise every source that is not staged yet; returns their records in corpus order."""
     total_cpus = int(ray.cluster_resources().get("CPU", 1))
     workers = min(config.num_workers or total_cpus, len(sources))
     cpus = max(1, total_cpus // workers)
-    task = ray.remote(_stage_source).options(
-        num_cpus=cpus, max_retries=2, runtime_env={"env_vars": {"RAYON_NUM_THREADS": str(cpus)}}
+    task: Any = ray.remote(stage_source).options(
+        num_returns="streaming",
+        num_cpus=cpus,
+        max_retries=2,
+        runtime_env={"env_vars": {"RAYON_NUM_THREADS": str(cpus)}},
     )
     records: list[dict] = [{}] * len(sources)
     waiting = list(enumerate(sources))
@@ -191,13 +147,11 @@ def _stage_all(
         while waiting or running:
             while waiting and len(running) < workers:
                 index, source = waiting.pop(0)
-                generator = task.options(num_returns="streaming").remote(
-                    source, index, staging, config.tokenizer, settings, config.special_tokens
-                )
+                generator = task.remote(source, index, staging, config.tokenizer, settings, config.special_tokens)
                 running[generator] = index
             ready, _ = ray.wait(list(running), num_returns=1, fetch_local=False)
             for generator in ready:
-                update = ray.get(next(generator))
+                update: Any = ray.get(next(generator))
                 index = running[generator]
                 done[index] = update["bytes"], update["tokens"]
                 if "record" in update:
@@ -210,84 +164,6 @@ def _stage_all(
             ray.cancel(generator, force=False)
         raise cause(error) from None
     return records
-
-
-def _stage_source(
-    source: Source, index: int, staging: Path, tokenizer: str, settings: dict, special_tokens: str
-) -> Iterator[dict]:
-    """Ray task: tokenise one source into staging/source-00000.arrow; yields its progress, at last its record."""
-    final = staging / f"source-{index:05d}.arrow"
-    record_path = final.with_suffix(".json")
-    size = source.path.stat().st_size if source.path else None
-    sha256 = sha256_file(source.path) if source.path else None
-    key = {"path": source.name, "size": size, "sha256": sha256}
-    if record_path.exists():
-        record = json.loads(record_path.read_text())
-        if record["key"] == key and record["settings"] == settings and sha256_file(final) == record["staged_sha256"]:
-            yield {"bytes": size or 0, "tokens": record["file"]["tokens"], "record": record}
-            return
-        record_path.unlink()
-    final.unlink(missing_ok=True)
-
-    encoder, eos = load_encoder(tokenizer, special_tokens)
-    cutter = RowCutter(settings["seq_len"], settings["rows_per_batch"], index)
-    counts = dict.fromkeys(("read", "packed", "empty", "rejected"), 0)
-    rejected: list[str] = []
-    rows = tokens = 0
-    temporary = temporary_name(final)
-    try:
-        with pa.ipc.new_file(temporary, row_schema(), options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
-
-            def write(batches: Iterator[pa.RecordBatch]) -> None:
-                nonlocal rows, tokens
-                for batch in batches:
-                    writer.write_batch(batch)
-                    rows += batch.num_rows
-                    tokens += len(batch.column("input_ids").flatten())
-
-            for documents, position in read_documents(source, settings["text_field"]):
-                good: list[tuple[int, str]] = []
-                for offset, document in enumerate(documents):
-                    if not isinstance(document, BadDocument):
-                        good.append((counts["read"] + offset, document))
-                    elif settings["on_bad_document"] == "stop":
-                        raise document
-                    else:
-                        counts["rejected"] += 1
-                        rejected.append(str(document))
-                counts["read"] += len(documents)
-                encodings = encoder.encode_batch_fast([text for _, text in good], add_special_tokens=False)
-                for (doc_id, _), encoding in zip(good, encodings):
-                    ids = encoding.ids
-                    if not ids:
-                        counts["empty"] += 1
-                        continue
-                    counts["packed"] += 1
-                    write(cutter.add(doc_id, np.array([*ids, eos], dtype=np.int32)))
-                yield {"bytes": position, "tokens": tokens}
-            write(cutter.finish())
-        if source.path and (source.path.stat().st_size != size or sha256_file(source.path) != sha256):
-            raise ValueError(f"{source.path}: changed while it was read; run again when nothing writes to it")
-        record = {
-            "key": key,
-            "settings": settings,
-            "staged_sha256": sha256_file(temporary),
-            "file": asdict(
-                CorpusFile(
-                    **key,
-                    **{f"documents_{kind}": count for kind, count in counts.items()},
-                    rows=rows,
-                    tokens=tokens,
-                )
-            ),
-            "rejected": rejected,
-        }
-        os.rename(temporary, final)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    publish_json(record, record_path)
-    yield {"bytes": size or 0, "tokens": tokens, "record": record}
 
 
 # --- the plan, and the second pass: one task per part ---------------------------------------------------
@@ -309,7 +185,7 @@ def _plan(config: PackConfig, staged: list[dict], tokenizer: dict) -> Manifest:
     last_row = np.cumsum([file.rows for file in files]) - 1
     short_by = np.cumsum([file.rows * config.seq_len - file.tokens for file in files])
     num_rows = int(last_row[-1]) + 1
-    parts = []
+    parts: list[PartPlan] = []
     for first in range(0, num_rows, config.rows_per_part):
         rows = min(config.rows_per_part, num_rows - first)
         low, high = np.searchsorted(last_row, [first, first + rows])
@@ -323,7 +199,7 @@ def _write_parts(
 ) -> None:
     ends = np.cumsum([record["file"]["rows"] for record in staged])
     firsts = np.cumsum([0] + [plan.rows for plan in folder.manifest.parts])
-    task = ray.remote(_write_part_from_staging)
+    task: Any = ray.remote(write_part_from_staging)
     missing = set(folder.missing_parts())
     total = folder.manifest.tokens
     done = sum(plan.tokens for plan in folder.manifest.parts if plan.name not in missing)
@@ -349,19 +225,3 @@ def _write_parts(
                 raise cause(error) from None
             done += running.pop(reference).tokens
             progress("write", done, total, done)
-
-
-def _write_part_from_staging(
-    out: Path, part: str, staging: Path, slices: list[tuple[str, int, int]], rows_per_batch: int
-) -> None:
-    """Ray task: copy the rows of one part (file, first row, number of rows) out of the staging files."""
-    tables = []
-    for name, first, count in slices:
-        reader = pa.ipc.open_file(pa.memory_map(str(staging / name)))
-        # every staged batch but the last has rows_per_batch rows
-        low, high = first // rows_per_batch, (first + count - 1) // rows_per_batch
-        table = pa.Table.from_batches([reader.get_batch(index) for index in range(low, high + 1)])
-        tables.append(table.slice(first - low * rows_per_batch, count))
-    table = pa.concat_tables(tables).combine_chunks()
-    batches = table.to_batches(max_chunksize=rows_per_batch)
-    write_part(out, part, row_schema(), Manifest.read(out).provenance(), batches)

@@ -6,7 +6,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from shards.fingerprint import tokenizer_fingerprint
@@ -55,18 +54,3 @@ def describe_tokenizer(tokenizer: Any, special_tokens: str) -> dict[str, Any]:
         "vocab_size": max(ids) + 1,
         "special_tokens": special_tokens,
     }
-
-
-@lru_cache(maxsize=4)
-def load_encoder(folder: str, special_tokens: str) -> tuple[Tokenizer, int]:
-    """The bare tokenizers.Tokenizer that encodes documents, and the EOS id.
-
-    special_tokens: "parse" gives the text of a special token its own id, as transformers does; "text"
-    encodes it like any other text.
-    """
-    tokenizer = load_tokenizer(folder)
-    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    encoder.no_truncation()  # a tokenizer.json may carry both, and documents must stay whole
-    encoder.no_padding()
-    encoder.encode_special_tokens = special_tokens == "text"
-    return encoder, tokenizer.eos_token_id

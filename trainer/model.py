@@ -43,7 +43,8 @@ class Base:
     @property
     def num_embeddings(self) -> int:
         """Rows of the input embedding; token ids are below it."""
-        return self.model.get_input_embeddings().weight.shape[0]
+        embeddings: Any = self.model.get_input_embeddings()
+        return embeddings.weight.shape[0]
 
     @property
     def max_position(self) -> int | None:
@@ -99,7 +100,7 @@ def load_base(folder: Path, dtype: str, device: torch.device) -> Base:
     }
     for name in dropout:
         setattr(config, name, 0.0)
-    model, loading = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
         dtype=torch.float32,
@@ -108,6 +109,7 @@ def load_base(folder: Path, dtype: str, device: torch.device) -> Base:
         local_files_only=True,
         output_loading_info=True,
     )
+    model, loading = loaded
     for kind in ("missing_keys", "mismatched_keys"):
         if loading.get(kind):
             raise ValueError(

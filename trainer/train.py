@@ -13,6 +13,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 
 from shards.folder import ShardFolder
@@ -195,7 +196,7 @@ def open_evaluation(config: TrainConfig, base: Base, context: str) -> Callable[[
         base.model.eval()
         with torch.no_grad():
             for block, num_rows in enumerate(reader.block_rows):
-                rows = reader.rows([(block, row) for row in range(num_rows)])
+                rows = reader.rows(np.array([(block, row) for row in range(num_rows)]))
                 for start in range(0, len(rows), config.micro_batch_size):
                     micro_batch_loss(
                         base,

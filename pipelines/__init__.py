@@ -1,0 +1,1 @@
+"""The command line, the sample project and what else wires scorer and trainer together."""

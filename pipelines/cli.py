@@ -1,0 +1,118 @@
+"""The console script `remit`: parse, run, and turn errors into one line and an exit code.
+
+Exit codes: 0 done, 1 failed, 2 bad usage, 3 stopped by a signal and resumable.
+"""
+
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+import tyro
+import yaml
+
+from pipelines import commands
+from pipelines.settings import InspectConfig, VerifyConfig
+from scorer.config import PackConfig, ScoreConfig
+from trainer.config import TrainConfig
+
+DONE, FAILED, BAD_USAGE, STOPPED = 0, 1, 2, 3
+
+COMMANDS: dict[str, tuple[type, Any]] = {
+    "pack": (PackConfig, commands.pack),
+    "score": (ScoreConfig, commands.score),
+    "train": (TrainConfig, commands.train),
+    "verify": (VerifyConfig, commands.verify),
+    "inspect": (InspectConfig, commands.inspect),
+}
+DESCRIPTION = (
+    "ReMiT mid-training without the reference in the training step: pack a corpus, score it once with the reference, "
+    "train from the annotated shards. Options may also come from a YAML file, --config run.yaml; options on the "
+    "command line win. remit COMMAND --help explains the options of a command."
+)
+
+
+class Stopped(BaseException):
+    """SIGTERM or SIGINT arrived; not an Exception, so that nothing on the way swallows it."""
+
+
+def expand_config_file(arguments: list[str]) -> list[str]:
+    """Replace `--config FILE` by the options in that YAML file, in front of the others so that those win.
+
+    Raises ValueError for a file that is missing or no mapping of options to values.
+    """
+    rest: list[str] = []
+    options: list[str] = []
+    iterator = iter(arguments)
+    for argument in iterator:
+        name, equals, value = argument.partition("=")
+        if name != "--config":
+            rest.append(argument)
+            continue
+        path = Path(value if equals else next(iterator, ""))
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"--config {path}: cannot be read ({' '.join(str(error).split())})") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"--config {path}: expected a mapping of options to values, for instance seq_len: 4096")
+        for key, entry in values.items():
+            option = "--" + str(key).replace("_", "-")
+            if isinstance(entry, bool):
+                options.append(option if entry else option.replace("--", "--no-", 1))
+            elif entry is not None:
+                options += [option, *map(str, entry if isinstance(entry, list) else [entry])]
+    return rest[:1] + options + rest[1:]
+
+
+def parse(arguments: list[str]) -> Any:
+    """The settings dataclass of the command that `arguments` name; SystemExit(2) for bad usage."""
+    union: Any = None
+    for name, (settings, _) in COMMANDS.items():
+        summary = (settings.__doc__ or "").splitlines()[0]
+        entry = Annotated[settings, tyro.conf.subcommand(name, description=summary)]  # type: ignore[valid-type]
+        union = entry if union is None else union | entry
+    return tyro.cli(union, prog="remit", description=DESCRIPTION, args=arguments, use_underscores=False)
+
+
+def fail(command: str, code: int, message: str) -> NoReturn:
+    """Print one line and leave."""
+    print(f"remit {command}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the console script."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = arguments[0] if arguments else ""
+    try:
+        config = parse(expand_config_file(arguments))
+    except ValueError as error:
+        fail(command, BAD_USAGE, str(error))
+
+    def stop(number: int, frame: Any) -> NoReturn:
+        raise Stopped(signal.Signals(number).name)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    try:
+        run = next(run for settings, run in COMMANDS.values() if settings is type(config))
+        code = run(config)
+    except Stopped as stopped:
+        print(f"\nremit {command}: stopped by {stopped}; the same command again goes on", file=sys.stderr)
+        sys.exit(STOPPED)
+    except Exception as error:
+        if config.debug:
+            traceback.print_exc()
+        if isinstance(error, ValueError | OSError | RuntimeError | FloatingPointError) and str(error):
+            fail(command, FAILED, str(error))
+        fail(command, FAILED, f"internal error, {type(error).__name__}: {error}; --debug shows where")
+    sys.exit(code or DONE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""What each subcommand does: resolve names, show progress, call the stage, print the outcome.
+
+Heavy imports (torch, transformers) happen inside, so that --help answers at once.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from time import monotonic
+from typing import Any
+
+from tqdm import tqdm
+
+from pipelines.models import resolve_model
+from pipelines.settings import InspectConfig, VerifyConfig
+from scorer.config import PackConfig, ScoreConfig
+from shards.folder import ShardFolder
+from shards.verify import verify_folder
+from trainer.config import TrainConfig
+
+
+def quiet_libraries() -> None:
+    """Keep the progress bars and advice of other libraries out of ours."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+@contextmanager
+def progress_bar(**options: Any) -> Iterator[tqdm]:
+    """A bar that shows itself on terminals and in logs, there at most every ten seconds."""
+    interval = 0.2 if sys.stderr.isatty() else 10
+    with tqdm(mininterval=interval, smoothing=0.1, dynamic_ncols=True, **options) as bar:
+        yield bar
+
+
+def summary(what: str, folder: ShardFolder, seconds: float) -> str:
+    """One line about a folder that a stage has written."""
+    manifest = folder.manifest
+    documents = manifest.documents
+    line = f"{what} {manifest.tokens:,} tokens in {manifest.rows:,} rows and {len(manifest.parts):,} parts"
+    line += f" from {documents['packed']:,} documents"
+    if documents["empty"] or documents["rejected"]:
+        line += f" ({documents['empty']:,} empty, {documents['rejected']:,} rejected)"
+    return f"{line} -> {folder.path} ({seconds:.0f} s)"
+
+
+def pack(config: PackConfig) -> int:
+    from scorer.pack import pack as run
+
+    quiet_libraries()
+    began = monotonic()
+    tokenizer = resolve_model("--tokenizer", config.tokenizer, weights=False)
+    phase = ""
+    with progress_bar(desc="tokenise", unit="B", unit_scale=True) as bar:
+
+        def progress(now: str, done: int, total: int, tokens: int) -> None:
+            nonlocal phase
+            if now != phase:
+                phase = now
+                bar.reset(total)
+                bar.set_description(now)
+                bar.unit = "B" if now == "tokenise" else " tokens"
+            bar.set_postfix_str(f"{tokens / max(1e-9, monotonic() - began) / 1e6:.2f}M tokens/s", refresh=False)
+            bar.update(done - bar.n)
+
+        folder = run(replace(config, tokenizer=str(tokenizer.path)), progress)
+    print(summary("packed", folder, monotonic() - began))
+    return 0
+
+
+def score(config: ScoreConfig) -> int:
+    from scorer.score import Reference
+    from scorer.score import score as run
+
+    quiet_libraries()
+    began = monotonic()
+    model = resolve_model("--model", config.model)
+    with progress_bar(desc="start engines", unit=" tokens", unit_scale=True) as bar:
+
+        def progress(done: int, total: int, engines: int) -> None:
+            if bar.total != total:  # the first call: what an earlier run did is not this run's speed
+                bar.total = total
+                bar.initial = bar.n = done
+            if done > bar.n:
+                bar.set_description("score")
+            bar.set_postfix_str(f"engines {engines}", refresh=False)
+            bar.update(done - bar.n)
+
+        folder = run(config, Reference(model.path, model.name, model.revision), progress)
+    print(summary(f"scored as {config.name!r}", folder, monotonic() - began))
+    return 0
+
+
+def train(config: TrainConfig) -> int:
+    from trainer.train import train as run
+
+    quiet_libraries()
+    began = monotonic()
+    model = resolve_model("--model", config.model)
+    tokens_at_start: int | None = None
+    with progress_bar(desc="train", unit=" steps") as bar:
+
+        def progress(done: int, total: int, metrics: dict[str, Any]) -> None:
+            nonlocal tokens_at_start
+            if tokens_at_start is None:
+                tokens_at_start = metrics["tokens"]
+                bar.total = total
+                bar.initial = bar.n = done - 1
+            clipped = f"{metrics['clipped_low']:.0%}/{metrics['clipped_high']:.0%}"
+            bar.set_postfix_str(
+                f"loss {metrics['ntp_loss']:.3f}, clipped {clipped}, {metrics['tokens_per_second']:,.0f} tokens/s",
+                refresh=False,
+            )
+            bar.update(done - bar.n)
+
+        result = run(replace(config, model=str(model.path)), progress)
+    print(f"trained {result.steps:,} steps -> {result.out / 'model'} ({monotonic() - began:.0f} s)")
+    if config.objective == "remit":
+        low, high = 1 - config.epsilon, 1 + config.epsilon
+        print(
+            f"weights clipped low (to {low:g}): {result.clipped_low:.1%}, high (to {high:g}): {result.clipped_high:.1%}, "
+            f"in between: {1 - result.clipped_low - result.clipped_high:.1%}"
+        )
+    return 0
+
+
+def verify(config: VerifyConfig) -> int:
+    folder = ShardFolder(config.shards)
+    with progress_bar(desc="verify", unit=" tokens", unit_scale=True, total=folder.manifest.tokens) as bar:
+        report = verify_folder(folder, lambda plan: bar.update(plan.tokens))
+    for problem in report.problems:
+        print(f"remit verify: {problem}", file=sys.stderr)
+    documents = folder.manifest.documents
+    print(
+        f"{folder.path}: {report.parts} of {len(folder.manifest.parts)} parts are sound, {report.rows:,} rows, "
+        f"{report.tokens:,} tokens, {report.documents:,} documents"
+    )
+    print("documents " + ", ".join(f"{kind} {count:,}" for kind, count in documents.items()))
+    for name, count in report.logprobs.items():
+        print(f"{name}: {count:,} log-probs, " + json.dumps(folder.manifest.references[name]))
+    print("FAILED" if report.problems else "OK")
+    return 1 if report.problems else 0
+
+
+def inspect(config: InspectConfig) -> int:
+    from pipelines.inspect import show_row
+
+    show_row(config)
+    return 0

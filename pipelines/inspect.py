@@ -1,0 +1,99 @@
+"""remit inspect: what a shard folder is, and a readable view of one row in the terminal."""
+
+import json
+import sys
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipelines.settings import InspectConfig
+from shards.folder import ShardFolder
+from shards.schema import logprobs_column
+
+
+def read_row(folder: ShardFolder, row: int) -> dict[str, Any]:
+    """Row `row` of a folder, counted over all parts, as plain Python values; its part is verified first."""
+    manifest = folder.manifest
+    if not 0 <= row < manifest.rows:
+        raise ValueError(f"--row is {row}, {folder.path} has rows 0..{manifest.rows - 1}")
+    part, row_of_part = divmod(row, manifest.rows_per_part)
+    reader = folder.open_part(manifest.parts[part].name)
+    batch, row_of_batch = divmod(row_of_part, manifest.rows_per_batch)
+    return reader.get_batch(batch).slice(row_of_batch, 1).to_pylist()[0]
+
+
+def token_strings(folder: ShardFolder, input_ids: list[int]) -> list[str]:
+    """Text of each token; one that is only a piece of a character shows as its byte-level symbols."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder.tokenizer_path / "tokenizer.json"))
+    strings = []
+    for token_id in input_ids:
+        text = tokenizer.decode([token_id], skip_special_tokens=False)
+        strings.append(tokenizer.id_to_token(token_id) or "?" if "\ufffd" in text or not text else text)
+    return strings
+
+
+def show_row(config: InspectConfig) -> None:
+    """Print the folder's provenance, or the row that is asked for."""
+    folder = ShardFolder(config.shards)
+    console = Console(file=sys.stdout, highlight=False)
+    if config.row is None:
+        _show_folder(folder, console)
+        return
+    row = read_row(folder, config.row)
+    part = folder.manifest.parts[config.row // folder.manifest.rows_per_part].name
+    corpus_file = folder.manifest.corpus[row["source"]].path
+    console.print(
+        Text(
+            f"row {config.row} ({part}): {len(row['input_ids'])} tokens, "
+            f"{len(row['doc_lengths'])} document pieces, from {corpus_file}"
+        )
+    )
+    names = list(folder.manifest.references)
+    strings = token_strings(folder, row["input_ids"])
+    table = Table(show_edge=False, pad_edge=False, header_style="bold")
+    for header in ("pos", "doc", "id", "token"):
+        table.add_column(header, justify="left" if header == "token" else "right", no_wrap=True)
+    for name in names:
+        table.add_column(f"log p {name}", justify="right")
+        table.add_column("", width=12, no_wrap=True)
+    documents = np.repeat(row["doc_ids"], row["doc_lengths"]).tolist()
+    piece_starts = set((np.cumsum(row["doc_lengths"]) - row["doc_lengths"]).tolist())
+    shown = len(strings) if config.tokens == 0 else min(config.tokens, len(strings))
+    for position in range(shown):
+        cells = [
+            Text(str(position)),
+            Text(str(documents[position]) if position in piece_starts else ""),
+            Text(str(row["input_ids"][position])),
+            Text(json.dumps(strings[position], ensure_ascii=False)[1:-1].replace(" ", "·")),
+        ]
+        for name in names:
+            logprob = row[logprobs_column(name)][position]
+            cells.append(Text("-" if logprob is None else f"{logprob:.4f}"))
+            # one mark per nat: how surprised the reference is
+            cells.append(Text("" if logprob is None else "▪" * min(12, round(-logprob)), style="red"))
+        if position in piece_starts and position:
+            table.add_section()
+        table.add_row(*cells)
+    console.print(table)
+    if shown < len(strings):
+        console.print(Text(f"... {len(strings) - shown} more tokens; --tokens 0 shows all"))
+
+
+def _show_folder(folder: ShardFolder, console: Console) -> None:
+    manifest = folder.manifest
+    missing = len(folder.missing_parts())
+    lines = [
+        f"{folder.path}: {manifest.tokens:,} tokens in {manifest.rows:,} rows of at most {manifest.seq_len}, "
+        f"{len(manifest.parts):,} parts" + (f", {missing} of them missing" if missing else ", complete"),
+        "documents: " + ", ".join(f"{kind} {count:,}" for kind, count in manifest.documents.items()),
+        f"tokenizer: {json.dumps(manifest.tokenizer)}",
+        *(f"corpus file {index}: {file.path}, {file.tokens:,} tokens" for index, file in enumerate(manifest.corpus)),
+        *(f"reference {name}: {json.dumps(reference)}" for name, reference in manifest.references.items()),
+    ]
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)

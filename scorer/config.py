@@ -1,0 +1,100 @@
+"""Settings of remit pack and remit score, checked once. Light to import, so that --help answers at once."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from shards.schema import logprobs_column
+
+TOKENS_PER_BATCH = 1 << 18  # of an Arrow record batch: what a reader decompresses at once
+
+
+@dataclass(frozen=True)
+class PackConfig:
+    """Tokenise a corpus and cut it into rows of seq_len tokens."""
+
+    corpus: list[str]
+    """Files, globs or folders (.jsonl, .jsonl.gz, .jsonl.zst, .parquet), or a Hugging Face dataset as
+    NAME[:CONFIG[:SPLIT]]."""
+    tokenizer: str
+    """Folder of the model's fast tokenizer, or its hub id."""
+    out: Path
+    """Shard folder to write."""
+    seq_len: int = 4096
+    """Tokens per row."""
+    text_field: str = "text"
+    """Field or column that holds the text."""
+    tokens_per_shard: int = 1 << 22
+    """Tokens per part; a part is what is lost at most when a scoring engine dies."""
+    num_workers: int | None = None
+    """Corpus files tokenised at once; default: one per CPU of the Ray cluster."""
+    special_tokens: Literal["parse", "text"] = "parse"
+    """Text that spells a special token, like <|endoftext|>: parse it to its id as transformers does, or
+    encode it as ordinary text."""
+    on_bad_document: Literal["stop", "reject"] = "stop"
+    """A document that is not valid JSON, lacks the field or is not Unicode: stop, or leave it out and count it."""
+    debug: bool = field(default=False, repr=False)
+    """Show tracebacks and what the workers print."""
+
+    def __post_init__(self) -> None:
+        if self.seq_len < 2:
+            raise ValueError(
+                f"--seq-len is {self.seq_len}, expected at least 2: one-token rows have nothing to predict"
+            )
+        if self.tokens_per_shard < self.seq_len:
+            raise ValueError(
+                f"--tokens-per-shard is {self.tokens_per_shard}, expected at least --seq-len ({self.seq_len})"
+            )
+        if self.num_workers is not None and self.num_workers < 1:
+            raise ValueError(f"--num-workers is {self.num_workers}, expected at least 1")
+        if not self.corpus:
+            raise ValueError("--corpus is empty, expected at least one file, folder or dataset name")
+
+    @property
+    def rows_per_part(self) -> int:
+        return self.tokens_per_shard // self.seq_len
+
+    @property
+    def rows_per_batch(self) -> int:
+        return max(1, min(self.rows_per_part, TOKENS_PER_BATCH // self.seq_len))
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Add a reference's log-prob of every token to a shard folder."""
+
+    shards: Path
+    """Shard folder to annotate, from remit pack or an earlier remit score."""
+    model: str
+    """Reference model: a Hugging Face folder or a hub id."""
+    out: Path
+    """Shard folder to write; the same command again finishes an interrupted run."""
+    name: str = "rl"
+    """Name of the reference; its column is NAME_logprobs."""
+    context: Literal["packed", "document"] = "packed"
+    """What a token is conditioned on: all that precedes it in its row, or in its document only."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the engine; auto: the model's own."""
+    logprob_step: float = 1 / 64
+    """Log-probs are rounded to multiples of this many nats, which makes the column compress well; 0: exact."""
+    num_engines: int | None = None
+    """Engines at once; default: one per GPU (and tensor-parallel group), else as many as the CPUs carry."""
+    tensor_parallel_size: int = 1
+    """GPUs (or CPU core groups) per engine."""
+    max_num_batched_tokens: int | None = None
+    """Tokens per engine step; default: chosen from the vocabulary so that the logits fit."""
+    debug: bool = field(default=False, repr=False)
+    """Show tracebacks and what the engines print."""
+
+    def __post_init__(self) -> None:
+        logprobs_column(self.name)
+        if not 0 <= self.logprob_step <= 1:
+            raise ValueError(f"--logprob-step is {self.logprob_step}, expected 0 (exact) to 1, for instance 0.015625")
+        if self.logprob_step and math.frexp(self.logprob_step)[0] != 0.5:
+            raise ValueError(
+                f"--logprob-step is {self.logprob_step}, expected a power of two so that multiples are exact in float32"
+            )
+        for name in ("num_engines", "tensor_parallel_size", "max_num_batched_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")

@@ -1,0 +1,126 @@
+"""The Ray tasks of remit pack: tokenise a corpus file into a staging file, copy a part out of staging files.
+
+A staging file holds the rows of one corpus file (`source-00000.arrow`); its record (`source-00000.json`)
+is written last and says what it was made from, so that a rerun can take it or make it again.
+Light to import: no torch, no transformers, because every worker process pays for it.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from tokenizers import Tokenizer
+
+from scorer.corpus import BadDocument, Source, read_documents
+from scorer.rows import RowCutter
+from shards.manifest import CorpusFile, Manifest
+from shards.part import publish_json, sha256_file, temporary_name, write_part
+from shards.schema import row_schema
+
+
+@lru_cache(maxsize=2)
+def _encoder(tokenizer_json: str, special_tokens: str) -> Tokenizer:
+    encoder = Tokenizer.from_str(tokenizer_json)
+    encoder.no_truncation()  # a tokenizer.json may carry both, and documents must stay whole
+    encoder.no_padding()
+    encoder.encode_special_tokens = special_tokens == "text"
+    return encoder
+
+
+def stage_source(source: Source, index: int, staging: Path, tokenizer_json: str, settings: dict) -> Iterator[dict]:
+    """Ray task: tokenise one source into staging/source-00000.arrow; yields its progress, at last its record."""
+    final = staging / f"source-{index:05d}.arrow"
+    record_path = final.with_suffix(".json")
+    size = source.path.stat().st_size if source.path else None
+    sha256 = sha256_file(source.path) if source.path else None
+    key: dict[str, Any] = {"path": source.name, "size": size, "sha256": sha256}
+    if record_path.exists():
+        record = json.loads(record_path.read_text())
+        if record["key"] == key and record["settings"] == settings and sha256_file(final) == record["staged_sha256"]:
+            yield {"bytes": size or 0, "tokens": record["file"]["tokens"], "record": record}
+            return
+        record_path.unlink()
+    final.unlink(missing_ok=True)
+
+    description = settings["tokenizer"]
+    encoder, eos = _encoder(tokenizer_json, description["special_tokens"]), description["eos_token_id"]
+    cutter = RowCutter(settings["seq_len"], settings["rows_per_batch"], index)
+    counts: dict[str, Any] = dict.fromkeys(("read", "packed", "empty", "rejected"), 0)
+    rejected: list[str] = []
+    rows = tokens = 0
+    temporary = temporary_name(final)
+    try:
+        with pa.ipc.new_file(temporary, row_schema(), options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+
+            def write(batches: Iterator[pa.RecordBatch]) -> None:
+                nonlocal rows, tokens
+                for batch in batches:
+                    writer.write_batch(batch)
+                    rows += batch.num_rows
+                    tokens += len(batch.column("input_ids").flatten())
+
+            for documents, position in read_documents(source, settings["text_field"]):
+                good: list[tuple[int, str]] = []
+                for offset, document in enumerate(documents):
+                    if not isinstance(document, BadDocument):
+                        good.append((counts["read"] + offset, document))
+                    elif settings["on_bad_document"] == "stop":
+                        raise document
+                    else:
+                        counts["rejected"] += 1
+                        rejected.append(str(document))
+                counts["read"] += len(documents)
+                encodings = encoder.encode_batch_fast([text for _, text in good], add_special_tokens=False)
+                for (doc_id, _), encoding in zip(good, encodings):
+                    ids = encoding.ids
+                    if not ids:
+                        counts["empty"] += 1
+                        continue
+                    counts["packed"] += 1
+                    write(cutter.add(doc_id, np.array([*ids, eos], dtype=np.int32)))
+                yield {"bytes": position, "tokens": tokens}
+            write(cutter.finish())
+        if source.path and (source.path.stat().st_size != size or sha256_file(source.path) != sha256):
+            raise ValueError(f"{source.path}: changed while it was read; run again when nothing writes to it")
+        record = {
+            "key": key,
+            "settings": settings,
+            "staged_sha256": sha256_file(temporary),
+            "file": asdict(
+                CorpusFile(
+                    **key,
+                    **{f"documents_{kind}": count for kind, count in counts.items()},
+                    rows=rows,
+                    tokens=tokens,
+                )
+            ),
+            "rejected": rejected,
+        }
+        os.rename(temporary, final)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    publish_json(record, record_path)
+    yield {"bytes": size or 0, "tokens": tokens, "record": record}
+
+
+def write_part_from_staging(
+    out: Path, part: str, staging: Path, slices: list[tuple[str, int, int]], rows_per_batch: int
+) -> None:
+    """Ray task: copy the rows of one part (file, first row, number of rows) out of the staging files."""
+    tables = []
+    for name, first, count in slices:
+        reader = pa.ipc.open_file(pa.memory_map(str(staging / name)))
+        # every staged batch but the last has rows_per_batch rows
+        low, high = first // rows_per_batch, (first + count - 1) // rows_per_batch
+        table = pa.Table.from_batches([reader.get_batch(index) for index in range(low, high + 1)])
+        tables.append(table.slice(first - low * rows_per_batch, count))
+    table = pa.concat_tables(tables).combine_chunks()
+    batches = table.to_batches(max_chunksize=rows_per_batch)
+    write_part(out, part, row_schema(), Manifest.read(out).provenance(), batches)
