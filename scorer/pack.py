@@ -147,9 +147,9 @@ def _stage_all(
         while waiting or running:
             while waiting and len(running) < workers:
                 index, source = waiting.pop(0)
-                generator = task.remote(source, index, staging, config.tokenizer, settings, config.special_tokens)
+                generator = task.remote(source, index, staging, tokenizer_json, settings)
                 running[generator] = index
-            ready, _ = ray.wait(list(running), num_returns=1, fetch_local=False)
+            ready: Any = ray.wait(list(running), num_returns=1, fetch_local=False)[0]
             for generator in ready:
                 update: Any = ray.get(next(generator))
                 index = running[generator]

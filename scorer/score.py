@@ -179,7 +179,7 @@ def _score_parts(
     num_engines, devices = choose_engines(config, engine.device, len(waiting))
     cores = sorted(os.sched_getaffinity(0))
     width = max(1, len(cores) // num_engines)
-    free = []
+    free: list[Any] = []
     for index in range(num_engines):
         first = index % max(1, len(cores) // width) * width
         env = environment(engine, model_config, cores[first : first + width])
@@ -198,7 +198,7 @@ def _score_parts(
                 actor, part = free.pop(0), waiting.pop(0)
                 generator = actor.score_part.options(num_returns="streaming").remote(part)
                 running[generator] = (actor, part)
-            ready, _ = ray.wait(list(running), num_returns=1, fetch_local=False)
+            ready: Any = ray.wait(list(running), num_returns=1, fetch_local=False)[0]
             for generator in ready:
                 actor, part = running[generator]
                 try:

@@ -41,7 +41,7 @@ class _SourceCount:
     short_row: bool = False
 
 
-def verify_folder(folder: ShardFolder, on_part: Callable[[PartPlan], None] = lambda plan: None) -> Report:
+def verify_folder(folder: ShardFolder, on_part: Callable[[PartPlan], object] = lambda plan: None) -> Report:
     """Check every part of `folder`; on_part is called after each one, for a progress bar."""
     report = Report(logprobs=dict.fromkeys(folder.manifest.references, 0))
     counts = [_SourceCount() for _ in folder.manifest.corpus]
