@@ -15,6 +15,9 @@ def ray_cluster(debug: bool = False) -> Iterator[None]:
 
     A private cluster listens on loopback only, has no dashboard and ends with the block.
     """
+    if ray.is_initialized():  # a caller holds one for several stages
+        yield
+        return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = os.environ.get("RAY_ADDRESS")

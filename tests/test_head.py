@@ -1,0 +1,117 @@
+"""The loss head against float64 autograd through full logits, written from the equations."""
+
+import pytest
+import torch
+
+from trainer.head import HeadStatistics, weighted_cross_entropy
+from trainer.objectives import make_weigh
+
+
+def oracle(hidden, weight, bias, ids, predicted, reference, epsilon, normaliser):
+    """Loss and gradients by autograd in float64; epsilon None means plain next-token prediction."""
+    hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    bias = None if bias is None else bias.double().requires_grad_()
+    logprobs = torch.nn.functional.linear(hidden, weight, bias).log_softmax(-1)
+    total = torch.zeros((), dtype=torch.float64)
+    for row in range(ids.shape[0]):
+        tokens = [t for t in range(ids.shape[1]) if predicted[row, t]]
+        if not tokens:
+            continue
+        loss = torch.stack([-logprobs[row, t - 1, ids[row, t]] for t in tokens])
+        w = torch.ones_like(loss)
+        if epsilon is not None:
+            delta = loss.detach() - torch.stack([-reference[row, t].double() for t in tokens])
+            w = (2 / (1 + torch.exp(-(delta - delta.mean())))).clip(1 - epsilon, 1 + epsilon)
+        total = total + (w * loss).sum()
+    total = total / normaliser
+    total.backward()
+    return total.detach(), hidden.grad, weight.grad, None if bias is None else bias.grad
+
+
+def case(seed: int, batch: int, length: int, size: int, vocabulary: int, dtype=torch.float32, spread: float = 1.0):
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(batch, length, size, generator=g).to(dtype)
+    weight = (spread * torch.randn(vocabulary, size, generator=g) / size**0.5).to(dtype)
+    ids = torch.randint(0, vocabulary, (batch, length), generator=g)
+    predicted = torch.rand(batch, length, generator=g) < 0.9
+    predicted[:, 0] = False
+    for row in range(batch):  # unequal lengths, one of them a single token
+        predicted[row, [length, 1, 2, length - 1][row % 4] :] = False
+    reference = -torch.rand(batch, length, generator=g) * 8
+    return hidden, weight, ids, predicted, reference
+
+
+@pytest.mark.parametrize("objective", ["ntp", "remit"])
+@pytest.mark.parametrize(("seed", "shape"), [(0, (1, 9, 8, 50)), (1, (5, 17, 16, 101)), (2, (3, 33, 12, 1031))])
+@pytest.mark.parametrize("budget", [1 << 30, 4 * 1031 * 5, 1])
+def test_float32_equals_float64_autograd(objective: str, seed: int, shape: tuple, budget: int) -> None:
+    hidden, weight, ids, predicted, reference = case(seed, *shape, spread=3.0)
+    bias = torch.randn(shape[3], generator=torch.Generator().manual_seed(9)) if seed == 1 else None
+    normaliser = 37.0
+    want = oracle(hidden, weight, bias, ids, predicted, reference, 0.2 if objective == "remit" else None, normaliser)
+    inputs = [hidden.requires_grad_(), weight.requires_grad_()] + ([] if bias is None else [bias.requires_grad_()])
+    loss = weighted_cross_entropy(
+        hidden,
+        weight,
+        ids,
+        predicted,
+        make_weigh(objective, 0.2),
+        normaliser,
+        reference_BT=reference,
+        bias_V=bias,
+        logits_budget_bytes=budget,
+    )
+    (2 * loss).backward()
+    assert loss.item() == pytest.approx(want[0].item(), rel=1e-5)
+    for got, expected in zip(inputs, [grad for grad in want[1:] if grad is not None]):
+        torch.testing.assert_close(got.grad.double() / 2, expected, rtol=2e-4, atol=2e-6)
+
+
+def test_bfloat16_stays_near_float64() -> None:
+    hidden, weight, ids, predicted, reference = case(5, 3, 40, 64, 777, dtype=torch.bfloat16)
+    want = oracle(hidden, weight, None, ids, predicted, reference, 0.2, 50.0)
+    master = weight.float().requires_grad_()
+    hidden.requires_grad_()
+    loss = weighted_cross_entropy(hidden, master, ids, predicted, make_weigh("remit", 0.2), 50.0, reference_BT=reference)
+    loss.backward()
+    assert loss.item() == pytest.approx(want[0].item(), rel=1e-2)
+    for got, expected in ((hidden.grad, want[1]), (master.grad, want[2])):
+        cosine = torch.nn.functional.cosine_similarity(got.double().flatten(), expected.flatten(), dim=0)
+        assert cosine > 0.999
+    assert master.grad.dtype == torch.float32
+
+
+def test_tied_embedding_gets_both_gradients() -> None:
+    hidden, weight, ids, predicted, reference = case(7, 2, 12, 16, 60)
+    shared = weight.clone().requires_grad_()
+    embedded = torch.nn.functional.embedding(ids, shared)
+    weighted_cross_entropy(embedded, shared, ids, predicted, make_weigh("remit", 0.2), 20.0, reference_BT=reference).backward()
+
+    double = weight.double().requires_grad_()
+    grads = oracle(torch.nn.functional.embedding(ids, weight), weight, None, ids, predicted, reference, 0.2, 20.0)
+    torch.nn.functional.embedding(ids, double).backward(grads[1])
+    torch.testing.assert_close(shared.grad.double(), double.grad + grads[2], rtol=1e-4, atol=1e-6)
+
+
+def test_statistics_and_evaluation() -> None:
+    hidden, weight, ids, predicted, reference = case(3, 4, 21, 16, 60, spread=3.0)
+    statistics = HeadStatistics.zeros()
+    with torch.no_grad():
+        loss = weighted_cross_entropy(
+            hidden, weight.requires_grad_(), ids, predicted, make_weigh("remit", 0.2), 1.0, reference_BT=reference, statistics=statistics
+        )
+    assert not loss.requires_grad
+    sums = statistics.as_dict()
+    assert sums["tokens"] == predicted.sum()
+    logprobs = (hidden.double() @ weight.detach().double().T).log_softmax(-1)
+    plain = sum(-logprobs[r, t - 1, ids[r, t]] for r, t in predicted.nonzero().tolist())
+    assert sums["loss"] == pytest.approx(plain.item(), rel=1e-6)
+    assert sums["weighted_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert 0 < sums["clipped_low"] < sums["tokens"]
+
+
+def test_first_position_cannot_be_predicted() -> None:
+    hidden, weight, ids, predicted, _ = case(3, 2, 5, 8, 20)
+    predicted[1, 0] = True
+    with pytest.raises(ValueError, match="position 0"):
+        weighted_cross_entropy(hidden, weight, ids, predicted, make_weigh("ntp", 0.2), 1.0)

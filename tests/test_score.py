@@ -1,0 +1,206 @@
+"""Scoring with real vLLM engines in real Ray actors, against transformers forwards in float64."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from conftest import make_model, make_tokenizer, source_texts, write_corpus
+from oracles import load, read_rows, row_logprobs
+
+from scorer.config import PackConfig, ScoreConfig
+from scorer.engine import EngineConfig, batched_tokens, check_logprobs, round_logprobs
+from scorer.pack import pack
+from scorer.score import Reference, score
+from shards import ShardFolder
+from shards.verify import verify_folder
+
+Remit = Callable[..., tuple[int, str, str]]
+
+
+def score_to(out: Path, shards: Path, model: Path, **settings: object) -> ShardFolder:
+    config = ScoreConfig(shards, str(model), out, **({"num_engines": 1, "dtype": "float32"} | settings))
+    return score(config, Reference(model, model.name))
+
+
+def compare(folder: ShardFolder, model: Path, name: str, context: str, tolerance: float, every: int = 1) -> int:
+    """Every value of the column against transformers; returns the number of values compared."""
+    reference = load(model)
+    count = 0
+    with torch.no_grad():
+        for row in read_rows(folder.path)[::every]:
+            want = row_logprobs(reference, row, context)
+            got = row[f"{name}_logprobs"]
+            assert [value is None for value in got] == [value is None for value in want]
+            for value, expected in zip(got, want):
+                if value is not None:
+                    assert abs(value - expected.item()) <= tolerance
+                    count += 1
+    return count
+
+
+@pytest.fixture(scope="session")
+def reference_model(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    folder = make_model(tmp_path_factory.mktemp("reference") / "tiny-rl", seed=1)
+    for file in tokenizer_folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def scored(tmp_path_factory: pytest.TempPathFactory, packed: Path, reference_model: Path) -> Path:
+    """The packed folder with two columns: rl in packed and sft in document context, by two engines at once."""
+    out = tmp_path_factory.mktemp("scored")
+    score_to(out / "rl", packed, reference_model, num_engines=2)
+    return score_to(out / "both", out / "rl", reference_model, name="sft", context="document", logprob_step=0.0).path
+
+
+def test_both_contexts_equal_transformers(scored: Path, reference_model: Path) -> None:
+    folder = ShardFolder(scored)  # seq_len is the model's max_position_embeddings, so full rows are the longest it takes
+    assert folder.manifest.seq_len == json.loads((reference_model / "config.json").read_text())["max_position_embeddings"]
+    assert compare(folder, reference_model, "rl", "packed", 1 / 128 + 1e-4, every=2) > 5000
+    assert compare(folder, reference_model, "sft", "document", 1e-4, every=2) > 5000
+    assert verify_folder(folder).problems == []
+
+
+def test_tokens_are_carried_over_and_provenance_recorded(scored: Path, packed: Path) -> None:
+    for before, after in zip(read_rows(packed), read_rows(scored), strict=True):
+        assert {key: after[key] for key in before} == before
+    manifest = json.loads((scored / "_manifest.json").read_text())
+    assert {name: (r["context"], r["logprob_step"]) for name, r in manifest["references"].items()} == {
+        "rl": ("packed", 1 / 64),
+        "sft": ("document", 0.0),
+    }
+    part = next(scored.glob("part-*.arrow"))
+    metadata = json.loads(pa.ipc.open_file(part).schema.metadata[b"remit"])
+    assert metadata == {key: value for key, value in manifest.items() if key != "parts"}
+    assert metadata["references"]["rl"] | {"weights_sha256": "", "engine_version": ""} == {
+        "model": "tiny-rl", "revision": None, "weights_sha256": "", "dtype": "float32", "engine": "vllm",
+        "engine_version": "", "tensor_parallel_size": 1, "context": "packed", "logprob_step": 1 / 64,
+    }  # fmt: skip
+
+
+def test_rounded_column_is_plain_float32_and_small(scored: Path) -> None:
+    column = pa.ipc.open_file(scored / "part-00000.arrow").read_all()["rl_logprobs"]
+    assert column.type == pa.list_(pa.float32())
+    values = column.combine_chunks().flatten().drop_null().to_numpy().astype(np.float64)
+    assert np.array_equal(values * 64, np.rint(values * 64))
+    assert not np.signbit(values[values == 0]).any()
+
+
+def test_rerun_scores_what_is_missing(scored: Path, packed: Path, reference_model: Path) -> None:
+    folder = scored.parent / "rl"
+    record = folder / "_commits" / "part-00002.json"
+    before = {path.name: path.read_bytes() for path in [*folder.glob("*.arrow"), record]}
+    record.unlink()
+    (folder / "part-00002.arrow").unlink()
+    score_to(folder, packed, reference_model)
+    assert {path.name: path.read_bytes() for path in [*folder.glob("*.arrow"), record]} == before
+
+
+@pytest.mark.parametrize("context", ["packed", "document"])
+def test_short_rows_and_pieces(tmp_path: Path, tokenizer_folder: Path, reference_model: Path, context: str) -> None:
+    """Corpus files whose last rows have 1, 2 and all tokens; documents of one token (EOS only follows)."""
+    tokenizer = ExactCorpora(tokenizer_folder)
+    corpus = []
+    for index, length in enumerate((1, 2, 15, 16, 17, 18, 32, 33)):
+        corpus.append(write_corpus(tmp_path / f"{index}.jsonl", tokenizer.texts_of(length)))
+    shards = pack(
+        PackConfig([str(path) for path in corpus], str(tokenizer_folder), tmp_path / "packed", 16, tokens_per_shard=64)
+    )
+    lengths = {len(row["input_ids"]) for row in read_rows(shards.path)}
+    assert {1, 2, 16} <= lengths
+    scored = score_to(tmp_path / "scored", shards.path, reference_model, context=context)
+    assert compare(scored, reference_model, "rl", context, 1 / 128 + 1e-4) > 50
+    assert verify_folder(scored).problems == []
+
+
+class ExactCorpora:
+    """Makes corpora of an exact number of tokens, EOS included, from one-token documents and longer ones."""
+
+    def __init__(self, folder: Path) -> None:
+        import transformers
+
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+
+    def texts_of(self, length: int) -> list[str]:
+        # a document of n letters without merges has n tokens; with its EOS it has n + 1
+        if length == 1:
+            return ["q" * 16, "z" * 15]  # 17 + 16 = 33 tokens: the last row of 16-token rows has one
+        texts = ["q"]
+        rest = length - 2
+        while rest > 0:
+            size = min(rest, 6)
+            if rest - size == 1:
+                size += 1
+            texts.append("q" * (size - 1))
+            rest -= size
+        count = sum(len(self.tokenizer(text, add_special_tokens=False)["input_ids"]) + 1 for text in texts)
+        assert count == length
+        return texts
+
+
+def test_tensor_parallel_engine_on_cpu(tmp_path: Path, packed: Path, reference_model: Path) -> None:
+    folder = score_to(tmp_path / "out", packed, reference_model, tensor_parallel_size=2)
+    assert compare(folder, reference_model, "rl", "packed", 1 / 128 + 1e-4, every=20) > 300
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: make_model(folder, positions=32), "takes at most 32 tokens"),
+        (lambda folder: make_model(folder, vocabulary=300), "has 300 embedding rows"),
+        (lambda folder: (make_model(folder), (folder / "model.safetensors").unlink()), "has no .*safetensors weights"),
+        (lambda folder: (make_model(folder), make_tokenizer(folder, source_texts(90, seed=50))), "is not the one that packed"),
+        (lambda folder: folder.mkdir(), "has no config.json"),
+        (lambda folder: None, "no such folder"),
+    ],
+)
+def test_reference_that_does_not_fit(tmp_path: Path, packed: Path, remit: Remit, make: Callable, message: str) -> None:
+    make(tmp_path / "model")
+    code, _, error = remit("score", "--shards", packed, "--model", tmp_path / "model", "--out", tmp_path / "out")
+    assert code == 1
+    assert re.search(message, error.strip().splitlines()[-1]), error
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_that_do_not_fit(tmp_path: Path, packed: Path, scored: Path, reference_model: Path, remit: Remit) -> None:
+    base = ("score", "--shards", packed, "--model", reference_model)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    for arguments, code, message in (
+        ((*base, "--out", tmp_path / "full"), 1, "is not empty and not a shard folder"),
+        ((*base, "--out", scored.parent / "rl"), 1, "references.rl.dtype is 'float32' there"),
+        ((*base, "--out", scored.parent / "rl", "--dtype", "float32", "--context", "document"), 1, "rl.context is 'packed'"),
+        (("score", "--shards", scored, "--model", reference_model, "--out", tmp_path / "o"), 1, "named 'rl' already"),
+        ((*base, "--out", tmp_path / "o", "--name", "RL!"), 2, "not usable as a column name"),
+        ((*base, "--out", tmp_path / "o", "--logprob-step", "0.1"), 2, "expected a power of two"),
+        ((*base, "--out", tmp_path / "o", "--num-engines", "99"), 1, "is more than the cluster's"),
+        ((*base, "--out", tmp_path / "o", "--context", "sentence"), 2, "context"),
+    ):
+        dtype = () if "--dtype" in arguments else ("--dtype", "bfloat16")
+        got, _, error = remit(*arguments, *dtype)
+        assert (got, message in " ".join(error.replace("│", " ").split())) == (code, True), error
+
+
+def test_rounding_and_checks_by_hand() -> None:
+    values = np.array([-0.001, -0.0079, -1.0, -17.23456], dtype=np.float32)
+    assert round_logprobs(values, 1 / 64).tolist() == [0.0, -1 / 64, -1.0, -17.234375]
+    assert not np.signbit(round_logprobs(values, 1 / 64))[0]
+    assert check_logprobs(np.array([-1.0, 1e-7], dtype=np.float32)).tolist() == [-1.0, 0.0]
+    for bad in (float("nan"), float("-inf"), 0.5):
+        with pytest.raises(ValueError, match="expected a finite number of at most 0"):
+            check_logprobs(np.array([-1.0, bad], dtype=np.float32))
+
+
+def test_engine_step_shrinks_with_the_vocabulary() -> None:
+    def tokens(vocabulary: int) -> int:
+        return batched_tokens(EngineConfig(Path("m"), "float32", 4096, vocabulary))
+
+    assert tokens(1000) == 8192
+    assert tokens(152_000) * 152_000 * 8 <= 1 << 30
+    assert tokens(10**9) == 256

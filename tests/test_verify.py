@@ -1,0 +1,204 @@
+"""Damage of every kind is caught by verify and by the reader that trains."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from shards import ShardFolder, row_schema, write_part
+from shards.manifest import CorpusFile, Manifest, PartPlan
+from shards.schema import has_predecessor
+from shards.verify import verify_folder
+from trainer.data import RowReader
+
+TOKENIZER = {"fingerprint": "f" * 64, "eos_token_id": 0, "vocab_size": 100, "special_tokens": "parse"}
+REFERENCE = {"context": "packed", "logprob_step": 0.25}
+
+
+def rows() -> dict[str, list]:
+    """Four rows of at most 4 tokens: document 0 of 6 tokens, 1 of 5, 2 of 3 (EOS is 0)."""
+    return {
+        "input_ids": [[5, 6, 7, 8], [9, 0, 11, 12], [13, 14, 0, 21], [22, 0]],
+        "doc_lengths": [[4], [2, 2], [3, 1], [2]],
+        "doc_ids": [[0], [0, 1], [1, 2], [2]],
+        "source": [0, 0, 0, 0],
+        "rl_logprobs": [[None, -1.0, -0.25, 0.0], [None, -3.5, -1.0, -1.0], [None, -2.0, -2.0, -0.5], [None, -7.75]],
+    }
+
+
+def write_folder(folder: Path, values: dict[str, list], documents: int = 3, **manifest: object) -> ShardFolder:
+    """A shard folder that holds `values`, in parts of two rows."""
+    (folder / "_commits").mkdir(parents=True)
+    tokens = [len(row) for row in values["input_ids"]]
+    plans = tuple(
+        PartPlan(f"part-{index:05d}.arrow", len(tokens[first : first + 2]), sum(tokens[first : first + 2]))
+        for index, first in enumerate(range(0, len(tokens), 2))
+    )
+    file = CorpusFile("a.jsonl", 1, "0" * 64, documents + 1, documents, 1, 0, len(tokens), sum(tokens))
+    settings: dict = {
+        "seq_len": 4, "rows_per_part": 2, "rows_per_batch": 2, "tokenizer": TOKENIZER, "corpus": (file,), "parts": plans,
+        "references": {"rl": REFERENCE},
+    }  # fmt: skip
+    plan = Manifest(**(settings | manifest))
+    plan.write(folder)
+    schema = row_schema(("rl",))
+    for index, part in enumerate(plans):
+        batch = pa.record_batch(
+            [pa.array(values[field.name][2 * index : 2 * index + 2], field.type) for field in schema], schema=schema
+        )
+        write_part(folder, part.name, schema, plan.provenance(), [batch])
+    return ShardFolder(folder)
+
+
+def test_sound_folder_has_no_problems(tmp_path: Path) -> None:
+    report = verify_folder(write_folder(tmp_path, rows()))
+    assert report.problems == []
+    assert (report.parts, report.rows, report.tokens, report.documents, report.logprobs) == (2, 4, 14, 3, {"rl": 10})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v["input_ids"][0].__setitem__(1, 100), "token id is not in 0..99"),
+        (lambda v: v["input_ids"][0].__setitem__(1, -1), "token id is not in 0..99"),
+        (lambda v: v["input_ids"][1].__setitem__(1, 5), "does not end in EOS"),
+        (lambda v: v["doc_lengths"][1].__setitem__(0, 1), "do not sum"),
+        (lambda v: v.__setitem__("doc_lengths", [[4], [4, 0], [3, 1], [2]]), "piece is empty"),
+        (lambda v: v["doc_ids"][2].__setitem__(0, 5), "out of order"),
+        (lambda v: v["doc_ids"][3].__setitem__(0, 3), "does not end in EOS"),
+        (lambda v: v["source"].__setitem__(0, 1), "not the index of a corpus file"),
+        (lambda v: v["rl_logprobs"][0].__setitem__(1, None), "null elsewhere"),
+        (lambda v: v["rl_logprobs"][0].__setitem__(0, -1.0), "null elsewhere"),
+        (lambda v: v["rl_logprobs"][0].__setitem__(1, 0.25), "not finite and <= 0"),
+        (lambda v: v["rl_logprobs"][0].__setitem__(1, float("nan")), "not finite and <= 0"),
+        (lambda v: v["rl_logprobs"][0].__setitem__(1, float("-inf")), "not finite and <= 0"),
+        (lambda v: v["rl_logprobs"][0].__setitem__(1, -1.1), "not a multiple"),
+        (lambda v: v["rl_logprobs"][0].pop(), "differ in length"),
+        (lambda v: v["input_ids"][3].__setitem__(1, 7), "its last document does not end in EOS"),
+    ],
+)
+def test_broken_invariants_are_named(tmp_path: Path, change: Callable, message: str) -> None:
+    values = rows()
+    change(values)
+    problems = verify_folder(write_folder(tmp_path, values)).problems
+    assert any(message in problem for problem in problems), problems
+
+
+def test_a_row_after_a_short_row(tmp_path: Path) -> None:
+    values = rows()
+    for column in values.values():
+        column[1], column[3] = column[3], column[1]
+    assert any("short last row" in problem for problem in verify_folder(write_folder(tmp_path, values)).problems)
+
+
+def test_counts_are_recounted(tmp_path: Path) -> None:
+    problems = verify_folder(write_folder(tmp_path, rows(), documents=4)).problems
+    assert any("3 documents found, the manifest says 4" in problem for problem in problems)
+
+
+def test_parts_of_another_folder_are_refused(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "a", rows())
+    other = write_folder(tmp_path / "b", rows(), references={"rl": REFERENCE | {"model": "other"}})
+    for file in ("part-00001.arrow", "_commits/part-00001.json"):
+        shutil.copyfile(other.path / file, folder.path / file)
+    assert any("schema metadata" in problem for problem in verify_folder(folder).problems)
+
+
+def test_missing_extra_and_uncommitted_parts(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, rows())
+    shutil.copyfile(tmp_path / "part-00001.arrow", tmp_path / "part-00007.arrow")
+    (tmp_path / "part-00001.arrow").unlink()
+    (tmp_path / "_commits" / "part-00000.json").unlink()
+    problems = " ".join(verify_folder(folder).problems)
+    assert "part-00000.arrow: not committed" in problems
+    assert "part-00001.arrow: is committed but missing" in problems
+    assert "part-00007.arrow: is not in the manifest" in problems
+    with pytest.raises(ValueError, match="1 of 2 parts are not committed"):
+        RowReader(folder, "packed", "rl", 100)
+
+
+def test_bit_flips_and_truncations_are_never_read(tmp_path: Path) -> None:
+    """Data, record and manifest: verify reports each flip, and the reader raises before it gives a row."""
+    write_folder(tmp_path / "sound", rows())
+    rng = random.Random(0)
+    for trial in range(240):
+        folder = tmp_path / "bad"
+        shutil.copytree(tmp_path / "sound", folder)
+        target = rng.choice(["part-00000.arrow", "part-00001.arrow", "_commits/part-00000.json", "_manifest.json"])
+        data = bytearray((folder / target).read_bytes())
+        if trial % 4:
+            bit = rng.randrange(8 * len(data))
+            data[bit // 8] ^= 1 << bit % 8
+        else:
+            del data[rng.randrange(len(data)) :]
+        (folder / target).write_bytes(data)
+        with pytest.raises(ValueError, match=r"\w"):  # by the manifest, by verify, or by the counts
+            problems = verify_folder(ShardFolder(folder)).problems
+            assert problems, (target, trial)
+            raise ValueError(problems[0])
+        if target != "_manifest.json":
+            with pytest.raises(ValueError, match="part-"):
+                reader = RowReader(ShardFolder(folder), "packed", "rl", 100)
+                for block, count in enumerate(reader.block_rows):
+                    reader.rows(np.array([(block, row) for row in range(count)]))
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["parts"][0].__setitem__("name", "../part-00000.arrow"), "not of the form"),
+        (lambda m: m["corpus"][0].__setitem__("path", "/etc/passwd"), "not relative"),
+        (lambda m: m["corpus"][0].__setitem__("path", "../x"), "not relative"),
+        (lambda m: m.__setitem__("format_version", 99), "format version 99"),
+        (lambda m: m.__setitem__("format", "other"), "not a remit shard folder"),
+        (lambda m: m["parts"][1].__setitem__("tokens", 7), "tokens in parts"),
+        (lambda m: m.__setitem__("seq_len", 0), "seq_len is 0"),
+        (lambda m: m.pop("tokenizer"), "tokenizer"),
+        (lambda m: m["documents"].__setitem__("read", 9), "do not agree"),
+    ],
+)
+def test_manifest_is_checked(tmp_path: Path, change: Callable, message: str) -> None:
+    write_folder(tmp_path, rows())
+    manifest = json.loads((tmp_path / "_manifest.json").read_text())
+    change(manifest)
+    (tmp_path / "_manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=message):
+        ShardFolder(tmp_path)
+
+
+def test_committed_parts_are_never_overwritten_and_orphans_are(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, rows())
+    part, schema = "part-00000.arrow", row_schema(("rl",))
+    batch = folder.open_part(part).get_batch(0)
+    with pytest.raises(ValueError, match="committed already"):
+        write_part(tmp_path, part, schema, folder.manifest.provenance(), [batch])
+    before = (tmp_path / part).read_bytes()
+    (tmp_path / "_commits" / "part-00000.json").unlink()
+    (tmp_path / part).write_bytes(b"half a part of a run that died")
+    write_part(tmp_path, part, schema, folder.manifest.provenance(), [batch])
+    assert (tmp_path / part).read_bytes() == before
+    assert not verify_folder(folder).problems
+
+
+def test_a_failing_writer_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "_commits").mkdir()
+
+    def batches():
+        yield pa.record_batch([[[1]], [[1]], [[0]], [0]], schema=row_schema())
+        raise RuntimeError("the engine died")
+
+    with pytest.raises(RuntimeError, match="engine died"):
+        write_part(tmp_path, "part-00000.arrow", row_schema(), {}, batches())
+    assert [path.name for path in tmp_path.iterdir()] == ["_commits"]
+
+
+def test_predecessors_by_hand() -> None:
+    rows_, pieces = np.array([4, 1, 3]), np.array([1, 3, 1, 2, 1])
+    assert has_predecessor(rows_, pieces, "packed").astype(int).tolist() == [0, 1, 1, 1, 0, 0, 1, 1]
+    assert has_predecessor(rows_, pieces, "document").astype(int).tolist() == [0, 0, 1, 1, 0, 0, 1, 0]
