@@ -40,7 +40,9 @@ def table(ntp: dict[int, float], remit: dict[int, float], rows: int = 8) -> str:
     lines = ["  step   held-out loss: NTP    ReMiT    ReMiT - NTP"]
     lines += [f"{step:6,}{ntp[step]:21.4f}{remit[step]:9.4f}{remit[step] - ntp[step]:+15.4f}" for step in shown]
     last = steps[-1]
-    lines.append(f"After {last:,} steps on the same rows ReMiT is {_verdict(remit[last] - ntp[last])} on held-out reasoning.")
+    lines.append(
+        f"After {last:,} steps on the same rows ReMiT is {_verdict(remit[last] - ntp[last])} on held-out reasoning."
+    )
     return "\n".join(lines)
 
 

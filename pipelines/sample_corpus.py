@@ -7,15 +7,113 @@ there so that a model has something else to learn than arithmetic.
 import random
 from collections.abc import Iterator
 
-NAMES = "Ada Ben Chen Dina Emil Fatou Goran Hana Ivo Jun Kofi Lena Mira Nils Olga Pia Quinn Rosa Sami Tove".split()
-THINGS = "apples books coins eggs kites marbles nails pears pens plates ropes shells stamps stones tickets".split()
+NAMES = [
+    "Ada",
+    "Ben",
+    "Chen",
+    "Dina",
+    "Emil",
+    "Fatou",
+    "Goran",
+    "Hana",
+    "Ivo",
+    "Jun",
+    "Kofi",
+    "Lena",
+    "Mira",
+    "Nils",
+    "Olga",
+    "Pia",
+    "Quinn",
+    "Rosa",
+    "Sami",
+    "Tove",
+]
+THINGS = [
+    "apples",
+    "books",
+    "coins",
+    "eggs",
+    "kites",
+    "marbles",
+    "nails",
+    "pears",
+    "pens",
+    "plates",
+    "ropes",
+    "shells",
+    "stamps",
+    "stones",
+    "tickets",
+]
 GAINS = ["buys {n} more", "finds {n} more", "gets {n} from a friend", "wins {n} in a game"]
 LOSSES = ["gives {n} away", "loses {n} on the way", "sells {n}", "lends {n} to a neighbour"]
-PLACES = "bay bridge farm forest garden harbour hill library market meadow mill school shore station tower".split()
-ADJECTIVES = "old quiet small bright narrow green windy busy distant warm grey empty wooden crowded steep".split()
-ANIMALS = "heron fox goat cat owl horse beetle dog crow hare mole otter pigeon swan toad".split()
+PLACES = [
+    "bay",
+    "bridge",
+    "farm",
+    "forest",
+    "garden",
+    "harbour",
+    "hill",
+    "library",
+    "market",
+    "meadow",
+    "mill",
+    "school",
+    "shore",
+    "station",
+    "tower",
+]
+ADJECTIVES = [
+    "old",
+    "quiet",
+    "small",
+    "bright",
+    "narrow",
+    "green",
+    "windy",
+    "busy",
+    "distant",
+    "warm",
+    "grey",
+    "empty",
+    "wooden",
+    "crowded",
+    "steep",
+]
+ANIMALS = [
+    "heron",
+    "fox",
+    "goat",
+    "cat",
+    "owl",
+    "horse",
+    "beetle",
+    "dog",
+    "crow",
+    "hare",
+    "mole",
+    "otter",
+    "pigeon",
+    "swan",
+    "toad",
+]
 TIMES = ["in the morning", "at noon", "after the rain", "before dawn", "on a Sunday", "late in the year", "at night"]
-VERBS = "watched found followed painted remembered forgot described heard repaired missed carried drew".split()
+VERBS = [
+    "watched",
+    "found",
+    "followed",
+    "painted",
+    "remembered",
+    "forgot",
+    "described",
+    "heard",
+    "repaired",
+    "missed",
+    "carried",
+    "drew",
+]
 ENDINGS = [
     "Nobody could say why.",
     "It was much later that {name} understood.",

@@ -27,6 +27,7 @@ from shards.manifest import MANIFEST, CorpusFile, Manifest, PartPlan, first_diff
 from shards.part import COMMITS, sha256_file, temporary_name
 
 REJECTED = "_rejected.jsonl"
+KEEP_STAGING_BYTES = 1 << 26
 
 
 Progress = Callable[[str, int, int, int], None]
@@ -74,8 +75,9 @@ def pack(config: PackConfig, progress: Progress = lambda phase, done, total, tok
             folder = ShardFolder(config.out)
             _write_parts(config, folder, staging, staged, progress)
     finally:
-        if not any(staging.glob("*.json")):  # nothing finished that a rerun could use
-            shutil.rmtree(staging)
+        # after a failure, staging is kept for the rerun only where it saves time
+        if sum(file.stat().st_size for file in staging.iterdir()) < KEEP_STAGING_BYTES:
+            shutil.rmtree(staging, ignore_errors=True)
     shutil.rmtree(staging, ignore_errors=True)
     return folder
 

@@ -24,6 +24,7 @@ class ShardFolder:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.manifest = Manifest.read(self.path)
+        self._plans = {plan.name: plan for plan in self.manifest.parts}
 
     @property
     def tokenizer_path(self) -> Path:
@@ -98,6 +99,12 @@ class ShardFolder:
         record = read_record(self.path, part)
         if record is None:
             raise ValueError(f"{self.path / part}: not committed; run the command that writes this folder again")
+        plan = self._plans[part]
+        if (record.rows, record.tokens) != (plan.rows, plan.tokens):
+            raise ValueError(
+                f"{self.path / part}: its commit record has {record.rows} rows and {record.tokens} tokens, the manifest "
+                f"plans {plan.rows} and {plan.tokens}; delete both and run the command that writes this folder again"
+            )
         return record
 
     def open_part(self, part: str, columns: list[str] | None = None) -> pa.ipc.RecordBatchFileReader:

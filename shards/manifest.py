@@ -170,7 +170,7 @@ class Manifest:
 def first_difference(ours: Any, theirs: Any, where: str = "") -> str | None:
     """Name, our value and their value of the first field in which two JSON values differ, or None."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
-        for key in sorted(ours.keys() | theirs.keys()):
+        for key in [*ours, *(key for key in theirs if key not in ours)]:
             path = f"{where}.{key}" if where else key
             difference = first_difference(ours.get(key), theirs.get(key), path)
             if difference:

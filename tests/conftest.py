@@ -18,7 +18,17 @@ from pipelines.cli import main
 from scorer.cluster import ray_cluster
 
 EOS = "<|endoftext|>"
-ODD = ["", "x", "null \x00 byte", "emoji 😀👩‍👩‍👧", "漢字かな交じり文", "שלום עולם", "tab\tand\r\nnewline\n\n", " ", "e\u0301"]
+ODD = [
+    "",
+    "x",
+    "null \x00 byte",
+    "emoji 😀👩‍👩‍👧",
+    "漢字かな交じり文",
+    "שלום עולם",
+    "tab\tand\r\nnewline\n\n",
+    " ",
+    "e\u0301",
+]
 VOCABULARY = 521  # odd on purpose
 
 
@@ -96,7 +106,12 @@ FAMILIES = {
 
 
 def make_model(
-    folder: Path, family: str = "Olmo2", seed: int = 0, positions: int = 64, vocabulary: int = VOCABULARY, **changes: object
+    folder: Path,
+    family: str = "Olmo2",
+    seed: int = 0,
+    positions: int = 64,
+    vocabulary: int = VOCABULARY,
+    **changes: object,
 ) -> Path:
     """A tiny random model whose weights are large enough that its predictions differ from token to token."""
     torch.manual_seed(seed)

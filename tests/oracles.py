@@ -38,7 +38,9 @@ def row_logprobs(model: transformers.PreTrainedModel, row: dict, context: str) -
     return result
 
 
-def remit_step(model: transformers.PreTrainedModel, rows: list[dict], context: str, column: str | None, epsilon: float) -> dict:
+def remit_step(
+    model: transformers.PreTrainedModel, rows: list[dict], context: str, column: str | None, epsilon: float
+) -> dict:
     """Eq. 3-6 in float64 over the rows of one global batch; column None: plain next-token prediction."""
     total = plain = 0.0
     weights, deltas = [], []

@@ -72,7 +72,9 @@ def test_bfloat16_stays_near_float64() -> None:
     want = oracle(hidden, weight, None, ids, predicted, reference, 0.2, 50.0)
     master = weight.float().requires_grad_()
     hidden.requires_grad_()
-    loss = weighted_cross_entropy(hidden, master, ids, predicted, make_weigh("remit", 0.2), 50.0, reference_BT=reference)
+    loss = weighted_cross_entropy(
+        hidden, master, ids, predicted, make_weigh("remit", 0.2), 50.0, reference_BT=reference
+    )
     loss.backward()
     assert loss.item() == pytest.approx(want[0].item(), rel=1e-2)
     for got, expected in ((hidden.grad, want[1]), (master.grad, want[2])):
@@ -82,10 +84,12 @@ def test_bfloat16_stays_near_float64() -> None:
 
 
 def test_tied_embedding_gets_both_gradients() -> None:
-    hidden, weight, ids, predicted, reference = case(7, 2, 12, 16, 60)
+    _, weight, ids, predicted, reference = case(7, 2, 12, 16, 60)
     shared = weight.clone().requires_grad_()
     embedded = torch.nn.functional.embedding(ids, shared)
-    weighted_cross_entropy(embedded, shared, ids, predicted, make_weigh("remit", 0.2), 20.0, reference_BT=reference).backward()
+    weighted_cross_entropy(
+        embedded, shared, ids, predicted, make_weigh("remit", 0.2), 20.0, reference_BT=reference
+    ).backward()
 
     double = weight.double().requires_grad_()
     grads = oracle(torch.nn.functional.embedding(ids, weight), weight, None, ids, predicted, reference, 0.2, 20.0)
@@ -98,7 +102,14 @@ def test_statistics_and_evaluation() -> None:
     statistics = HeadStatistics.zeros()
     with torch.no_grad():
         loss = weighted_cross_entropy(
-            hidden, weight.requires_grad_(), ids, predicted, make_weigh("remit", 0.2), 1.0, reference_BT=reference, statistics=statistics
+            hidden,
+            weight.requires_grad_(),
+            ids,
+            predicted,
+            make_weigh("remit", 0.2),
+            1.0,
+            reference_BT=reference,
+            statistics=statistics,
         )
     assert not loss.requires_grad
     sums = statistics.as_dict()

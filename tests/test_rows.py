@@ -30,7 +30,8 @@ def test_rows_equal_cutting_by_hand(seed: int) -> None:
     rng = random.Random(seed)
     seq_len, rows_per_batch = rng.choice([1, 2, 5, 16]), rng.choice([1, 2, 7])
     documents = [
-        [rng.randrange(1000) for _ in range(rng.choice([1, 1, 2, 4, 5, 16, 33, 200]))] for _ in range(rng.randint(1, 30))
+        [rng.randrange(1000) for _ in range(rng.choice([1, 1, 2, 4, 5, 16, 33, 200]))]
+        for _ in range(rng.randint(1, 30))
     ]
     cutter = RowCutter(seq_len, rows_per_batch, source=3)
     batches = []

@@ -60,8 +60,12 @@ def scored(tmp_path_factory: pytest.TempPathFactory, packed: Path, reference_mod
 
 
 def test_both_contexts_equal_transformers(scored: Path, reference_model: Path) -> None:
-    folder = ShardFolder(scored)  # seq_len is the model's max_position_embeddings, so full rows are the longest it takes
-    assert folder.manifest.seq_len == json.loads((reference_model / "config.json").read_text())["max_position_embeddings"]
+    folder = ShardFolder(
+        scored
+    )  # seq_len is the model's max_position_embeddings, so full rows are the longest it takes
+    assert (
+        folder.manifest.seq_len == json.loads((reference_model / "config.json").read_text())["max_position_embeddings"]
+    )
     assert compare(folder, reference_model, "rl", "packed", 1 / 128 + 1e-4, every=2) > 5000
     assert compare(folder, reference_model, "sft", "document", 1e-4, every=2) > 5000
     assert verify_folder(folder).problems == []
@@ -155,7 +159,10 @@ def test_tensor_parallel_engine_on_cpu(tmp_path: Path, packed: Path, reference_m
         (lambda folder: make_model(folder, positions=32), "takes at most 32 tokens"),
         (lambda folder: make_model(folder, vocabulary=300), "has 300 embedding rows"),
         (lambda folder: (make_model(folder), (folder / "model.safetensors").unlink()), "has no .*safetensors weights"),
-        (lambda folder: (make_model(folder), make_tokenizer(folder, source_texts(90, seed=50))), "is not the one that packed"),
+        (
+            lambda folder: (make_model(folder), make_tokenizer(folder, source_texts(90, seed=50))),
+            "is not the one that packed",
+        ),
         (lambda folder: folder.mkdir(), "has no config.json"),
         (lambda folder: None, "no such folder"),
     ],
@@ -168,14 +175,20 @@ def test_reference_that_does_not_fit(tmp_path: Path, packed: Path, remit: Remit,
     assert not (tmp_path / "out").exists()
 
 
-def test_settings_that_do_not_fit(tmp_path: Path, packed: Path, scored: Path, reference_model: Path, remit: Remit) -> None:
+def test_settings_that_do_not_fit(
+    tmp_path: Path, packed: Path, scored: Path, reference_model: Path, remit: Remit
+) -> None:
     base = ("score", "--shards", packed, "--model", reference_model)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     for arguments, code, message in (
         ((*base, "--out", tmp_path / "full"), 1, "is not empty and not a shard folder"),
         ((*base, "--out", scored.parent / "rl"), 1, "references.rl.dtype is 'float32' there"),
-        ((*base, "--out", scored.parent / "rl", "--dtype", "float32", "--context", "document"), 1, "rl.context is 'packed'"),
+        (
+            (*base, "--out", scored.parent / "rl", "--dtype", "float32", "--context", "document"),
+            1,
+            "rl.context is 'packed'",
+        ),
         (("score", "--shards", scored, "--model", reference_model, "--out", tmp_path / "o"), 1, "named 'rl' already"),
         ((*base, "--out", tmp_path / "o", "--name", "RL!"), 2, "not usable as a column name"),
         ((*base, "--out", tmp_path / "o", "--logprob-step", "0.1"), 2, "expected a power of two"),

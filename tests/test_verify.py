@@ -91,8 +91,9 @@ def test_broken_invariants_are_named(tmp_path: Path, change: Callable, message: 
 
 def test_a_row_after_a_short_row(tmp_path: Path) -> None:
     values = rows()
-    for column in values.values():
-        column[1], column[3] = column[3], column[1]
+    for column in ("input_ids", "rl_logprobs"):
+        values[column][0].pop()
+    values["doc_lengths"][0] = [3]
     assert any("short last row" in problem for problem in verify_folder(write_folder(tmp_path, values)).problems)
 
 
@@ -122,6 +123,19 @@ def test_missing_extra_and_uncommitted_parts(tmp_path: Path) -> None:
         RowReader(folder, "packed", "rl", 100)
 
 
+def problems_of(folder: Path) -> list[str]:
+    try:
+        return verify_folder(ShardFolder(folder)).problems
+    except ValueError as error:  # the manifest itself cannot be read
+        return [str(error)]
+
+
+def read_all(folder: Path) -> None:
+    reader = RowReader(ShardFolder(folder), "packed", "rl", 100)
+    for block, count in enumerate(reader.block_rows):
+        reader.rows(np.array([(block, row) for row in range(count)]))
+
+
 def test_bit_flips_and_truncations_are_never_read(tmp_path: Path) -> None:
     """Data, record and manifest: verify reports each flip, and the reader raises before it gives a row."""
     write_folder(tmp_path / "sound", rows())
@@ -137,15 +151,10 @@ def test_bit_flips_and_truncations_are_never_read(tmp_path: Path) -> None:
         else:
             del data[rng.randrange(len(data)) :]
         (folder / target).write_bytes(data)
-        with pytest.raises(ValueError, match=r"\w"):  # by the manifest, by verify, or by the counts
-            problems = verify_folder(ShardFolder(folder)).problems
-            assert problems, (target, trial)
-            raise ValueError(problems[0])
+        assert problems_of(folder), (target, trial)
         if target != "_manifest.json":
             with pytest.raises(ValueError, match="part-"):
-                reader = RowReader(ShardFolder(folder), "packed", "rl", 100)
-                for block, count in enumerate(reader.block_rows):
-                    reader.rows(np.array([(block, row) for row in range(count)]))
+                read_all(folder)
         shutil.rmtree(folder)
 
 

@@ -1,0 +1,403 @@
+"""Training against float64 from the equations, an online reference, and itself cut into pieces."""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from conftest import make_model, source_texts, write_corpus
+from oracles import load, read_rows, remit_step, row_logprobs
+
+from scorer.config import PackConfig
+from scorer.pack import pack
+from shards import ShardFolder, logprobs_column, row_schema, write_part
+from shards.manifest import Manifest
+from trainer.config import TrainConfig, learning_rate_at
+from trainer.data import RowReader
+from trainer.order import RowOrder
+from trainer.train import train
+
+Remit = Callable[..., tuple[int, str, str]]
+
+
+def annotate(shards: Path, out: Path, values: Callable[[dict], list], context: str, step: float = 0.0) -> Path:
+    """Write `shards` again with a column rl_logprobs that `values` gives for each row: scoring without an engine."""
+    old = Manifest.read(shards)
+    reference = {"context": context, "logprob_step": step, "model": "oracle"}
+    plan = Manifest(**{f: getattr(old, f) for f in old.__dataclass_fields__} | {"references": {"rl": reference}})
+    (out / "_commits").mkdir(parents=True)
+    (out / "_tokenizer").symlink_to(shards / "_tokenizer")
+    plan.write(out)
+    schema = row_schema(("rl",))
+    for part in plan.parts:
+        batches = []
+        for batch in pa.ipc.open_file(shards / part.name).read_all().to_batches():
+            column = pa.array([values(row) for row in batch.to_pylist()], pa.list_(pa.float32()))
+            batches.append(pa.record_batch([*batch.columns, column], schema=schema))
+        write_part(out, part.name, schema, plan.provenance(), batches)
+    return out
+
+
+def by_model(model: Path, context: str, step: float) -> Callable[[dict], list]:
+    reference = load(model)
+
+    @torch.no_grad()
+    def values(row: dict) -> list:
+        logprobs = [None if v is None else v.item() for v in row_logprobs(reference, row, context)]
+        return [v if v is None or not step else round(v / step) * step for v in logprobs]
+
+    return values
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    """About a hundred rows of at most 24 tokens, several of them short."""
+    folder = tmp_path_factory.mktemp("small")
+    for index in range(40):
+        texts = [text[:60] for text in source_texts(12, seed=30 + index)[:3]]
+        write_corpus(folder / "corpus" / f"{index:02d}.jsonl", [*texts, "e"])
+    pack(PackConfig([str(folder / "corpus")], str(tokenizer_folder), folder / "packed", 24, tokens_per_shard=24 * 30))
+    return folder / "packed"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {"base": make_model(folder / "base", seed=1), "reference": make_model(folder / "reference", seed=2)}
+
+
+@pytest.fixture(scope="module")
+def annotated(tmp_path_factory: pytest.TempPathFactory, small: Path, models: dict[str, Path]) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("annotated")
+    return {
+        context: annotate(small, folder / context, by_model(models["reference"], context, 1 / 64), context, 1 / 64)
+        for context in ("packed", "document")
+    }
+
+
+def run(out: Path, shards: Path, model: Path, **settings: object) -> list[dict]:
+    defaults: dict = {
+        "max_steps": 1, "global_batch_size": 8, "micro_batch_size": 3, "dtype": "float32", "checkpoint_every": 0,
+    }  # fmt: skip
+    train(TrainConfig(shards, str(model), out, **(defaults | settings)))
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def rows_of_step(shards: Path, step: int, batch: int, seed: int) -> list[dict]:
+    """The rows of a global batch, looked up by pyarrow at the places that the order names."""
+    folder = ShardFolder(shards)
+    reader = RowReader(folder, "packed", None, 10**6)
+    places = RowOrder(reader.block_rows, seed).rows(step * batch, batch)
+    everything = read_rows(shards)
+    starts = np.cumsum(reader.block_rows) - reader.block_rows
+    return [everything[starts[block] + row] for block, row in places.tolist()]
+
+
+@pytest.mark.parametrize("context", ["packed", "document"])
+@pytest.mark.parametrize("objective", ["remit", "ntp"])
+def test_first_step_equals_float64(
+    tmp_path: Path, annotated: dict[str, Path], models: dict[str, Path], context: str, objective: str
+) -> None:
+    shards = annotated[context]
+    metrics = run(tmp_path / "out", shards, models["base"], objective=objective, seed=4, context=context)[0]
+    base = load(models["base"])
+    column = "rl_logprobs" if objective == "remit" else None
+    rows = rows_of_step(shards, 0, 8, seed=4)
+    assert len({len(row["input_ids"]) for row in rows}) > 1
+    want = remit_step(base, rows, context, column, 0.2)
+    want["loss"].backward()
+    norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in base.parameters() if p.grad is not None))
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    want["loss"] = want["loss"].item()
+    for key, value in want.items():
+        assert metrics[key] == (None if value is None else pytest.approx(value, abs=1e-4)), key
+    if objective == "remit":
+        assert metrics["clipped_low"] > 0.05
+        assert metrics["clipped_high"] > 0.05
+    assert metrics["tokens"] == sum(len(row["input_ids"]) for row in rows)
+
+
+def test_accumulation_equals_one_batch(tmp_path: Path, annotated: dict[str, Path], models: dict[str, Path]) -> None:
+    for context in ("packed", "document"):
+        runs = [
+            run(
+                tmp_path / f"{context}{size}",
+                annotated[context],
+                models["base"],
+                max_steps=6,
+                global_batch_size=4,
+                micro_batch_size=size,
+            )
+            for size in (4, 1)
+        ]
+        for one, four in zip(*runs, strict=True):
+            for key in ("loss", "ntp_loss", "weight_mean", "clipped_low", "clipped_high", "grad_norm"):
+                assert one[key] == pytest.approx(four[key], abs=1e-5, rel=1e-5), key
+
+
+@pytest.mark.parametrize(("step_size", "batch", "tolerance"), [(0.0, 6, 2e-5), (1 / 64, 48, 1e-3)])
+@pytest.mark.parametrize("context", ["packed", "document"])
+def test_twenty_steps_equal_an_online_reference(
+    tmp_path: Path, small: Path, models: dict[str, Path], context: str, step_size: float, batch: int, tolerance: float
+) -> None:
+    """A loop written from the paper, with the reference's forward in every step and torch's own AdamW.
+
+    Exact log-probs reproduce it; rounded ones add noise of at most 0.004 to a weight, which a batch averages out.
+    """
+    shards = annotate(small, tmp_path / "shards", by_model(models["reference"], context, step_size), context, step_size)
+    metrics = run(
+        tmp_path / "out",
+        shards,
+        models["base"],
+        max_steps=20,
+        global_batch_size=batch,
+        warmup_steps=3,
+        learning_rate=1e-3,
+    )
+    base, reference = load(models["base"]), by_model(models["reference"], context, 0)
+    groups = [
+        {"params": [p for p in base.parameters() if p.ndim >= 2], "weight_decay": 0.1},
+        {"params": [p for p in base.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
+    for step in range(20):
+        rows = rows_of_step(shards, step, batch, seed=0)
+        online = [row | {"online": reference(row)} for row in rows]
+        want = remit_step(base, online, context, "online", 0.2)
+        optimizer.zero_grad()
+        want["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(base.parameters(), 1.0)
+        n = step + 1
+        rate = 1e-3 * n / 3 if n <= 3 else 1e-7 + (1e-3 - 1e-7) * (1 + math.cos(math.pi * (n - 3) / 17)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        assert metrics[step]["lr"] == pytest.approx(rate)
+        assert metrics[step]["loss"] == pytest.approx(want["loss"].item(), abs=tolerance), step
+        assert metrics[step]["ntp_loss"] == pytest.approx(want["ntp_loss"], abs=tolerance), step
+    assert metrics[-1]["ntp_loss"] < metrics[0]["ntp_loss"] - 0.05
+
+
+def strip(lines: list[dict]) -> list[dict]:
+    volatile = ("tokens_per_second", "data_wait_seconds", "peak_memory_bytes")
+    return [{key: value for key, value in line.items() if key not in volatile} for line in lines]
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_resume_is_bit_equal_also_over_an_epoch(
+    tmp_path: Path, annotated: dict[str, Path], models: dict[str, Path]
+) -> None:
+    shards = annotated["packed"]
+    rows = Manifest.read(shards).rows
+    settings: dict = {"max_steps": rows // 8 + 9, "micro_batch_size": 4, "checkpoint_every": 4, "seed": 3}
+    whole = run(tmp_path / "whole", shards, models["base"], **settings)
+    assert len(whole) == settings["max_steps"]
+
+    config = TrainConfig(
+        shards, str(models["base"]), tmp_path / "cut", global_batch_size=8, dtype="float32", **settings
+    )
+    for stop in (6, 10, rows // 8 + 3):
+
+        def kill(done: int, total: int, metrics: dict, stop: int = stop) -> None:
+            if done == stop:
+                raise Killed
+
+        with pytest.raises(Killed):
+            train(config, kill)
+        if stop == 10:  # the newest checkpoint is damaged: the one before it is taken
+            file = next((tmp_path / "cut" / "checkpoints" / "step-000008").glob("*.distcp"))
+            data = bytearray(file.read_bytes())
+            data[len(data) // 2] ^= 1
+            file.write_bytes(data)
+        if stop == rows // 8 + 3:  # the process died while it wrote a line
+            with open(tmp_path / "cut" / "metrics.jsonl", "a") as metrics_file:
+                metrics_file.write('{"step": 9')
+    train(config)
+    lines = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
+    assert strip(lines) == strip(whole)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "cut/model" / name).read_bytes() == (tmp_path / "whole/model" / name).read_bytes()
+    assert train(config).steps == settings["max_steps"]  # a finished run is not trained again
+
+
+def test_epochs_visit_every_row_and_end_short(
+    tmp_path: Path, annotated: dict[str, Path], models: dict[str, Path]
+) -> None:
+    manifest = Manifest.read(annotated["packed"])
+    metrics = run(
+        tmp_path / "out",
+        annotated["packed"],
+        models["base"],
+        max_steps=None,
+        epochs=2,
+        global_batch_size=25,
+        micro_batch_size=25,
+    )
+    assert len(metrics) == math.ceil(2 * manifest.rows / 25)
+    assert metrics[-1]["tokens"] == 2 * manifest.tokens
+    assert metrics[-1]["lr"] == pytest.approx(1e-7)
+
+
+def test_learning_rate_by_hand(tmp_path: Path) -> None:
+    config = TrainConfig(tmp_path, "m", tmp_path, learning_rate=1.0, min_learning_rate=0.1, warmup_steps=4)
+    rates = [learning_rate_at(step, config, 12) for step in (1, 4, 8, 12)]
+    assert rates == pytest.approx([0.25, 1.0, 0.55, 0.1])
+
+
+def test_document_context_sees_nothing_of_other_documents(
+    tmp_path: Path, annotated: dict[str, Path], models: dict[str, Path]
+) -> None:
+    """Same metric whatever stands before a document in its row, which packed context cannot give."""
+    base = load(models["base"])
+    rows = rows_of_step(annotated["document"], 0, 8, seed=4)
+    packed, document = (remit_step(base, rows, context, None, 0.2)["ntp_loss"] for context in ("packed", "document"))
+    assert abs(packed - document) > 0.01  # the two are told apart by test_first_step_equals_float64
+
+
+def test_evaluation_is_the_mean_over_all_tokens(
+    tmp_path: Path, annotated: dict[str, Path], models: dict[str, Path]
+) -> None:
+    run(
+        tmp_path / "out",
+        annotated["packed"],
+        models["base"],
+        max_steps=2,
+        eval_shards=annotated["packed"],
+        eval_every=1,
+    )
+    lines = [json.loads(line) for line in (tmp_path / "out" / "evaluation.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    with torch.no_grad():
+        want = remit_step(load(models["base"]), read_rows(annotated["packed"]), "packed", None, 0.2)
+        after = remit_step(load(tmp_path / "out" / "model"), read_rows(annotated["packed"]), "packed", None, 0.2)
+    assert lines[0]["loss"] == pytest.approx(want["ntp_loss"], abs=1e-5)
+    assert lines[2]["loss"] == pytest.approx(after["ntp_loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("Gemma2", {}, "Gemma2ForCausalLM: .*soft-capping or scaling"),
+        ("Granite", {}, "GraniteForCausalLM: .*soft-capping or scaling"),
+        ("Cohere", {}, "CohereForCausalLM: .*soft-capping or scaling"),
+        ("Llama", {"max_position_embeddings": 16}, "takes at most 16 tokens"),
+        ("Llama", {"vocab_size": 400}, "has 400 embedding rows"),
+    ],
+)
+def test_models_that_cannot_be_trained_right_are_refused(
+    tmp_path: Path, annotated: dict[str, Path], remit: Remit, family: str, changes: dict, message: str
+) -> None:
+    make_model(tmp_path / "model", family, **changes)
+    code, _, error = remit(
+        "train",
+        "--shards",
+        annotated["packed"],
+        "--model",
+        tmp_path / "model",
+        "--out",
+        tmp_path / "out",
+        "--max-steps",
+        1,
+    )
+    assert code == 1
+    assert re.search(message, error.strip().splitlines()[-1]), error
+    assert not (tmp_path / "out").exists()
+
+
+def test_dropout_is_off_and_kept_in_the_export(tmp_path: Path, annotated: dict[str, Path]) -> None:
+    make_model(tmp_path / "model", "Llama", attention_dropout=0.3)
+    metrics = run(tmp_path / "out", annotated["packed"], tmp_path / "model", objective="ntp", seed=4)[0]
+    want = remit_step(load(tmp_path / "model"), rows_of_step(annotated["packed"], 0, 8, seed=4), "packed", None, 0.2)
+    assert metrics["ntp_loss"] == pytest.approx(want["ntp_loss"], abs=1e-4)
+    assert json.loads((tmp_path / "out/model/config.json").read_text())["attention_dropout"] == 0.3
+
+
+def test_bfloat16_base_trains_in_float32_and_exports_bfloat16(
+    tmp_path: Path, annotated: dict[str, Path], models: dict[str, Path]
+) -> None:
+    load(models["base"]).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    metrics = run(tmp_path / "out", annotated["packed"], tmp_path / "model", seed=4, dtype="bfloat16")[0]
+    want = remit_step(
+        load(tmp_path / "model"), rows_of_step(annotated["packed"], 0, 8, seed=4), "packed", "rl_logprobs", 0.2
+    )
+    assert metrics["ntp_loss"] == pytest.approx(want["ntp_loss"], rel=0.02)
+    from safetensors.torch import load_file
+
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out/model/model.safetensors").values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--reference", "sft"], 1, "has no log-probs of a reference named 'sft' (it has: rl)"),
+        (["--context", "document"], 1, "was scored in packed context, document asked for"),
+        (["--epsilon", "1.5"], 2, "--epsilon is 1.5, expected a number between 0 and 1"),
+        (["--global-batch-size", "0"], 2, "--global-batch-size is 0, expected at least 1"),
+        (["--learning-rate", "nan"], 2, "--learning-rate is nan"),
+        (["--out", "{tmp}/full"], 1, "is not empty and not a run of remit train"),
+        (["--model", "{tmp}/nowhere"], 1, "no such folder"),
+        (["--shards", "{tmp}/full"], 1, "has no _manifest.json"),
+        (["--objective", "magic"], 2, "magic"),
+    ],
+)
+def test_bad_arguments(
+    tmp_path: Path,
+    annotated: dict[str, Path],
+    models: dict[str, Path],
+    remit: Remit,
+    arguments: list[str],
+    code: int,
+    message: str,
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    settings = {"--shards": annotated["packed"], "--model": models["base"], "--out": tmp_path / "out", "--max-steps": 1}
+    settings |= dict(zip(arguments[::2], (value.format(tmp=tmp_path) for value in arguments[1::2])))
+    got, _, error = remit("train", *(item for pair in settings.items() for item in pair))
+    assert got == code
+    assert message in " ".join(error.replace("│", " ").split())
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_other_settings_do_not_resume(tmp_path: Path, annotated: dict[str, Path], models: dict[str, Path]) -> None:
+    run(tmp_path / "out", annotated["packed"], models["base"])
+    with pytest.raises(ValueError, match=r"epsilon is 0.2 there, 0.3 asked for now"):
+        run(tmp_path / "out", annotated["packed"], models["base"], epsilon=0.3)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"), [(float("nan"), "missing, not finite or positive"), (0.5, "positive"), (None, "missing")]
+)
+def test_only_valid_numbers_train(
+    tmp_path: Path, small: Path, models: dict[str, Path], value: float | None, message: str
+) -> None:
+    shards = annotate(small, tmp_path / "bad", lambda row: [None] + [value] * (len(row["input_ids"]) - 1), "packed")
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "out", shards, models["base"])
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(
+    tmp_path: Path, annotated: dict[str, Path], models: dict[str, Path]
+) -> None:
+    model = load(models["base"])
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(FloatingPointError, match="step 1: loss nan"):
+        run(tmp_path / "out", annotated["packed"], tmp_path / "model")
+    assert not (tmp_path / "out" / "model").exists()
+
+
+def test_column_names() -> None:
+    assert logprobs_column("rl") == "rl_logprobs"
+    for bad in ("", "Rl", "1x", "a-b", "a b", "x" * 65):
+        with pytest.raises(ValueError, match="not usable as a column name"):
+            logprobs_column(bad)
