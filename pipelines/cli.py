@@ -4,7 +4,6 @@ Exit codes: 0 done, 1 failed, 2 bad usage, 3 stopped by a signal and resumable.
 """
 
 import os
-import signal
 import sys
 import traceback
 from pathlib import Path
@@ -16,11 +15,11 @@ import tyro
 import yaml
 
 from pipelines import commands
+from pipelines.commands import BAD_USAGE, FAILED, STOPPED
 from pipelines.settings import InspectConfig, VerifyConfig
+from pipelines.signals import Stopped, StopRequest
 from scorer.config import PackConfig, ScoreConfig
 from trainer.config import TrainConfig
-
-DONE, FAILED, BAD_USAGE, STOPPED = 0, 1, 2, 3
 
 COMMANDS: dict[str, tuple[type, Any]] = {
     "pack": (PackConfig, commands.pack),
@@ -34,10 +33,6 @@ DESCRIPTION = (
     "train from the annotated shards. Options may also come from a YAML file, --config run.yaml; options on the "
     "command line win. remit COMMAND --help explains the options of a command."
 )
-
-
-class Stopped(BaseException):
-    """SIGTERM or SIGINT arrived; not an Exception, so that nothing on the way swallows it."""
 
 
 def expand_config_file(arguments: list[str]) -> list[str]:
@@ -94,24 +89,22 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         fail(command, BAD_USAGE, str(error))
 
-    def stop(number: int, frame: Any) -> NoReturn:
-        raise Stopped(signal.Signals(number).name)
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    stop = StopRequest(graceful=command == "train")  # training ends the step and saves; the others have parts
+    stop.install()
     try:
         run = next(run for settings, run in COMMANDS.values() if settings is type(config))
-        code = run(config)
-    except Stopped as stopped:
-        print(f"\nremit {command}: stopped by {stopped}; the same command again goes on", file=sys.stderr)
-        sys.exit(STOPPED)
+        code = run(config, stop.requested)
+    except Stopped:
+        code = STOPPED
     except Exception as error:
         if config.debug:
             traceback.print_exc()
         if isinstance(error, ValueError | OSError | RuntimeError | FloatingPointError) and str(error):
             fail(command, FAILED, str(error))
         fail(command, FAILED, f"internal error, {type(error).__name__}: {error}; --debug shows where")
-    sys.exit(code or DONE)
+    if code == STOPPED:
+        print(f"\nremit {command}: stopped by {stop.name}; the same command again goes on", file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ Heavy imports (torch, transformers) happen inside, so that --help answers at onc
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from time import monotonic
@@ -19,6 +19,9 @@ from scorer.config import PackConfig, ScoreConfig
 from shards.folder import ShardFolder
 from shards.verify import verify_folder
 from trainer.config import TrainConfig
+
+DONE, FAILED, BAD_USAGE, STOPPED = 0, 1, 2, 3  # exit codes
+ShouldStop = Callable[[], bool]
 
 
 def quiet_libraries() -> None:
@@ -50,7 +53,7 @@ def summary(what: str, folder: ShardFolder, seconds: float) -> str:
     return f"{line} -> {folder.path} ({seconds:.0f} s)"
 
 
-def pack(config: PackConfig) -> int:
+def pack(config: PackConfig, should_stop: ShouldStop) -> int:
     from scorer.pack import pack as run
 
     quiet_libraries()
@@ -71,10 +74,10 @@ def pack(config: PackConfig) -> int:
 
         folder = run(replace(config, tokenizer=str(tokenizer.path)), progress)
     print(summary("packed", folder, monotonic() - began))
-    return 0
+    return DONE
 
 
-def score(config: ScoreConfig) -> int:
+def score(config: ScoreConfig, should_stop: ShouldStop) -> int:
     from scorer.score import Reference
     from scorer.score import score as run
 
@@ -94,10 +97,10 @@ def score(config: ScoreConfig) -> int:
 
         folder = run(config, Reference(model.path, model.name, model.revision), progress)
     print(summary(f"scored as {config.name!r}", folder, monotonic() - began))
-    return 0
+    return DONE
 
 
-def train(config: TrainConfig) -> int:
+def train(config: TrainConfig, should_stop: ShouldStop) -> int:
     from trainer.train import train as run
 
     quiet_libraries()
@@ -119,7 +122,9 @@ def train(config: TrainConfig) -> int:
             )
             bar.update(done - bar.n)
 
-        result = run(replace(config, model=str(model.path)), progress)
+        result = run(replace(config, model=str(model.path)), progress, should_stop)
+    if not result.finished:
+        return STOPPED
     print(f"trained {result.steps:,} steps -> {result.out / 'model'} ({monotonic() - began:.0f} s)")
     if config.objective == "remit":
         low, high = 1 - config.epsilon, 1 + config.epsilon
@@ -127,10 +132,10 @@ def train(config: TrainConfig) -> int:
             f"weights clipped low (to {low:g}): {result.clipped_low:.1%}, high (to {high:g}): {result.clipped_high:.1%}, "
             f"in between: {1 - result.clipped_low - result.clipped_high:.1%}"
         )
-    return 0
+    return DONE
 
 
-def verify(config: VerifyConfig) -> int:
+def verify(config: VerifyConfig, should_stop: ShouldStop) -> int:
     folder = ShardFolder(config.shards)
     with progress_bar(desc="verify", unit=" tokens", unit_scale=True, total=folder.manifest.tokens) as bar:
         report = verify_folder(folder, lambda plan: bar.update(plan.tokens))
@@ -145,11 +150,11 @@ def verify(config: VerifyConfig) -> int:
     for name, count in report.logprobs.items():
         print(f"{name}: {count:,} log-probs, " + json.dumps(folder.manifest.references[name]))
     print("FAILED" if report.problems else "OK")
-    return 1 if report.problems else 0
+    return FAILED if report.problems else DONE
 
 
-def inspect(config: InspectConfig) -> int:
+def inspect(config: InspectConfig, should_stop: ShouldStop) -> int:
     from pipelines.inspect import show_row
 
     show_row(config)
-    return 0
+    return DONE

@@ -26,6 +26,7 @@ class TrainResult:
     """Where the run is, and the means over its steps of the share of weights clipped low and high."""
 
     out: Path
+    finished: bool
     steps: int
     clipped_low: float
     clipped_high: float
@@ -95,11 +96,11 @@ def export(base: Base, shards: ShardFolder, model: Path, final: Path) -> None:
     os.rename(temporary, final)
 
 
-def finished_result(out: Path) -> TrainResult:
+def run_result(out: Path) -> TrainResult:
     """Summary of a run from its metrics."""
     lines = [json.loads(line) for line in (out / METRICS).read_text(encoding="utf-8").splitlines()]
 
     def mean(key: str) -> float:
         return sum(line[key] for line in lines) / len(lines)
 
-    return TrainResult(out, len(lines), mean("clipped_low"), mean("clipped_high"))
+    return TrainResult(out, (out / MODEL).exists(), len(lines), mean("clipped_low"), mean("clipped_high"))

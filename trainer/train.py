@@ -31,10 +31,10 @@ from trainer.run import (
     MODEL,
     TrainResult,
     export,
-    finished_result,
     keep_lines,
     open_run,
     prepare_out,
+    run_result,
     run_settings,
 )
 
@@ -42,8 +42,14 @@ Progress = Callable[[int, int, dict[str, Any]], None]
 """Called as progress(steps done, steps in all, metrics of the step)."""
 
 
-def train(config: TrainConfig, progress: Progress = lambda done, total, metrics: None) -> TrainResult:
+def train(
+    config: TrainConfig,
+    progress: Progress = lambda done, total, metrics: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> TrainResult:
     """Run or resume the run that `config` describes.
+
+    should_stop: asked after each step; when true, the state is saved and the result is not finished.
 
     Raises ValueError with value, expectation and remedy for input that does not fit together, and
     FloatingPointError, before the optimizer step, where a loss or gradient is not finite.
@@ -62,7 +68,7 @@ def train(config: TrainConfig, progress: Progress = lambda done, total, metrics:
     settings = run_settings(config, shards, context)
     prepare_out(config.out, settings)
     if (config.out / MODEL).exists():
-        return finished_result(config.out)
+        return run_result(config.out)
     base = load_base(Path(config.model), config.dtype, device)
     check_fits(base, Path(config.model), shards)
     if context == "document":
@@ -135,12 +141,15 @@ def train(config: TrainConfig, progress: Progress = lambda done, total, metrics:
             metrics_file.flush()
             if evaluation and (step == num_steps or (config.eval_every and step % config.eval_every == 0)):
                 evaluation(step)
-            if config.checkpoint_every and step % config.checkpoint_every == 0 and step < num_steps:
+            stopping = should_stop() and step < num_steps
+            if stopping or (config.checkpoint_every and step % config.checkpoint_every == 0 and step < num_steps):
                 save_checkpoint(config.out / CHECKPOINTS, step, model, optimizer)
             progress(step, num_steps, metrics)
+            if stopping:
+                return run_result(config.out)
 
     export(base, shards, Path(config.model), config.out / MODEL)
-    return finished_result(config.out)
+    return run_result(config.out)
 
 
 def micro_batch_loss(

@@ -1,0 +1,48 @@
+"""Who may import whom: shards none of the others, scorer and trainer never each other, pipelines all."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FORBIDDEN = {
+    "shards": {"scorer", "trainer", "pipelines", "torch", "ray", "vllm", "transformers", "tokenizers", "datasets"},
+    "scorer": {"trainer", "pipelines"},
+    "trainer": {"scorer", "pipelines", "ray", "vllm"},
+    "pipelines": set(),
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of all imports of a file, those inside functions included."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add((node.module or "").split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_dependency_rules(package: str) -> None:
+    files = list((ROOT / package).rglob("*.py"))
+    assert files
+    for file in files:
+        assert not imported(file) & FORBIDDEN[package], file
+
+
+def test_shards_needs_pyarrow_and_numpy_alone() -> None:
+    import sys
+
+    allowed = set(sys.stdlib_module_names) | {"pyarrow", "numpy", "shards"}
+    for file in (ROOT / "shards").rglob("*.py"):
+        assert imported(file) <= allowed, file
+
+
+def test_files_stay_short() -> None:
+    for package in FORBIDDEN:
+        for file in (ROOT / package).rglob("*.py"):
+            assert len(file.read_text(encoding="utf-8").splitlines()) <= 320, file
