@@ -35,7 +35,7 @@ OUT    ?= $(WORK)/run
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install sample score train verify inspect test test-slow lint clean
+.PHONY: help install sample score train verify inspect test lint clean
 
 help: ## list targets and variables
 	@echo "targets:"
@@ -103,10 +103,7 @@ inspect: install ## show what SHARDS holds, or one row of it: make inspect ROW=3
 	$(BIN)/remit inspect --shards $(SHARDS) $(if $(ROW),--row $(ROW))
 
 test: $(VENV)/.installed-dev ## run the tests
-	$(BIN)/python -m pytest -m "not slow"
-
-test-slow: $(VENV)/.installed-dev ## run the tests that take minutes each
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest
 
 lint: $(VENV)/.installed-dev ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -42,7 +43,7 @@ def progress_bar(**options: Any) -> Iterator[tqdm]:
         yield bar
 
 
-def summary(what: str, folder: ShardFolder, seconds: float) -> str:
+def summary(what: str, folder: ShardFolder, out: Path, seconds: float) -> str:
     """One line about a folder that a stage has written."""
     manifest = folder.manifest
     documents = manifest.documents
@@ -50,7 +51,7 @@ def summary(what: str, folder: ShardFolder, seconds: float) -> str:
     line += f" from {documents['packed']:,} documents"
     if documents["empty"] or documents["rejected"]:
         line += f" ({documents['empty']:,} empty, {documents['rejected']:,} rejected)"
-    return f"{line} -> {folder.path} ({seconds:.0f} s)"
+    return f"{line} -> {out} ({seconds:.0f} s)"
 
 
 def pack(config: PackConfig, should_stop: ShouldStop) -> int:
@@ -73,7 +74,7 @@ def pack(config: PackConfig, should_stop: ShouldStop) -> int:
             bar.update(done - bar.n)
 
         folder = run(replace(config, tokenizer=str(tokenizer.path)), progress)
-    print(summary("packed", folder, monotonic() - began))
+    print(summary("packed", folder, config.out, monotonic() - began))
     return DONE
 
 
@@ -96,7 +97,7 @@ def score(config: ScoreConfig, should_stop: ShouldStop) -> int:
             bar.update(done - bar.n)
 
         folder = run(config, Reference(model.path, model.name, model.revision), progress)
-    print(summary(f"scored as {config.name!r}", folder, monotonic() - began))
+    print(summary(f"scored as {config.name!r}", folder, config.out, monotonic() - began))
     return DONE
 
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pipelines.cli import main
 from scorer.cluster import ray_cluster
+from scorer.config import PackConfig, ScoreConfig
+from scorer.pack import pack
+from scorer.score import Reference, score
+from shards import ShardFolder
 
 EOS = "<|endoftext|>"
 ODD = [
@@ -165,9 +170,31 @@ def remit(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, st
 @pytest.fixture(scope="session")
 def packed(tmp_path_factory: pytest.TempPathFactory, corpus_folder: Path, tokenizer_folder: Path) -> Path:
     """A packed folder of rows of 64 tokens in several parts and record batches."""
-    from scorer.config import PackConfig
-    from scorer.pack import pack
-
     out = tmp_path_factory.mktemp("packed") / "shards"
     pack(PackConfig([str(corpus_folder)], str(tokenizer_folder), out, seq_len=64, tokens_per_shard=64 * 50))
     return out
+
+
+def score_to(out: Path, shards: Path, model: Path, **settings: object) -> ShardFolder:
+    config = ScoreConfig(shards, str(model), out, **({"num_engines": 1, "dtype": "float32"} | settings))
+    return score(config, Reference(model, model.name))
+
+
+@pytest.fixture(scope="session")
+def reference_model(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    folder = make_model(tmp_path_factory.mktemp("reference") / "tiny-rl", seed=1)
+    shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def scored_rl(tmp_path_factory: pytest.TempPathFactory, packed: Path, reference_model: Path) -> Path:
+    """The packed folder with a column rl_logprobs in packed context, made by two engines at once."""
+    return score_to(tmp_path_factory.mktemp("scored") / "rl", packed, reference_model, num_engines=2).path
+
+
+@pytest.fixture(scope="session")
+def scored(scored_rl: Path, reference_model: Path) -> Path:
+    """A second column on top of it: sft_logprobs in document context, not rounded."""
+    out = scored_rl.parent / "both"
+    return score_to(out, scored_rl, reference_model, name="sft", context="document", logprob_step=0.0).path

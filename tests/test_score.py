@@ -9,22 +9,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from conftest import make_model, make_tokenizer, source_texts, write_corpus
+from conftest import make_model, make_tokenizer, score_to, source_texts, write_corpus
 from oracles import load, read_rows, row_logprobs
 
-from scorer.config import PackConfig, ScoreConfig
+from scorer.config import PackConfig
 from scorer.engine import EngineConfig, batched_tokens, check_logprobs, round_logprobs
 from scorer.pack import pack
-from scorer.score import Reference, score
 from shards import ShardFolder
 from shards.verify import verify_folder
 
 Remit = Callable[..., tuple[int, str, str]]
-
-
-def score_to(out: Path, shards: Path, model: Path, **settings: object) -> ShardFolder:
-    config = ScoreConfig(shards, str(model), out, **({"num_engines": 1, "dtype": "float32"} | settings))
-    return score(config, Reference(model, model.name))
 
 
 def compare(folder: ShardFolder, model: Path, name: str, context: str, tolerance: float, every: int = 1) -> int:
@@ -41,22 +35,6 @@ def compare(folder: ShardFolder, model: Path, name: str, context: str, tolerance
                     assert abs(value - expected.item()) <= tolerance
                     count += 1
     return count
-
-
-@pytest.fixture(scope="session")
-def reference_model(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
-    folder = make_model(tmp_path_factory.mktemp("reference") / "tiny-rl", seed=1)
-    for file in tokenizer_folder.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    return folder
-
-
-@pytest.fixture(scope="session")
-def scored(tmp_path_factory: pytest.TempPathFactory, packed: Path, reference_model: Path) -> Path:
-    """The packed folder with two columns: rl in packed and sft in document context, by two engines at once."""
-    out = tmp_path_factory.mktemp("scored")
-    score_to(out / "rl", packed, reference_model, num_engines=2)
-    return score_to(out / "both", out / "rl", reference_model, name="sft", context="document", logprob_step=0.0).path
 
 
 def test_both_contexts_equal_transformers(scored: Path, reference_model: Path) -> None:
@@ -96,8 +74,8 @@ def test_rounded_column_is_plain_float32_and_small(scored: Path) -> None:
     assert not np.signbit(values[values == 0]).any()
 
 
-def test_rerun_scores_what_is_missing(scored: Path, packed: Path, reference_model: Path) -> None:
-    folder = scored.parent / "rl"
+def test_rerun_scores_what_is_missing(scored_rl: Path, packed: Path, reference_model: Path) -> None:
+    folder = scored_rl
     record = folder / "_commits" / "part-00002.json"
     before = {path.name: path.read_bytes() for path in [*folder.glob("*.arrow"), record]}
     record.unlink()
@@ -176,20 +154,24 @@ def test_reference_that_does_not_fit(tmp_path: Path, packed: Path, remit: Remit,
 
 
 def test_settings_that_do_not_fit(
-    tmp_path: Path, packed: Path, scored: Path, reference_model: Path, remit: Remit
+    tmp_path: Path, packed: Path, scored_rl: Path, reference_model: Path, remit: Remit
 ) -> None:
     base = ("score", "--shards", packed, "--model", reference_model)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     for arguments, code, message in (
         ((*base, "--out", tmp_path / "full"), 1, "is not empty and not a shard folder"),
-        ((*base, "--out", scored.parent / "rl"), 1, "references.rl.dtype is 'float32' there"),
+        ((*base, "--out", scored_rl), 1, "references.rl.dtype is 'float32' there"),
         (
-            (*base, "--out", scored.parent / "rl", "--dtype", "float32", "--context", "document"),
+            (*base, "--out", scored_rl, "--dtype", "float32", "--context", "document"),
             1,
             "rl.context is 'packed'",
         ),
-        (("score", "--shards", scored, "--model", reference_model, "--out", tmp_path / "o"), 1, "named 'rl' already"),
+        (
+            ("score", "--shards", scored_rl, "--model", reference_model, "--out", tmp_path / "o"),
+            1,
+            "named 'rl' already",
+        ),
         ((*base, "--out", tmp_path / "o", "--name", "RL!"), 2, "not usable as a column name"),
         ((*base, "--out", tmp_path / "o", "--logprob-step", "0.1"), 2, "expected a power of two"),
         ((*base, "--out", tmp_path / "o", "--num-engines", "99"), 1, "is more than the cluster's"),
