@@ -36,7 +36,8 @@ def table(ntp: dict[int, float], remit: dict[int, float], rows: int = 8) -> str:
     steps = sorted(ntp.keys() & remit.keys())
     if not steps:
         raise ValueError("the two runs have no evaluated step in common; give both the same --eval-every")
-    shown = [steps[round(index * (len(steps) - 1) / max(1, rows - 1))] for index in range(min(rows, len(steps)))]
+    rows = min(rows, len(steps))
+    shown = [steps[round(index * (len(steps) - 1) / max(1, rows - 1))] for index in range(rows)]
     lines = ["  step   held-out loss: NTP    ReMiT    ReMiT - NTP"]
     lines += [f"{step:6,}{ntp[step]:21.4f}{remit[step]:9.4f}{remit[step] - ntp[step]:+15.4f}" for step in shown]
     last = steps[-1]

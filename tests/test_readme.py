@@ -11,7 +11,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    fences = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    return [text for name, text in fences if name == language]
 
 
 def test_python_snippets_run(
@@ -36,7 +37,7 @@ def test_file_tree_is_complete() -> None:
 
 def test_make_targets_and_options_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for command in re.findall(r"\bmake ([a-z ]+?)(?: [A-Z]|`|\n)", README):
+    for command in re.findall(r"(?:^|`)make ([a-z ]+?)(?: [A-Z]|`|$)", README, re.MULTILINE):
         assert set(command.split()) <= targets, command
     for target in ("score", "train"):
         plan = subprocess.run(
