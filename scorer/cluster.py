@@ -3,31 +3,43 @@
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Iterator
-from typing import Any
 
 import ray
 
 
 @contextlib.contextmanager
 def ray_cluster(debug: bool = False) -> Iterator[None]:
-    """Hold a Ray connection for the block. debug: show what the workers print.
+    """Hold a Ray connection for the block; inside a caller's own it does nothing. debug: show worker output.
 
-    A private cluster listens on loopback only, has no dashboard and ends with the block.
+    A private cluster has no dashboard and ends with the block. ValueError where RAY_ADDRESS does not answer.
     """
-    if ray.is_initialized():  # a caller holds one for several stages
+    if ray.is_initialized():
         yield
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = os.environ.get("RAY_ADDRESS")
-    local: dict[str, Any] = {} if address else {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-    ray.init(
-        address=address or "local",
-        log_to_driver=debug,
-        logging_level=logging.INFO if debug else logging.ERROR,
-        **local,
-    )
+    level = logging.INFO if debug else logging.ERROR
+    if address:
+        try:
+            host, colon, port = address.rpartition(":")
+            if colon and port.isdigit() and "://" not in address:
+                # Ray retries for many minutes where nothing listens, and says nothing meanwhile
+                socket.create_connection((host, int(port)), timeout=10).close()
+            ray.init(address=address, log_to_driver=debug, logging_level=level)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(
+                f"RAY_ADDRESS is {address}, where no Ray cluster lets us in ({str(error).splitlines()[0]}); start it, "
+                "correct the address, give its token in RAY_AUTH_TOKEN, or unset RAY_ADDRESS to use this machine alone"
+            ) from error
+    else:
+        ray.init(
+            address="local",
+            log_to_driver=debug,
+            logging_level=level,
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",  # no listener beyond loopback
+        )
     try:
         yield
     finally:
