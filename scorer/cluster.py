@@ -3,7 +3,9 @@
 import contextlib
 import logging
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 
 import ray
@@ -18,6 +20,7 @@ def ray_cluster(debug: bool = False) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     address = os.environ.get("RAY_ADDRESS")
     level = logging.INFO if debug else logging.ERROR
     if address:
@@ -40,6 +43,9 @@ def ray_cluster(debug: bool = False) -> Iterator[None]:
             include_dashboard=False,
             _node_ip_address="127.0.0.1",  # no listener beyond loopback
         )
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            signal.signal(number, handler)  # ray.init replaced the caller's by one that exits with 15
     try:
         yield
     finally:

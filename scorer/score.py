@@ -6,10 +6,11 @@ vLLM engine, take a part, score it and commit it. The same command again does th
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -235,7 +236,7 @@ class _ScoringActor:
         batches, tokens = [], 0
         for index in range(reader.num_record_batches):
             batch = reader.get_batch(index)
-            column = self._score_batch(batch)
+            column = yield from self._score_batch(batch, tokens)
             schema = row_schema(tuple(self._out.manifest.references))
             by_name = dict(zip(batch.schema.names, batch.columns)) | {logprobs_column(self._name): column}
             batches.append(pa.record_batch([by_name[name] for name in schema.names], schema=schema))
@@ -243,8 +244,8 @@ class _ScoringActor:
             yield tokens
         write_part(self._out.path, part, batches[0].schema, self._out.manifest.provenance(), batches)
 
-    def _score_batch(self, batch: pa.RecordBatch) -> pa.ListArray:
-        """The log-prob column of a record batch."""
+    def _score_batch(self, batch: pa.RecordBatch, tokens: int) -> Generator[int, None, pa.ListArray]:
+        """The log-prob column of a record batch; about once a second yields `tokens` plus those done of it."""
         row_lengths = list_lengths(batch.column("input_ids"))
         ids = batch.column("input_ids").flatten().to_numpy()
         piece_lengths = batch.column("doc_lengths").flatten().to_numpy().astype(np.int64)
@@ -252,10 +253,15 @@ class _ScoringActor:
         ends = np.cumsum(lengths)
         spans = [(end - length, end) for end, length in zip(ends, lengths) if length > 1]
         present = has_predecessor(row_lengths, piece_lengths, self._context)
+        reported = monotonic()
         logprobs = np.full(len(ids), np.nan, dtype=np.float32)
         for index, values in self._engine.logprobs(ids[start:end] for start, end in spans):
             start, end = spans[index]
             logprobs[start + 1 : end] = round_logprobs(values, self._step)
+            tokens += int(end - start)
+            if monotonic() - reported > 1:
+                reported = monotonic()
+                yield tokens
         if not np.array_equal(~np.isnan(logprobs), present):
             raise ValueError("the engine left out tokens that have a predecessor, or answered for some that have none")
         return list_array(pa.array(logprobs, mask=~present), row_lengths)

@@ -137,3 +137,30 @@ def test_corpus_named_in_a_config_file_runs(tmp_path: Path, tokenizer_folder: Pa
     code, output, _ = remit("pack", "--config", file)
     assert code == 0
     assert "from 2 documents" in output
+
+
+def test_signal_stops_scoring_resumably(tmp_path: Path, packed: Path, reference_model: Path) -> None:
+    out = tmp_path / "out"
+    command = [
+        sys.executable,
+        "-m",
+        "pipelines.cli",
+        "score",
+        "--shards",
+        packed,
+        "--model",
+        reference_model,
+        "--out",
+        out,
+    ]
+    process = subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, text=True, env=os.environ)
+    deadline = time.monotonic() + 120
+    while not (out / "_manifest.json").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 3, error
+    assert error.strip().splitlines()[-1] == "remit score: stopped by SIGTERM; the same command again goes on"
+    assert not list(out.glob(".*.tmp"))
