@@ -104,7 +104,7 @@ def test_first_step_equals_float64(
     tmp_path: Path, annotated: dict[str, Path], models: dict[str, Path], context: str, objective: str
 ) -> None:
     shards = annotated[context]
-    metrics = run(tmp_path / "out", shards, models["base"], objective=objective, seed=4, context=context)[0]
+    metrics = run(tmp_path / "out", shards, models["base"], objective=objective, seed=4)[0]
     base = load(models["base"])
     column = "rl_logprobs" if objective == "remit" else None
     rows = rows_of_step(shards, 0, 8, seed=4)

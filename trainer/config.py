@@ -23,7 +23,7 @@ class TrainConfig:
     epsilon: float = 0.2
     """Weights are clipped to 1 - epsilon .. 1 + epsilon (Eq. 5 of arXiv 2602.03075)."""
     context: Literal["auto", "packed", "document"] = "auto"
-    """Attention over the whole row or within each document; auto: as the reference was scored (packed for ntp)."""
+    """Attention over the whole row or within each document; auto: as the reference was scored."""
     max_steps: int | None = None
     """Optimizer steps; overrides --epochs."""
     epochs: float = 1.0

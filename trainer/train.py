@@ -59,11 +59,7 @@ def train(
     shards = ShardFolder(config.shards)
     shards.require_complete()
     reference = config.reference if NEEDS_REFERENCE[config.objective] else None
-    context = config.context
-    if context == "auto":
-        context = "packed" if reference is None else shards.require_reference(reference)["context"]
-    if reference is not None:
-        shards.require_logprobs_of(reference, context)
+    context = choose_context(config, shards, reference)
 
     settings = run_settings(config, shards, context)
     prepare_out(config.out, settings)
@@ -150,6 +146,23 @@ def train(
 
     export(base, shards, Path(config.model), config.out / MODEL)
     return run_result(config.out)
+
+
+def choose_context(config: TrainConfig, shards: ShardFolder, reference: str | None) -> str:
+    """The context to train in; ValueError where the reference is missing or was scored in another one.
+
+    auto: as the reference was scored; without one as all references of the folder were, so that NTP and ReMiT
+    runs from the same shards compare like with like, and packed where they differ or there are none.
+    """
+    contexts = {entry["context"] for entry in shards.manifest.references.values()}
+    context: str = config.context
+    if context == "auto" and reference is not None:
+        context = shards.require_reference(reference)["context"]
+    elif context == "auto":
+        context = contexts.pop() if len(contexts) == 1 else "packed"
+    if reference is not None:
+        shards.require_logprobs_of(reference, context)
+    return context
 
 
 def micro_batch_loss(
