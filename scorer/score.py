@@ -93,7 +93,9 @@ def check_reference(shards: ShardFolder, reference: Reference) -> dict[str, Any]
     shards.require_positions(getattr(config, "max_position_embeddings", None), str(reference.path))
     if not any(reference.path.glob("*.safetensors")):
         weights_fingerprint(reference.path)  # raises, and says what is missing
-    return config.to_dict() | {"vocab_size": config.vocab_size, "num_attention_heads": config.num_attention_heads}
+    # by attribute too, because some architectures have other names for these in their config.json
+    names = ("vocab_size", "num_attention_heads", "num_hidden_layers", "hidden_size")
+    return config.to_dict() | {name: getattr(config, name, None) for name in names}
 
 
 def resolve_dtype(name: str, model_config: dict[str, Any], device: str) -> str:

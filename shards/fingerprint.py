@@ -27,6 +27,19 @@ def _vocabulary(tokenizer_json: dict[str, Any]) -> tuple[dict[str, int], list[li
     return ids, merges, special
 
 
+def read_tokenizer_json(folder: Path) -> dict[str, Any]:
+    """Parsed tokenizer.json of a folder; ValueError where it is missing or damaged."""
+    path = folder / "tokenizer.json"
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        _vocabulary(value)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing; copy it from the tokenizer that packed the rows") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: damaged ({error}); copy it from the tokenizer that packed the rows") from None
+    return value
+
+
 def tokenizer_fingerprint(tokenizer_json: dict[str, Any]) -> str:
     """sha256 over the token-to-id map, the merges and the special tokens of a parsed tokenizer.json."""
     ids, merges, special = _vocabulary(tokenizer_json)

@@ -5,12 +5,11 @@ commit record first, because Arrow reads a flipped bit back as data without an e
 """
 
 import hashlib
-import json
 from pathlib import Path
 
 import pyarrow as pa
 
-from shards.fingerprint import tokenizer_difference, tokenizer_fingerprint
+from shards.fingerprint import read_tokenizer_json, tokenizer_difference, tokenizer_fingerprint
 from shards.manifest import Manifest
 from shards.part import CommitRecord, read_record
 from shards.schema import logprobs_column, row_schema
@@ -72,7 +71,7 @@ class ShardFolder:
         """ValueError unless a model's parsed tokenizer.json has the content of the one that packed the rows."""
         fingerprint, packed = tokenizer_fingerprint(tokenizer_json), self.manifest.tokenizer["fingerprint"]
         if fingerprint != packed:
-            ours = json.loads((self.tokenizer_path / "tokenizer.json").read_text(encoding="utf-8"))
+            ours = read_tokenizer_json(self.tokenizer_path)
             raise ValueError(
                 f"{model}: its tokenizer {fingerprint[:12]}.. is not the one that packed {self.path}, {packed[:12]}..: "
                 f"{tokenizer_difference(ours, tokenizer_json)}; pack again with this model's tokenizer"

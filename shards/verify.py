@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
+from shards.fingerprint import read_tokenizer_json
 from shards.folder import ShardFolder
 from shards.manifest import CorpusFile, PartPlan
 from shards.part import METADATA_KEY
@@ -46,6 +47,10 @@ def verify_folder(folder: ShardFolder, on_part: Callable[[PartPlan], object] = l
     report = Report(logprobs=dict.fromkeys(folder.manifest.references, 0))
     counts = [_SourceCount() for _ in folder.manifest.corpus]
     provenance = folder.manifest.provenance()
+    try:
+        folder.require_tokenizer(read_tokenizer_json(folder.tokenizer_path), str(folder.tokenizer_path))
+    except ValueError as error:
+        report.problems.append(str(error))
     for plan in folder.manifest.parts:
         try:
             _verify_part(folder, plan, provenance, counts, report)

@@ -18,8 +18,6 @@ from test_verify import rows, write_folder
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
     write_folder(tmp_path / "shards", rows())
-    (tmp_path / "shards" / "_tokenizer").mkdir()
-    (tmp_path / "shards" / "_tokenizer" / "tokenizer.json").write_text("{}")
     return tmp_path / "shards"
 
 

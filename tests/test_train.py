@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import make_model, source_texts, write_corpus
 from oracles import load, read_rows, remit_step, row_logprobs
+from safetensors.torch import load_file
 
 from scorer.config import PackConfig
 from scorer.pack import pack
@@ -320,18 +321,20 @@ def test_dropout_is_off_and_kept_in_the_export(tmp_path: Path, annotated: dict[s
     assert json.loads((tmp_path / "out/model/config.json").read_text())["attention_dropout"] == 0.3
 
 
+@pytest.mark.parametrize("family", ["Olmo2", "SmolLM3"])
 def test_bfloat16_base_trains_in_float32_and_exports_bfloat16(
-    tmp_path: Path, annotated: dict[str, Path], models: dict[str, Path]
+    tmp_path: Path, annotated: dict[str, Path], family: str
 ) -> None:
-    load(models["base"]).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    make_model(tmp_path / "start", family, seed=1)
+    load(tmp_path / "start").to(torch.bfloat16).save_pretrained(tmp_path / "model")
     metrics = run(tmp_path / "out", annotated["packed"], tmp_path / "model", seed=4, dtype="bfloat16")[0]
-    want = remit_step(
-        load(tmp_path / "model"), rows_of_step(annotated["packed"], 0, 8, seed=4), "packed", "rl_logprobs", 0.2
-    )
+    rows = rows_of_step(annotated["packed"], 0, 8, seed=4)
+    want = remit_step(load(tmp_path / "model"), rows, "packed", "rl_logprobs", 0.2)
     assert metrics["ntp_loss"] == pytest.approx(want["ntp_loss"], rel=0.02)
-    from safetensors.torch import load_file
-
-    assert {tensor.dtype for tensor in load_file(tmp_path / "out/model/model.safetensors").values()} == {torch.bfloat16}
+    before, after = (load_file(folder / "model.safetensors") for folder in (tmp_path / "model", tmp_path / "out/model"))
+    assert before.keys() == after.keys()  # a tied head is not written twice
+    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "out/model/config.json").read_text())["dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize(

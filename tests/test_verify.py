@@ -11,12 +11,19 @@ import pyarrow as pa
 import pytest
 
 from shards import ShardFolder, row_schema, write_part
+from shards.fingerprint import tokenizer_fingerprint
 from shards.manifest import CorpusFile, Manifest, PartPlan
 from shards.schema import has_predecessor
 from shards.verify import verify_folder
 from trainer.data import RowReader
 
-TOKENIZER = {"fingerprint": "f" * 64, "eos_token_id": 0, "vocab_size": 100, "special_tokens": "parse"}
+TOKENIZER_JSON = {"model": {"vocab": {"<e>": 0, "é": 1}, "merges": []}, "added_tokens": []}
+TOKENIZER = {
+    "fingerprint": tokenizer_fingerprint(TOKENIZER_JSON),
+    "eos_token_id": 0,
+    "vocab_size": 100,
+    "special_tokens": "parse",
+}
 REFERENCE = {"context": "packed", "logprob_step": 0.25}
 
 
@@ -34,6 +41,8 @@ def rows() -> dict[str, list]:
 def write_folder(folder: Path, values: dict[str, list], documents: int = 3, **manifest: object) -> ShardFolder:
     """A shard folder that holds `values`, in parts of two rows."""
     (folder / "_commits").mkdir(parents=True)
+    (folder / "_tokenizer").mkdir()
+    (folder / "_tokenizer" / "tokenizer.json").write_text(json.dumps(TOKENIZER_JSON))
     tokens = [len(row) for row in values["input_ids"]]
     plans = tuple(
         PartPlan(f"part-{index:05d}.arrow", len(tokens[first : first + 2]), sum(tokens[first : first + 2]))
@@ -108,6 +117,17 @@ def test_parts_of_another_folder_are_refused(tmp_path: Path) -> None:
     for file in ("part-00001.arrow", "_commits/part-00001.json"):
         shutil.copyfile(other.path / file, folder.path / file)
     assert any("schema metadata" in problem for problem in verify_folder(folder).problems)
+
+
+def test_another_or_a_damaged_tokenizer_is_named(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, rows())
+    file = tmp_path / "_tokenizer" / "tokenizer.json"
+    file.write_text(json.dumps(TOKENIZER_JSON | {"added_tokens": [{"id": 2, "content": "<pad>", "special": True}]}))
+    assert "is not the one that packed" in verify_folder(folder).problems[0]
+    file.write_text('{"model"')
+    assert "damaged" in verify_folder(folder).problems[0]
+    file.unlink()
+    assert "missing" in verify_folder(folder).problems[0]
 
 
 def test_missing_extra_and_uncommitted_parts(tmp_path: Path) -> None:

@@ -58,22 +58,19 @@ class Base:
         documents. None: one sequence per row.
         """
         mixed = self.dtype != torch.float32
+        positions = {} if position_ids_BT is None else {"position_ids": position_ids_BT}
         with torch.autocast(self.device.type, self.dtype) if mixed else contextlib.nullcontext():
-            output = self.model.get_decoder()(
-                input_ids=input_ids_BT, position_ids=position_ids_BT, use_cache=False, return_dict=True
-            )
+            output = self.model.get_decoder()(input_ids=input_ids_BT, use_cache=False, return_dict=True, **positions)
         return output.last_hidden_state.to(self.dtype)
 
     def export(self, folder: Path) -> None:
-        """Write the model as a Hugging Face folder in the dtype and with the settings of the base."""
-        config = self.model.config
+        """Write the model as a Hugging Face folder in the dtype and with the settings of the base.
+
+        The last act of a run: the float32 weights in memory are rounded to that dtype, too.
+        """
         for name, value in self.dropout.items():
-            setattr(config, name, value)
-        state = {name: tensor.to(self.original_dtype) for name, tensor in self.model.state_dict().items()}
-        config.dtype = self.original_dtype
-        self.model.save_pretrained(folder, state_dict=state)
-        for name in self.dropout:
-            setattr(config, name, 0.0)
+            setattr(self.model.config, name, value)
+        self.model.to(self.original_dtype).save_pretrained(folder)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -176,7 +173,13 @@ def check_document_attention(base: Base) -> None:
     generator = torch.Generator().manual_seed(0)
     first, second = torch.randint(0, base.num_embeddings, (2, 1, 8), generator=generator).to(base.device)
     positions = torch.arange(8, device=base.device)[None]
-    packed = base.hidden_states(torch.cat([first, second], 1), torch.cat([positions, positions], 1))[:, 8:]
+    try:
+        packed = base.hidden_states(torch.cat([first, second], 1), torch.cat([positions, positions], 1))[:, 8:]
+    except TypeError:
+        raise ValueError(
+            f"{type(model).__name__}: takes no position ids, so its attention cannot be confined to documents; "
+            "train it from shards with --context packed"
+        ) from None
     alone = base.hidden_states(second, positions)
     model.train(was_training)
     tolerance = 1e-4 if base.dtype == torch.float32 else 0.1

@@ -91,7 +91,7 @@ def train(
     for problem in problems:
         print(f"remit train: passed over a damaged checkpoint: {problem}")
     tokens = keep_lines(config.out / METRICS, first_step).get("tokens", 0)
-    keep_lines(config.out / EVALUATION, first_step)
+    keep_lines(config.out / EVALUATION, first_step or -1)  # the evaluation before step 1 is made again
     if first_step == 0 and evaluation:
         evaluation(0)
 
