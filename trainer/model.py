@@ -70,7 +70,7 @@ class Base:
         """
         for name, value in self.dropout.items():
             setattr(self.model.config, name, value)
-        self.model.to(self.original_dtype).save_pretrained(folder)
+        self.model.to(dtype=self.original_dtype).save_pretrained(folder)  # type: ignore[call-arg]
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
