@@ -13,7 +13,9 @@ import pytest
 import torch
 import transformers
 import zstandard
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from annotated import annotate, by_model
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
 
 from pipelines.cli import main
 from scorer.cluster import ray_cluster
@@ -44,7 +46,7 @@ def ray_session() -> Iterator[None]:
 
 
 def make_tokenizer(folder: Path, texts: list[str], vocabulary: int = VOCABULARY) -> Path:
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -198,3 +200,29 @@ def scored(scored_rl: Path, reference_model: Path) -> Path:
     """A second column on top of it: sft_logprobs in document context, not rounded."""
     out = scored_rl.parent / "both"
     return score_to(out, scored_rl, reference_model, name="sft", context="document", logprob_step=0.0).path
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    """About a hundred rows of at most 24 tokens, several of them short."""
+    folder = tmp_path_factory.mktemp("small")
+    for index in range(40):
+        texts = [text[:60] for text in source_texts(12, seed=30 + index)[:3]]
+        write_corpus(folder / "corpus" / f"{index:02d}.jsonl", [*texts, "e"])
+    pack(PackConfig([str(folder / "corpus")], str(tokenizer_folder), folder / "packed", 24, tokens_per_shard=24 * 30))
+    return folder / "packed"
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {"base": make_model(folder / "base", seed=1), "reference": make_model(folder / "reference", seed=2)}
+
+
+@pytest.fixture(scope="session")
+def annotated(tmp_path_factory: pytest.TempPathFactory, small: Path, models: dict[str, Path]) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("annotated")
+    return {
+        context: annotate(small, folder / context, by_model(models["reference"], context, 1 / 64), context, 1 / 64)
+        for context in ("packed", "document")
+    }

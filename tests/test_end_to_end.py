@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from annotated import rows_of_step
 from conftest import make_model
 from oracles import load, read_rows, remit_step, row_logprobs
-from test_train import rows_of_step
 
 Remit = Callable[..., tuple[int, str, str]]
 

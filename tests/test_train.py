@@ -2,101 +2,19 @@
 
 import json
 import math
-import re
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
 import pytest
 import torch
-from conftest import make_model, source_texts, write_corpus
-from oracles import load, read_rows, remit_step, row_logprobs
+from annotated import annotate, by_model, rows_of_step, run
+from conftest import make_model
+from oracles import load, read_rows, remit_step
 from safetensors.torch import load_file
 
-from scorer.config import PackConfig
-from scorer.pack import pack
-from shards import ShardFolder, logprobs_column, row_schema, write_part
+from shards import logprobs_column
 from shards.manifest import Manifest
 from trainer.config import TrainConfig, learning_rate_at
-from trainer.data import RowReader
-from trainer.order import RowOrder
 from trainer.train import train
-
-Remit = Callable[..., tuple[int, str, str]]
-
-
-def annotate(shards: Path, out: Path, values: Callable[[dict], list], context: str, step: float = 0.0) -> Path:
-    """Write `shards` again with a column rl_logprobs that `values` gives for each row: scoring without an engine."""
-    old = Manifest.read(shards)
-    reference = {"context": context, "logprob_step": step, "model": "oracle"}
-    plan = Manifest(**{f: getattr(old, f) for f in old.__dataclass_fields__} | {"references": {"rl": reference}})
-    (out / "_commits").mkdir(parents=True)
-    (out / "_tokenizer").symlink_to(shards / "_tokenizer")
-    plan.write(out)
-    schema = row_schema(("rl",))
-    for part in plan.parts:
-        batches = []
-        for batch in pa.ipc.open_file(shards / part.name).read_all().to_batches():
-            column = pa.array([values(row) for row in batch.to_pylist()], pa.list_(pa.float32()))
-            batches.append(pa.record_batch([*batch.columns, column], schema=schema))
-        write_part(out, part.name, schema, plan.provenance(), batches)
-    return out
-
-
-def by_model(model: Path, context: str, step: float) -> Callable[[dict], list]:
-    reference = load(model)
-
-    @torch.no_grad()
-    def values(row: dict) -> list:
-        logprobs = [None if v is None else v.item() for v in row_logprobs(reference, row, context)]
-        return [v if v is None or not step else round(v / step) * step for v in logprobs]
-
-    return values
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
-    """About a hundred rows of at most 24 tokens, several of them short."""
-    folder = tmp_path_factory.mktemp("small")
-    for index in range(40):
-        texts = [text[:60] for text in source_texts(12, seed=30 + index)[:3]]
-        write_corpus(folder / "corpus" / f"{index:02d}.jsonl", [*texts, "e"])
-    pack(PackConfig([str(folder / "corpus")], str(tokenizer_folder), folder / "packed", 24, tokens_per_shard=24 * 30))
-    return folder / "packed"
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("models")
-    return {"base": make_model(folder / "base", seed=1), "reference": make_model(folder / "reference", seed=2)}
-
-
-@pytest.fixture(scope="module")
-def annotated(tmp_path_factory: pytest.TempPathFactory, small: Path, models: dict[str, Path]) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("annotated")
-    return {
-        context: annotate(small, folder / context, by_model(models["reference"], context, 1 / 64), context, 1 / 64)
-        for context in ("packed", "document")
-    }
-
-
-def run(out: Path, shards: Path, model: Path, **settings: object) -> list[dict]:
-    defaults: dict = {
-        "max_steps": 1, "global_batch_size": 8, "micro_batch_size": 3, "dtype": "float32", "checkpoint_every": 0,
-    }  # fmt: skip
-    train(TrainConfig(shards, str(model), out, **(defaults | settings)))
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def rows_of_step(shards: Path, step: int, batch: int, seed: int) -> list[dict]:
-    """The rows of a global batch, looked up by pyarrow at the places that the order names."""
-    folder = ShardFolder(shards)
-    reader = RowReader(folder, "packed", None, 10**6)
-    places = RowOrder(reader.block_rows, seed).rows(step * batch, batch)
-    everything = read_rows(shards)
-    starts = np.cumsum(reader.block_rows) - reader.block_rows
-    return [everything[starts[block] + row] for block, row in places.tolist()]
 
 
 @pytest.mark.parametrize("context", ["packed", "document"])
@@ -253,16 +171,6 @@ def test_learning_rate_by_hand(tmp_path: Path) -> None:
     assert rates == pytest.approx([0.25, 1.0, 0.55, 0.1])
 
 
-def test_document_context_sees_nothing_of_other_documents(
-    tmp_path: Path, annotated: dict[str, Path], models: dict[str, Path]
-) -> None:
-    """Same metric whatever stands before a document in its row, which packed context cannot give."""
-    base = load(models["base"])
-    rows = rows_of_step(annotated["document"], 0, 8, seed=4)
-    packed, document = (remit_step(base, rows, context, None, 0.2)["ntp_loss"] for context in ("packed", "document"))
-    assert abs(packed - document) > 0.01  # the two are told apart by test_first_step_equals_float64
-
-
 def test_evaluation_is_the_mean_over_all_tokens(
     tmp_path: Path, annotated: dict[str, Path], models: dict[str, Path]
 ) -> None:
@@ -281,36 +189,6 @@ def test_evaluation_is_the_mean_over_all_tokens(
         after = remit_step(load(tmp_path / "out" / "model"), read_rows(annotated["packed"]), "packed", None, 0.2)
     assert lines[0]["loss"] == pytest.approx(want["ntp_loss"], abs=1e-5)
     assert lines[2]["loss"] == pytest.approx(after["ntp_loss"], abs=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("family", "changes", "message"),
-    [
-        ("Gemma2", {}, "Gemma2ForCausalLM: .*soft-capping or scaling"),
-        ("Granite", {}, "GraniteForCausalLM: .*soft-capping or scaling"),
-        ("Cohere", {}, "CohereForCausalLM: .*soft-capping or scaling"),
-        ("Llama", {"max_position_embeddings": 16}, "takes at most 16 tokens"),
-        ("Llama", {"vocab_size": 400}, "has 400 embedding rows"),
-    ],
-)
-def test_models_that_cannot_be_trained_right_are_refused(
-    tmp_path: Path, annotated: dict[str, Path], remit: Remit, family: str, changes: dict, message: str
-) -> None:
-    make_model(tmp_path / "model", family, **changes)
-    code, _, error = remit(
-        "train",
-        "--shards",
-        annotated["packed"],
-        "--model",
-        tmp_path / "model",
-        "--out",
-        tmp_path / "out",
-        "--max-steps",
-        1,
-    )
-    assert code == 1
-    assert re.search(message, error.strip().splitlines()[-1]), error
-    assert not (tmp_path / "out").exists()
 
 
 def test_dropout_is_off_and_kept_in_the_export(tmp_path: Path, annotated: dict[str, Path]) -> None:
@@ -337,66 +215,10 @@ def test_bfloat16_base_trains_in_float32_and_exports_bfloat16(
     assert json.loads((tmp_path / "out/model/config.json").read_text())["dtype"] == "bfloat16"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
-        (["--reference", "sft"], 1, "has no log-probs of a reference named 'sft' (it has: rl)"),
-        (["--context", "document"], 1, "was scored in packed context, document asked for"),
-        (["--epsilon", "1.5"], 2, "--epsilon is 1.5, expected a number between 0 and 1"),
-        (["--global-batch-size", "0"], 2, "--global-batch-size is 0, expected at least 1"),
-        (["--learning-rate", "nan"], 2, "--learning-rate is nan"),
-        (["--out", "{tmp}/full"], 1, "is not empty and not a run of remit train"),
-        (["--model", "{tmp}/nowhere"], 1, "no such folder"),
-        (["--shards", "{tmp}/full"], 1, "has no _manifest.json"),
-        (["--objective", "magic"], 2, "magic"),
-    ],
-)
-def test_bad_arguments(
-    tmp_path: Path,
-    annotated: dict[str, Path],
-    models: dict[str, Path],
-    remit: Remit,
-    arguments: list[str],
-    code: int,
-    message: str,
-) -> None:
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "notes.txt").write_text("mine")
-    settings = {"--shards": annotated["packed"], "--model": models["base"], "--out": tmp_path / "out", "--max-steps": 1}
-    settings |= dict(zip(arguments[::2], (value.format(tmp=tmp_path) for value in arguments[1::2])))
-    got, _, error = remit("train", *(item for pair in settings.items() for item in pair))
-    assert got == code
-    assert message in " ".join(error.replace("│", " ").split())
-    assert [path.name for path in tmp_path.iterdir()] == ["full"]
-
-
 def test_other_settings_do_not_resume(tmp_path: Path, annotated: dict[str, Path], models: dict[str, Path]) -> None:
     run(tmp_path / "out", annotated["packed"], models["base"])
     with pytest.raises(ValueError, match=r"epsilon is 0.2 there, 0.3 asked for now"):
         run(tmp_path / "out", annotated["packed"], models["base"], epsilon=0.3)
-
-
-@pytest.mark.parametrize(
-    ("value", "message"), [(float("nan"), "missing, not finite or positive"), (0.5, "positive"), (None, "missing")]
-)
-def test_only_valid_numbers_train(
-    tmp_path: Path, small: Path, models: dict[str, Path], value: float | None, message: str
-) -> None:
-    shards = annotate(small, tmp_path / "bad", lambda row: [None] + [value] * (len(row["input_ids"]) - 1), "packed")
-    with pytest.raises(ValueError, match=message):
-        run(tmp_path / "out", shards, models["base"])
-
-
-def test_a_loss_that_is_not_finite_stops_before_the_step(
-    tmp_path: Path, annotated: dict[str, Path], models: dict[str, Path]
-) -> None:
-    model = load(models["base"])
-    with torch.no_grad():
-        model.lm_head.weight[3] = float("nan")
-    model.save_pretrained(tmp_path / "model")
-    with pytest.raises(FloatingPointError, match="step 1: loss nan"):
-        run(tmp_path / "out", annotated["packed"], tmp_path / "model")
-    assert not (tmp_path / "out" / "model").exists()
 
 
 def test_column_names() -> None:
