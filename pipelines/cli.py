@@ -89,7 +89,8 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         fail(command, BAD_USAGE, str(error))
 
-    stop = StopRequest(graceful=command == "train")  # training ends the step and saves; the others have parts
+    # these end what they are at: a step and a checkpoint, the parts in work
+    stop = StopRequest(graceful=command in ("pack", "score", "train"))
     stop.install()
     try:
         run = next(run for settings, run in COMMANDS.values() if settings is type(config))

@@ -4,22 +4,27 @@ Heavy imports (torch, transformers) happen inside, so that --help answers at onc
 """
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+from rich.table import Table
 from tqdm import tqdm
 
 from pipelines.models import resolve_model
 from pipelines.settings import InspectConfig, VerifyConfig
-from scorer.config import PackConfig, ScoreConfig
+from scorer.config import PackConfig, ScoreConfig, Stopped
 from shards.folder import ShardFolder
 from shards.verify import verify_folder
 from trainer.config import TrainConfig
+
+if TYPE_CHECKING:
+    from scorer.telemetry import ScoreProgress
 
 DONE, FAILED, BAD_USAGE, STOPPED = 0, 1, 2, 3  # exit codes
 ShouldStop = Callable[[], bool]
@@ -43,7 +48,7 @@ def progress_bar(**options: Any) -> Iterator[tqdm]:
         yield bar
 
 
-def summary(what: str, folder: ShardFolder, out: Path, seconds: float) -> str:
+def summary(what: str, folder: ShardFolder, out: str, seconds: float) -> str:
     """One line about a folder that a stage has written."""
     manifest = folder.manifest
     documents = manifest.documents
@@ -73,32 +78,79 @@ def pack(config: PackConfig, should_stop: ShouldStop) -> int:
             bar.set_postfix_str(f"{tokens / max(1e-9, monotonic() - began) / 1e6:.2f}M tokens/s", refresh=False)
             bar.update(done - bar.n)
 
-        folder = run(replace(config, tokenizer=str(tokenizer.path)), progress)
+        try:
+            folder = run(replace(config, tokenizer=str(tokenizer.path)), progress, should_stop, note)
+        except Stopped:
+            return STOPPED
     print(summary("packed", folder, config.out, monotonic() - began))
     return DONE
 
 
 def score(config: ScoreConfig, should_stop: ShouldStop) -> int:
-    from scorer.score import Reference
+    from scorer.reference import Reference
+    from scorer.score import PartsFailed
     from scorer.score import score as run
+    from scorer.telemetry import ScoreProgress
 
     quiet_libraries()
     began = monotonic()
     model = resolve_model("--model", config.model)
     with progress_bar(desc="start engines", unit=" tokens", unit_scale=True) as bar:
+        state: ScoreProgress | None = None
 
-        def progress(done: int, total: int, engines: int) -> None:
-            if bar.total != total:  # the first call: what an earlier run did is not this run's speed
-                bar.total = total
-                bar.initial = bar.n = done
-            if done > bar.n:
+        def progress(now: ScoreProgress) -> None:
+            nonlocal state
+            if state is None:  # what an earlier run did is not this run's speed
+                bar.total = now.tokens_total
+                bar.initial = bar.n = now.tokens
+            state = now
+            if now.tokens > bar.n:
                 bar.set_description("score")
-            bar.set_postfix_str(f"engines {engines}", refresh=False)
-            bar.update(done - bar.n)
+            numbers = f"parts {now.parts:,}/{now.parts_total:,}, engines {now.engines}"
+            numbers += f", retries {now.retries}" if now.retries else ""
+            numbers += f", failed {now.parts_failed}" if now.parts_failed else ""
+            bar.set_postfix_str(numbers, refresh=False)
+            bar.update(now.tokens - bar.n)
 
-        folder = run(config, Reference(model.path, model.name, model.revision), progress)
+        try:
+            folder = run(config, Reference(model.path, model.name, model.revision), progress, should_stop, note)
+        except Stopped:
+            return STOPPED
+        except PartsFailed as error:
+            bar.close()
+            for part, reason in error.reasons.items():
+                note(f"{part}: {reason}")
+            note(f"to try these parts again: {shlex.join(['remit', *sys.argv[1:]])}")
+            raise
+    if state is not None:
+        show_score_summary(state, folder)
     print(summary(f"scored as {config.name!r}", folder, config.out, monotonic() - began))
     return DONE
+
+
+def note(line: str) -> None:
+    """A line that does not break a progress bar."""
+    tqdm.write(line, file=sys.stderr)
+
+
+def show_score_summary(state: "ScoreProgress", folder: ShardFolder) -> None:
+    """The final table of remit score."""
+    table = Table(box=None, show_header=False)
+    worked = state.read_seconds + state.wait_seconds + state.write_seconds
+    rows: dict[str, str] = {
+        "tokens": f"{state.tokens:,} of {state.tokens_total:,}",
+        "parts": f"{state.parts:,} of {state.parts_total:,}",
+        "rows without log-probs": f"{state.rows_quarantined:,}",
+        "parts tried again": f"{state.retries:,}",
+        "engines that died": f"{state.engine_restarts:,}",
+        "tokens/s": f"{state.tokens_per_second:,.0f}",
+        "time": f"{state.seconds:,.0f} s",
+        "reading, writing": f"{state.read_seconds:,.1f} s, {state.write_seconds:,.1f} s of {worked:,.1f} s in parts, "
+        "beside the engine",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console(file=sys.stderr, highlight=False).print(table)
 
 
 def train(config: TrainConfig, should_stop: ShouldStop) -> int:

@@ -29,7 +29,7 @@ def token_strings(folder: ShardFolder, input_ids: list[int]) -> list[str]:
     """Text of each token; one that is only a piece of a character shows as its byte-level symbols."""
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(folder.tokenizer_path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_str(json.dumps(folder.tokenizer_json()))
     strings = []
     for token_id in input_ids:
         text = tokenizer.decode([token_id], skip_special_tokens=False)

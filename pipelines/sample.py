@@ -29,7 +29,7 @@ from pipelines.sample_corpus import documents
 from scorer.cluster import ray_cluster
 from scorer.config import PackConfig
 from scorer.pack import pack
-from shards.part import temporary_name
+from shards.store import temporary_name
 from trainer.config import TrainConfig
 from trainer.train import train
 
@@ -148,9 +148,9 @@ def _train(
     count = steps * 16 * config.seq_len // 50  # documents have about 55 tokens
     write_jsonl(work / "corpus", name, list(documents(seed, count, reasoning_share, wrong_steps)))
     tokenizer = str(config.out / "tokenizer")
-    shards = pack(PackConfig([str(work / "corpus")], tokenizer, work / "packed", config.seq_len, debug=config.debug))
+    shards = pack(PackConfig([str(work / "corpus")], tokenizer, str(work / "packed"), config.seq_len, debug=config.debug))
     settings = TrainConfig(
-        shards=shards.path,
+        shards=str(shards.path),
         model=str(start),
         out=work / "run",
         objective="ntp",

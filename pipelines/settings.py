@@ -1,14 +1,13 @@
 """Settings of the commands that belong to no stage."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 
 @dataclass(frozen=True)
 class VerifyConfig:
     """Check every byte, count and invariant of a shard folder."""
 
-    shards: Path
+    shards: str
     """Shard folder."""
     debug: bool = field(default=False, repr=False)
     """Show tracebacks."""
@@ -18,7 +17,7 @@ class VerifyConfig:
 class InspectConfig:
     """Show what a shard folder is, or one of its rows: tokens, log-probs, document boundaries."""
 
-    shards: Path
+    shards: str
     """Shard folder."""
     row: int | None = None
     """Row to show, counted over all parts; without it, the folder's provenance."""

@@ -2,12 +2,15 @@
 
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from shards.schema import logprobs_column
 
 TOKENS_PER_BATCH = 1 << 18  # of an Arrow record batch: what a reader decompresses at once
+
+
+class Stopped(Exception):
+    """A stage ended because a signal asked for it; the same command again goes on."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class PackConfig:
     NAME[:CONFIG[:SPLIT]]."""
     tokenizer: str
     """Folder of the model's fast tokenizer, or its hub id."""
-    out: Path
+    out: str
     """Shard folder to write."""
     seq_len: int = 4096
     """Tokens per row."""
@@ -34,6 +37,8 @@ class PackConfig:
     encode it as ordinary text."""
     on_bad_document: Literal["stop", "reject"] = "stop"
     """A document that is not valid JSON, lacks the field or is not Unicode: stop, or leave it out and count it."""
+    grace_seconds: float = 60.0
+    """After SIGTERM or SIGINT: how long what runs may take to end."""
     debug: bool = field(default=False, repr=False)
     """Show tracebacks and what the workers print."""
 
@@ -46,6 +51,8 @@ class PackConfig:
             raise ValueError(
                 f"--tokens-per-shard is {self.tokens_per_shard}, expected at least --seq-len ({self.seq_len})"
             )
+        if self.grace_seconds < 0:
+            raise ValueError(f"--grace-seconds is {self.grace_seconds}, expected 0 or more")
         if self.num_workers is not None and self.num_workers < 1:
             raise ValueError(f"--num-workers is {self.num_workers}, expected at least 1")
         if not self.corpus:
@@ -64,11 +71,11 @@ class PackConfig:
 class ScoreConfig:
     """Add a reference's log-prob of every token to a shard folder."""
 
-    shards: Path
+    shards: str
     """Shard folder to annotate, from remit pack or an earlier remit score."""
     model: str
     """Reference model: a Hugging Face folder or a hub id."""
-    out: Path
+    out: str
     """Shard folder to write; the same command again finishes an interrupted run."""
     name: str = "rl"
     """Name of the reference; its column is NAME_logprobs."""
@@ -83,7 +90,15 @@ class ScoreConfig:
     tensor_parallel_size: int = 1
     """GPUs (or CPU core groups) per engine."""
     max_num_batched_tokens: int | None = None
-    """Tokens per engine step; default: chosen from the vocabulary so that the logits fit."""
+    """Tokens per engine step; default: chosen from vocabulary, dtype and memory so that the logits fit."""
+    progress_timeout_seconds: float = 600.0
+    """An engine that has parts and makes no progress for this long is killed; its parts are tried again."""
+    grace_seconds: float = 60.0
+    """After SIGTERM or SIGINT: how long the parts in work may take to be committed."""
+    canary: bool = True
+    """Before it gets parts, compare each engine on a few rows with a transformers forward of the same model."""
+    engine: Literal["vllm", "fake"] = "vllm"
+    """fake: numbers from a hash instead of a model, to try the machinery; remit train refuses them."""
     debug: bool = field(default=False, repr=False)
     """Show tracebacks and what the engines print."""
 
@@ -95,6 +110,8 @@ class ScoreConfig:
             raise ValueError(
                 f"--logprob-step is {self.logprob_step}, expected a power of two so that multiples are exact in float32"
             )
+        if self.grace_seconds < 0 or self.progress_timeout_seconds <= 0:
+            raise ValueError("--grace-seconds and --progress-timeout-seconds must be positive")
         for name in ("num_engines", "tensor_parallel_size", "max_num_batched_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")

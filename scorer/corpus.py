@@ -5,6 +5,7 @@ order, with bounded memory: no file is ever loaded whole.
 """
 
 import glob
+import hashlib
 import io
 import json
 from collections.abc import Iterator
@@ -16,18 +17,47 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet
 
+from shards.store import is_remote, open_store
+
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 HUB = "hf://"
 BATCH_DOCUMENTS = 1024
+MAX_LINE_BYTES = 1 << 28
+BOMB_BYTES, BOMB_RATIO = 1 << 30, 2000
 BATCH_CHARACTERS = 1 << 20  # a token's encoding takes over 100 bytes until its ids are out
 
 
 @dataclass(frozen=True)
 class Source:
-    """One corpus file. path: where it is, or None for a hub dataset; name: what the manifest calls it."""
+    """One corpus file. location: its path or URL, or None for a hub dataset; name: what the manifest calls it."""
 
     name: str
-    path: Path | None
+    location: str | None
+
+    def open(self) -> pa.NativeFile:
+        """The file's bytes, to read from front to back or at any place."""
+        assert self.location is not None
+        if is_remote(self.location):
+            folder, _, name = self.location.rpartition("/")
+            return open_store(folder).open(name)
+        return pa.OSFile(self.location)
+
+    def size(self) -> int | None:
+        """Bytes of the file; None for a hub dataset."""
+        if self.location is None:
+            return None
+        with self.open() as file:
+            return file.size()
+
+    def sha256(self) -> str | None:
+        """sha256 of the file's bytes; None for a hub dataset."""
+        if self.location is None:
+            return None
+        digest = hashlib.sha256()
+        with self.open() as file:
+            while data := file.read(1 << 22):
+                digest.update(data)
+        return digest.hexdigest()
 
 
 class BadDocument(ValueError):
@@ -39,28 +69,26 @@ def find_sources(corpus: list[str]) -> list[Source]:
 
     Raises ValueError for a path without a match, an unknown suffix or a file named twice.
     """
-    paths: list[Path] = []
+    found: list[str] = []
     hub: list[Source] = []
     for entry in corpus:
-        matches = _files(entry)
+        matches = _remote_files(entry) if is_remote(entry) else _files(entry)
         if matches is None:
             hub.append(_hub_source(entry))
-        paths += matches or []
-    for path in paths:
-        if not path.name.endswith(SUFFIXES):
-            raise ValueError(f"{path}: not a corpus file; expected one of {', '.join(SUFFIXES)}")
-        with open(path, "rb"):
-            pass  # an unreadable file is better found now than after hours
-    resolved = [path.resolve() for path in paths]
-    for index, path in enumerate(resolved):
-        if path in resolved[:index]:
-            raise ValueError(f"{paths[index]}: is in the corpus twice; name it once")
-    root = _common_folder(resolved)
-    return [Source(path.relative_to(root).as_posix(), path) for path in resolved] + hub
+        found += matches or []
+    for location in found:
+        if not location.endswith(SUFFIXES):
+            raise ValueError(f"{location}: not a corpus file; expected one of {', '.join(SUFFIXES)}")
+    for index, location in enumerate(found):
+        Source("", location).open().close()  # an unreadable file is better found now than after hours
+        if location in found[:index]:
+            raise ValueError(f"{location}: is in the corpus twice; name it once")
+    root = _common_folder(found)
+    return [Source(location[len(root) :].lstrip("/"), location) for location in found] + hub
 
 
-def _files(entry: str) -> list[Path] | None:
-    """Files that an entry of --corpus stands for, or None where it must be a dataset name."""
+def _files(entry: str) -> list[str] | None:
+    """Absolute paths that an entry of --corpus stands for, or None where it must be a dataset name."""
     path = Path(entry)
     if entry.startswith(HUB):
         return None
@@ -69,24 +97,42 @@ def _files(entry: str) -> list[Path] | None:
         found = [file for file in found if not any(p.startswith((".", "_")) for p in file.relative_to(path).parts)]
         if not found:
             raise ValueError(f"{entry}: folder without corpus files; expected some of {', '.join(SUFFIXES)}")
-        return found
+        return [str(file.resolve()) for file in found]
     if path.exists():
-        return [path]
+        return [str(path.resolve())]
     if glob.has_magic(entry):
-        found = sorted(Path(match) for match in glob.glob(entry, recursive=True))
-        if not found:
+        matches = sorted(Path(match) for match in glob.glob(entry, recursive=True))
+        if not matches:
             raise ValueError(f"{entry}: no file matches this pattern; check --corpus")
-        return found
+        return [str(match.resolve()) for match in matches]
     # `name` or `user/name` without a file suffix may be a dataset; everything else is a missing file
     if entry.endswith(SUFFIXES) or entry.startswith((".", "/", "~")) or entry.count("/") > 1:
         raise ValueError(f"{entry}: no such file; check --corpus")
     return None
 
 
-def _common_folder(paths: list[Path]) -> Path:
-    folder = paths[0].parent if paths else Path("/")
-    while not all(path.is_relative_to(folder) for path in paths):
-        folder = folder.parent
+def _remote_files(entry: str) -> list[str]:
+    """URLs that an entry of --corpus in an object store stands for."""
+    from shards.remote import asked_again, filesystem
+
+    fs, path = filesystem(entry)
+    protocol = entry.partition("://")[0]
+    if glob.has_magic(path):
+        found = asked_again(lambda: fs.glob(path))
+    else:
+        found = asked_again(lambda: fs.find(path))  # the file itself, or all below a folder
+        inner = [name for name in found if name.endswith(SUFFIXES)]
+        found = found if found == [path] else inner
+    if not found:
+        raise ValueError(f"{entry}: no corpus file there; expected some of {', '.join(SUFFIXES)}")
+    return [f"{protocol}://{name}" for name in sorted(found)]
+
+
+def _common_folder(locations: list[str]) -> str:
+    """The longest folder that all locations begin with."""
+    folder = locations[0].rpartition("/")[0] if locations else ""
+    while not all(location.startswith(folder + "/") for location in locations):
+        folder = folder.rpartition("/")[0]
     return folder
 
 
@@ -112,12 +158,12 @@ def read_documents(source: Source, text_field: str) -> Iterator[tuple[list[str |
     With each batch comes the number of bytes of the file that were read so far (0 for a hub dataset).
     Raises ValueError where the file itself cannot be read to its end: truncated, not what its suffix says.
     """
-    if source.path is None:
+    if source.location is None:
         values = _hub_values(source, text_field)
-    elif source.path.name.endswith(".parquet"):
-        values = _parquet_values(source.path, text_field)
+    elif source.location.endswith(".parquet"):
+        values = _parquet_values(source, text_field)
     else:
-        values = _jsonl_values(source.path, text_field)
+        values = _jsonl_values(source, text_field)
     batch: list[str | BadDocument] = []
     characters = 0
     position = 0
@@ -148,12 +194,13 @@ def _text(where: str, value: Any, text_field: str) -> str | BadDocument:
     return value
 
 
-def _jsonl_values(path: Path, text_field: str) -> Iterator[tuple[str, Any, int]]:
-    with _open_lines(path) as (lines, raw):
-        number = 0
+def _jsonl_values(source: Source, text_field: str) -> Iterator[tuple[str, Any, int]]:
+    path = source.location
+    with _open_lines(source) as (lines, raw):
+        number = inflated = 0
         while True:
             try:
-                line = lines.readline()
+                line = lines.readline(MAX_LINE_BYTES + 1)
             except OSError as error:
                 raise ValueError(
                     f"{path}: cannot be read beyond line {number} ({error}); the file is damaged or was cut off, "
@@ -162,6 +209,17 @@ def _jsonl_values(path: Path, text_field: str) -> Iterator[tuple[str, Any, int]]
             if not line:
                 return
             number += 1
+            inflated += len(line)
+            if len(line) > MAX_LINE_BYTES:
+                raise ValueError(
+                    f"{path}:{number}: is longer than {MAX_LINE_BYTES:,} bytes, expected one document a line; "
+                    "cut the document, or look whether the file is a decompression bomb"
+                )
+            if inflated > BOMB_BYTES and inflated > BOMB_RATIO * raw.tell():
+                raise ValueError(
+                    f"{path}:{number}: {inflated:,} bytes came out of {raw.tell():,} compressed ones, more than "
+                    f"{BOMB_RATIO} times as many, which no text does: a decompression bomb; leave the file out"
+                )
             if line.isspace():
                 continue
             where = f"{path}:{number}"
@@ -188,20 +246,22 @@ def _json_field(where: str, line: bytes, text_field: str) -> Any:
 
 
 @contextmanager
-def _open_lines(path: Path) -> Iterator[tuple[IO[bytes], pa.NativeFile]]:
+def _open_lines(source: Source) -> Iterator[tuple[IO[bytes], pa.NativeFile]]:
     """Binary lines of a plain or compressed file, and the file below them; reading raises OSError where compressed data is cut off."""
-    codec = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
-    if codec and path.stat().st_size == 0:
-        raise ValueError(f"{path}: 0 bytes, which is not a {codec} file; write it again")
-    with pa.OSFile(str(path)) as raw:
+    path = str(source.location)
+    codec = {".gz": "gzip", ".zst": "zstd"}.get(Path(path).suffix)
+    with source.open() as raw:
+        if codec and raw.size() == 0:
+            raise ValueError(f"{path}: 0 bytes, which is not a {codec} file; write it again")
         # Arrow's decompressor, because zstandard's and fsspec's read a truncated file short without an error
         stream = pa.CompressedInputStream(raw, codec) if codec else raw
         yield io.BufferedReader(stream, 1 << 20), raw
 
 
-def _parquet_values(path: Path, text_field: str) -> Iterator[tuple[str, Any, int]]:
+def _parquet_values(source: Source, text_field: str) -> Iterator[tuple[str, Any, int]]:
+    path = source.location
     try:
-        file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, memory_map=False)
+        file = pyarrow.parquet.ParquetFile(source.open(), pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a parquet file ({str(error).splitlines()[0]}); write it again") from None
     with file:
@@ -209,7 +269,7 @@ def _parquet_values(path: Path, text_field: str) -> Iterator[tuple[str, Any, int
             raise ValueError(
                 f"{path}: has no column {text_field!r}, only {', '.join(file.schema_arrow.names)[:80]}; set --text-field"
             )
-        row, size, num_rows = 0, path.stat().st_size, max(1, file.metadata.num_rows)
+        row, size, num_rows = 0, source.size() or 0, max(1, file.metadata.num_rows)
         try:
             for batch in file.iter_batches(batch_size=64, columns=[text_field], use_threads=False):
                 for value in _column_values(batch.column(0)):

@@ -6,23 +6,26 @@ Import this only in a process of its own: vLLM's Transformers backend patches th
 
 import math
 import os
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-# An engine's prompt log-probs hold [scheduled tokens, vocabulary] logits in 16 or 32 bit plus float32 log-probs,
-# which vLLM's own memory profiling does not see: their size is bounded here instead.
-LOGITS_BUDGET_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
+# The logits of a prompt's chunk, [tokens of the chunk, vocabulary], are not seen by vLLM's own memory profiling:
+# their size is bounded here, by a share of the device's memory.
+LOGITS_SHARE = {"cpu": 1 / 16, "cuda": 1 / 16}
+LOGITS_MAX_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
 MAX_BATCHED_TOKENS = 8192
-POSITIVE_TOLERANCE = 1e-4  # log-softmax rounding may give a positive log-prob this small for a certain token
+BLOCK_ENTRIES = {"cpu": 1 << 18, "cuda": 1 << 27}  # of logits turned into log-probs at once; fits the cache of a core
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What an engine needs to know. dtype is resolved (float32, bfloat16, float16), never auto."""
+    """What an engine needs to know. dtype is resolved (float32, bfloat16, float16), never auto.
+
+    num_embeddings: token ids must be below it. kind: vllm, or fake (scorer/fake.py).
+    """
 
     model: Path
     dtype: str
@@ -31,55 +34,83 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     device: str = "cpu"
     max_num_batched_tokens: int | None = None
+    kind: str = "vllm"
 
 
-def batched_tokens(config: EngineConfig) -> int:
-    """Tokens per engine step, so that their logits stay within the budget of the device."""
+class Engine(Protocol):
+    """What the scoring loop asks of an engine; one thread makes it and calls it."""
+
+    description: dict[str, Any]
+
+    def add(self, key: str, prompt: np.ndarray) -> None:
+        """Queue a prompt, int [tokens], at least two."""
+
+    def step(self) -> list[tuple[str, np.ndarray]]:
+        """Work for a while; the prompts that are finished with their float32 [tokens - 1] log-probs."""
+
+
+def batched_tokens(config: EngineConfig, memory_bytes: int) -> int:
+    """Tokens per engine step, so that a step's logits fit into a share of the device's memory.
+
+    Held at once are a chunk's logits in the engine's dtype, twice where the model scales or gathers them, and a
+    block of them in float32.
+    """
     if config.max_num_batched_tokens is not None:
         return config.max_num_batched_tokens
-    fit = LOGITS_BUDGET_BYTES[config.device] // (8 * config.vocab_size)
-    return max(256, min(MAX_BATCHED_TOKENS, 2 ** int(math.log2(max(fit, 1)))))
+    budget = min(LOGITS_MAX_BYTES[config.device], memory_bytes * LOGITS_SHARE[config.device])
+    bytes_per_token = 2 * config.vocab_size * (4 if config.dtype == "float32" else 2)
+    fit = max(1, int(budget / bytes_per_token))
+    return max(256, min(MAX_BATCHED_TOKENS, 2 ** int(math.log2(fit))))
 
 
-def environment(config: EngineConfig, model_config: dict, cores: list[int]) -> dict[str, str]:
+def device_memory(device: str) -> int:
+    """Bytes of memory that an engine can count on, before it starts."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.get_device_properties(0).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def environment(config: EngineConfig, model_config: dict, cores: list[int], tokens: int) -> dict[str, str]:
     """Environment variables of an engine's process; they must be set before vLLM is imported.
 
-    model_config: the parsed config.json; cores: the CPU cores that are this engine's alone.
+    model_config: the parsed config.json; cores: the CPU cores that are this engine's alone; tokens: per step.
     """
     values = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the actor is the engine's own process already
-        "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # for rows of exactly max_position_embeddings tokens, see Engine
+        "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # for rows of exactly max_position_embeddings tokens, see VllmEngine
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",  # the model is a local folder by now
+        "VLLM_HOST_IP": "127.0.0.1",  # an engine lives on one node: what its workers listen on stays there
+        "GLOO_SOCKET_IFNAME": "lo",
     }
     if config.device == "cpu":
         ranks = np.array_split(cores, config.tensor_parallel_size)
         values["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, rank)) for rank in ranks)
         values["OMP_NUM_THREADS"] = str(len(ranks[0]))
-        values["VLLM_CPU_KVCACHE_SPACE"] = str(_kv_cache_gib(config, model_config))
+        values["VLLM_CPU_KVCACHE_SPACE"] = str(_kv_cache_gib(config, model_config, tokens))
         if "kv_lora_rank" in model_config:
             values["VLLM_MLA_DISABLE"] = "1"  # the CPU kernels of multi-head latent attention lack most head sizes
     return values
 
 
-def _kv_cache_gib(config: EngineConfig, model_config: dict) -> int:
+def _kv_cache_gib(config: EngineConfig, model_config: dict, tokens: int) -> int:
     """Enough for two engine steps or two rows, with an upper bound for the bytes of a token."""
     heads = model_config.get("num_attention_heads") or 32
     head_dim = model_config.get("head_dim") or (model_config.get("hidden_size") or 4096) // heads
     layers = model_config.get("num_hidden_layers") or 32
     bytes_per_token = 2 * layers * heads * max(head_dim, 64) * 4
-    tokens = 2 * max(config.seq_len + 1, batched_tokens(config))
-    return max(1, math.ceil(bytes_per_token * tokens / 2**30))
+    return max(1, math.ceil(bytes_per_token * 2 * max(config.seq_len + 1, tokens) / 2**30))
 
 
-class Engine:
+class VllmEngine:
     """A running vLLM engine for one model."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, tokens: int) -> None:
         import vllm
 
-        self.version = vllm.__version__
         self._params = vllm.SamplingParams(
             prompt_logprobs=0, flat_logprobs=True, max_tokens=1, temperature=0, detokenize=False
         )
@@ -89,7 +120,7 @@ class Engine:
             model=str(config.model),
             dtype=config.dtype,  # type: ignore[arg-type]
             max_model_len=config.seq_len + 1,
-            max_num_batched_tokens=batched_tokens(config),
+            max_num_batched_tokens=tokens,
             tensor_parallel_size=config.tensor_parallel_size,
             skip_tokenizer_init=True,
             enable_prefix_caching=False,  # with it, prompt log-probs depend on the order of the requests
@@ -99,44 +130,27 @@ class Engine:
             gpu_memory_utilization=0.8,
             enforce_eager=config.device == "cpu",  # compiling takes 10-20 s there and gains 3 %
             distributed_executor_backend="mp" if config.tensor_parallel_size > 1 else None,
+            worker_extension_cls="scorer.kernel.LogprobKernel",
         )
+        self._llm = llm  # keeps the engine alive
         self._engine = llm.llm_engine
-        self._llm = llm
+        fused = all(llm.collective_rpc("use_remit_kernel", args=(BLOCK_ENTRIES[config.device],)))
+        self.description = {"engine": "vllm", "max_num_batched_tokens": tokens, "fused_logprobs": fused}
+        self._asked: dict[str, np.ndarray] = {}
 
-    def logprobs(self, prompts: Iterable[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
-        """Score prompts, int [tokens] of at least two tokens each.
+    def add(self, key: str, prompt: np.ndarray) -> None:
+        self._asked[key] = prompt
+        self._engine.add_request(key, {"prompt_token_ids": prompt.tolist()}, self._params)
 
-        Yields (index of the prompt, float32 [tokens - 1]) as they finish. Raises ValueError where the engine
-        answers for other tokens than asked, or with a number that is no log-prob.
-        """
-        asked: dict[str, np.ndarray] = {}
-        for index, prompt in enumerate(prompts):
-            asked[str(index)] = prompt
-            self._engine.add_request(str(index), {"prompt_token_ids": prompt.tolist()}, self._params)
-        while asked:
-            for output in self._engine.step():
-                if not output.finished:
-                    continue
-                prompt = asked.pop(output.request_id)
-                flat = output.prompt_logprobs  # positions of rank 0 only: the prompt's own tokens, from the second on
-                if not np.array_equal(np.fromiter(flat.token_ids, np.int64), prompt[1:]):
-                    raise ValueError(f"the engine answered for other tokens than those of prompt {output.request_id}")
-                yield int(output.request_id), check_logprobs(np.fromiter(flat.logprobs, np.float32))
-
-
-def check_logprobs(logprobs: np.ndarray) -> np.ndarray:
-    """The same values, at most 0; ValueError for what no log-prob can be."""
-    if not np.all(np.isfinite(logprobs)) or np.any(logprobs > POSITIVE_TOLERANCE):
-        bad = logprobs[~(np.isfinite(logprobs) & (logprobs <= POSITIVE_TOLERANCE))]
-        raise ValueError(
-            f"the engine returned {bad[0]} as a log-prob ({len(bad)} of {len(logprobs)} values), expected a finite "
-            "number of at most 0; check the model's weights, or try --dtype float32"
-        )
-    return np.minimum(logprobs, 0)
-
-
-def round_logprobs(logprobs: np.ndarray, step: float) -> np.ndarray:
-    """Round to the nearest multiple of `step` (0: leave exact); -0.0 becomes 0.0."""
-    if not step:
-        return logprobs + np.float32(0)
-    return (np.rint(logprobs.astype(np.float64) / step) * step + 0.0).astype(np.float32)
+    def step(self) -> list[tuple[str, np.ndarray]]:
+        """Raises ValueError where the engine answers for other tokens than asked."""
+        finished = []
+        for output in self._engine.step():
+            if not output.finished:
+                continue
+            prompt = self._asked.pop(output.request_id)
+            flat = output.prompt_logprobs  # positions of rank 0 only: the prompt's own tokens, from the second on
+            if flat is None or not np.array_equal(np.fromiter(flat.token_ids, np.int64), prompt[1:]):
+                raise ValueError(f"the engine answered for other tokens than those of prompt {output.request_id}")
+            finished.append((output.request_id, np.fromiter(flat.logprobs, np.float32)))
+        return finished

@@ -7,11 +7,11 @@ end, so that the output folder appears with its manifest or not at all.
 """
 
 import json
-import os
-import shutil
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -20,14 +20,19 @@ import ray
 from scorer.cluster import cause, ray_cluster
 from scorer.config import PackConfig
 from scorer.corpus import Source, find_sources
+from scorer.output import StopGuard, absolute, clean, require_empty
 from scorer.staging import stage_source, write_part_from_staging
 from scorer.tokenizer import describe_tokenizer, load_tokenizer
+from shards.crash import crash_point
 from shards.folder import TOKENIZER, ShardFolder
+from shards.lease import Lease
 from shards.manifest import MANIFEST, CorpusFile, Manifest, PartPlan, first_difference, part_name
-from shards.part import COMMITS, sha256_file, temporary_name
+from shards.store import Store, open_store
 
 REJECTED = "_rejected.jsonl"
 KEEP_STAGING_BYTES = 1 << 26
+TEXT_BYTES_PER_STAGED_BYTE = 2.5  # plain text against its token ids in zstd; for the estimate of the disk's need
+INFLATION = {".gz": 3.0, ".zst": 3.5, ".parquet": 2.5}
 
 
 Progress = Callable[[str, int, int, int], None]
@@ -35,13 +40,19 @@ Progress = Callable[[str, int, int, int], None]
 while it writes parts."""
 
 
-def pack(config: PackConfig, progress: Progress = lambda phase, done, total, tokens: None) -> ShardFolder:
+def pack(
+    config: PackConfig,
+    progress: Progress = lambda phase, done, total, tokens: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    note: Callable[[str], None] = lambda line: None,
+) -> ShardFolder:
     """Pack `config.corpus` into `config.out`; returns the complete folder.
 
-    Raises ValueError with file, value and remedy for bad input; then the output folder does not exist.
+    Raises ValueError with file, value and remedy for bad input; then the output folder does not exist. Raises
+    Stopped where should_stop says so and what ran has ended or the grace period is over. note: told what takes long.
     """
     # Ray workers may have another working directory
-    config = replace(config, out=config.out.absolute(), tokenizer=str(Path(config.tokenizer).absolute()))
+    config = replace(config, out=absolute(config.out), tokenizer=str(Path(config.tokenizer).absolute()))
     sources = find_sources(config.corpus)
     tokenizer = load_tokenizer(config.tokenizer)
     description = describe_tokenizer(tokenizer, config.special_tokens)
@@ -52,43 +63,68 @@ def pack(config: PackConfig, progress: Progress = lambda phase, done, total, tok
         "rows_per_batch": config.rows_per_batch,
         "on_bad_document": config.on_bad_document,
     }
-    if (config.out / MANIFEST).exists():
-        folder = ShardFolder(config.out)
+    out = open_store(config.out)
+    if out.size(MANIFEST) is not None:
+        folder = ShardFolder(out)
         _refuse_other_plan(config, folder, sources, description)
         if not folder.missing_parts():
             return folder
-    elif config.out.exists() and any(config.out.iterdir()):
-        raise ValueError(f"{config.out}: is not empty and not a shard folder; choose another --out or empty it")
-
-    staging = config.out.with_name(f".{config.out.name}.staging")
-    staging.mkdir(parents=True, exist_ok=True)
+    require_empty(out)
+    parent, _, last = config.out.rstrip("/").rpartition("/")
+    staging = open_store(f"{parent}/.{last}.staging")
+    out.require_free(int(2 * _staged_estimate(sources)), "packing this corpus")
+    lease = Lease(out).acquire(note)
     try:
+        clean(out)
+        staging.clean()
         with ray_cluster(config.debug):
-            staged = _stage_all(config, sources, staging, tokenizer.backend_tokenizer.to_str(), settings, progress)
+            stop = StopGuard(should_stop, config.grace_seconds)
+            raw = tokenizer.backend_tokenizer.to_str()
+            staged = _stage_all(config, sources, staging, raw, settings, progress, stop)
+            crash_point("staging.done")
             manifest = _plan(config, staged, description)
-            config.out.mkdir(parents=True, exist_ok=True)
-            (config.out / COMMITS).mkdir(exist_ok=True)
-            if not (config.out / TOKENIZER).exists():
-                _save_tokenizer(tokenizer, config.out)
-            _save_rejected(staged, config.out)
-            manifest.write(config.out)
-            folder = ShardFolder(config.out)
-            _write_parts(config, folder, staging, staged, progress)
-    finally:
+            if not out.names(TOKENIZER):
+                _save_tokenizer(tokenizer, out)
+            _save_rejected(staged, out)
+            crash_point("output.begun")
+            lease.check()
+            manifest.write(out)
+            crash_point("driver.planned")
+            folder = ShardFolder(out)
+            out.require_free(_staged_bytes(staging), "writing the parts")
+            _write_parts(folder, staging, staged, lease, progress, stop)
+        crash_point("driver.finished")
+        staging.remove()
+    except BaseException:
         # after a failure, staging is kept for the rerun only where it saves time
-        if sum(file.stat().st_size for file in staging.iterdir()) < KEEP_STAGING_BYTES:
-            shutil.rmtree(staging, ignore_errors=True)
-    shutil.rmtree(staging, ignore_errors=True)
+        if _staged_bytes(staging) < KEEP_STAGING_BYTES:
+            staging.remove()
+        if out.size(MANIFEST) is None:
+            out.delete(REJECTED)
+            out.remove(TOKENIZER)
+        raise
+    finally:
+        lease.release()
     return folder
 
 
-def _save_tokenizer(tokenizer: Any, out: Path) -> None:
-    temporary = temporary_name(out / TOKENIZER)
-    tokenizer.save_pretrained(temporary)
-    os.rename(temporary, out / TOKENIZER)
+def _staged_estimate(sources: list[Source]) -> float:
+    sizes = [((source.size() or 0), Path(source.location or "").suffix) for source in sources]
+    return sum(size * INFLATION.get(suffix, 1.0) for size, suffix in sizes) / TEXT_BYTES_PER_STAGED_BYTE
 
 
-def _save_rejected(staged: list[dict], out: Path) -> None:
+def _staged_bytes(staging: Store) -> int:
+    return sum(staging.size(name) or 0 for name in staging.names())
+
+
+def _save_tokenizer(tokenizer: Any, out: Store) -> None:
+    with TemporaryDirectory() as temporary:
+        tokenizer.save_pretrained(temporary)
+        for file in sorted(Path(temporary).iterdir()):
+            out.replace(f"{TOKENIZER}/{file.name}", file.read_bytes())
+
+
+def _save_rejected(staged: list[dict], out: Store) -> None:
     """List the documents that were left out, with the reason of each, in _rejected.jsonl."""
     lines = [
         json.dumps({"source": index, "path": record["file"]["path"], "reason": reason}, ensure_ascii=False)
@@ -96,19 +132,14 @@ def _save_rejected(staged: list[dict], out: Path) -> None:
         for reason in record["rejected"]
     ]
     if lines:
-        (out / REJECTED).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        out.replace(REJECTED, ("\n".join(lines) + "\n").encode())
 
 
 def _refuse_other_plan(config: PackConfig, folder: ShardFolder, sources: list[Source], tokenizer: dict) -> None:
     """ValueError where `folder` was packed from something else than is asked for now."""
     manifest = folder.manifest
     corpus: list[dict] = [{"path": file.path, "size": file.size, "sha256": file.sha256} for file in manifest.corpus]
-    asked: list[dict] = [
-        {"path": source.name, "size": None, "sha256": None}
-        if source.path is None
-        else {"path": source.name, "size": source.path.stat().st_size, "sha256": sha256_file(source.path)}
-        for source in sources
-    ]
+    asked = [{"path": source.name, "size": source.size(), "sha256": source.sha256()} for source in sources]
     layout = ("seq_len", "rows_per_part", "rows_per_batch")
     difference = first_difference(
         {name: getattr(config, name) for name in layout} | {"tokenizer": tokenizer, "corpus": asked, "references": []},
@@ -125,10 +156,11 @@ def _refuse_other_plan(config: PackConfig, folder: ShardFolder, sources: list[So
 def _stage_all(
     config: PackConfig,
     sources: list[Source],
-    staging: Path,
+    staging: Store,
     tokenizer_json: str,
     settings: dict,
     progress: Progress,
+    stop: StopGuard,
 ) -> list[dict]:
     """Tokenise every source that is not staged yet; returns their records in corpus order."""
     total_cpus = int(ray.cluster_resources().get("CPU", 1))
@@ -143,15 +175,16 @@ def _stage_all(
     records: list[dict] = [{}] * len(sources)
     waiting = list(enumerate(sources))
     running: dict[Any, int] = {}
-    total = sum(source.path.stat().st_size for source in sources if source.path)
+    total = sum(source.size() or 0 for source in sources)
     done: dict[int, tuple[int, int]] = {}  # bytes and tokens per source
     try:
         while waiting or running:
-            while waiting and len(running) < workers:
+            while waiting and len(running) < workers and not stop.requested():
                 index, source = waiting.pop(0)
                 generator = task.remote(source, index, staging, tokenizer_json, settings)
                 running[generator] = index
-            ready: Any = ray.wait(list(running), num_returns=1, fetch_local=False)[0]
+            stop.check(len(running))
+            ready: Any = ray.wait(list(running), num_returns=1, fetch_local=False, timeout=1)[0]
             for generator in ready:
                 update: Any = ray.get(next(generator))
                 index = running[generator]
@@ -197,33 +230,37 @@ def _plan(config: PackConfig, staged: list[dict], tokenizer: dict) -> Manifest:
 
 
 def _write_parts(
-    config: PackConfig, folder: ShardFolder, staging: Path, staged: list[dict], progress: Progress
+    folder: ShardFolder, staging: Store, staged: list[dict], lease: Lease, progress: Progress, stop: StopGuard
 ) -> None:
     ends = np.cumsum([record["file"]["rows"] for record in staged])
     firsts = np.cumsum([0] + [plan.rows for plan in folder.manifest.parts])
-    task: Any = ray.remote(write_part_from_staging)
+    task: Any = ray.remote(write_part_from_staging).options(max_retries=2)
     missing = set(folder.missing_parts())
     total = folder.manifest.tokens
     done = sum(plan.tokens for plan in folder.manifest.parts if plan.name not in missing)
-    todo = [(index, plan) for index, plan in enumerate(folder.manifest.parts) if plan.name in missing]
+    todo = deque((index, plan) for index, plan in enumerate(folder.manifest.parts) if plan.name in missing)
     running: dict[Any, PartPlan] = {}
     limit = 2 * int(ray.cluster_resources().get("CPU", 1))
     while todo or running:
-        while todo and len(running) < limit:
-            index, plan = todo.pop(0)
+        while todo and len(running) < limit and not stop.requested():
+            index, plan = todo.popleft()
             slices, row = [], int(firsts[index])
             while row < firsts[index + 1]:
                 source = int(np.searchsorted(ends, row, side="right"))
                 first_of_source = int(ends[source - 1]) if source else 0
-                stop = min(int(ends[source]), int(firsts[index + 1]))
-                slices.append((f"source-{source:05d}.arrow", row - first_of_source, stop - row))
-                row = stop
-            running[task.remote(folder.path, plan.name, staging, slices, config.rows_per_batch)] = plan
-        ready, _ = ray.wait(list(running), num_returns=1)
+                last = min(int(ends[source]), int(firsts[index + 1]))
+                slices.append((f"source-{source:05d}.arrow", row - first_of_source, last - row))
+                row = last
+            arguments = (str(folder.path), plan.name, staging, slices, folder.manifest.checksum, lease.number)
+            running[task.remote(*arguments)] = plan
+            crash_point("driver.assigned")
+        stop.check(len(running))
+        ready, _ = ray.wait(list(running), num_returns=1, timeout=1)
         for reference in ready:
             try:
                 ray.get(reference)
             except Exception as error:
                 raise cause(error) from None
             done += running.pop(reference).tokens
+            crash_point("driver.committed")
             progress("write", done, total, done)

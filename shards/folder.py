@@ -5,39 +5,61 @@ commit record first, because Arrow reads a flipped bit back as data without an e
 """
 
 import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
-from shards.fingerprint import read_tokenizer_json, tokenizer_difference, tokenizer_fingerprint
+from shards.decompressed import check_decompressed_size
+from shards.fingerprint import parse_tokenizer_json, tokenizer_difference, tokenizer_fingerprint
 from shards.manifest import Manifest
-from shards.part import CommitRecord, read_record
+from shards.part import COMMITS, METADATA_KEY, CommitRecord, read_record
 from shards.schema import logprobs_column, row_schema
+from shards.store import Store, open_store
 
 TOKENIZER = "_tokenizer"
+REMEDY = "run remit verify --repair, then the command that writes this folder"
 
 
 class ShardFolder:
     """A shard folder with a valid manifest. ValueError from the constructor names what is wrong."""
 
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-        self.manifest = Manifest.read(self.path)
-        self._plans = {plan.name: plan for plan in self.manifest.parts}
+    def __init__(self, folder: Store | Path | str) -> None:
+        self.store = open_store(folder)
+        self.manifest = Manifest.read(self.store)
+        self._index = {plan.name: index for index, plan in enumerate(self.manifest.parts)}
 
     @property
-    def tokenizer_path(self) -> Path:
-        """Copy of the tokenizer that packed the rows, a transformers tokenizer folder."""
-        return self.path / TOKENIZER
+    def path(self) -> str | Path:
+        """Where the folder is: a path, or a URL."""
+        return self.store.local or self.store.url
 
     @property
     def schema(self) -> pa.Schema:
         """Expected schema of every part, without metadata."""
         return row_schema(tuple(self.manifest.references))
 
+    def tokenizer_json(self) -> dict[str, Any]:
+        """Parsed tokenizer.json of the tokenizer that packed the rows."""
+        name = f"{TOKENIZER}/tokenizer.json"
+        try:
+            return parse_tokenizer_json(self.store.read(name), self.store.where(name))
+        except FileNotFoundError:
+            raise ValueError(
+                f"{self.store.where(name)}: missing; copy it from the tokenizer that packed the rows"
+            ) from None
+
+    def copy_tokenizer(self, to: Store | Path | str) -> None:
+        """Copy the files of the tokenizer that packed the rows into the folder `to`."""
+        target = open_store(to)
+        for name in self.store.names(TOKENIZER):
+            target.replace(name, self.store.read(f"{TOKENIZER}/{name}"))
+
     def missing_parts(self) -> list[str]:
-        """Planned parts that are not committed yet."""
-        return [plan.name for plan in self.manifest.parts if read_record(self.path, plan.name) is None]
+        """Planned parts that are not committed yet; lists the folder once, opens no record."""
+        committed = set(self.store.names(COMMITS))
+        return [plan.name for plan in self.manifest.parts if plan.name.replace(".arrow", ".json") not in committed]
 
     def require_complete(self) -> None:
         """ValueError unless every planned part is committed."""
@@ -71,7 +93,7 @@ class ShardFolder:
         """ValueError unless a model's parsed tokenizer.json has the content of the one that packed the rows."""
         fingerprint, packed = tokenizer_fingerprint(tokenizer_json), self.manifest.tokenizer["fingerprint"]
         if fingerprint != packed:
-            ours = read_tokenizer_json(self.tokenizer_path)
+            ours = self.tokenizer_json()
             raise ValueError(
                 f"{model}: its tokenizer {fingerprint[:12]}.. is not the one that packed {self.path}, {packed[:12]}..: "
                 f"{tokenizer_difference(ours, tokenizer_json)}; pack again with this model's tokenizer"
@@ -93,41 +115,51 @@ class ShardFolder:
                 f"{self.manifest.seq_len}; pack again with --seq-len {max_position} or less"
             )
 
+    def part_metadata(self, part: str) -> dict[str, Any]:
+        """What the schema metadata of a part must hold."""
+        return self.manifest.part_metadata(self._index[part])
+
     def record(self, part: str) -> CommitRecord:
-        """Commit record of a part; ValueError where it is not committed."""
-        record = read_record(self.path, part)
+        """Commit record of a part; ValueError where it is not committed, or not as planned."""
+        record = read_record(self.store, part)
         if record is None:
-            raise ValueError(f"{self.path / part}: not committed; run the command that writes this folder again")
-        plan = self._plans[part]
+            raise ValueError(f"{self.store.where(part)}: not committed; run the command that writes this folder again")
+        plan = self.manifest.parts[self._index[part]]
         if (record.rows, record.tokens) != (plan.rows, plan.tokens):
             raise ValueError(
-                f"{self.path / part}: its commit record has {record.rows} rows and {record.tokens} tokens, the manifest "
-                f"plans {plan.rows} and {plan.tokens}; delete both and run the command that writes this folder again"
+                f"{self.store.where(part)}: its commit record has {record.rows} rows and {record.tokens} tokens, the "
+                f"manifest plans {plan.rows} and {plan.tokens}; {REMEDY}"
             )
         return record
 
     def open_part(self, part: str, columns: list[str] | None = None) -> pa.ipc.RecordBatchFileReader:
-        """Hash a part against its commit record, then open it over the same memory map.
+        """Hash a part against its commit record, then open it over the same memory.
 
         columns: only these are decompressed; None reads all. Raises ValueError for missing, truncated
-        or altered bytes and for columns of another type.
+        or altered bytes, for columns of another type, for a part of another folder and for buffers that
+        would decompress to more than the plan has tokens for.
         """
-        path = self.path / part
-        record = self.record(part)
-        remedy = "delete the part and its commit record and run the command that writes this folder again"
+        where, record = self.store.where(part), self.record(part)
         try:
-            mapped = pa.memory_map(str(path)).read_buffer()
+            data = self.store.buffer(part)
         except FileNotFoundError:
-            raise ValueError(f"{path}: is committed but missing; {remedy}") from None
-        if mapped.size != record.size:
-            raise ValueError(f"{path}: {mapped.size} bytes, its commit record says {record.size}; {remedy}")
-        sha256 = hashlib.sha256(memoryview(mapped)).hexdigest()
+            raise ValueError(f"{where}: is committed but missing; {REMEDY}") from None
+        if data.size != record.size:
+            raise ValueError(f"{where}: {data.size} bytes, its commit record says {record.size}; {REMEDY}")
+        sha256 = hashlib.sha256(memoryview(data)).hexdigest()
         if sha256 != record.sha256:
             raise ValueError(
-                f"{path}: sha256 {sha256[:12]}.. differs from its commit record {record.sha256[:12]}..; {remedy}"
+                f"{where}: sha256 {sha256[:12]}.. differs from its commit record {record.sha256[:12]}..; {REMEDY}"
             )
-        schema = pa.ipc.open_file(mapped).schema
+        try:
+            schema = pa.ipc.open_file(data).schema
+            found = json.loads((schema.metadata or {}).get(METADATA_KEY, b"{}"))
+        except (pa.ArrowException, ValueError) as error:
+            raise ValueError(f"{where}: not an Arrow file of this project ({error}); {REMEDY}") from None
         if not schema.remove_metadata().equals(self.schema):
-            raise ValueError(f"{path}: columns {schema.names} or their types are not those of the manifest; {remedy}")
+            raise ValueError(f"{where}: columns {schema.names} or their types are not those of the manifest; {REMEDY}")
+        if (found.get("part"), found.get("manifest_sha256")) != (part, self.manifest.checksum):
+            raise ValueError(f"{where}: its schema metadata is not that of {part} in this manifest; {REMEDY}")
+        check_decompressed_size(data, self.manifest, schema, where)
         included = None if columns is None else [schema.get_field_index(column) for column in columns]
-        return pa.ipc.open_file(mapped, options=pa.ipc.IpcReadOptions(included_fields=included))
+        return pa.ipc.open_file(data, options=pa.ipc.IpcReadOptions(included_fields=included))

@@ -1,17 +1,23 @@
 """The frozen plan of a shard folder and where its numbers come from: `_manifest.json`.
 
-Written before any part; the same provenance also stands in the schema metadata of every part, so that
-a part found alone still says what it is.
+Written before any part. Its first line holds the sha256 of all that follows, so a flipped bit is an error. The
+provenance also stands in the schema metadata of every part, there with the corpus files that the part has rows
+of, so that a part found alone still says what it is.
 """
 
+import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+
 from shards.part import publish_json
 from shards.schema import CONTEXTS, logprobs_column
+from shards.store import Store, open_store
 
 FORMAT = "remit-shards"
 FORMAT_VERSION = 1
@@ -86,35 +92,75 @@ class Manifest:
         return {kind: sum(getattr(file, f"documents_{kind}") for file in self.corpus) for kind in kinds}
 
     def provenance(self) -> dict[str, Any]:
-        """All but the list of parts, as a JSON object; the same in the manifest and in every part."""
-        value = asdict(self)
-        del value["parts"]
-        value["corpus"] = list(value["corpus"])
+        """All but the list of parts, as a JSON object."""
+        return {**self._common(), "corpus": [vars(file) for file in self.corpus]}
+
+    def _common(self) -> dict[str, Any]:
         return {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "documents": self.documents,
             "num_parts": len(self.parts),
-            **value,
+            "seq_len": self.seq_len,
+            "rows_per_part": self.rows_per_part,
+            "rows_per_batch": self.rows_per_batch,
+            "tokenizer": self.tokenizer,
+            "references": self.references,
         }
 
-    def write(self, folder: Path) -> None:
+    @cached_property
+    def _text(self) -> tuple[str, str]:
+        """sha256 of the JSON text from its second line on, and that text; corpus files and parts one a line."""
+        head = json.dumps(self._common(), indent=1, ensure_ascii=False, sort_keys=True).removeprefix("{\n")
+        lists = {"corpus": self.corpus, "parts": self.parts}
+        lines = [head.removesuffix("\n}")]
+        for name, entries in lists.items():
+            inner = ",\n".join("  " + json.dumps(vars(entry), ensure_ascii=False, sort_keys=True) for entry in entries)
+            lines.append(f' "{name}": [\n{inner}\n ]')
+        text = ",\n".join(lines) + "\n}\n"
+        return hashlib.sha256(text.encode()).hexdigest(), text
+
+    @property
+    def checksum(self) -> str:
+        """sha256 of the manifest file from its second line on; every part carries it."""
+        return self._text[0]
+
+    @cached_property
+    def _first_rows(self) -> np.ndarray:
+        """Row at which each corpus file begins, and the number of rows: int64 [files + 1]."""
+        return np.cumsum([0, *(file.rows for file in self.corpus)])
+
+    def part_metadata(self, index: int) -> dict[str, Any]:
+        """Schema metadata of part `index`: the provenance, with only those corpus files that it has rows of."""
+        first = index * self.rows_per_part
+        last = first + self.parts[index].rows - 1
+        low, high = np.searchsorted(self._first_rows, [first, last], side="right") - 1
+        files = [{"source": source, **vars(self.corpus[source])} for source in range(low, high + 1)]
+        files = [file for file in files if file["rows"]]
+        return {**self._common(), "corpus": files, "part": self.parts[index].name, "manifest_sha256": self.checksum}
+
+    def write(self, folder: Store | Path | str) -> None:
         """Freeze this plan in `folder`. ValueError where another plan is frozen there already."""
-        publish_json({**self.provenance(), "parts": [asdict(part) for part in self.parts]}, folder / MANIFEST)
+        sha256, text = self._text
+        data = f'{{\n "checksum": "{sha256}",\n{text}'.encode()
+        publish_json(open_store(folder), MANIFEST, data, "manifest")
 
     @classmethod
-    def read(cls, folder: Path) -> "Manifest":
+    def read(cls, folder: Store | Path | str) -> "Manifest":
         """Read and check the manifest of `folder`; ValueError says what is wrong with it."""
-        path = folder / MANIFEST
-        if not folder.is_dir():
-            raise ValueError(f"{folder}: no such folder; give the folder that remit pack or remit score wrote")
+        store = open_store(folder)
+        if store.local and not store.local.is_dir():
+            raise ValueError(f"{store.url}: no such folder; give the folder that remit pack or remit score wrote")
+        path = store.where(MANIFEST)
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
+            data = store.read(MANIFEST)
         except FileNotFoundError:
             raise ValueError(
-                f"{folder}: has no {MANIFEST}, so it is not a shard folder (or its writing never began); "
+                f"{store.url}: has no {MANIFEST}, so it is not a shard folder (or its writing never began); "
                 "give the folder that remit pack or remit score wrote"
             ) from None
+        try:
+            value = json.loads(data)
         except ValueError as error:
             raise ValueError(f"{path}: not valid JSON ({error}); restore it or write the folder again") from None
         if not isinstance(value, dict) or value.get("format") != FORMAT:
@@ -135,8 +181,11 @@ class Manifest:
                 references={name: dict(reference) for name, reference in value["references"].items()},
             )
             manifest._check()
-            if manifest.provenance() != {key: field for key, field in value.items() if key != "parts"}:
-                raise ValueError("its counts do not agree with each other, or it has unknown fields")
+            if {key: value[key] for key in manifest._common()} != manifest._common():
+                raise ValueError("its counts do not agree with each other")
+            sha256, text = manifest._text
+            if data != f'{{\n "checksum": "{sha256}",\n{text}'.encode():
+                raise ValueError("its checksum does not fit its content")
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path}: damaged ({error}); restore it or write the folder again") from None
         return manifest

@@ -7,13 +7,15 @@ A part without a record does not exist: a reader ignores it and a rerun replaces
 import hashlib
 import json
 import os
-import secrets
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+
+from shards.crash import crash_point
+from shards.store import Store
 
 METADATA_KEY = b"remit"
 COMMITS = "_commits"
@@ -21,13 +23,17 @@ COMMITS = "_commits"
 
 @dataclass(frozen=True)
 class CommitRecord:
-    """What a committed part must be: its file name, sha256 of its bytes, size in bytes, rows, tokens."""
+    """What a committed part must be: file name, sha256 of its bytes, size in bytes, rows, tokens.
+
+    quarantined: per reference the rows, counted from 0 in the part, that have no log-probs of it.
+    """
 
     part: str
     sha256: str
     size: int
     rows: int
     tokens: int
+    quarantined: dict[str, list[int]] = field(default_factory=dict)
 
 
 def sha256_file(path: Path) -> str:
@@ -36,112 +42,108 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make renames and links in `folder` survive a power cut."""
-    fd = os.open(folder, os.O_RDONLY)
+def encode_json(value: dict[str, Any]) -> bytes:
+    """JSON as this project writes it: the same value gives the same bytes."""
+    return (json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
+
+
+def publish_json(store: Store, name: str, data: bytes, kind: str) -> None:
+    """A new file of JSON. The same content already there is fine, other content raises ValueError."""
     try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def temporary_name(final: Path) -> Path:
-    """A name in the same folder that no reader looks at and no other process uses."""
-    return final.with_name(f".{final.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-
-
-def publish(temporary: Path, final: Path) -> None:
-    """Give a finished temporary file its final name without overwriting; FileExistsError if it exists."""
-    try:
-        os.link(temporary, final)  # unlike rename, link never replaces what is there
-    finally:
-        temporary.unlink()
-    fsync_folder(final.parent)
-
-
-def publish_json(value: dict[str, Any], final: Path) -> None:
-    """Write JSON durably and whole. The same content already there is fine, other content raises."""
-    text = json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
-    temporary = temporary_name(final)
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    try:
-        publish(temporary, final)
+        store.create(name, data, kind)
     except FileExistsError:
-        if final.read_text(encoding="utf-8") != text:
-            raise ValueError(f"{final}: exists with other content; another run writes to this folder") from None
+        if store.read(name) != data:
+            raise ValueError(f"{store.where(name)}: exists with other content; another run wrote it") from None
 
 
-def record_path(folder: Path, part: str) -> Path:
-    """Where the commit record of a part stands."""
-    return folder / COMMITS / (Path(part).stem + ".json")
+def record_name(part: str) -> str:
+    """Name of the commit record of a part, relative to the folder."""
+    return f"{COMMITS}/{part.removesuffix('.arrow')}.json"
 
 
-def read_record(folder: Path, part: str) -> CommitRecord | None:
+def read_record(store: Store, part: str) -> CommitRecord | None:
     """The commit record of a part, or None where the part was not committed.
 
-    Raises ValueError for a damaged record.
+    Raises ValueError for a damaged record: one with other bytes than this project writes for its values.
     """
-    path = record_path(folder, part)
+    name = record_name(part)
+    remedy = "run remit verify --repair, then the command that wrote this folder"
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        data = store.read(name)
     except FileNotFoundError:
         return None
+    try:
+        value = json.loads(data)
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); delete it and run the same command again") from None
+        raise ValueError(f"{store.where(name)}: not valid JSON ({error}); {remedy}") from None
     if (
         not isinstance(value, dict)
-        or {(name, type(field)) for name, field in value.items()}
-        != {(field.name, field.type) for field in fields(CommitRecord)}
+        or {*value} != {field.name for field in fields(CommitRecord)}
+        or any(type(value[key]) is not kind for key, kind in _RECORD_TYPES.items())
         or value["part"] != part
+        or encode_json(value) != data
     ):
-        raise ValueError(f"{path}: not the commit record of {part}; delete it and run the same command again")
+        raise ValueError(f"{store.where(name)}: not the commit record of {part}, or altered; {remedy}")
     return CommitRecord(**value)
 
 
+_RECORD_TYPES = {"part": str, "sha256": str, "size": int, "rows": int, "tokens": int, "quarantined": dict}
+
+
 def write_part(
-    folder: Path,
+    store: Store,
     part: str,
     schema: pa.Schema,
-    provenance: dict[str, Any],
-    batches: Iterable[pa.RecordBatch],
+    metadata: dict[str, Any],
+    batches: Sequence[pa.RecordBatch],
+    quarantined: dict[str, list[int]] | None = None,
+    may_publish: Callable[[], None] = lambda: None,
 ) -> CommitRecord:
     """Write, fsync, hash and publish one part, then its commit record.
 
-    batches: in the order of the rows; the same batches give the same bytes. provenance: JSON object
-    for the schema metadata under the key `remit`. Where an exception leaves `batches`, nothing is
-    published and the temporary file is removed.
+    batches: in the order of the rows; the same batches give the same bytes. metadata: JSON object for the schema
+    metadata under the key `remit`. may_publish: raises where this process must not publish any more. Where
+    anything raises, nothing is committed and the temporary file is removed.
     """
-    final = folder / part
-    if record_path(folder, part).exists():
-        raise ValueError(f"{final}: is committed already; a committed part is never written again")
-    temporary = temporary_name(final)
-    schema = schema.with_metadata({METADATA_KEY: json.dumps(provenance, sort_keys=True, ensure_ascii=False)})
-    rows = tokens = 0
-    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    if store.size(record_name(part)) is not None:
+        raise ValueError(f"{store.where(part)}: is committed already; a committed part is never written again")
+    schema = schema.with_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True, ensure_ascii=False)})
+    rows = sum(batch.num_rows for batch in batches)
+    tokens = sum(len(batch.column("input_ids").flatten()) for batch in batches)
+    temporary = store.temporary(part)
     try:
         with (
+            store.space_errors(part, sum(batch.nbytes for batch in batches)),
             open(temporary, "wb") as file,
-            pa.ipc.new_file(file, schema, options=options) as writer,
+            pa.ipc.new_file(file, schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer,
         ):
+            crash_point("part.opened")
             for batch in batches:
                 writer.write_batch(batch.replace_schema_metadata(schema.metadata))
-                rows += batch.num_rows
-                tokens += len(batch.column("input_ids").flatten())
+            crash_point("part.written")
             writer.close()  # writes the footer, which must be on disk before the hash is taken
             file.flush()
             os.fsync(file.fileno())
-        record = CommitRecord(part, sha256_file(temporary), temporary.stat().st_size, rows, tokens)
+        record = CommitRecord(
+            part, sha256_file(temporary), temporary.stat().st_size, rows, tokens, quarantined or {}
+        )  # fmt: skip
+        crash_point("part.synced")
+        may_publish()
+        _publish_part(store, temporary, part, record.sha256)
+        may_publish()
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    if final.exists():
-        # A run that died between part and record left this file. Without a record nobody has read it.
-        os.replace(temporary, final)
-        fsync_folder(folder)
-    else:
-        publish(temporary, final)
-    publish_json(asdict(record), record_path(folder, part))
+    publish_json(store, record_name(part), encode_json(asdict(record)), "record")
     return record
+
+
+def _publish_part(store: Store, temporary: Path, part: str, sha256: str) -> None:
+    """Publish; a file that is there without a record is taken where it has these bytes, else replaced."""
+    orphan = store.size(part) is not None
+    if orphan:
+        if hashlib.sha256(memoryview(store.buffer(part))).hexdigest() == sha256:
+            temporary.unlink()
+            return
+        store.delete(part)
+    store.publish(temporary, part)

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from shards.fingerprint import read_tokenizer_json
-from shards.folder import ShardFolder
+from shards.folder import TOKENIZER, ShardFolder
 from shards.manifest import CorpusFile, PartPlan
 from shards.part import METADATA_KEY
+from shards.quarantine import failure_reason, read_quarantined_rows, rows_name
 from shards.schema import has_predecessor, list_lengths, logprobs_column
 
 
@@ -23,10 +23,13 @@ class Report:
     """Counts over the verified parts, and one line per problem."""
 
     parts: int = 0
+    bad_parts: list[str] = field(default_factory=list)
     rows: int = 0
     tokens: int = 0
     documents: int = 0
     logprobs: dict[str, int] = field(default_factory=dict)
+    quarantined: dict[str, int] = field(default_factory=dict)
+    """Rows per reference that have no log-probs; rows = scored + quarantined."""
     problems: list[str] = field(default_factory=list)
 
 
@@ -44,25 +47,27 @@ class _SourceCount:
 
 def verify_folder(folder: ShardFolder, on_part: Callable[[PartPlan], object] = lambda plan: None) -> Report:
     """Check every part of `folder`; on_part is called after each one, for a progress bar."""
-    report = Report(logprobs=dict.fromkeys(folder.manifest.references, 0))
+    names = folder.manifest.references
+    report = Report(logprobs=dict.fromkeys(names, 0), quarantined=dict.fromkeys(names, 0))
     counts = [_SourceCount() for _ in folder.manifest.corpus]
-    provenance = folder.manifest.provenance()
     try:
-        folder.require_tokenizer(read_tokenizer_json(folder.tokenizer_path), str(folder.tokenizer_path))
+        folder.require_tokenizer(folder.tokenizer_json(), folder.store.where(TOKENIZER))
     except ValueError as error:
         report.problems.append(str(error))
     for plan in folder.manifest.parts:
         try:
-            _verify_part(folder, plan, provenance, counts, report)
+            _verify_part(folder, plan, counts, report)
         except (ValueError, pa.ArrowException) as error:
-            report.problems.append(str(error))
+            report.problems.append(f"{error}{failure_reason(folder.store, plan.name)}")
+            report.bad_parts.append(plan.name)
+            for count in counts:  # what follows a bad part must not be judged by what precedes it
+                count.last_document, count.last_token, count.short_row = -1, -1, False
         on_part(plan)
     planned = {plan.name for plan in folder.manifest.parts}
-    report.problems += [
-        f"{path}: is not in the manifest; delete it"
-        for path in sorted(folder.path.glob("*.arrow"))
-        if path.name not in planned
-    ]
+    for name in folder.store.names():
+        if name.endswith(".arrow") and not name.startswith(".") and name not in planned:
+            report.problems.append(f"{folder.store.where(name)}: is not in the manifest; delete it")
+            report.bad_parts.append(name)
     if not report.problems:  # a missing part would make every count differ
         for file, count in zip(folder.manifest.corpus, counts):
             report.problems += _compare_counts(folder, file, count)
@@ -85,23 +90,31 @@ def _compare_counts(folder: ShardFolder, file: CorpusFile, count: _SourceCount) 
     return problems
 
 
-def _verify_part(
-    folder: ShardFolder, plan: PartPlan, provenance: dict, counts: list[_SourceCount], report: Report
-) -> None:
+def _verify_part(folder: ShardFolder, plan: PartPlan, counts: list[_SourceCount], report: Report) -> None:
     reader = folder.open_part(plan.name)
-    if json.loads((reader.schema.metadata or {}).get(METADATA_KEY, b"null")) != provenance:
-        raise ValueError(f"{folder.path / plan.name}: its schema metadata is not the provenance of the manifest")
+    if json.loads(reader.schema.metadata[METADATA_KEY]) != json.loads(json.dumps(folder.part_metadata(plan.name))):
+        raise ValueError(f"{folder.store.where(plan.name)}: its schema metadata is not the provenance of the manifest")
+    quarantined = folder.record(plan.name).quarantined
+    listed = {(entry["reference"], entry["row"]) for entry in read_quarantined_rows(folder.store, plan.name)}
+    if listed != {(name, row) for name, rows in quarantined.items() for row in rows}:
+        raise ValueError(
+            f"{folder.store.where(rows_name(plan.name))}: its rows are not those that the commit record lists"
+        )
     rows = tokens = 0
     for index in range(reader.num_record_batches):
         batch = reader.get_batch(index)
-        where = f"{folder.path / plan.name}: record batch {index}"
+        where = f"{folder.store.where(plan.name)}: record batch {index}"
         batch.validate(full=True)
-        _verify_batch(folder, batch, counts, report, where)
+        here = {
+            name: np.isin(np.arange(rows, rows + batch.num_rows), quarantined.get(name, []))
+            for name in folder.manifest.references
+        }
+        _verify_batch(folder, batch, here, counts, report, where)
         rows += batch.num_rows
         tokens += len(batch.column("input_ids").flatten())
     if (rows, tokens) != (plan.rows, plan.tokens):
         raise ValueError(
-            f"{folder.path / plan.name}: {rows} rows and {tokens} tokens found, "
+            f"{folder.store.where(plan.name)}: {rows} rows and {tokens} tokens found, "
             f"the manifest plans {plan.rows} and {plan.tokens}"
         )
     report.parts += 1
@@ -110,8 +123,14 @@ def _verify_part(
 
 
 def _verify_batch(
-    folder: ShardFolder, batch: pa.RecordBatch, counts: list[_SourceCount], report: Report, where: str
+    folder: ShardFolder,
+    batch: pa.RecordBatch,
+    quarantined: dict[str, np.ndarray],
+    counts: list[_SourceCount],
+    report: Report,
+    where: str,
 ) -> None:
+    """quarantined: per reference bool [rows], True where the row must have no log-prob at all."""
     manifest = folder.manifest
 
     def expect(condition: object, what: str) -> None:
@@ -153,6 +172,7 @@ def _verify_batch(
         flat = logprobs.flatten()
         present = flat.is_valid().to_numpy(zero_copy_only=False)
         expected = has_predecessor(row_lengths, piece_lengths, reference["context"])
+        expected &= ~np.repeat(quarantined[name], row_lengths)
         expect(
             np.array_equal(present, expected),
             f"{name}_logprobs is null elsewhere than where nothing precedes",
@@ -165,6 +185,7 @@ def _verify_batch(
         step = reference["logprob_step"]
         expect(not step or np.all(values / step % 1 == 0), f"{name}_logprobs is not a multiple of {step}")
         report.logprobs[name] += len(values)
+        report.quarantined[name] += int(quarantined[name].sum())
 
     row_ends = np.cumsum(row_lengths)
     piece_ends = np.cumsum(pieces_per_row)

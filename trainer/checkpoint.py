@@ -15,7 +15,8 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
-from shards.part import fsync_folder, publish_json, sha256_file, temporary_name
+from shards.part import encode_json, publish_json, sha256_file
+from shards.store import fsync_folder, open_store, temporary_name
 
 KEEP = 2
 INDEX = "checkpoint.json"
@@ -36,7 +37,7 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimi
     for name in files:
         with open(temporary / name, "rb") as file:
             os.fsync(file.fileno())
-    publish_json({"step": step, "sha256": files}, temporary / INDEX)
+    publish_json(open_store(temporary), INDEX, encode_json({"step": step, "sha256": files}), "")
     if final.exists():  # one that did not match its hashes, or the run would have gone on from it
         shutil.rmtree(final)
     os.rename(temporary, final)

@@ -10,7 +10,7 @@ from typing import Literal
 class TrainConfig:
     """Mid-train a base model from annotated shards."""
 
-    shards: Path
+    shards: str
     """Shard folder with the log-probs of the reference."""
     model: str
     """Base model: a Hugging Face folder or a hub id."""
@@ -50,7 +50,7 @@ class TrainConfig:
     """Of the matrix products; weights and optimizer stay in float32. auto: bfloat16 on a GPU, float32 elsewhere."""
     checkpoint_every: int = 500
     """Steps between checkpoints; 0: none."""
-    eval_shards: Path | None = None
+    eval_shards: str | None = None
     """Held-out shard folder, whose mean loss goes to evaluation.jsonl."""
     eval_every: int = 0
     """Steps between evaluations; 0: only before the first and after the last step, if --eval-shards is given."""

@@ -66,6 +66,7 @@ class RowReader:
         for plan, last in zip(manifest.parts, self._first_block[1:] - 1):
             self.block_rows[last] = (plan.rows - 1) % manifest.rows_per_batch + 1
         self._parts: OrderedDict[int, pa.ipc.RecordBatchFileReader] = OrderedDict()
+        self._quarantined: dict[int, set[int]] = {}  # rows of a part that were not scored
         self._blocks: OrderedDict[int, list[Row]] = OrderedDict()
 
     def rows(self, places: np.ndarray) -> list[Row]:
@@ -86,8 +87,11 @@ class RowReader:
             if self.reference is not None:
                 columns.append(logprobs_column(self.reference))
             self._parts[part] = self.folder.open_part(self.folder.manifest.parts[part].name, columns)
+            quarantined = self.folder.record(self.folder.manifest.parts[part].name).quarantined
+            self._quarantined[part] = set(quarantined.get(self.reference or "", []))
             if len(self._parts) > 4 * WINDOW_BLOCKS:
-                self._parts.popitem(last=False)
+                old, _ = self._parts.popitem(last=False)
+                del self._quarantined[old]
         self._parts.move_to_end(part)
         return self._parts[part]
 
@@ -97,7 +101,7 @@ class RowReader:
         batch = self._reader(part).get_batch(index)
         if batch.num_rows != self.block_rows[block]:
             raise ValueError(
-                f"{self.folder.path / name}: record batch {index} has {batch.num_rows} rows, "
+                f"{self.folder.store.where(name)}: record batch {index} has {batch.num_rows} rows, "
                 f"expected {self.block_rows[block]}; write the folder again"
             )
         first_row = index * self.folder.manifest.rows_per_batch
@@ -113,13 +117,15 @@ class RowReader:
         rows = []
         for row in range(batch.num_rows):
             tokens = slice(token_ends[row] - lengths[row], token_ends[row])
+            # a row that the reference could not score keeps its place in the order, and predicts nothing
+            scored = first_row + row not in self._quarantined[part]
             rows.append(
                 self._check(
                     Row(
-                        f"{self.folder.path / name} row {first_row + row}",
+                        f"{self.folder.store.where(name)} row {first_row + row}",
                         ids[tokens],
                         doc_lengths[piece_ends[row] - pieces[row] : piece_ends[row]],
-                        predicted[tokens],
+                        predicted[tokens] & scored,
                         None if logprobs is None else logprobs[tokens],
                     )
                 )

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from shards.fingerprint import weights_fingerprint
-from shards.folder import TOKENIZER, ShardFolder
+from shards.folder import ShardFolder
 from shards.manifest import first_difference
-from shards.part import publish_json, temporary_name
+from shards.part import encode_json, publish_json
+from shards.store import open_store, temporary_name
 from trainer.config import TrainConfig
 from trainer.model import Base
 
@@ -60,7 +61,7 @@ def open_run(out: Path, settings: dict[str, Any]) -> None:
     """Write the settings down, once, before the first step."""
     out.mkdir(parents=True, exist_ok=True)
     if not (out / RUN).exists():
-        publish_json(settings, out / RUN)
+        publish_json(open_store(out), RUN, encode_json(settings), "")
 
 
 def keep_lines(path: Path, last_step: int) -> dict[str, Any]:
@@ -89,10 +90,13 @@ def export(base: Base, shards: ShardFolder, model: Path, final: Path) -> None:
     temporary = temporary_name(final)
     base.export(temporary)
     own = (model / "tokenizer.json").exists() or (model / "tokenizer_config.json").exists()
-    for file in sorted((model if own else shards.path / TOKENIZER).iterdir()):
-        is_tokenizer = any(word in file.name for word in ("token", "vocab", "merges", "chat_template"))
-        if file.suffix in (".json", ".model", ".txt", ".jinja") and is_tokenizer:
-            shutil.copyfile(file, temporary / file.name)
+    if own:
+        for file in sorted(model.iterdir()):
+            is_tokenizer = any(word in file.name for word in ("token", "vocab", "merges", "chat_template"))
+            if file.suffix in (".json", ".model", ".txt", ".jinja") and is_tokenizer:
+                shutil.copyfile(file, temporary / file.name)
+    else:
+        shards.copy_tokenizer(temporary)
     os.rename(temporary, final)
 
 

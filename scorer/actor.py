@@ -1,0 +1,219 @@
+"""The Ray actor that scores parts: one engine, two parts at once so that the engine never waits for a file.
+
+In: the name of a part. Out: the part with a column more, committed in the output folder. Light to import: vLLM
+enters with the engine, after the environment that it reads is set.
+"""
+
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from scorer.canary import compare
+from scorer.cores import claim_cores
+from scorer.engine import Engine, EngineConfig, batched_tokens, device_memory, environment
+from scorer.loop import EngineDied, EngineLoop, Job
+from scorer.rowcheck import fault_of_ids, fault_of_row, round_logprobs
+from shards.folder import ShardFolder
+from shards.lease import check_fence
+from shards.part import write_part
+from shards.quarantine import read_quarantined_rows, write_quarantined_rows
+from shards.schema import has_predecessor, list_array, list_lengths, logprobs_column, row_schema
+
+
+@dataclass(frozen=True)
+class ScoringTask:
+    """What every part of a run has in common. num_embeddings: ids of the reference are below it."""
+
+    shards: str
+    out: str
+    lease: int
+    name: str
+    context: str
+    logprob_step: float
+    num_embeddings: int
+
+
+@dataclass
+class Rows:
+    """A record batch and its log-probs so far. spans: prompts as (first token, one past the last, row)."""
+
+    batch: pa.RecordBatch
+    first_row: int
+    row_lengths: np.ndarray
+    present: np.ndarray
+    ids: np.ndarray
+    spans: list[tuple[int, int, int]]
+    logprobs: np.ndarray
+    faults: dict[int, str] = field(default_factory=dict)
+
+    def values_of(self, row: int) -> np.ndarray:
+        """Log-probs of a row as the engine gave them, without its tokens that have none."""
+        end = int(self.row_lengths[: row + 1].sum())
+        place = slice(end - int(self.row_lengths[row]), end)
+        return self.logprobs[place][self.present[place]]
+
+
+class ScoringActor:
+    """Methods run in threads of the actor: score_part twice at once, progress beside them."""
+
+    def __init__(self, engine: EngineConfig, model_config: dict[str, Any], cores: int, task: ScoringTask) -> None:
+        self._task = task
+        self._shards: ShardFolder | None = None
+        self._out: ShardFolder | None = None
+        self._opening = threading.Lock()
+        self._jobs: dict[str, Job] = {}
+        self._loop = EngineLoop(lambda: make_engine(engine, model_config, cores))
+
+    def start(self) -> dict[str, Any]:
+        """Description of the engine, once it runs."""
+        return self._loop.wait_ready() | {"pid": os.getpid()}
+
+    def canary(self, prompts: list[np.ndarray], expected: list[np.ndarray], dtype: str) -> dict[str, float]:
+        """Score prompts whose log-probs transformers has computed; CanaryFailed where they are too far apart."""
+        if not prompts:
+            return {}
+        job = Job()
+        for index, prompt in enumerate(prompts):
+            self._loop.submit(job, index, prompt)
+        self._loop.wait(job)
+        return compare([job.values[index] for index in range(len(prompts))], expected, dtype)
+
+    def progress(self) -> tuple[int, dict[str, int]]:
+        """Engine steps so far, and tokens done of each part in work."""
+        return self._loop.steps, {part: job.tokens_done for part, job in self._jobs.items()}
+
+    def score_part(self, part: str) -> dict[str, Any]:
+        """Score a part and commit it; counts and times of it. ValueError where the part cannot be read."""
+        with self._opening:
+            self._shards = self._shards or ShardFolder(self._task.shards)
+            self._out = self._out or ShardFolder(self._task.out)
+        job = self._jobs[part] = Job()
+        try:
+            began = perf_counter()
+            reader = self._shards.open_part(part)
+            read_seconds = perf_counter() - began
+            batches: list[Rows] = []
+            for index in range(reader.num_record_batches):
+                first = sum(rows.batch.num_rows for rows in batches)
+                before = perf_counter()
+                batch = reader.get_batch(index)
+                read_seconds += perf_counter() - before
+                batches.append(self._submit(job, batch, first))  # waits while the engine has enough to do
+            self._loop.wait(job)
+            scored = perf_counter()
+            self._fill(job, batches)
+            quarantined = self._commit(part, batches)
+            return {
+                "read_seconds": read_seconds,
+                "wait_seconds": scored - began - read_seconds,
+                "write_seconds": perf_counter() - scored,
+                "quarantined": quarantined,
+            }
+        except EngineDied as error:
+            raise EngineDied(str(error)) from None  # its cause need not exist where the driver runs
+        finally:
+            self._jobs.pop(part, None)
+
+    def _submit(self, job: Job, batch: pa.RecordBatch, first_row: int) -> Rows:
+        """Send the prompts of a record batch to the engine."""
+        row_lengths = list_lengths(batch.column("input_ids"))
+        ids = batch.column("input_ids").flatten().to_numpy()
+        pieces = batch.column("doc_lengths").flatten().to_numpy().astype(np.int64)
+        lengths = row_lengths if self._task.context == "packed" else pieces
+        ends = np.cumsum(lengths)
+        row_of = np.searchsorted(np.cumsum(row_lengths), ends)
+        spans = [(int(end - length), int(end), int(row)) for end, length, row in zip(ends, lengths, row_of)]
+        rows = Rows(
+            batch, first_row, row_lengths, has_predecessor(row_lengths, pieces, self._task.context), ids,
+            [span for span in spans if span[1] - span[0] > 1], np.full(len(ids), np.nan, np.float32),
+        )  # fmt: skip
+        for row, end in enumerate(np.cumsum(row_lengths)):
+            fault = fault_of_ids(ids[end - row_lengths[row] : end], self._task.num_embeddings)
+            if fault:
+                rows.faults[row] = fault
+        for start, end, row in rows.spans:
+            if row in rows.faults:
+                job.values[job.asked] = np.full(end - start - 1, np.nan, np.float32)
+                job.asked += 1
+            else:
+                self._loop.submit(job, job.asked, ids[start:end])
+        return rows
+
+    def _fill(self, job: Job, batches: list[Rows]) -> None:
+        """Put the values into their rows; score rows with impossible ones again, alone, and note what stays bad."""
+        index = 0
+        for rows in batches:
+            for start, end, _ in rows.spans:
+                rows.logprobs[start + 1 : end] = job.values.pop(index)
+                index += 1
+        job.asked = 0
+        num_rows = bad = 0
+        for rows in batches:
+            num_rows += rows.batch.num_rows
+            for row in range(rows.batch.num_rows):
+                if row in rows.faults or not fault_of_row(rows.values_of(row)):
+                    continue
+                again = Job()
+                spans = [span for span in rows.spans if span[2] == row]
+                for place, (start, end, _) in enumerate(spans):
+                    self._loop.submit(again, place, rows.ids[start:end])
+                self._loop.wait(again)
+                for place, (start, end, _) in enumerate(spans):
+                    rows.logprobs[start + 1 : end] = again.values[place]
+                fault = fault_of_row(rows.values_of(row))
+                if fault:
+                    rows.faults[row] = f"scored twice, {fault}"
+            bad += len(rows.faults)
+        if bad == num_rows > 1:
+            reason = next(iter(batches[0].faults.values()))
+            raise EngineDied(f"all {num_rows} rows of the part came out bad ({reason})")
+
+    def _commit(self, part: str, batches: list[Rows]) -> int:
+        """Write the part with the new column; returns the number of rows without log-probs in it."""
+        assert self._shards is not None
+        assert self._out is not None
+        out, name = self._out, self._task.name
+        schema = row_schema(tuple(out.manifest.references))
+        side = read_quarantined_rows(self._shards.store, part)
+        quarantined = dict(self._shards.record(part).quarantined)
+        written, bad_rows = [], []
+        for rows in batches:
+            present = rows.present.copy()
+            for row, reason in sorted(rows.faults.items()):
+                end = int(rows.row_lengths[: row + 1].sum())
+                start = end - int(rows.row_lengths[row])
+                present[start:end] = False
+                bad_rows.append(rows.first_row + row)
+                ids = rows.ids[start:end].tolist()
+                side.append({"reference": name, "row": rows.first_row + row, "reason": reason, "input_ids": ids})
+            if np.isnan(rows.logprobs[present]).any():
+                raise EngineDied("the engine left out tokens that have a predecessor")
+            values = pa.array(round_logprobs(rows.logprobs, self._task.logprob_step), mask=~present)
+            by_name = dict(zip(rows.batch.schema.names, rows.batch.columns))
+            by_name[logprobs_column(name)] = list_array(values, rows.row_lengths)
+            written.append(pa.record_batch([by_name[field.name] for field in schema], schema=schema))
+        if bad_rows:
+            quarantined[name] = bad_rows
+        write_quarantined_rows(out.store, part, side)
+        fence: Callable[[], None] = lambda: check_fence(out.store, self._task.lease)  # noqa: E731
+        write_part(out.store, part, schema, out.part_metadata(part), written, quarantined, fence)
+        return len(bad_rows)
+
+
+def make_engine(config: EngineConfig, model_config: dict[str, Any], cores: int) -> Engine:
+    """The engine that the config names; sets the environment that it reads."""
+    if config.kind == "fake":
+        from scorer.fake import FakeEngine
+
+        return FakeEngine()
+    tokens = batched_tokens(config, device_memory(config.device))
+    os.environ.update(environment(config, model_config, claim_cores(cores), tokens))
+    from scorer.engine import VllmEngine
+
+    return VllmEngine(config, tokens)

@@ -1,0 +1,67 @@
+"""An engine whose log-probs come from a hash: for tests of the machinery around it, never for training.
+
+It starts at once and gives the same numbers everywhere, so that a run which was killed can be compared with one
+which was not. REMIT_FAKE_ENGINE, a JSON object, makes it fail: {"nan": [17]} answers NaN for prompts that hold the
+token 17, likewise inf, positive, zeros; hang, die and raise do what they say; "once": FILE limits that to the
+first time; "seconds": S makes each step take S seconds.
+"""
+
+import json
+import os
+import signal
+import time
+from typing import Any
+
+import numpy as np
+
+PROMPTS_PER_STEP = 8
+
+
+def hashed_logprobs(prompt: np.ndarray) -> np.ndarray:
+    """float32 [tokens - 1] in (-8, 0), from each token, the one before it and its position alone."""
+    ids = prompt.astype(np.uint64)
+    mixed = (ids[1:] * np.uint64(2654435761) ^ ids[:-1] * np.uint64(40503)) + np.arange(1, len(ids), dtype=np.uint64)
+    mixed ^= mixed >> np.uint64(13)
+    return (-((mixed % np.uint64(8000)).astype(np.float32) + 1) / 1001).astype(np.float32)
+
+
+class FakeEngine:
+    """Answers eight prompts a step."""
+
+    def __init__(self) -> None:
+        self.description: dict[str, Any] = {"engine": "fake"}
+        self._faults = json.loads(os.environ.get("REMIT_FAKE_ENGINE", "{}"))
+        self._queue: list[tuple[str, np.ndarray]] = []
+
+    def add(self, key: str, prompt: np.ndarray) -> None:
+        self._queue.append((key, prompt))
+
+    def step(self) -> list[tuple[str, np.ndarray]]:
+        time.sleep(self._faults.get("seconds", 0))
+        batch, self._queue = self._queue[:PROMPTS_PER_STEP], self._queue[PROMPTS_PER_STEP:]
+        return [(key, self._answer(prompt)) for key, prompt in batch]
+
+    def _answer(self, prompt: np.ndarray) -> np.ndarray:
+        logprobs = hashed_logprobs(prompt)
+        for fault, tokens in self._faults.items():
+            if fault in ("once", "seconds") or not np.isin(prompt, tokens).any() or not self._first_time():
+                continue
+            if fault == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif fault == "hang":
+                time.sleep(3600)
+            elif fault == "raise":
+                raise RuntimeError("the fake engine was told to fail")
+            else:
+                values = {"nan": np.nan, "inf": -np.inf, "positive": 0.5, "zeros": 0.0}
+                logprobs[len(logprobs) // 3 if fault != "zeros" else 0 :] = values[fault]
+        return logprobs
+
+    def _first_time(self) -> bool:
+        if "once" not in self._faults:
+            return True
+        try:
+            os.close(os.open(self._faults["once"], os.O_CREAT | os.O_EXCL))
+            return True
+        except FileExistsError:
+            return False

