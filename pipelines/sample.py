@@ -148,7 +148,9 @@ def _train(
     count = steps * 16 * config.seq_len // 50  # documents have about 55 tokens
     write_jsonl(work / "corpus", name, list(documents(seed, count, reasoning_share, wrong_steps)))
     tokenizer = str(config.out / "tokenizer")
-    shards = pack(PackConfig([str(work / "corpus")], tokenizer, str(work / "packed"), config.seq_len, debug=config.debug))
+    shards = pack(
+        PackConfig([str(work / "corpus")], tokenizer, str(work / "packed"), config.seq_len, debug=config.debug)
+    )
     settings = TrainConfig(
         shards=str(shards.path),
         model=str(start),

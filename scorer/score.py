@@ -4,44 +4,26 @@ In: a complete shard folder. Out: a new one with the same rows and one column mo
 engine, take a part, score it and commit it. The same command again does the parts that are missing.
 """
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
-from math import ceil
-from time import monotonic
-from typing import Any
 
 import ray
 
-from scorer.actor import ScoringTask
-from scorer.canary import canary_prompts, compute
-from scorer.cluster import cause, ray_cluster
-from scorer.config import ScoreConfig, Stopped
+from scorer.cluster import ray_cluster
+from scorer.config import ScoreConfig
+from scorer.drive import Drive, PartsFailed, Progress
 from scorer.engine import EngineConfig
-from scorer.output import StopGuard, absolute, clean, require_empty
-from scorer.pool import EnginePool, Outcome, one_line
+from scorer.output import absolute, clean, require_empty
+from scorer.placement import engine_bundle
 from scorer.reference import Reference, check_reference, provenance, resolve_dtype
-from scorer.telemetry import ScoreLog, ScoreProgress
 from shards.crash import crash_point
 from shards.folder import TOKENIZER, ShardFolder
-from shards.lease import Lease, LeaseLost
+from shards.lease import Lease
 from shards.manifest import MANIFEST, Manifest, first_difference
-from shards.quarantine import clear_failures, write_failure
-from shards.store import NO_SPACE, Store, open_store
+from shards.quarantine import clear_failures
+from shards.store import Store, open_store
 
-MAX_ATTEMPTS = 3
-SAMPLED_PARTS = 32  # whose sizes stand for all in the estimate of the disk's need
-COLUMN_BYTES_PER_TOKEN = {True: 1.5, False: 4.0}  # rounded or exact; measured 1.39 and 3.78
-
-Progress = Callable[[ScoreProgress], None]
-
-
-class PartsFailed(RuntimeError):
-    """Some parts could not be scored; reasons: per part."""
-
-    def __init__(self, message: str, reasons: dict[str, str]) -> None:
-        super().__init__(message)
-        self.reasons = reasons
+__all__ = ["PartsFailed", "score"]
 
 
 def score(
@@ -85,6 +67,7 @@ def score(
             references=shards.manifest.references | {config.name: provenance(config, reference, engine)},
         )
         refuse_other_scoring(out, manifest)
+        bundle = engine_bundle(config, device)
         lease = Lease(out).acquire(note)
         try:
             clean(out)
@@ -92,7 +75,7 @@ def score(
             crash_point("driver.planned")
             clear_failures(out)
             if folder.missing_parts():
-                _Run(config, shards, folder, engine, model_config, lease, progress, note).drive(should_stop)
+                Drive(config, shards, folder, engine, model_config, bundle, lease, progress, note).drive(should_stop)
             crash_point("driver.finished")
         finally:
             lease.release()
@@ -115,221 +98,3 @@ def begin_output(shards: ShardFolder, out: Store, manifest: Manifest) -> ShardFo
         crash_point("output.begun")
         manifest.write(out)
     return ShardFolder(out)
-
-
-def cpus_per_engine(config: ScoreConfig, node_cpus: int) -> int:
-    """Cores of a CPU engine on a node with `node_cpus`."""
-    group = config.tensor_parallel_size
-    # two narrow engines beat one wide one (docs/log.md); beyond that a model's memory counts more
-    engines = config.num_engines or max(min(2, node_cpus // group), node_cpus // (4 * group), 1)
-    return max(group, node_cpus // engines)
-
-
-def engine_bundle(config: ScoreConfig, device: str) -> dict[str, float]:
-    """Ray resources of one engine, all of them on one node; ValueError where no node has as many."""
-    key = "GPU" if device == "cuda" else "CPU"
-    per_node = [int(node["Resources"].get(key, 0)) for node in ray.nodes() if node["Alive"]]
-    group = config.tensor_parallel_size
-    if max(per_node) < group:
-        raise ValueError(
-            f"--tensor-parallel-size is {group}, but no node of the cluster has more than {max(per_node)} {key}s, and an "
-            "engine lives on one node; lower it"
-        )
-    if device == "cuda":
-        bundle = {"GPU": float(group)}
-    elif config.num_engines and len(per_node) > 1:
-        nodes = sum(count > 0 for count in per_node)
-        each = replace(config, num_engines=ceil(config.num_engines / nodes))
-        bundle = {"CPU": float(cpus_per_engine(each, max(per_node)))}
-    else:
-        bundle = {"CPU": float(cpus_per_engine(config, min(count for count in per_node if count >= group)))}
-    if (config.num_engines or 0) > capacity(bundle):
-        raise ValueError(
-            f"--num-engines {config.num_engines} x --tensor-parallel-size {group} is more than the cluster's {sum(per_node)} "
-            f"{key}s; lower one of them"
-        )
-    return bundle
-
-
-def capacity(bundle: dict[str, float]) -> int:
-    """How many engines the nodes that are alive now have room for."""
-    key, each = next(iter(bundle.items()))
-    return sum(int(node["Resources"].get(key, 0) // each) for node in ray.nodes() if node["Alive"])
-
-
-class _Run:
-    """One run of the driver: which parts wait, which failed how often."""
-
-    def __init__(
-        self,
-        config: ScoreConfig,
-        shards: ShardFolder,
-        folder: ShardFolder,
-        engine: EngineConfig,
-        model_config: dict[str, Any],
-        lease: Lease,
-        progress: Progress,
-        note: Callable[[str], None],
-    ) -> None:
-        self.config, self.shards, self.folder, self.engine, self.lease = config, shards, folder, engine, lease
-        self.show, self.note = progress, note
-        plans = folder.manifest.parts
-        self.tokens = {plan.name: plan.tokens for plan in plans}
-        self.waiting = deque(folder.missing_parts())
-        self.attempts: dict[str, int] = {}
-        self.committed = folder.manifest.tokens - sum(self.tokens[part] for part in self.waiting)
-        self.state = ScoreProgress(
-            self.committed, folder.manifest.tokens, len(plans) - len(self.waiting), len(plans)
-        )  # fmt: skip
-        self.log = ScoreLog(folder.store)
-        self.bundle = engine_bundle(config, engine.device)
-        self._capacity = (0.0, 0)
-        self._canary: Any = None
-        self._announced = False
-        task = ScoringTask(
-            config.shards, config.out, lease.number, config.name, config.context, config.logprob_step,
-            engine.vocab_size,
-        )  # fmt: skip
-        cores = int(self.bundle.get("CPU", 1))
-        self.pool = EnginePool(
-            self.bundle, (engine, model_config, cores, task), self.num_engines, self.canary,
-            config.progress_timeout_seconds,
-        )  # fmt: skip
-
-    def num_engines(self) -> int:
-        """Engines that there should be: as many as nodes carry and parts need, at most --num-engines."""
-        if monotonic() - self._capacity[0] > 2:
-            self._capacity = (monotonic(), capacity(self.bundle))
-        wanted = self.config.num_engines or self._capacity[1]
-        return max(1, min(wanted, len(self.waiting) + self.pool.running()))
-
-    def canary(self) -> tuple | None:
-        """Prompts, expected log-probs, dtype: once transformers has computed them; no prompts where not wanted."""
-        if isinstance(self._canary, tuple):
-            return self._canary
-        if self._canary is None:
-            prompts = []
-            if self.config.canary and self.engine.kind == "vllm":
-                prompts = self._canary_prompts()
-            if not prompts:
-                self._canary = ([], [], self.engine.dtype)
-                return self._canary
-            task: Any = ray.remote(compute).options(num_cpus=0, max_retries=2)
-            self._canary = [prompts, task.remote(self.engine.model, prompts)]
-        prompts, reference = self._canary
-        if not ray.wait([reference], timeout=0)[0]:
-            return None
-        try:
-            self._canary = (prompts, ray.get(reference), self.engine.dtype)
-        except Exception as error:
-            raise RuntimeError(
-                f"the transformers forward of {self.engine.model} that engines are compared with failed: "
-                f"{one_line(cause(error))}; --no-canary goes on without it"
-            ) from None
-        return self._canary
-
-    def _canary_prompts(self) -> list[Any]:
-        for part in self.waiting:
-            try:
-                return canary_prompts(self.shards, part, self.config.context, self.engine.vocab_size)
-            except ValueError:
-                continue  # a damaged part gets its own message when its turn comes
-        return []
-
-    def drive(self, should_stop: Callable[[], bool]) -> None:
-        """Give engines parts until all are done or have failed."""
-        missing = len(self.waiting) / len(self.tokens)
-        self.folder.store.require_free(int(missing * self._needed_bytes()), "the annotated folder")
-        stop = StopGuard(should_stop, self.config.grace_seconds)
-        event = "failed"
-        try:
-            self.canary()  # its forward runs while the engines start
-            while self.waiting or self.pool.running():
-                if not stop.requested():
-                    self.pool.top_up()
-                    self._assign()
-                stop.check(self.pool.running())
-                for outcome in self.pool.poll(0.5):
-                    self._note_outcome(outcome)
-                self.pool.shrink(self.num_engines())
-                self._report()
-            event = "done" if not self.state.failed else "failed"
-        except Stopped:
-            event = "stopped"
-            raise
-        except ray.exceptions.RayError as error:
-            if stop.requested():  # the signal went to Ray's processes too
-                event = "stopped"
-                raise Stopped("stopped by a signal") from None
-            raise RuntimeError(f"Ray failed: {one_line(error)}; the same command again goes on") from error
-        finally:
-            self.pool.close()
-            self.log.write(event, self.state)
-        if self.state.failed:
-            first, reason = next(iter(self.state.failed.items()))
-            raise PartsFailed(
-                f"{len(self.state.failed)} of {len(self.tokens)} parts failed, the others are committed; the first: "
-                f"{first}: {reason}",
-                self.state.failed,
-            )
-
-    def _needed_bytes(self) -> float:
-        """Estimated size of the whole output folder."""
-        plans = self.shards.manifest.parts
-        sample = plans[:: max(1, len(plans) // SAMPLED_PARTS)][:SAMPLED_PARTS]
-        bytes_, tokens = sum(self.shards.record(p.name).size for p in sample), sum(p.tokens for p in sample)
-        per_token = bytes_ / tokens + COLUMN_BYTES_PER_TOKEN[self.config.logprob_step > 0]
-        return per_token * self.folder.manifest.tokens
-
-    def _assign(self) -> None:
-        """A part that failed before is scored alone, so that what fails with it is known to be its own fault."""
-        for depth in (0, 1):  # first every engine one part, then a second to read while the first is computed
-            for engine in self.pool.ready():
-                alone = any(self.attempts.get(part) for part in engine.parts)
-                if not self.waiting or len(engine.parts) != depth or alone:
-                    continue
-                if depth and self.attempts.get(self.waiting[0]):
-                    continue
-                self.pool.assign(engine, self.waiting.popleft())
-                crash_point("driver.assigned")
-
-    def _note_outcome(self, outcome: Outcome) -> None:
-        part, error = outcome.part, outcome.error
-        if outcome.result is not None:
-            crash_point("driver.committed")
-            self.committed += self.tokens[part]
-            self.state.parts += 1
-            self.state.rows_quarantined += outcome.result["quarantined"]
-            for kind in ("read_seconds", "wait_seconds", "write_seconds"):
-                setattr(self.state, kind, getattr(self.state, kind) + outcome.result[kind])
-            return
-        assert error is not None
-        if isinstance(error, LeaseLost):
-            raise error
-        if isinstance(error, OSError) and error.errno in NO_SPACE:
-            raise error
-        self.attempts[part] = self.attempts.get(part, 0) + 1
-        # what is wrong with the part itself does not get better by another engine
-        if isinstance(error, ValueError) or self.attempts[part] >= MAX_ATTEMPTS:
-            self.state.failed[part] = one_line(error)
-            self.state.parts_failed += 1
-            write_failure(self.folder.store, part, one_line(error), self.attempts[part])
-            self.note(f"{part}: given up after {self.attempts[part]} attempts: {one_line(error)}")
-        else:
-            self.state.retries += 1
-            self.waiting.append(part)
-            self.note(f"{part}: attempt {self.attempts[part]} failed: {one_line(error)}")
-
-    def _report(self) -> None:
-        ready = self.pool.ready()
-        if ready and not self._announced:
-            self._announced = True
-            facts = ready[0].description | {"dtype": self.engine.dtype} | {"resources": self.bundle}
-            facts |= {"canary": self.pool.canary_result}
-            self.log.write("engine", facts)
-            self.note(", ".join(f"{key} {value}" for key, value in facts.items() if key != "pid"))
-        self.state.tokens = self.committed + self.pool.tokens_in_work()
-        self.state.engines = len(self.pool.ready())
-        self.state.engine_restarts = self.pool.restarts
-        self.log.update(self.state)
-        self.show(self.state)

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from shards.crash import crash_point
-from shards.store import Store
+from shards.store import Store, open_store
 
 METADATA_KEY = b"remit"
 COMMITS = "_commits"
@@ -91,7 +91,7 @@ _RECORD_TYPES = {"part": str, "sha256": str, "size": int, "rows": int, "tokens":
 
 
 def write_part(
-    store: Store,
+    folder: Store | Path | str,
     part: str,
     schema: pa.Schema,
     metadata: dict[str, Any],
@@ -105,6 +105,7 @@ def write_part(
     metadata under the key `remit`. may_publish: raises where this process must not publish any more. Where
     anything raises, nothing is committed and the temporary file is removed.
     """
+    store = open_store(folder)
     if store.size(record_name(part)) is not None:
         raise ValueError(f"{store.where(part)}: is committed already; a committed part is never written again")
     schema = schema.with_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True, ensure_ascii=False)})

@@ -1,6 +1,7 @@
 """Annotated shards without an engine, runs of the trainer, and the rows of a step: what the training tests share."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,16 +23,15 @@ def annotate(shards: Path, out: Path, values: Callable[[dict], list], context: s
     old = Manifest.read(shards)
     reference = {"context": context, "logprob_step": step, "model": "oracle"}
     plan = Manifest(**{f: getattr(old, f) for f in old.__dataclass_fields__} | {"references": {"rl": reference}})
-    (out / "_commits").mkdir(parents=True)
-    (out / "_tokenizer").symlink_to(shards / "_tokenizer")
+    shutil.copytree(shards / "_tokenizer", out / "_tokenizer")
     plan.write(out)
     schema = row_schema(("rl",))
-    for part in plan.parts:
+    for index, part in enumerate(plan.parts):
         batches = []
         for batch in pa.ipc.open_file(shards / part.name).read_all().to_batches():
             column = pa.array([values(row) for row in batch.to_pylist()], pa.list_(pa.float32()))
             batches.append(pa.record_batch([*batch.columns, column], schema=schema))
-        write_part(out, part.name, schema, plan.provenance(), batches)
+        write_part(out, part.name, schema, plan.part_metadata(index), batches)
     return out
 
 

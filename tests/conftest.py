@@ -21,7 +21,8 @@ from pipelines.cli import main
 from scorer.cluster import ray_cluster
 from scorer.config import PackConfig, ScoreConfig
 from scorer.pack import pack
-from scorer.score import Reference, score
+from scorer.reference import Reference
+from scorer.score import score
 from shards import ShardFolder
 
 EOS = "<|endoftext|>"

@@ -13,8 +13,9 @@ from conftest import make_model, make_tokenizer, score_to, source_texts, write_c
 from oracles import load, read_rows, row_logprobs
 
 from scorer.config import PackConfig
-from scorer.engine import EngineConfig, batched_tokens, check_logprobs, round_logprobs
+from scorer.engine import EngineConfig, batched_tokens
 from scorer.pack import pack
+from scorer.rowcheck import fault_of_ids, fault_of_row, round_logprobs
 from shards import ShardFolder
 from shards.verify import verify_folder
 
@@ -59,7 +60,11 @@ def test_tokens_are_carried_over_and_provenance_recorded(scored: Path, packed: P
     }
     part = next(scored.glob("part-*.arrow"))
     metadata = json.loads(pa.ipc.open_file(part).schema.metadata[b"remit"])
-    assert metadata == {key: value for key, value in manifest.items() if key != "parts"}
+    own = {"corpus": metadata.pop("corpus"), "part": metadata.pop("part"), "sha": metadata.pop("manifest_sha256")}
+    assert metadata == {key: value for key, value in manifest.items() if key not in ("parts", "corpus", "checksum")}
+    assert (own["part"], own["sha"]) == (part.name, manifest["checksum"])
+    sources = sorted(set(pa.ipc.open_file(part).read_all()["source"].to_pylist()))  # the files that it has rows of
+    assert own["corpus"] == [{"source": source, **manifest["corpus"][source]} for source in sources]
     assert metadata["references"]["rl"] | {"weights_sha256": "", "engine_version": ""} == {
         "model": "tiny-rl", "revision": None, "weights_sha256": "", "dtype": "float32", "engine": "vllm",
         "engine_version": "", "tensor_parallel_size": 1, "context": "packed", "logprob_step": 1 / 64,
@@ -186,16 +191,35 @@ def test_rounding_and_checks_by_hand() -> None:
     values = np.array([-0.001, -0.0079, -1.0, -17.23456], dtype=np.float32)
     assert round_logprobs(values, 1 / 64).tolist() == [0.0, -1 / 64, -1.0, -17.234375]
     assert not np.signbit(round_logprobs(values, 1 / 64))[0]
-    assert check_logprobs(np.array([-1.0, 1e-7], dtype=np.float32)).tolist() == [-1.0, 0.0]
-    for bad in (float("nan"), float("-inf"), 0.5):
-        with pytest.raises(ValueError, match="expected a finite number of at most 0"):
-            check_logprobs(np.array([-1.0, bad], dtype=np.float32))
+    assert round_logprobs(np.array([-1.0, 1e-7], dtype=np.float32), 0.0).tolist() == [-1.0, 0.0]
 
 
-def test_engine_step_shrinks_with_the_vocabulary() -> None:
-    def tokens(vocabulary: int) -> int:
-        return batched_tokens(EngineConfig(Path("m"), "float32", 4096, vocabulary))
+def test_rows_that_cannot_be_right_by_hand() -> None:
+    good = np.linspace(-9, -0.1, 40, dtype=np.float32)
+    assert fault_of_row(good) is None
+    assert fault_of_row(np.array([0, 0, 0], dtype=np.float32)) is None  # too few tokens to tell
+    for bad, message in ((float("nan"), "not finite"), (float("-inf"), "not finite"), (0.5, "1 of 40 .* positive")):
+        row = good.copy()
+        row[7] = bad
+        assert re.search(message, fault_of_row(row) or "")
+    row = good.copy()
+    row[:21] = 0
+    assert "21 of 40 log-probs are exactly 0" in (fault_of_row(row) or "")
+    row[20] = -1
+    assert fault_of_row(row) is None
+    assert fault_of_ids(np.array([0, 9]), 10) is None
+    assert "token id 10 is not in" in (fault_of_ids(np.array([0, 10]), 10) or "")
+
+
+def test_engine_step_shrinks_with_vocabulary_dtype_and_memory() -> None:
+    def tokens(vocabulary: int, dtype: str = "float32", gib: int = 64, **settings: object) -> int:
+        config = EngineConfig(Path("m"), dtype, 4096, vocabulary, **settings)
+        return batched_tokens(config, gib << 30)
 
     assert tokens(1000) == 8192
     assert tokens(152_000) * 152_000 * 8 <= 1 << 30
+    assert tokens(152_000, "bfloat16") == 2 * tokens(152_000)
+    assert tokens(152_000, gib=8) * 152_000 * 8 <= 8 << 26
+    assert tokens(152_000, "bfloat16", device="cuda", gib=80) == 8192
     assert tokens(10**9) == 256
+    assert tokens(152_000, max_num_batched_tokens=777) == 777

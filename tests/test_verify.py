@@ -40,8 +40,7 @@ def rows() -> dict[str, list]:
 
 def write_folder(folder: Path, values: dict[str, list], documents: int = 3, **manifest: object) -> ShardFolder:
     """A shard folder that holds `values`, in parts of two rows."""
-    (folder / "_commits").mkdir(parents=True)
-    (folder / "_tokenizer").mkdir()
+    (folder / "_tokenizer").mkdir(parents=True)
     (folder / "_tokenizer" / "tokenizer.json").write_text(json.dumps(TOKENIZER_JSON))
     tokens = [len(row) for row in values["input_ids"]]
     plans = tuple(
@@ -60,7 +59,7 @@ def write_folder(folder: Path, values: dict[str, list], documents: int = 3, **ma
         batch = pa.record_batch(
             [pa.array(values[field.name][2 * index : 2 * index + 2], field.type) for field in schema], schema=schema
         )
-        write_part(folder, part.name, schema, plan.provenance(), [batch])
+        write_part(folder, part.name, schema, plan.part_metadata(index), [batch])
     return ShardFolder(folder)
 
 
@@ -206,11 +205,11 @@ def test_committed_parts_are_never_overwritten_and_orphans_are(tmp_path: Path) -
     part, schema = "part-00000.arrow", row_schema(("rl",))
     batch = folder.open_part(part).get_batch(0)
     with pytest.raises(ValueError, match="committed already"):
-        write_part(tmp_path, part, schema, folder.manifest.provenance(), [batch])
+        write_part(tmp_path, part, schema, folder.part_metadata(part), [batch])
     before = (tmp_path / part).read_bytes()
     (tmp_path / "_commits" / "part-00000.json").unlink()
     (tmp_path / part).write_bytes(b"half a part of a run that died")
-    write_part(tmp_path, part, schema, folder.manifest.provenance(), [batch])
+    write_part(tmp_path, part, schema, folder.part_metadata(part), [batch])
     assert (tmp_path / part).read_bytes() == before
     assert not verify_folder(folder).problems
 

@@ -1,0 +1,160 @@
+"""How fast remit pack is against the tokenizer alone, and how much memory it takes as the corpus grows.
+
+    python -m benchmarks.bench_pack [--megabytes 48] [--grow 10 100 1000]        (make bench-pack)
+
+Text: source files and documentation of the installed Python packages. The tokenizer: byte-level BPE of 8,192 tokens
+trained on a sample of it. Bare: tokenizers' encode_batch over the same documents on the same cores.
+"""
+
+import json
+import os
+import sys
+import threading
+from argparse import ArgumentParser
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from time import perf_counter, sleep
+
+from benchmarks.common import Claim, claim, report
+
+SEQ_LEN, VOCABULARY = 2048, 8192
+
+
+def documents(num_bytes: int) -> Iterator[str]:
+    """About `num_bytes` of text, as documents of at most 20,000 characters; begins again when it runs out."""
+    packages = Path(os.__file__).parent, Path(json.__file__).parents[1] / "site-packages", Path(sys.prefix)
+    files = sorted({file for root in packages for file in root.rglob("*.py")})
+    left = num_bytes
+    while left > 0:
+        for file in files:
+            try:
+                text = file.read_text(encoding="utf-8")[:20_000]
+            except (OSError, UnicodeDecodeError):
+                continue
+            if text:
+                yield text
+                left -= len(text.encode())
+            if left <= 0:
+                return
+
+
+def write_corpus(path: Path, num_bytes: int, files: int = 1) -> None:
+    path.mkdir(parents=True)
+    outputs = [open(path / f"{index:02d}.jsonl", "w", encoding="utf-8") for index in range(files)]
+    for number, text in enumerate(documents(num_bytes)):
+        outputs[number % files].write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    for output in outputs:
+        output.close()
+
+
+def make_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(documents(4_000_000), trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+
+
+def bare_tokens_per_second(tokenizer: Path, texts: list[str]) -> float:
+    from tokenizers import Tokenizer
+
+    encoder = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    began = perf_counter()
+    tokens = 0
+    for start in range(0, len(texts), 1024):
+        tokens += sum(map(len, encoder.encode_batch(texts[start : start + 1024], add_special_tokens=False)))
+    return tokens / (perf_counter() - began)
+
+
+def packed_tokens_per_second(corpus: Path, tokenizer: Path, out: Path) -> float:
+    from scorer.config import PackConfig
+    from scorer.pack import pack
+
+    began = perf_counter()
+    folder = pack(PackConfig([str(corpus)], str(tokenizer), str(out), SEQ_LEN))
+    return folder.manifest.tokens / (perf_counter() - began)
+
+
+class PeakMemory:
+    """Highest sum of private memory of this process and Ray's workers while the block runs, in bytes."""
+
+    def __enter__(self) -> "PeakMemory":
+        self.peak, self._stop = 0, threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+
+    def _watch(self) -> None:
+        while not self._stop.is_set():
+            total = 0
+            for process in Path("/proc").glob("[0-9]*"):
+                try:
+                    command = (process / "cmdline").read_bytes()
+                    if command.startswith(b"ray::") or int(process.name) == os.getpid():
+                        total += private_bytes(process)
+                except (OSError, ValueError):
+                    continue
+            self.peak = max(self.peak, total)
+            sleep(0.2)
+
+
+def private_bytes(process: Path) -> int:
+    """Memory of a process that it shares with no other: files that are mapped do not count."""
+    lines = (process / "smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("Private_Dirty", "Anonymous:"))) // 2
+
+
+def main() -> int:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--megabytes", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--grow", type=int, nargs="*", default=[10, 100, 1000], help="megabytes; none: skip it")
+    options = parser.parse_args()
+    from scorer.cluster import ray_cluster
+
+    claims: list[Claim] = []
+    with TemporaryDirectory() as name, ray_cluster():
+        folder = Path(name)
+        make_tokenizer(folder / "tokenizer")
+        for files in (1, 8):
+            write_corpus(folder / f"corpus-{files}", options.megabytes * 10**6, files)
+        texts = list(documents(options.megabytes * 10**6))
+        ratios: dict[int, list[float]] = {1: [], 8: []}
+        speeds = []
+        for index in range(options.rounds):
+            bare = bare_tokens_per_second(folder / "tokenizer", texts)
+            speeds.append(bare)
+            for files, values in ratios.items():
+                out = folder / f"out-{files}-{index}"
+                values.append(packed_tokens_per_second(folder / f"corpus-{files}", folder / "tokenizer", out) / bare)
+            print(f"round {index}: bare {bare:,.0f} tokens/s, pack x " + ", x ".join(f"{v[-1]:.2f}" for v in ratios.values()))
+        claims.append(claim("pack / bare encode_batch, one corpus file", ratios[1], 0.7))
+        claims.append(claim("pack / bare encode_batch, eight corpus files", ratios[8], 0.7))
+        claims.append(claim("bare encode_batch, tokens/s", speeds))
+        peaks = []
+        for megabytes in options.grow:
+            corpus = folder / f"grow-{megabytes}"
+            write_corpus(corpus, megabytes * 10**6, 2)
+            with PeakMemory() as memory:
+                speed = packed_tokens_per_second(corpus, folder / "tokenizer", folder / f"grown-{megabytes}")
+            peaks.append(memory.peak)
+            print(f"{megabytes} MB: {speed:,.0f} tokens/s, peak {memory.peak / 1e6:,.0f} MB")
+        if peaks:
+            claims.append(claim(f"memory of pack, {options.grow[-1]} MB / {options.grow[0]} MB", [peaks[-1] / peaks[0]], at_most=1.1))
+            claims.append(claim("memory of pack, MB", [median(peaks) / 1e6]))
+    return report("pack", claims)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

