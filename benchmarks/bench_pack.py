@@ -138,7 +138,10 @@ def main() -> int:
             for files, values in ratios.items():
                 out = folder / f"out-{files}-{index}"
                 values.append(packed_tokens_per_second(folder / f"corpus-{files}", folder / "tokenizer", out) / bare)
-            print(f"round {index}: bare {bare:,.0f} tokens/s, pack x " + ", x ".join(f"{v[-1]:.2f}" for v in ratios.values()))
+            print(
+                f"round {index}: bare {bare:,.0f} tokens/s, pack x "
+                + ", x ".join(f"{v[-1]:.2f}" for v in ratios.values())
+            )
         claims.append(claim("pack / bare encode_batch, one corpus file", ratios[1], 0.7))
         claims.append(claim("pack / bare encode_batch, eight corpus files", ratios[8], 0.7))
         claims.append(claim("bare encode_batch, tokens/s", speeds))
@@ -151,7 +154,11 @@ def main() -> int:
             peaks.append(memory.peak)
             print(f"{megabytes} MB: {speed:,.0f} tokens/s, peak {memory.peak / 1e6:,.0f} MB")
         if peaks:
-            claims.append(claim(f"memory of pack, {options.grow[-1]} MB / {options.grow[0]} MB", [peaks[-1] / peaks[0]], at_most=1.1))
+            claims.append(
+                claim(
+                    f"memory of pack, {options.grow[-1]} MB / {options.grow[0]} MB", [peaks[-1] / peaks[0]], at_most=1.1
+                )
+            )
             claims.append(claim("memory of pack, MB", [median(peaks) / 1e6]))
     return report("pack", claims)
 

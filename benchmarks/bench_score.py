@@ -110,7 +110,9 @@ def scored_tokens_per_second(shards_folder: Path, model: Path, out: Path, engine
     from scorer.score import score
     from scorer.telemetry import ScoreProgress
 
-    ray.init(address="local", num_cpus=engines, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
+    ray.init(
+        address="local", num_cpus=engines, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1"
+    )
     states: list[tuple[float, int]] = []
     last: list[ScoreProgress] = []
 
@@ -120,7 +122,11 @@ def scored_tokens_per_second(shards_folder: Path, model: Path, out: Path, engine
             states.append((perf_counter(), state.tokens))
 
     try:
-        score(ScoreConfig(str(shards_folder), str(model), str(out), num_engines=engines), Reference(model, "bench"), progress)
+        score(
+            ScoreConfig(str(shards_folder), str(model), str(out), num_engines=engines),
+            Reference(model, "bench"),
+            progress,
+        )
     finally:
         ray.shutdown()
     # from when all engines worked until the first had nothing left to do
@@ -134,7 +140,9 @@ def lines(kind: str, *arguments: object) -> list[list[float]]:
     command = [sys.executable, "-m", "benchmarks.bench_score", "--only", kind, *map(str, arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, stderr=subprocess.DEVNULL)
     prefix = kind.upper()
-    return [[float(value) for value in line.split()[1:]] for line in done.stdout.splitlines() if line.startswith(prefix)]
+    return [
+        [float(value) for value in line.split()[1:]] for line in done.stdout.splitlines() if line.startswith(prefix)
+    ]
 
 
 def main() -> int:
@@ -164,9 +172,15 @@ def main() -> int:
             two.append(speed)
             beside.append(share)
             reference.append(sum(lines("forward", model, folder / "shards", *common), [])[-1])
-            print(f"round {index}: one engine {one[-1]:,.0f}, two {two[-1]:,.0f}, transformers {reference[-1]:,.0f} tokens/s")
+            print(
+                f"round {index}: one engine {one[-1]:,.0f}, two {two[-1]:,.0f}, transformers {reference[-1]:,.0f} tokens/s"
+            )
     claims: list[Claim] = [
-        claim("scorer, two one-core engines / transformers forward, two cores", [a / b for a, b in zip(two, reference)], 1.2),
+        claim(
+            "scorer, two one-core engines / transformers forward, two cores",
+            [a / b for a, b in zip(two, reference)],
+            1.2,
+        ),
         claim("scorer / ceiling of its engine, one core", [(bare + head) / ours for bare, head, ours in own], 0.9),
         claim("two one-core engines / one", [a / b for a, b in zip(two, one)], 1.8),
         claim("reading and writing parts / time of the engines, beside them", beside, at_most=0.02),

@@ -170,7 +170,6 @@ def _stage_all(
         num_returns="streaming",
         num_cpus=cpus,
         max_retries=2,
-        runtime_env={"env_vars": {"RAYON_NUM_THREADS": str(cpus)}},
     )
     records: list[dict] = [{}] * len(sources)
     waiting = list(enumerate(sources))
@@ -181,7 +180,7 @@ def _stage_all(
         while waiting or running:
             while waiting and len(running) < workers and not stop.requested():
                 index, source = waiting.pop(0)
-                generator = task.remote(source, index, staging, tokenizer_json, settings)
+                generator = task.remote(source, index, staging, tokenizer_json, settings, cpus)
                 running[generator] = index
             stop.check(len(running))
             ready: Any = ray.wait(list(running), num_returns=1, fetch_local=False, timeout=1)[0]

@@ -6,6 +6,7 @@ Light to import: no torch, no transformers, because every worker process pays fo
 """
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import lru_cache
@@ -35,8 +36,11 @@ def _encoder(tokenizer_json: str, special_tokens: str) -> Tokenizer:
     return encoder
 
 
-def stage_source(source: Source, index: int, staging: Store, tokenizer_json: str, settings: dict) -> Iterator[dict]:
+def stage_source(
+    source: Source, index: int, staging: Store, tokenizer_json: str, settings: dict, threads: int
+) -> Iterator[dict]:
     """Ray task: tokenise one source into staging/source-00000.arrow; yields its progress, at last its record."""
+    os.environ["RAYON_NUM_THREADS"] = str(threads)  # the tokenizer's, read when it first encodes
     final, record_name = f"source-{index:05d}.arrow", f"source-{index:05d}.json"
     size, sha256 = source.size(), source.sha256()
     key: dict[str, Any] = {"path": source.name, "size": size, "sha256": sha256}
@@ -119,22 +123,36 @@ def _folder(out: str, checksum: str) -> ShardFolder:
     return ShardFolder(out)
 
 
+def _move_full_batches(
+    rest: list[pa.RecordBatch], batches: list[pa.RecordBatch], rows_per_batch: int
+) -> list[pa.RecordBatch]:
+    """Append what `rest` has of full batches to `batches`; returns what is left, less than a batch."""
+    while sum(batch.num_rows for batch in rest) >= rows_per_batch:
+        table = pa.Table.from_batches(rest)
+        batches += table.slice(0, rows_per_batch).combine_chunks().to_batches()
+        rest = table.slice(rows_per_batch).to_batches()
+    return rest
+
+
 def write_part_from_staging(
     out: str, part: str, staging: Store, slices: list[tuple[str, int, int]], checksum: str, lease: int
 ) -> None:
     """Ray task: copy the rows of one part (file, first row, number of rows) out of the staging files."""
     folder = _folder(out, checksum)
     rows_per_batch = folder.manifest.rows_per_batch
-    tables = []
+    batches: list[pa.RecordBatch] = []
+    rest: list[pa.RecordBatch] = []
     for name, first, count in slices:
         with staging.open(name) as file:
             reader = pa.ipc.open_file(file)
             # every staged batch but the last has rows_per_batch rows
             low, high = first // rows_per_batch, (first + count - 1) // rows_per_batch
-            table = pa.Table.from_batches([reader.get_batch(index) for index in range(low, high + 1)])
-            tables.append(table.slice(first - low * rows_per_batch, count))
-    table = pa.concat_tables(tables).combine_chunks()
-    batches = table.to_batches(max_chunksize=rows_per_batch)
+            for index in range(low, high + 1):
+                start = max(0, first - index * rows_per_batch)
+                stop = first + count - index * rows_per_batch
+                rest.append(reader.get_batch(index).slice(start, stop - start))
+                rest = _move_full_batches(rest, batches, rows_per_batch)
+    batches += pa.Table.from_batches(rest, row_schema()).combine_chunks().to_batches()
     metadata = folder.part_metadata(part)
     write_part(
         folder.store, part, row_schema(), metadata, batches, may_publish=lambda: check_fence(folder.store, lease)
