@@ -97,13 +97,27 @@ train: install $(SAMPLE)/reference
 endif
 
 verify: install ## check every byte and count of SHARDS
-	$(BIN)/remit verify --shards $(SHARDS)
+	$(BIN)/remit verify --shards $(SHARDS) $(VERIFY_ARGS)
 
 inspect: install ## show what SHARDS holds, or one row of it: make inspect ROW=3
 	$(BIN)/remit inspect --shards $(SHARDS) $(if $(ROW),--row $(ROW))
 
 test: $(VENV)/.installed-dev ## run the tests
 	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed-dev ## run the fault loops that make test leaves out, about 40 minutes
+	$(BIN)/python -m pytest -m slow
+
+bench-score: $(VENV)/.installed-dev ## scorer against its ceiling, transformers and a second engine
+	$(BIN)/python -m benchmarks.bench_score
+
+bench-pack: $(VENV)/.installed-dev ## pack against the bare tokenizer; memory up to a corpus of 1 GB
+	$(BIN)/python -m benchmarks.bench_pack
+
+bench-scale: $(VENV)/.installed-dev ## a plan of 100,000 parts: start, resume, verify the manifest
+	$(BIN)/python -m benchmarks.bench_scale
+
+bench: bench-score bench-pack bench-scale ## all benchmarks
 
 lint: $(VENV)/.installed-dev ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .

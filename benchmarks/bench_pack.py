@@ -12,6 +12,7 @@ import sys
 import threading
 from argparse import ArgumentParser
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -42,11 +43,11 @@ def documents(num_bytes: int) -> Iterator[str]:
 
 def write_corpus(path: Path, num_bytes: int, files: int = 1) -> None:
     path.mkdir(parents=True)
-    outputs = [open(path / f"{index:02d}.jsonl", "w", encoding="utf-8") for index in range(files)]
-    for number, text in enumerate(documents(num_bytes)):
-        outputs[number % files].write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-    for output in outputs:
-        output.close()
+    with ExitStack() as stack:
+        names = [path / f"{index:02d}.jsonl" for index in range(files)]
+        outputs = [stack.enter_context(open(file, "w", encoding="utf-8")) for file in names]
+        for number, text in enumerate(documents(num_bytes)):
+            outputs[number % files].write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
 
 
 def make_tokenizer(folder: Path) -> None:

@@ -13,6 +13,7 @@ import threading
 from argparse import ArgumentParser
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from time import perf_counter
 
@@ -171,7 +172,9 @@ def main() -> int:
             speed, share = scored_tokens_per_second(folder / "shards", model, folder / f"two-{index}", 2)
             two.append(speed)
             beside.append(share)
-            reference.append(sum(lines("forward", model, folder / "shards", *common), [])[-1])
+            reference.append(
+                median(value for values in lines("forward", model, folder / "shards", *common) for value in values)
+            )
             print(
                 f"round {index}: one engine {one[-1]:,.0f}, two {two[-1]:,.0f}, transformers {reference[-1]:,.0f} tokens/s"
             )

@@ -20,6 +20,8 @@ from pipelines.models import resolve_model
 from pipelines.settings import InspectConfig, VerifyConfig
 from scorer.config import PackConfig, ScoreConfig, Stopped
 from shards.folder import ShardFolder
+from shards.lease import Lease
+from shards.quarantine import QUARANTINE, take_out
 from shards.verify import verify_folder
 from trainer.config import TrainConfig
 
@@ -201,9 +203,42 @@ def verify(config: VerifyConfig, should_stop: ShouldStop) -> int:
     )
     print("documents " + ", ".join(f"{kind} {count:,}" for kind, count in documents.items()))
     for name, count in report.logprobs.items():
-        print(f"{name}: {count:,} log-probs, " + json.dumps(folder.manifest.references[name]))
-    print("FAILED" if report.problems else "OK")
-    return FAILED if report.problems else DONE
+        line = f"{name}: {count:,} log-probs, {report.quarantined[name]:,} rows quarantined, "
+        print(line + json.dumps(folder.manifest.references[name]))
+    passes = not report.problems
+    if config.repair and report.bad_parts:
+        repair_folder(folder, report.bad_parts)
+        print(f"{len(report.bad_parts)} bad parts are in {folder.store.where(QUARANTINE)}/damaged now; run the command")
+        print("that wrote this folder again, it refills just those")
+    if config.model is not None:
+        passes = rescore(config, folder) and passes
+    print("OK" if passes else "FAILED")
+    return DONE if passes else FAILED
+
+
+def repair_folder(folder: ShardFolder, parts: list[str]) -> None:
+    """Take bad parts out, while no driver writes to the folder."""
+    lease = Lease(folder.store).acquire(note)
+    try:
+        for part in parts:
+            take_out(folder.store, part)
+    finally:
+        lease.release()
+
+
+def rescore(config: VerifyConfig, folder: ShardFolder) -> bool:
+    """The numerics gate; whether it passes."""
+    from pipelines.numerics import measure, show
+
+    quiet_libraries()
+    model = resolve_model("--model", config.model or "").path
+    base = resolve_model("--base", config.base).path if config.base else None
+    with progress_bar(desc="rescore", unit=" rows", total=min(config.rows, folder.manifest.rows)) as bar:
+        numerics = measure(
+            folder, model, config.reference, config.rows, base, config.epsilon, config.seed, lambda: bar.update(1)
+        )
+    show(numerics, Console(highlight=False, width=200))
+    return numerics.passes
 
 
 def inspect(config: InspectConfig, should_stop: ShouldStop) -> int:

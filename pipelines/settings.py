@@ -5,12 +5,32 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """Check every byte, count and invariant of a shard folder."""
+    """Check every byte, count and invariant of a shard folder; with --model, rescore random rows with transformers."""
 
     shards: str
     """Shard folder."""
+    repair: bool = False
+    """Move bad parts to _quarantine/damaged, so that the command that wrote the folder refills just those."""
+    model: str | None = None
+    """Reference that scored a column: compare the column with a transformers forward of it."""
+    reference: str | None = None
+    """Name of the column's reference; default: the one with the model's weights."""
+    rows: int = 64
+    """Random rows to rescore, with --model."""
+    base: str | None = None
+    """Base model whose losses the ReMiT weights are compared with; default: the reference stands in for it."""
+    epsilon: float = 0.2
+    """Clip of the ReMiT weights that are compared."""
+    seed: int = 0
+    """Decides which rows are rescored."""
     debug: bool = field(default=False, repr=False)
     """Show tracebacks."""
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise ValueError(f"--rows is {self.rows}, expected at least 1")
+        if not self.epsilon > 0:
+            raise ValueError(f"--epsilon is {self.epsilon}, expected more than 0")
 
 
 @dataclass(frozen=True)

@@ -162,6 +162,11 @@ def choose_context(config: TrainConfig, shards: ShardFolder, reference: str | No
         context = contexts.pop() if len(contexts) == 1 else "packed"
     if reference is not None:
         shards.require_logprobs_of(reference, context)
+        if shards.require_reference(reference).get("engine") == "fake":
+            raise ValueError(
+                f"{shards.path}: its log-probs of {reference!r} come from the fake engine, a hash, and not from a model; "
+                "score again without --engine fake"
+            )
     return context
 
 
