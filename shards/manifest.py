@@ -85,7 +85,7 @@ class Manifest:
     def tokens(self) -> int:
         return sum(part.tokens for part in self.parts)
 
-    @property
+    @cached_property
     def documents(self) -> dict[str, int]:
         """Document counts over the whole corpus: read = packed + empty + rejected."""
         kinds = ("read", "packed", "empty", "rejected")
