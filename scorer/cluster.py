@@ -29,7 +29,10 @@ def ray_cluster(debug: bool = False) -> Iterator[None]:
             if colon and port.isdigit() and "://" not in address:
                 # Ray retries for many minutes where nothing listens, and says nothing meanwhile
                 socket.create_connection((host, int(port)), timeout=10).close()
-            ray.init(address=address, log_to_driver=debug, logging_level=level)
+            own = {name: value for name, value in os.environ.items() if name.startswith("REMIT_")}
+            # workers of a private cluster inherit these, those of one that was there before do not
+            runtime_env = {"env_vars": own} if own else None
+            ray.init(address=address, log_to_driver=debug, logging_level=level, runtime_env=runtime_env)
         except (OSError, RuntimeError) as error:
             raise ValueError(
                 f"RAY_ADDRESS is {address}, where no Ray cluster lets us in ({str(error).splitlines()[0]}); start it, "
