@@ -32,7 +32,7 @@ class ScoringTask:
 
     shards: str
     out: str
-    lease: int
+    lease: tuple[int, str]
     name: str
     context: str
     logprob_step: float
@@ -200,8 +200,9 @@ class ScoringActor:
             written.append(pa.record_batch([by_name[field.name] for field in schema], schema=schema))
         if bad_rows:
             quarantined[name] = bad_rows
+        fence: Callable[[], None] = lambda: check_fence(out.store, *self._task.lease)  # noqa: E731
+        fence()
         write_quarantined_rows(out.store, part, side)
-        fence: Callable[[], None] = lambda: check_fence(out.store, self._task.lease)  # noqa: E731
         write_part(out.store, part, schema, out.part_metadata(part), written, quarantined, fence)
         return len(bad_rows)
 

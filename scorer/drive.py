@@ -71,7 +71,7 @@ class Drive:
         self._canary: Any = None
         self._announced = False
         task = ScoringTask(
-            config.shards, config.out, lease.number, config.name, config.context, config.logprob_step,
+            config.shards, config.out, lease.fence, config.name, config.context, config.logprob_step,
             engine.vocab_size,
         )  # fmt: skip
         cores = int(self.bundle.get("CPU", 1))

@@ -25,7 +25,7 @@ from scorer.staging import stage_source, write_part_from_staging
 from scorer.tokenizer import describe_tokenizer, load_tokenizer
 from shards.crash import crash_point
 from shards.folder import TOKENIZER, ShardFolder
-from shards.lease import Lease
+from shards.lease import Lease, LeaseLost
 from shards.manifest import MANIFEST, CorpusFile, Manifest, PartPlan, first_difference, part_name
 from shards.store import Store, open_store
 
@@ -95,6 +95,8 @@ def pack(
             _write_parts(folder, staging, staged, lease, progress, stop)
         crash_point("driver.finished")
         staging.remove()
+    except LeaseLost:  # what stands there is another driver's now
+        raise
     except BaseException:
         # after a failure, staging is kept for the rerun only where it saves time
         if _staged_bytes(staging) < KEEP_STAGING_BYTES:
@@ -250,7 +252,7 @@ def _write_parts(
                 last = min(int(ends[source]), int(firsts[index + 1]))
                 slices.append((f"source-{source:05d}.arrow", row - first_of_source, last - row))
                 row = last
-            arguments = (str(folder.path), plan.name, staging, slices, folder.manifest.checksum, lease.number)
+            arguments = (str(folder.path), plan.name, staging, slices, folder.manifest.checksum, lease.fence)
             running[task.remote(*arguments)] = plan
             crash_point("driver.assigned")
         stop.check(len(running))

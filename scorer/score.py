@@ -70,6 +70,7 @@ def score(
         bundle = engine_bundle(config, device)
         lease = Lease(out).acquire(note)
         try:
+            refuse_other_scoring(out, manifest)  # another driver may have had the lease since we looked
             clean(out)
             folder = begin_output(shards, out, manifest)
             crash_point("driver.planned")

@@ -135,7 +135,7 @@ def _move_full_batches(
 
 
 def write_part_from_staging(
-    out: str, part: str, staging: Store, slices: list[tuple[str, int, int]], checksum: str, lease: int
+    out: str, part: str, staging: Store, slices: list[tuple[str, int, int]], checksum: str, lease: tuple[int, str]
 ) -> None:
     """Ray task: copy the rows of one part (file, first row, number of rows) out of the staging files."""
     folder = _folder(out, checksum)
@@ -155,5 +155,5 @@ def write_part_from_staging(
     batches += pa.Table.from_batches(rest, row_schema()).combine_chunks().to_batches()
     metadata = folder.part_metadata(part)
     write_part(
-        folder.store, part, row_schema(), metadata, batches, may_publish=lambda: check_fence(folder.store, lease)
+        folder.store, part, row_schema(), metadata, batches, may_publish=lambda: check_fence(folder.store, *lease)
     )

@@ -1,8 +1,9 @@
 """One driver per folder: a lease that a second driver sees, that the dead leave behind and the next takes over.
 
 The lease is the file with the highest number in DIR/_lease/. Taking it means to create the next number, which
-only one can. So the number is also a fence: a driver that finds a higher one than its own has lost the lease
-and publishes nothing more. Works alike on filesystems and on object stores with a conditional put.
+only one can. So the number is also a fence: a driver that finds another one than its own has lost the lease
+and publishes nothing more. Numbers begin anew once a lease was given back, so the file also holds a token.
+Works alike on filesystems and on object stores with a conditional put.
 """
 
 import json
@@ -21,6 +22,7 @@ from shards.store import LocalStore, Store, open_store
 LEASE = "_lease"
 HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 30.0  # without a heartbeat, where its process cannot be looked up because it ran on another machine
+TAKE_ATTEMPTS = 20
 
 
 class LeaseLost(RuntimeError):
@@ -61,16 +63,36 @@ class Lease:
         self.number = 0
         self._value: dict[str, Any] = {}
         self._stop = threading.Event()
-        self._lost: str | None = None
+        self._writing = threading.Lock()
+
+    @property
+    def fence(self) -> tuple[int, str]:
+        """Number and token, for `check_fence` in other processes."""
+        return self.number, self._value.get("token", "")
 
     def acquire(self, on_wait: Callable[[str], None] = lambda message: None) -> "Lease":
         """Take the lease; RuntimeError names the driver that holds it.
 
         on_wait: told where it takes up to STALE_SECONDS to see whether a driver on another machine is gone.
         """
+        for attempt in range(1, TAKE_ATTEMPTS + 1):
+            try:
+                self._take(on_wait)
+                break
+            except FileNotFoundError:  # a driver that began or ended just now took our temporary file or folder away
+                if attempt == TAKE_ATTEMPTS:
+                    raise
+        crash_point("lease.taken")
+        threading.Thread(target=self._beat, name="lease", daemon=True).start()
+        return self
+
+    def _take(self, on_wait: Callable[[str], None]) -> None:
         highest = self._highest()
-        if highest:
+        while highest:
             self._require_gone(highest, on_wait)
+            before, highest = highest, self._highest()
+            if highest == before:
+                break
         self.number = highest + 1
         self._value = {
             "host": socket.gethostname(),
@@ -91,15 +113,14 @@ class Lease:
         for old in self._numbers():
             if old < self.number:
                 self._remove(old)
-        crash_point("lease.taken")
-        threading.Thread(target=self._beat, name="lease", daemon=True).start()
-        return self
 
     def release(self) -> None:
         """Give the lease back; safe to call twice, and after it was lost."""
         self._stop.set()
         try:
-            self._remove(self.number)
+            with self._writing:
+                if (self._read(self.number) or {}).get("token") == self._value.get("token"):
+                    self._remove(self.number)
             if isinstance(self.store, LocalStore):
                 self.store.path(LEASE).rmdir()
                 self.store.path("").rmdir()  # where nothing was written
@@ -109,15 +130,16 @@ class Lease:
 
     def check(self) -> None:
         """LeaseLost where another driver has taken over."""
-        check_fence(self.store, self.number)
+        check_fence(self.store, *self.fence)
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
             self._value["beats"] += 1
             try:
-                self.check()
-                if not self._stop.is_set():
-                    self.store.replace(self._name(self.number), self._encoded())
+                with self._writing:
+                    if not self._stop.is_set():
+                        self.check()
+                        self.store.replace(self._name(self.number), self._encoded())
             except LeaseLost:
                 return
             except Exception:  # a filesystem that hangs for a while; the driver's own work will say so
@@ -139,21 +161,21 @@ class Lease:
             now = self._read(number)
             if self._highest() != number:
                 return
-            if now is not None and now["beats"] != value["beats"]:
+            if now is not None and (now["token"], now["beats"]) != (value["token"], value["beats"]):
                 self._refuse(now)
 
     def _refuse(self, value: dict[str, Any]) -> None:
         age = max(0.0, time.time() - value.get("started", time.time()))
         raise RuntimeError(
             f"{self.store.url}: another driver writes to this folder: host {value.get('host')}, pid {value.get('pid')}, "
-            f"since {age / 60:.0f} min {age % 60:.0f} s; let it finish, stop it, or choose another --out"
+            f"since {age // 60:.0f} min {int(age % 60)} s; let it finish, stop it, or choose another --out"
         )
 
     def _encoded(self) -> bytes:
         return json.dumps(self._value).encode()
 
     def _name(self, number: int) -> str:
-        return f"{LEASE}/{number:08d}.json"
+        return lease_name(number)
 
     def _numbers(self) -> list[int]:
         return lease_numbers(self.store)
@@ -162,11 +184,7 @@ class Lease:
         return max(self._numbers(), default=0)
 
     def _read(self, number: int) -> dict[str, Any] | None:
-        try:
-            value = json.loads(self.store.read(self._name(number)))
-        except (FileNotFoundError, ValueError):
-            return None
-        return value if isinstance(value, dict) and "beats" in value else None
+        return read_lease(self.store, number)
 
     def _remove(self, number: int) -> None:
         self.store.delete(self._name(number))
@@ -177,7 +195,24 @@ def lease_numbers(store: Store) -> list[int]:
     return [int(name[:-5]) for name in store.names(LEASE) if name.endswith(".json") and name[:-5].isdigit()]
 
 
-def check_fence(store: Store, number: int) -> None:
-    """LeaseLost unless the lease `number` is the folder's newest. number 0: written without a lease."""
-    if number and max(lease_numbers(store), default=0) != number:
+def lease_name(number: int) -> str:
+    """Name of a lease file, relative to the folder."""
+    return f"{LEASE}/{number:08d}.json"
+
+
+def read_lease(store: Store, number: int) -> dict[str, Any] | None:
+    """What a lease file says, None where there is none or it is not one."""
+    try:
+        value = json.loads(store.read(lease_name(number)))
+    except (FileNotFoundError, ValueError):
+        return None
+    return value if isinstance(value, dict) and {"pid", "process_start", "token", "beats"} <= {*value} else None
+
+
+def check_fence(store: Store, number: int, token: str = "") -> None:
+    """LeaseLost unless the lease with this number and token is the folder's newest. number 0: written without one."""
+    if not number:
+        return
+    newest = max(lease_numbers(store), default=0)
+    if newest != number or (token and (read_lease(store, number) or {}).get("token") != token):
         raise LeaseLost(f"{store.url}: another driver has taken this folder over; this one publishes nothing more")
