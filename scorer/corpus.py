@@ -17,7 +17,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet
 
-from shards.store import is_remote, open_store
+from shards.store import StoreSilent, is_remote, open_store
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 HUB = "hf://"
@@ -118,20 +118,25 @@ def _remote_files(entry: str) -> list[str]:
     fs, path = filesystem(entry)
     protocol = entry.partition("://")[0]
     if glob.has_magic(path):
-        found = asked_again(lambda: fs.glob(path))
+        found = asked_again(lambda: fs.glob(path), entry)
+        literal = next(index for index, part in enumerate(path.split("/")) if glob.has_magic(part))
+        hidden: tuple[str, ...] = () if "/." in path else (".",)
     else:
-        found = asked_again(lambda: fs.find(path))  # the file itself, or all below a folder
-        inner = [name for name in found if name.endswith(SUFFIXES)]
-        found = found if found == [path] else inner
+        found = asked_again(lambda: fs.find(path), entry)  # the file itself, or all below a folder
+        if found != [path]:
+            found = [name for name in found if name.endswith(SUFFIXES)]
+        literal, hidden = len(path.split("/")), (".", "_")
+    # the same files in the same order as from a local folder
+    found = [name for name in found if not any(part.startswith(hidden) for part in name.split("/")[literal:])]
     if not found:
         raise ValueError(f"{entry}: no corpus file there; expected some of {', '.join(SUFFIXES)}")
-    return [f"{protocol}://{name}" for name in sorted(found)]
+    return [f"{protocol}://{name}" for name in sorted(found, key=lambda name: name.split("/"))]
 
 
 def _common_folder(locations: list[str]) -> str:
-    """The longest folder that all locations begin with."""
+    """The longest folder that all locations begin with; empty where paths and URLs are mixed."""
     folder = locations[0].rpartition("/")[0] if locations else ""
-    while not all(location.startswith(folder + "/") for location in locations):
+    while folder and not all(location.startswith(folder + "/") for location in locations):
         folder = folder.rpartition("/")[0]
     return folder
 
@@ -201,6 +206,8 @@ def _jsonl_values(source: Source, text_field: str) -> Iterator[tuple[str, Any, i
         while True:
             try:
                 line = lines.readline(MAX_LINE_BYTES + 1)
+            except StoreSilent:
+                raise
             except OSError as error:
                 raise ValueError(
                     f"{path}: cannot be read beyond line {number} ({error}); the file is damaged or was cut off, "
@@ -262,6 +269,8 @@ def _parquet_values(source: Source, text_field: str) -> Iterator[tuple[str, Any,
     path = source.location
     try:
         file = pyarrow.parquet.ParquetFile(source.open(), pre_buffer=False)
+    except StoreSilent:
+        raise
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a parquet file ({str(error).splitlines()[0]}); write it again") from None
     with file:
@@ -275,6 +284,8 @@ def _parquet_values(source: Source, text_field: str) -> Iterator[tuple[str, Any,
                 for value in _column_values(batch.column(0)):
                     yield f"{path}: row {row}", value, size * row // num_rows
                     row += 1
+        except StoreSilent:
+            raise
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{path}: cannot be read beyond row {row} ({error}); write it again") from None
 

@@ -2,71 +2,120 @@
 
 Not replacing what is there is a conditional put where the store has one (S3 If-None-Match, GCS generation
 match) and a rename elsewhere (HDFS refuses to rename onto a file). What is asked of a store that does not
-answer is asked again for RETRY_SECONDS.
+answer is asked again for REMIT_STORE_RETRY_SECONDS (600); the libraries below ask once, or the waiting would multiply.
 """
 
+import io
 import os
 import secrets
+import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from time import monotonic
 from typing import Any, TypeVar
 
 import fsspec
 import pyarrow as pa
 import tenacity
 
+from shards.answers import answer_of, bucket_of, exists_already, may_pass, plain, retry_seconds, text_of
 from shards.crash import crash_point
-from shards.store import TEMPORARY_SUFFIX, Store
+from shards.store import TEMPORARY_SUFFIX, Store, StoreSilent
 
 CONDITIONAL_PUT = {"s3", "s3a", "gs", "gcs"}
-RETRY_SECONDS = float(os.environ.get("REMIT_STORE_RETRY_SECONDS", 600))
-FINAL_ERRORS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+PACKAGES = {"s3": "pip install s3fs", "gs": "pip install gcsfs", "hdfs": "it needs Java and Hadoop's libhdfs"}
+PACKAGES |= {"s3a": PACKAGES["s3"], "gcs": PACKAGES["gs"]}
+READ_BYTES = 8 << 20  # a request for the bytes of an open file asks for at least as many
 T = TypeVar("T")
+
+_silent_since: dict[str, float] = {}  # per bucket, until it answers: so that giving up once is enough
 
 
 def filesystem(url: str) -> tuple[Any, str]:
     """The fsspec filesystem of a URL and the path in it; ValueError where its package is missing."""
     protocol = url.partition("://")[0]
     options: dict[str, Any] = {"use_listings_cache": False}
+    if protocol in ("s3", "s3a"):
+        options["config_kwargs"] = {
+            "retries": {"total_max_attempts": 1},
+            "connect_timeout": min(10, retry_seconds()),
+            "read_timeout": min(60, retry_seconds()),
+        }
     try:
-        if protocol in ("s3", "s3a"):
-            # one endless retry loop, ours, is enough; adaptive ones below it would multiply the waiting
-            options["config_kwargs"] = {"retries": {"max_attempts": 2}, "connect_timeout": 10, "read_timeout": 60}
         fs, path = fsspec.core.url_to_fs(url, **options)
-    except (ImportError, ValueError) as error:
-        package = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}.get(protocol, "the fsspec package of it")
-        raise ValueError(
-            f"{url}: {protocol}:// cannot be used here ({str(error).splitlines()[0]}); pip install {package}"
-        ) from None
+    except (ImportError, ValueError, OSError) as error:
+        remedy = PACKAGES.get(protocol, "install the fsspec package of that protocol")
+        raise ValueError(f"{url}: {protocol}:// cannot be used here ({text_of(error)}); {remedy}") from None
+    if protocol in ("s3", "s3a"):
+        fs.retries = 1
     return fs, path.rstrip("/")
 
 
-def _exists_already(error: BaseException) -> bool:
-    text = str(error)
-    return isinstance(error, FileExistsError) or "PreconditionFailed" in text or "pre-condition" in text.lower()
+def asked_again(call: Callable[[], T], where: str) -> T:
+    """The result of `call`, which is made again, ever more slowly, while the store does not answer.
 
+    where: URL that the call is about. FileNotFoundError and FileExistsError as the store answers them; StoreSilent
+    where the bucket has not answered for retry_seconds(), at once where that was so before; OSError for the rest.
+    """
+    bucket, seconds = bucket_of(where), retry_seconds()
 
-def _may_pass(error: BaseException) -> bool:
-    """Whether asking again may help: not where the store has answered."""
-    if isinstance(error, FINAL_ERRORS) or _exists_already(error):
-        return False
-    return isinstance(error, Exception) and not isinstance(error, ValueError | TypeError | AssertionError | KeyError)
+    def gave_up(state: tenacity.RetryCallState) -> bool:
+        return monotonic() - _silent_since.get(bucket, monotonic()) >= seconds
 
+    def ask() -> T:
+        began = monotonic()
+        try:
+            result = call()
+        except Exception as error:
+            if may_pass(error):
+                _silent_since.setdefault(bucket, began)
+            else:
+                _silent_since.pop(bucket, None)
+            raise
+        _silent_since.pop(bucket, None)
+        return result
 
-def asked_again(call: Callable[[], T], seconds: float = RETRY_SECONDS) -> T:
-    """The result of `call`, which is made again, ever more slowly, while the store does not answer."""
     retry = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(_may_pass),
-        wait=tenacity.wait_random_exponential(0.2, max=10),
-        stop=tenacity.stop_after_delay(seconds),
+        retry=tenacity.retry_if_exception(may_pass),
+        wait=tenacity.wait_random_exponential(0.2, max=min(10, seconds / 5)),
+        stop=lambda state: gave_up(state) or tenacity.stop_after_delay(seconds)(state),
         reraise=True,
     )
-    return retry(call)
+    try:
+        return retry(ask)
+    except Exception as error:
+        meaning = plain(error, where)
+        if meaning is error:
+            raise
+        raise meaning from None
+
+
+class _Pieces(io.RawIOBase):
+    """The bytes of a remote file, each piece asked for on its own: a connection that breaks costs only that piece."""
+
+    def __init__(self, store: "RemoteStore", name: str, size: int) -> None:
+        self._store, self._name, self._size, self._position = store, name, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = offset + (0, self._position, self._size)[whence]
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._store.read_piece(self._name, self._position, min(self._size, self._position + len(buffer)))
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
 
 
 class RemoteStore(Store):
-    """A folder of an object store; files are read whole, and written from a local temporary file."""
+    """A folder of an object store; parts are read whole, and written from a local temporary file."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
@@ -81,45 +130,68 @@ class RemoteStore(Store):
             raise ValueError(f"{self.url}: {name!r} is not a name inside this folder")
         return f"{self._root}/{name}" if name else self._root
 
+    def _ask(self, name: str, call: Callable[[str], T]) -> T:
+        path = self.path(name)
+        return asked_again(lambda: call(path), self.where(name))
+
     def read(self, name: str) -> bytes:
-        return asked_again(lambda: self._fs.cat_file(self.path(name)))
+        return self._ask(name, self._fs.cat_file)
 
     def buffer(self, name: str) -> pa.Buffer:
         return pa.py_buffer(self.read(name))
 
     def open(self, name: str) -> pa.NativeFile:
-        return pa.PythonFile(asked_again(lambda: self._fs.open(self.path(name), "rb", block_size=8 << 20)), mode="r")
+        size = self.size(name)
+        if size is None:
+            raise FileNotFoundError(f"{self.where(name)}: no such file")
+        return pa.PythonFile(io.BufferedReader(_Pieces(self, name, size), READ_BYTES), mode="r")
+
+    def read_piece(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes start .. stop - 1 of a file."""
+
+        def piece(path: str) -> bytes:
+            data = self._fs.cat_file(path, start=start, end=stop)
+            if len(data) != stop - start:
+                raise OSError(f"{len(data)} bytes came instead of {stop - start}")
+            return data
+
+        return self._ask(name, piece) if start < stop else b""
 
     def names(self, folder: str = "") -> list[str]:
-        def entries() -> list[dict]:
+        def entries(path: str) -> list[dict]:
             try:
-                return self._fs.ls(self.path(folder), detail=True, **self._refresh())
-            except FileNotFoundError:
+                return self._fs.ls(path, detail=True, **self._refresh())
+            except FileNotFoundError as error:
+                if answer_of(error)[0] == "NoSuchBucket":
+                    raise
                 return []
 
-        names = [entry["name"] for entry in asked_again(entries) if entry["type"] == "file"]
+        names = [entry["name"] for entry in self._ask(folder, entries) if entry["type"] == "file"]
         return sorted(name.rsplit("/", 1)[-1] for name in names if not name.endswith("/"))
 
     def _refresh(self) -> dict[str, bool]:
         return {"refresh": True} if self._protocol in ("s3", "s3a") else {}
 
     def size(self, name: str) -> int | None:
-        def size() -> int | None:
+        def size(path: str) -> int | None:
             try:
-                return self._fs.info(self.path(name), **self._refresh())["size"]
-            except FileNotFoundError:
+                entry = self._fs.info(path, **self._refresh())
+            except FileNotFoundError as error:
+                if answer_of(error)[0] == "NoSuchBucket":
+                    raise
                 return None
+            return None if entry["type"] == "directory" else entry["size"]
 
-        return asked_again(size)
+        return self._ask(name, size)
 
     def create(self, name: str, data: bytes, kind: str = "") -> None:
         try:
             if self._protocol in CONDITIONAL_PUT:
-                asked_again(lambda: self._fs.pipe_file(self.path(name), data, mode="create"))
+                self._ask(name, lambda path: self._fs.pipe_file(path, data, mode="create"))
             else:
                 self._create_by_rename(name, data)
         except Exception as error:
-            if not _exists_already(error):
+            if not exists_already(error):
                 raise
             # an answer that was lost makes us ask for what we have done already
             if self.read(name) != data:
@@ -128,27 +200,26 @@ class RemoteStore(Store):
             crash_point(f"{kind}.published")
 
     def _create_by_rename(self, name: str, data: bytes) -> None:
-        folder, _, last = self.path(name).rpartition("/")
-        temporary = f"{folder}/.{last}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
-        asked_again(lambda: self._fs.makedirs(folder, exist_ok=True))
-        asked_again(lambda: self._fs.pipe_file(temporary, data))
+        folder, slash, last = name.rpartition("/")
+        temporary = f"{folder}{slash}.{last}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
+        self._ask(folder, lambda path: self._fs.makedirs(path, exist_ok=True))
         try:
+            self.replace(temporary, data)
             if self.size(name) is not None:
                 raise FileExistsError(self.where(name))
-            self._fs.mv(temporary, self.path(name))
-        except OSError:
-            if self.size(name) is not None:
-                raise FileExistsError(self.where(name)) from None
-            raise
+            self._ask(name, lambda path: self._fs.mv(self.path(temporary), path))
+        except OSError as error:
+            if isinstance(error, StoreSilent) or self.size(name) is None:
+                raise
+            raise FileExistsError(self.where(name)) from None
         finally:
-            if self._fs.exists(temporary):
-                self._fs.rm_file(temporary)
+            self.delete(temporary)
 
     def replace(self, name: str, data: bytes) -> None:
-        asked_again(lambda: self._fs.pipe_file(self.path(name), data))
+        self._ask(name, lambda path: self._fs.pipe_file(path, data))
 
     def temporary(self, name: str) -> Path:
-        return Path(tempfile.gettempdir()) / f"remit-{os.getpid()}-{secrets.token_hex(4)}-{Path(name).name}"
+        return Path(tempfile.gettempdir()) / f"{_local_prefix()}{os.getpid()}-{secrets.token_hex(4)}-{Path(name).name}"
 
     def publish(self, temporary: Path, name: str, kind: str = "part") -> None:
         try:
@@ -161,13 +232,13 @@ class RemoteStore(Store):
             raise OSError(f"{self.where(name)}: the store gives back other bytes than were written; run again")
 
     def delete(self, name: str) -> None:
-        def delete() -> None:
+        def delete(path: str) -> None:
             try:
-                self._fs.rm_file(self.path(name))
+                self._fs.rm_file(path)
             except FileNotFoundError:
                 pass
 
-        asked_again(delete)
+        self._ask(name, delete)
 
     def move(self, name: str, to: str) -> None:
         self.replace(to, self.read(name))
@@ -175,12 +246,38 @@ class RemoteStore(Store):
 
     def put(self, temporary: Path, name: str) -> None:
         try:
-            asked_again(lambda: self._fs.put_file(str(temporary), self.path(name)))
+            self._ask(name, lambda path: self._fs.put_file(str(temporary), path))
         finally:
             temporary.unlink(missing_ok=True)
 
     def remove(self, folder: str = "") -> None:
         try:
-            asked_again(lambda: self._fs.rm(self.path(folder), recursive=True))
+            self._ask(folder, lambda path: self._fs.rm(path, recursive=True))
         except FileNotFoundError:
             pass
+
+    def clean(self, folder: str = "") -> None:
+        super().clean(folder)
+        for path in Path(tempfile.gettempdir()).glob(f"{_local_prefix()}*"):
+            pid = path.name.removeprefix(_local_prefix()).partition("-")[0]
+            if pid.isdigit() and not _alive(int(pid)):
+                path.unlink(missing_ok=True)
+
+
+def _local_prefix() -> str:
+    """What the local temporary files of this machine, or container, begin with: process ids are its own."""
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = socket.gethostname()
+    return f"remit-{''.join(filter(str.isalnum, namespace))}-"
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
