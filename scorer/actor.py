@@ -21,7 +21,7 @@ from scorer.loop import EngineDied, EngineLoop, Job
 from scorer.rowcheck import fault_of_ids, fault_of_row, round_logprobs
 from shards.folder import ShardFolder
 from shards.lease import check_fence
-from shards.part import write_part
+from shards.part import read_record, write_part
 from shards.quarantine import read_quarantined_rows, write_quarantined_rows
 from shards.schema import has_predecessor, list_array, list_lengths, logprobs_column, row_schema
 
@@ -93,6 +93,10 @@ class ScoringActor:
         with self._opening:
             self._shards = self._shards or ShardFolder(self._task.shards)
             self._out = self._out or ShardFolder(self._task.out)
+        record = read_record(self._out.store, part)
+        if record is not None:  # by an engine that died right after
+            done = len(record.quarantined.get(self._task.name, []))
+            return {"read_seconds": 0.0, "wait_seconds": 0.0, "write_seconds": 0.0, "quarantined": done}
         job = self._jobs[part] = Job()
         try:
             began = perf_counter()

@@ -1,13 +1,16 @@
 """What the drivers of pack and score do alike with the folder they write: refuse, clean, stop."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from time import monotonic
 
 from scorer.config import Stopped
-from shards.lease import LEASE
+from shards.folder import TOKENIZER
+from shards.lease import LEASE, Lease, LeaseLost
 from shards.manifest import MANIFEST
 from shards.part import COMMITS
+from shards.quarantine import QUARANTINE
 from shards.store import Store, is_remote
 
 
@@ -45,6 +48,14 @@ class StopGuard:
 
 
 def clean(out: Store) -> None:
-    """Remove the temporary files of drivers that died."""
-    for folder in ("", COMMITS, LEASE):
+    """Remove the temporary files of drivers and workers that died."""
+    for folder in ("", COMMITS, LEASE, TOKENIZER, f"{QUARANTINE}/rows", f"{QUARANTINE}/failed"):
         out.clean(folder)
+
+
+def leave(out: Store, lease: Lease) -> None:
+    """Give the folder back, without the temporary files of workers that died."""
+    with contextlib.suppress(LeaseLost, OSError):
+        lease.check()
+        clean(out)
+    lease.release()

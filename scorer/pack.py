@@ -20,7 +20,7 @@ import ray
 from scorer.cluster import cause, ray_cluster
 from scorer.config import PackConfig
 from scorer.corpus import Source, find_sources
-from scorer.output import StopGuard, absolute, clean, require_empty
+from scorer.output import StopGuard, absolute, clean, leave, require_empty
 from scorer.staging import stage_source, write_part_from_staging
 from scorer.tokenizer import describe_tokenizer, load_tokenizer
 from shards.crash import crash_point
@@ -71,6 +71,8 @@ def pack(
             return folder
     require_empty(out)
     parent, _, last = config.out.rstrip("/").rpartition("/")
+    if parent.endswith(":/"):
+        raise ValueError(f"{out.url}: is a whole bucket; name a folder in it")
     staging = open_store(f"{parent}/.{last}.staging")
     out.require_free(int(2 * _staged_estimate(sources)), "packing this corpus")
     lease = Lease(out).acquire(note)
@@ -83,7 +85,9 @@ def pack(
             staged = _stage_all(config, sources, staging, raw, settings, progress, stop)
             crash_point("staging.done")
             manifest = _plan(config, staged, description)
-            if not out.names(TOKENIZER):
+            lease.check()
+            if out.size(MANIFEST) is None:  # what is there may be half a tokenizer, of a run that died
+                out.remove(TOKENIZER)
                 _save_tokenizer(tokenizer, out)
             _save_rejected(staged, out)
             crash_point("output.begun")
@@ -106,7 +110,7 @@ def pack(
             out.remove(TOKENIZER)
         raise
     finally:
-        lease.release()
+        leave(out, lease)
     return folder
 
 
@@ -135,6 +139,8 @@ def _save_rejected(staged: list[dict], out: Store) -> None:
     ]
     if lines:
         out.replace(REJECTED, ("\n".join(lines) + "\n").encode())
+    else:
+        out.delete(REJECTED)
 
 
 def _refuse_other_plan(config: PackConfig, folder: ShardFolder, sources: list[Source], tokenizer: dict) -> None:

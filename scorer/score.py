@@ -13,7 +13,7 @@ from scorer.cluster import ray_cluster
 from scorer.config import ScoreConfig
 from scorer.drive import Drive, PartsFailed, Progress
 from scorer.engine import EngineConfig
-from scorer.output import absolute, clean, require_empty
+from scorer.output import absolute, clean, leave, require_empty
 from scorer.placement import engine_bundle
 from scorer.reference import Reference, check_reference, provenance, resolve_dtype
 from shards.crash import crash_point
@@ -79,7 +79,7 @@ def score(
                 Drive(config, shards, folder, engine, model_config, bundle, lease, progress, note).drive(should_stop)
             crash_point("driver.finished")
         finally:
-            lease.release()
+            leave(out, lease)
     return folder
 
 
@@ -94,6 +94,7 @@ def refuse_other_scoring(out: Store, manifest: Manifest) -> None:
 def begin_output(shards: ShardFolder, out: Store, manifest: Manifest) -> ShardFolder:
     """Freeze `manifest` in `out`, with a copy of the tokenizer, unless it is frozen there."""
     if out.size(MANIFEST) is None:
+        out.remove(TOKENIZER)  # of a run that died while it copied one
         for name in shards.store.names(TOKENIZER):
             out.replace(f"{TOKENIZER}/{name}", shards.store.read(f"{TOKENIZER}/{name}"))
         crash_point("output.begun")

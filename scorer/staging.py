@@ -22,7 +22,7 @@ from shards.crash import crash_point
 from shards.folder import ShardFolder
 from shards.lease import check_fence
 from shards.manifest import CorpusFile
-from shards.part import encode_json, sha256_file, write_part
+from shards.part import encode_json, read_record, sha256_file, write_part
 from shards.schema import row_schema
 from shards.store import Store
 
@@ -139,6 +139,8 @@ def write_part_from_staging(
 ) -> None:
     """Ray task: copy the rows of one part (file, first row, number of rows) out of the staging files."""
     folder = _folder(out, checksum)
+    if read_record(folder.store, part) is not None:  # by a worker that died right after
+        return
     rows_per_batch = folder.manifest.rows_per_batch
     batches: list[pa.RecordBatch] = []
     rest: list[pa.RecordBatch] = []

@@ -6,6 +6,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -24,6 +25,9 @@ from scorer.pack import pack
 from scorer.reference import Reference
 from scorer.score import score
 from shards import ShardFolder
+
+if TYPE_CHECKING:
+    from faulty import Faulty
 
 EOS = "<|endoftext|>"
 ODD = [
@@ -227,3 +231,11 @@ def annotated(tmp_path_factory: pytest.TempPathFactory, small: Path, models: dic
         context: annotate(small, folder / context, by_model(models["reference"], context, 1 / 64), context, 1 / 64)
         for context in ("packed", "document")
     }
+
+
+@pytest.fixture(scope="session")
+def faulty(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> "Faulty":
+    """Inputs and undisturbed outputs of commands that are made to fail."""
+    from faulty import Faulty
+
+    return Faulty(tmp_path_factory.mktemp("faulty"), tokenizer_folder)

@@ -1,0 +1,37 @@
+"""A small corpus, what pack and score make of it when nothing happens, and the commands that do it."""
+
+import shutil
+from pathlib import Path
+
+from conftest import make_model, source_texts, write_corpus
+from processes import Command, content
+
+SEQ_LEN, ROWS_PER_PART = 48, 20
+
+
+class Faulty:
+    """corpus, tokenizer, model: inputs; packed, scored: outputs of undisturbed runs."""
+
+    def __init__(self, folder: Path, tokenizer: Path) -> None:
+        self.folder, self.corpus, self.tokenizer, self.model = folder, folder / "corpus", tokenizer, folder / "model"
+        self.packed, self.scored = folder / "packed", folder / "scored"
+        for index in range(3):
+            write_corpus(self.corpus / f"{index}.jsonl", source_texts(40, seed=20 + index))
+        shutil.copytree(tokenizer, make_model(self.model), dirs_exist_ok=True)
+        for command, out in (("pack", self.packed), ("score", self.scored)):
+            run = Command(folder, *self.command(command, out))
+            assert run.finish() == 0, run.errors
+        self.num_parts = len(list(self.packed.glob("part-*.arrow")))
+        assert self.num_parts >= 6
+        self._content = {"pack": content(self.packed), "score": content(self.scored)}
+
+    def command(self, name: str, out: Path, *more: object) -> list[object]:
+        if name == "pack":
+            return [
+                "pack", "--corpus", self.corpus, "--tokenizer", self.tokenizer, "--out", out, "--seq-len", SEQ_LEN,
+                "--tokens-per-shard", SEQ_LEN * ROWS_PER_PART, *more,
+            ]  # fmt: skip
+        return ["score", "--shards", self.packed, "--model", self.model, "--out", out, "--engine", "fake", *more]
+
+    def undisturbed(self, name: str) -> dict[str, bytes]:
+        return self._content[name]
