@@ -163,7 +163,7 @@ class ScoringActor:
             for row in range(rows.batch.num_rows):
                 if row in rows.faults or not fault_of_row(rows.values_of(row)):
                     continue
-                again = Job()
+                again = Job(alone=True)
                 spans = [span for span in rows.spans if span[2] == row]
                 for place, (start, end, _) in enumerate(spans):
                     self._loop.submit(again, place, rows.ids[start:end])

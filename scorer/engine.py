@@ -48,6 +48,9 @@ class Engine(Protocol):
     def step(self) -> list[tuple[str, np.ndarray]]:
         """Work for a while; the prompts that are finished with their float32 [tokens - 1] log-probs."""
 
+    def forget(self) -> None:
+        """Clear what finished prompts have left behind; only called when none is in work."""
+
 
 def batched_tokens(config: EngineConfig, memory_bytes: int) -> int:
     """Tokens per engine step, so that a step's logits fit into a share of the device's memory.
@@ -134,6 +137,7 @@ class VllmEngine:
         )
         self._llm = llm  # keeps the engine alive
         self._engine = llm.llm_engine
+        self.forget = lambda: llm.collective_rpc("zero_kv_cache")
         fused = all(llm.collective_rpc("use_remit_kernel", args=(BLOCK_ENTRIES[config.device],)))
         self.description = {"engine": "vllm", "max_num_batched_tokens": tokens, "fused_logprobs": fused}
         self._asked: dict[str, np.ndarray] = {}

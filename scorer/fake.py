@@ -41,6 +41,9 @@ class FakeEngine:
         batch, self._queue = self._queue[:PROMPTS_PER_STEP], self._queue[PROMPTS_PER_STEP:]
         return [(key, self._answer(prompt)) for key, prompt in batch]
 
+    def forget(self) -> None:
+        """Nothing is left behind."""
+
     def _answer(self, prompt: np.ndarray) -> np.ndarray:
         logprobs = hashed_logprobs(prompt)
         for fault, tokens in self._faults.items():

@@ -21,10 +21,28 @@ def token_logprobs(logits_TV: Any, token_ids_T: Any, block_entries: int) -> Any:
     return logprobs_T1
 
 
+def _zero(cache: Any) -> None:
+    if hasattr(cache, "zero_"):
+        cache.zero_()
+    elif isinstance(cache, list | tuple):
+        for entry in cache:
+            _zero(entry)
+    elif isinstance(cache, dict):
+        _zero(list(cache.values()))
+
+
 class LogprobKernel:
     """Mixed into vLLM's worker."""
 
     model_runner: Any
+
+    def zero_kv_cache(self) -> None:
+        """Forget all keys and values.
+
+        A block of the cache keeps what its last prompt left there. Attention masks those places, but 0 times NaN is
+        NaN: one prompt with a NaN would spoil the next one that gets its blocks.
+        """
+        _zero(getattr(self.model_runner, "kv_caches", []))
 
     def use_remit_kernel(self, block_entries: int) -> bool:
         """Put `token_logprobs` in the place of the sampler's two functions; False where vLLM has others by now."""

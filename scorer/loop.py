@@ -25,11 +25,15 @@ class EngineDied(RuntimeError):
 
 @dataclass
 class Job:
-    """Prompts of one part. values: log-probs by index, as they arrive."""
+    """Prompts of one part. values: log-probs by index, as they arrive.
+
+    alone: each prompt has the engine for itself, with nothing left in it of another one.
+    """
 
     values: dict[int, np.ndarray] = field(default_factory=dict)
     tokens_done: int = 0
     asked: int = 0
+    alone: bool = False
 
 
 class EngineLoop:
@@ -93,12 +97,22 @@ class EngineLoop:
     def _loop(self, engine: Engine) -> None:
         running: dict[str, tuple[Job, int, int]] = {}
         number = tokens = 0
+        held: tuple[Job, int, np.ndarray] | None = None  # comes in when nothing else is in work
+        alone = False  # what is in work must not be joined
+        spoiled = False  # by a prompt with a number that is not finite: see LogprobKernel.zero_kv_cache
         while True:
-            while tokens < IN_ENGINE_TOKENS:
+            while tokens < IN_ENGINE_TOKENS and not alone and not (running and (spoiled or held)):
                 try:
-                    job, index, prompt = self._queue.get(block=not running)
+                    job, index, prompt = held or self._queue.get(block=not running)
                 except queue.Empty:
                     break
+                held = None
+                if job.alone and running:
+                    held = (job, index, prompt)
+                    break
+                if spoiled or job.alone:
+                    engine.forget()
+                spoiled, alone = False, job.alone
                 number += 1
                 running[str(number)] = (job, index, len(prompt))
                 tokens += len(prompt)
@@ -111,6 +125,8 @@ class EngineLoop:
                 for key, values in finished:
                     job, index, length = running.pop(key)
                     job.values[index] = values
+                    spoiled = spoiled or not np.isfinite(values).all()
                     job.tokens_done += length
                     tokens -= length
                 self._changed.notify_all()
+            alone = alone and bool(running)
