@@ -25,7 +25,7 @@ from scorer.staging import stage_source, write_part_from_staging
 from scorer.tokenizer import describe_tokenizer, load_tokenizer
 from shards.crash import crash_point
 from shards.folder import TOKENIZER, ShardFolder
-from shards.lease import Lease, LeaseLost
+from shards.lease import LEASE, Lease, LeaseLost
 from shards.manifest import MANIFEST, CorpusFile, Manifest, PartPlan, first_difference, part_name
 from shards.store import Store, open_store
 
@@ -64,16 +64,20 @@ def pack(
         "on_bad_document": config.on_bad_document,
     }
     out = open_store(config.out)
-    if out.size(MANIFEST) is not None:
-        folder = ShardFolder(out)
-        _refuse_other_plan(config, folder, sources, description)
-        if not folder.missing_parts():
-            return folder
-    require_empty(out)
     parent, _, last = config.out.rstrip("/").rpartition("/")
     if parent.endswith(":/"):
         raise ValueError(f"{out.url}: is a whole bucket; name a folder in it")
     staging = open_store(f"{parent}/.{last}.staging")
+    if out.size(MANIFEST) is not None:
+        folder = ShardFolder(out)
+        _refuse_other_plan(config, folder, sources, description)
+        if not folder.missing_parts():
+            if out.names(LEASE) or staging.names():  # of a driver that died when all was done
+                lease = Lease(out).acquire(note)
+                staging.remove()
+                leave(out, lease)
+            return folder
+    require_empty(out)
     out.require_free(int(2 * _staged_estimate(sources)), "packing this corpus")
     lease = Lease(out).acquire(note)
     try:
