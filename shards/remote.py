@@ -21,7 +21,7 @@ import tenacity
 
 from shards.answers import answer_of, bucket_of, exists_already, may_pass, plain, retry_seconds, text_of
 from shards.crash import crash_point
-from shards.store import TEMPORARY_SUFFIX, Store, StoreSilent
+from shards.store import TEMPORARY_SUFFIX, Store
 
 CONDITIONAL_PUT = {"s3", "s3a", "gs", "gcs"}
 PACKAGES = {"s3": "pip install s3fs", "gs": "pip install gcsfs", "hdfs": "it needs Java and Hadoop's libhdfs"}
@@ -202,16 +202,21 @@ class RemoteStore(Store):
     def _create_by_rename(self, name: str, data: bytes) -> None:
         folder, slash, last = name.rpartition("/")
         temporary = f"{folder}{slash}.{last}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
+
+        def rename(path: str) -> None:
+            if self._fs.exists(path):
+                raise FileExistsError(self.where(name))
+            try:
+                self._fs.mv(self.path(temporary), path)
+            except Exception:
+                if self._fs.exists(path):  # refused, or done by us and the answer lost
+                    raise FileExistsError(self.where(name)) from None
+                raise
+
         self._ask(folder, lambda path: self._fs.makedirs(path, exist_ok=True))
         try:
             self.replace(temporary, data)
-            if self.size(name) is not None:
-                raise FileExistsError(self.where(name))
-            self._ask(name, lambda path: self._fs.mv(self.path(temporary), path))
-        except OSError as error:
-            if isinstance(error, StoreSilent) or self.size(name) is None:
-                raise
-            raise FileExistsError(self.where(name)) from None
+            self._ask(name, rename)
         finally:
             self.delete(temporary)
 
