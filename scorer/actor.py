@@ -21,7 +21,7 @@ from scorer.loop import EngineDied, EngineLoop, Job
 from scorer.rowcheck import fault_of_ids, fault_of_row, round_logprobs
 from shards.folder import ShardFolder
 from shards.lease import check_fence
-from shards.part import read_record, write_part
+from shards.part import CommittedAlready, read_record, record_name, write_part
 from shards.quarantine import read_quarantined_rows, write_quarantined_rows
 from shards.schema import has_predecessor, list_array, list_lengths, logprobs_column, row_schema
 
@@ -112,12 +112,15 @@ class ScoringActor:
             self._loop.wait(job)
             scored = perf_counter()
             self._fill(job, batches)
-            quarantined = self._commit(part, batches)
+            try:
+                self._commit(part, batches)
+            except CommittedAlready:  # by an engine that was given up, on a node that lost its raylet for instance
+                pass
             return {
                 "read_seconds": read_seconds,
                 "wait_seconds": scored - began - read_seconds,
                 "write_seconds": perf_counter() - scored,
-                "quarantined": quarantined,
+                "quarantined": len(self._out.record(part).quarantined.get(self._task.name, [])),
             }
         except EngineDied as error:
             raise EngineDied(str(error)) from None  # its cause need not exist where the driver runs
@@ -178,8 +181,8 @@ class ScoringActor:
             reason = next(iter(batches[0].faults.values()))
             raise EngineDied(f"all {num_rows} rows of the part came out bad ({reason})")
 
-    def _commit(self, part: str, batches: list[Rows]) -> int:
-        """Write the part with the new column; returns the number of rows without log-probs in it."""
+    def _commit(self, part: str, batches: list[Rows]) -> None:
+        """Write the part with the new column; CommittedAlready where another engine was faster."""
         assert self._shards is not None
         assert self._out is not None
         out, name = self._out, self._task.name
@@ -206,9 +209,10 @@ class ScoringActor:
             quarantined[name] = bad_rows
         fence: Callable[[], None] = lambda: check_fence(out.store, *self._task.lease)  # noqa: E731
         fence()
+        if out.store.size(record_name(part)) is not None:
+            raise CommittedAlready(part)
         write_quarantined_rows(out.store, part, side)
         write_part(out.store, part, schema, out.part_metadata(part), written, quarantined, fence)
-        return len(bad_rows)
 
 
 def make_engine(config: EngineConfig, model_config: dict[str, Any], cores: int) -> Engine:

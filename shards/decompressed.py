@@ -3,16 +3,20 @@
 Arrow allocates what a buffer's first eight bytes announce before it decompresses anything, and has no bound of
 its own. So the announced sizes are added up first. They stand in the body of each record batch message, at
 places that its flatbuffer header gives (format/Message.fbs of Apache Arrow: Message.header is field 2,
-RecordBatch.buffers field 2, a Buffer is two int64, offset and length).
+RecordBatch.buffers field 2, a Buffer is two int64, offset and length). Arrow reads the messages that the footer at
+the file's end names (format/File.fbs: Footer.recordBatches is field 3, a Block begins with its int64 offset and
+has 24 bytes), so these are the ones that count.
 """
 
 import struct
+from collections.abc import Iterator
 
 import pyarrow as pa
 
 from shards.manifest import Manifest
 
-MAGIC_BYTES = 8  # "ARROW1" and two bytes of padding, then the messages of a stream
+END_BYTES = 10  # the footer's size, int32, and "ARROW1"
+FOOTER_RECORD_BATCHES, BLOCK_BYTES = 3, 24
 MESSAGE_HEADER = RECORD_BATCH_BUFFERS = 2
 
 
@@ -29,6 +33,24 @@ def _follow(table: memoryview, position: int) -> int:
     return position + struct.unpack_from("<I", table, position)[0]
 
 
+def record_batch_messages(data: pa.Buffer) -> Iterator[pa.ipc.Message]:
+    """The messages that the footer of an Arrow file names as its record batches."""
+    end = data.size - END_BYTES
+    size = struct.unpack_from("<i", memoryview(data), end)[0]
+    if not 0 < size <= end:
+        raise struct.error("the footer is not inside the file")
+    footer = memoryview(data)[end - size : end]
+    blocks = _field(footer, _follow(footer, 0), FOOTER_RECORD_BATCHES)
+    if not blocks:
+        return
+    vector = _follow(footer, blocks)
+    for index in range(struct.unpack_from("<I", footer, vector)[0]):
+        offset = struct.unpack_from("<q", footer, vector + 4 + BLOCK_BYTES * index)[0]
+        if not 0 < offset < end:
+            raise struct.error("a record batch is not inside the file")
+        yield pa.ipc.read_message(pa.BufferReader(data.slice(offset)))
+
+
 def announced_bytes(message: pa.ipc.Message) -> int:
     """Bytes that the buffers of a record batch message have once they are decompressed."""
     header, body = memoryview(message.metadata), memoryview(message.body)
@@ -40,6 +62,8 @@ def announced_bytes(message: pa.ipc.Message) -> int:
         offset, length = struct.unpack_from("<qq", header, vector + 4 + 16 * index)
         if length >= 8:
             announced = struct.unpack_from("<q", body, offset)[0]
+            if announced < -1:
+                raise struct.error(f"a buffer announces {announced} bytes")
             total += length if announced == -1 else announced
     return total
 
@@ -57,16 +81,25 @@ def bytes_per_token(schema: pa.Schema) -> float:
 
 
 def check_decompressed_size(data: pa.Buffer, manifest: Manifest, schema: pa.Schema, where: str) -> None:
-    """ValueError where a record batch of `data`, an Arrow file, announces more than its rows can need."""
+    """ValueError where `data`, an Arrow file, has more record batches than a part, or one announces more than its
+    rows can need."""
     tokens = manifest.rows_per_batch * manifest.seq_len
     bound = int(bytes_per_token(schema) * (tokens + manifest.rows_per_batch)) + (1 << 16)
+    most = -(-manifest.rows_per_part // manifest.rows_per_batch)
     try:
-        for message in pa.ipc.MessageReader.open_stream(pa.BufferReader(data.slice(MAGIC_BYTES))):
-            announced = announced_bytes(message) if message.type == "record batch" else 0
-            if not 0 <= announced <= bound:
+        for index, message in enumerate(record_batch_messages(data)):
+            if message.type != "record batch":
+                raise struct.error(f"its footer names a {message.type} as a record batch")
+            announced = announced_bytes(message)
+            if announced > bound:
                 raise ValueError(
                     f"{where}: a record batch would decompress to {announced:,} bytes, {manifest.rows_per_batch} rows of "
                     f"{manifest.seq_len} tokens need at most {bound:,}; this is no part that remit wrote"
                 )
-    except (struct.error, pa.ArrowException) as error:
+            if index >= most:
+                raise ValueError(
+                    f"{where}: has more than {most} record batches, which {manifest.rows_per_part} rows of a part need; "
+                    "this is no part that remit wrote"
+                )
+    except (struct.error, pa.ArrowException, OSError, EOFError) as error:
         raise ValueError(f"{where}: its messages cannot be read ({error}); this is no part that remit wrote") from None

@@ -21,6 +21,10 @@ METADATA_KEY = b"remit"
 COMMITS = "_commits"
 
 
+class CommittedAlready(ValueError):
+    """A part has its record: it is done, and never written again."""
+
+
 @dataclass(frozen=True)
 class CommitRecord:
     """What a committed part must be: file name, sha256 of its bytes, size in bytes, rows, tokens.
@@ -103,11 +107,11 @@ def write_part(
 
     batches: in the order of the rows; the same batches give the same bytes. metadata: JSON object for the schema
     metadata under the key `remit`. may_publish: raises where this process must not publish any more. Where
-    anything raises, nothing is committed and the temporary file is removed.
+    anything raises, nothing is committed and the temporary file is removed. CommittedAlready where the part is.
     """
     store = open_store(folder)
     if store.size(record_name(part)) is not None:
-        raise ValueError(f"{store.where(part)}: is committed already; a committed part is never written again")
+        raise CommittedAlready(f"{store.where(part)}: is committed already; a committed part is never written again")
     schema = schema.with_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True, ensure_ascii=False)})
     rows = sum(batch.num_rows for batch in batches)
     tokens = sum(len(batch.column("input_ids").flatten()) for batch in batches)
@@ -146,5 +150,7 @@ def _publish_part(store: Store, temporary: Path, part: str, sha256: str) -> None
         if hashlib.sha256(memoryview(store.buffer(part))).hexdigest() == sha256:
             temporary.unlink()
             return
+        if store.size(record_name(part)) is not None:  # since we began: an engine that was given up was not dead
+            raise CommittedAlready(f"{store.where(part)}: was committed by another process meanwhile")
         store.delete(part)
     store.publish(temporary, part)

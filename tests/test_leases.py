@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -14,98 +15,25 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-import ray
+from conftest import VOCABULARY
+from faulty import SEQ_LEN, Faulty
+from processes import Command, committed, content
 
-from scorer.config import PackConfig, ScoreConfig
-from scorer.pack import pack
-from scorer.reference import Reference
-from scorer.score import score
+from scorer.actor import ScoringActor, ScoringTask
+from scorer.engine import EngineConfig
 from shards import lease as lease_module
 from shards import row_schema, write_part
 from shards.lease import Lease, LeaseLost, check_fence, lease_numbers
-from shards.part import read_record
+from shards.part import CommittedAlready, read_record
 from shards.quarantine import rows_name
 from shards.store import open_store
 
 Remit = Callable[..., tuple[int, str, str]]
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["scorer.score", "scorer.drive", "pipelines.cli", "shards.verify"])
+FORKS = multiprocessing.get_context("fork")
 
 
-def run_cli(arguments: list[str], environment: dict[str, str], output: str) -> None:
-    """Target of a process: the command line, with what it prints in the file `output`."""
-    from pipelines.cli import main
-
-    os.environ.pop("RAY_ADDRESS", None)
-    os.environ.update(environment)
-    fd = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(fd, 1)
-    os.dup2(fd, 2)
-    main(arguments)
-
-
-class Driver:
-    """A command line in a process of its own, forked from one that has the imports done."""
-
-    def __init__(self, output: Path, *arguments: object, **environment: str) -> None:
-        self.output = output
-        self.process: BaseProcess = PROCESSES.Process(
-            target=run_cli, args=([str(argument) for argument in arguments], environment, str(output))
-        )
-        self.process.start()
-
-    def wait(self, seconds: float = 120) -> tuple[int | None, str]:
-        """Exit code and output."""
-        self.process.join(seconds)
-        if self.process.is_alive():
-            self.process.kill()
-            pytest.fail(f"still runs after {seconds} s: {self.text()}")
-        return self.process.exitcode, self.text()
-
-    def text(self) -> str:
-        return self.output.read_text() if self.output.exists() else ""
-
-    def wait_until(self, condition: Callable[[], object], seconds: float = 90) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert self.process.is_alive(), f"ended with {self.process.exitcode}: {self.text()}"
-            assert time.monotonic() < deadline, self.text()
-            time.sleep(0.02)
-
-
-def fake_score(shards: Path, model: Path, out: Path) -> list[object]:
-    return ["score", "--shards", shards, "--model", model, "--out", out, "--engine", "fake", "--num-engines", 1]
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    """Every file that a reader may see: parts, records, manifest, tokenizer, quarantine; not the log."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "_score.jsonl"
-    }
-
-
-def commits(folder: Path) -> set[str]:
-    return set(open_store(folder).names("_commits"))
-
-
-def last_line(text: str) -> str:
-    return text.strip().splitlines()[-1]
-
-
-@pytest.fixture(scope="session")
-def fake_scored(
-    tmp_path_factory: pytest.TempPathFactory, small: Path, tokenizer_folder: Path, reference_model: Path
-) -> tuple[list[Any], dict[str, bytes]]:
-    """Shards and model to score, and what an undisturbed run writes."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    shards, out = folder / "packed", folder / "out"
-    pack(PackConfig([str(small.parent / "corpus")], str(tokenizer_folder), str(shards), 24, tokens_per_shard=24 * 10))
-    config = ScoreConfig(str(shards), str(reference_model), str(out), engine="fake", num_engines=1)
-    score(config, Reference(reference_model, reference_model.name))
-    assert len(commits(out)) >= 8
-    return [shards, reference_model], content(out)
+def fake_score(faulty: Faulty, out: Path) -> list[object]:
+    return faulty.command("score", out, "--num-engines", 1)
 
 
 # --- who gets the lease ---------------------------------------------------------------------------------
@@ -120,8 +48,8 @@ def hold(folder: str, ready: Any) -> None:
 @pytest.fixture
 def killed_holder(tmp_path: Path) -> Iterator[tuple[Path, BaseProcess]]:
     """A folder whose lease is held by a process that was killed with -9 and that nobody has waited for: a zombie."""
-    ready = PROCESSES.Event()
-    process = multiprocessing.get_context("fork").Process(target=hold, args=(str(tmp_path / "out"), ready))
+    ready = FORKS.Event()
+    process = FORKS.Process(target=hold, args=(str(tmp_path / "out"), ready))
     process.start()
     assert ready.wait(60)
     with pytest.raises(RuntimeError, match=f"pid {process.pid}, since 0 min"):
@@ -282,10 +210,10 @@ def test_release_leaves_what_stands_in_the_folder(tmp_path: Path) -> None:
 ROWS = {"input_ids": [[5, 6, 0]], "doc_lengths": [[3]], "doc_ids": [[0]], "source": [0]}
 
 
-def write_one_part(folder: Path, fence: Callable[[], None]) -> None:
+def write_one_part(folder: Path, fence: Callable[[], None], metadata: dict[str, Any] | None = None) -> None:
     schema = row_schema()
     batch = pa.record_batch([pa.array(ROWS[field.name], field.type) for field in schema], schema=schema)
-    write_part(folder, "part-00000.arrow", schema, {}, [batch], may_publish=fence)
+    write_part(folder, "part-00000.arrow", schema, metadata or {}, [batch], may_publish=fence)
 
 
 def take_over(folder: Path) -> None:
@@ -342,16 +270,10 @@ def test_a_number_that_begins_anew_is_another_lease(tmp_path: Path) -> None:
     assert not out.exists()
 
 
-def test_an_engine_of_a_driver_that_lost_the_lease_leaves_the_side_files_alone(
-    tmp_path: Path, fake_scored: tuple[list[Any], dict[str, bytes]]
-) -> None:
+def test_an_engine_of_a_driver_that_lost_the_lease_leaves_the_side_files_alone(tmp_path: Path, faulty: Faulty) -> None:
     """Rows that its successor has quarantined stay listed."""
-    from scorer.actor import ScoringActor, ScoringTask
-    from scorer.engine import EngineConfig
-
-    (shards, model), files = fake_scored
     out = tmp_path / "out"
-    for name, data in files.items():
+    for name, data in faulty.undisturbed("score").items():
         if not name.startswith(("part-", "_commits")):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             (out / name).write_bytes(data)
@@ -361,8 +283,8 @@ def test_an_engine_of_a_driver_that_lost_the_lease_leaves_the_side_files_alone(
     side = out / rows_name(part)
     side.parent.mkdir(parents=True)
     side.write_text("of the successor")
-    engine = EngineConfig(model, "float32", 24, 521, kind="fake")
-    task = ScoringTask(str(shards), str(out), lease.fence, "rl", "packed", 1 / 64, 521)
+    engine = EngineConfig(faulty.model, "float32", SEQ_LEN, VOCABULARY, kind="fake")
+    task = ScoringTask(str(faulty.packed), str(out), lease.fence, "rl", "packed", 1 / 64, VOCABULARY)
     with pytest.raises(LeaseLost):
         ScoringActor(engine, {}, 1, task).score_part(part)
     assert side.read_text() == "of the successor"
@@ -370,13 +292,60 @@ def test_an_engine_of_a_driver_that_lost_the_lease_leaves_the_side_files_alone(
     lease.release()
 
 
+def test_a_part_that_an_engine_which_was_given_up_has_committed(
+    tmp_path: Path, faulty: Faulty, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node that lost its raylet goes on for a while. Its part, scored again elsewhere, is done and no failure."""
+    out = tmp_path / "out"
+    shutil.copytree(faulty.scored, out)
+    part, before = "part-00001.arrow", faulty.undisturbed("score")
+    side, record = out / rows_name(part), out / "_commits" / "part-00001.json"
+    record.unlink()
+    lease = Lease(out).acquire()
+    engine = EngineConfig(faulty.model, "float32", SEQ_LEN, VOCABULARY, kind="fake")
+    task = ScoringTask(str(faulty.packed), str(out), lease.fence, "rl", "packed", 1 / 64, VOCABULARY)
+    actor = ScoringActor(engine, {}, 1, task)
+    fill = actor._fill
+
+    def fill_while_the_other_commits(*arguments: Any) -> None:
+        fill(*arguments)
+        record.write_bytes(before["_commits/part-00001.json"])
+        side.parent.mkdir(parents=True)
+        side.write_text("of the other engine")
+
+    monkeypatch.setattr(actor, "_fill", fill_while_the_other_commits)
+    assert actor.score_part(part)["quarantined"] == 0
+    assert side.read_text() == "of the other engine"
+    side.unlink()
+    side.parent.rmdir()
+    side.parent.parent.rmdir()
+    lease.release()
+    assert content(out) == before
+
+
+def test_an_orphan_is_replaced_but_not_a_part_that_got_its_record_meanwhile(tmp_path: Path) -> None:
+    write_one_part(tmp_path / "theirs", lambda: None)
+    calls = []
+
+    def commit_theirs() -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            shutil.copytree(tmp_path / "theirs", tmp_path / "out", dirs_exist_ok=True)
+
+    write_one_part(tmp_path / "out", commit_theirs)  # the same bytes: fine
+    shutil.rmtree(tmp_path / "out")
+    calls.clear()
+    with pytest.raises(CommittedAlready):
+        write_one_part(tmp_path / "out", commit_theirs, {"other": "bytes"})
+    assert content(tmp_path / "out") == content(tmp_path / "theirs")
+
+
 def test_another_scoring_that_began_while_we_waited_is_not_continued(
-    tmp_path: Path, fake_scored: tuple[list[Any], dict[str, bytes]], remit: Remit, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, faulty: Faulty, remit: Remit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both looked at an empty folder; the other one, in document context, had the lease first and left parts over."""
-    (shards, model), _ = fake_scored
     out = tmp_path / "out"
-    arguments = fake_score(shards, model, out)
+    arguments = fake_score(faulty, out)
     acquire = Lease.acquire
 
     def slow_acquire(self: Lease, *rest: Any) -> Lease:
@@ -387,8 +356,11 @@ def test_another_scoring_that_began_while_we_waited_is_not_continued(
 
     monkeypatch.setattr(Lease, "acquire", slow_acquire)
     code, _, error = remit(*arguments)
-    assert (code, "context is 'document' there, 'packed' asked for now" in last_line(error)) == (1, True), error
-    assert "part-00001.json" not in commits(out)
+    assert (code, "context is 'document' there, 'packed' asked for now" in error.strip().splitlines()[-1]) == (
+        1,
+        True,
+    ), error
+    assert "part-00001.json" not in committed(out)
 
 
 # --- races ----------------------------------------------------------------------------------------------
@@ -435,7 +407,6 @@ def test_never_two_holders(tmp_path: Path, kind: str, release: bool) -> None:
     rounds = [str(tmp_path / f"{index}") for index in range(50)]
     for folder in rounds[::2]:
         forge(Path(folder), 5, process_start="1")
-    context = multiprocessing.get_context("fork")
     barrier: Any
     results: Any
     if kind == "threads":
@@ -446,8 +417,8 @@ def test_never_two_holders(tmp_path: Path, kind: str, release: bool) -> None:
             threading.Thread(target=race, args=(barrier, rounds, results, release), daemon=True) for _ in range(5)
         ]
     else:
-        barrier, results = context.Barrier(5), context.Queue()
-        workers = [context.Process(target=race, args=(barrier, rounds, results, release)) for _ in range(5)]
+        barrier, results = FORKS.Barrier(5), FORKS.Queue()
+        workers = [FORKS.Process(target=race, args=(barrier, rounds, results, release)) for _ in range(5)]
     for worker in workers:
         worker.start()
     found: dict[str, list[tuple[bool, bool, str]]] = {}
@@ -471,92 +442,75 @@ def test_never_two_holders(tmp_path: Path, kind: str, release: bool) -> None:
         assert not Path(f"{folder}-held").exists()
 
 
-def session_cluster() -> dict[str, str]:
-    """Environment with which a process joins the Ray cluster of this test run."""
-    return {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-
-
-def two_drivers(tmp_path: Path, fake_scored: tuple[list[Any], dict[str, bytes]], rounds: int, stagger: float) -> list:
-    """Two drivers on one folder within a second of each other; the exit codes of each round."""
-    (shards, model), undisturbed = fake_scored
+def two_drivers(tmp_path: Path, faulty: Faulty, rounds: int) -> list[list[int]]:
+    """Two drivers on one folder, the second up to a second after the first; the exit codes of each round."""
     found = []
     for index in range(rounds):
         out = tmp_path / f"out-{index}"
-        arguments = fake_score(shards, model, out)
-        drivers = []
-        for number in range(2):
-            drivers.append(Driver(tmp_path / f"{index}-{number}.log", *arguments, **session_cluster()))
-            time.sleep(stagger * index / rounds if number == 0 else 0)
-        ends = [driver.wait() for driver in drivers]
-        codes = [code for code, _ in ends]
-        assert sorted(codes) in ([0, 0], [0, 1]), ends
+        first = Command(tmp_path, *fake_score(faulty, out))
+        time.sleep(index / rounds)
+        second = Command(tmp_path, *fake_score(faulty, out))
+        codes = [first.finish(), second.finish()]
+        assert sorted(codes) in ([0, 0], [0, 1]), first.errors + second.errors
         if 1 in codes:
-            refused, winner = ends[codes.index(1)][1], drivers[codes.index(0)].process.pid
-            assert f"{out}: another driver writes to this folder: host" in last_line(refused)
-            assert f"pid {winner}, since 0 min" in last_line(refused)
-            assert "Traceback" not in refused
-        assert content(out) == undisturbed, (index, codes)
+            refused, winner = (first, second) if codes[0] else (second, first)
+            assert f"{out}: another driver writes to this folder: host" in refused.last_error
+            assert f"pid {winner.pid}, since 0 min" in refused.last_error
+            assert "Traceback" not in refused.errors
+        assert content(out) == faulty.undisturbed("score"), (index, codes)
         found.append(codes)
     return found
 
 
-def test_two_drivers_within_a_second(tmp_path: Path, fake_scored: tuple[list[Any], dict[str, bytes]]) -> None:
-    two_drivers(tmp_path, fake_scored, 4, 1.0)
+def test_two_drivers_within_a_second(tmp_path: Path, faulty: Faulty) -> None:
+    two_drivers(tmp_path, faulty, 4)
 
 
 @pytest.mark.slow
-def test_two_drivers_within_a_second_fifty_times(
-    tmp_path: Path, fake_scored: tuple[list[Any], dict[str, bytes]]
-) -> None:
-    outcomes = two_drivers(tmp_path, fake_scored, 50, 1.0)
+def test_two_drivers_within_a_second_fifty_times(tmp_path: Path, faulty: Faulty) -> None:
+    outcomes = two_drivers(tmp_path, faulty, 50)
     assert [0, 1] in outcomes or [1, 0] in outcomes
 
 
 # --- through the command line ---------------------------------------------------------------------------
 
 
-def test_second_driver_killed_driver_and_lost_lease(
-    tmp_path: Path, fake_scored: tuple[list[Any], dict[str, bytes]]
-) -> None:
+def test_second_driver_killed_driver_and_lost_lease(tmp_path: Path, faulty: Faulty) -> None:
     """A driver at work: a second one is refused; killed with -9, the next takes over at once; that one loses its
     lease to another machine and publishes nothing more; a last one ends the work, with the bytes of a quiet run."""
-    (shards, model), undisturbed = fake_scored
-    out = tmp_path / "out"
-    arguments = fake_score(shards, model, out)
-    slow = {"REMIT_FAKE_ENGINE": json.dumps({"seconds": 0.4})}
-    first = Driver(tmp_path / "first.log", *arguments, **slow)
-    first.wait_until(lambda: commits(out))
-    code, text = Driver(tmp_path / "second.log", *arguments, **session_cluster()).wait()
-    assert code == 1, text
-    pattern = (
-        rf"remit score: error: {out}: another driver writes .*: host \S+, pid {first.process.pid}, since 0 min \d+ s;"
-    )
-    assert re.match(pattern, last_line(text)), text
-    assert first.process.is_alive(), first.text()
-    first.process.kill()
-    first.process.join()
-    before = commits(out)
-    assert len(before) < len(undisturbed) - 3
+    out, slow = tmp_path / "out", {"REMIT_FAKE_ENGINE": json.dumps({"seconds": 0.3})}
+    arguments = fake_score(faulty, out)
+    first = Command(tmp_path, *arguments, private=True, **slow)
+    first.until(lambda: committed(out))
+    refused = Command(tmp_path, *arguments)
+    assert refused.finish() == 1
+    pattern = rf"remit score: error: {out}: another driver writes .*: host \S+, pid {first.pid}, since 0 min \d+ s;"
+    assert re.match(pattern, refused.last_error), refused.errors
+    assert first.process.is_alive(), first.errors
+    first.signal(signal.SIGKILL)
+    assert first.finish() == -signal.SIGKILL
+    before = committed(out)
+    assert len(before) < faulty.num_parts - 2
 
     began = time.monotonic()
-    second = Driver(tmp_path / "third.log", *arguments, **slow)
-    second.wait_until(lambda: (out / "_lease" / "00000002.json").exists())
-    assert time.monotonic() - began < 25  # of which Ray starts most; no waiting for heartbeats
-    assert "waiting up to" not in second.text()
-    second.wait_until(lambda: len(commits(out)) > len(before))
+    second = Command(tmp_path, *arguments, **slow)
+    second.until(lambda: lease_numbers(open_store(out)) == [2])
+    assert time.monotonic() - began < 20  # most of it to begin; no waiting for heartbeats
+    second.until(lambda: len(committed(out)) > len(before))
+    assert "waiting up to" not in second.errors
     take_over(out)
-    time.sleep(0.1)  # what had passed the fence
-    published = commits(out)
-    code, text = second.wait()
-    assert code == 1, text
-    assert f"{out}: another driver has taken this folder over; this one publishes nothing more" in last_line(text)
-    assert "Traceback" not in text
-    assert len([line for line in text.splitlines() if "error" in line]) == 1, text
-    assert commits(out) == published
-    assert len(published) < len([name for name in undisturbed if name.startswith("_commits")])
+    time.sleep(0.1)  # for what had passed the fence
+    published = committed(out)
+    assert second.finish() == 1
+    want = f"remit score: error: {out}: another driver has taken this folder over; this one publishes nothing more"
+    assert second.last_error == want
+    assert "Traceback" not in second.errors
+    assert second.errors.count("error") == 1, second.errors
+    assert committed(out) == published
+    assert len(published) < faulty.num_parts
     assert lease_numbers(open_store(out)) == [3]
 
     forge(out, 3, process_start="1")
-    code, text = Driver(tmp_path / "last.log", *arguments, **session_cluster()).wait()
-    assert code == 0, text
-    assert content(out) == undisturbed
+    last = Command(tmp_path, *arguments)
+    assert last.finish() == 0, last.errors
+    assert content(out) == faulty.undisturbed("score")
