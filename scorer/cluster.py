@@ -9,6 +9,9 @@ import threading
 from collections.abc import Iterator
 
 import ray
+from ray._private import ray_constants
+
+LOOPBACK = ("127.0.0.1", "localhost")
 
 
 @contextlib.contextmanager
@@ -26,33 +29,59 @@ def ray_cluster(debug: bool = False) -> Iterator[None]:
     if address:
         try:
             host, colon, port = address.rpartition(":")
+            on_loopback = False
             if colon and port.isdigit() and "://" not in address:
                 # Ray retries for many minutes where nothing listens, and says nothing meanwhile
                 socket.create_connection((host, int(port)), timeout=10).close()
+                on_loopback = host in LOOPBACK and not _answers(ray.util.get_node_ip_address(), int(port))
             own = {name: value for name, value in os.environ.items() if name.startswith("REMIT_")}
             # workers of a private cluster inherit these, those of one that was there before do not
             runtime_env = {"env_vars": own} if own else None
-            ray.init(address=address, log_to_driver=debug, logging_level=level, runtime_env=runtime_env)
+            with loopback() if on_loopback else contextlib.nullcontext():
+                ray.init(address=address, log_to_driver=debug, logging_level=level, runtime_env=runtime_env)
         except (OSError, RuntimeError) as error:
             raise ValueError(
                 f"RAY_ADDRESS is {address}, where no Ray cluster lets us in ({str(error).splitlines()[0]}); start it, "
                 "correct the address, give its token in RAY_AUTH_TOKEN, or unset RAY_ADDRESS to use this machine alone"
             ) from error
     else:
-        ray.init(
-            address="local",
-            log_to_driver=debug,
-            logging_level=level,
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",  # no listener beyond loopback
-        )
+        with loopback():
+            ray.init(address="local", log_to_driver=debug, logging_level=level, include_dashboard=False)
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():
             signal.signal(number, handler)  # ray.init replaced the caller's by one that exits with 15
     try:
         yield
+    except SystemError as error:  # what a signal's handler raises within one of Ray's calls arrives so
+        raise error.__cause__ or error from None
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def loopback() -> Iterator[None]:
+    """What Ray starts in the block listens on 127.0.0.1 alone, as it does of itself on Windows and macOS.
+
+    Elsewhere it takes 127.0.0.1, given as the node's address, for the machine's own and listens on every interface.
+    """
+    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    own = os.environ.get(name)
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False  # for the processes that it starts, and for us
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        del os.environ[name]
+        if own is not None:
+            os.environ[name] = own
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=10).close()
+    except OSError:
+        return False
+    return True
 
 
 def cause(error: BaseException) -> BaseException:

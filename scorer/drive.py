@@ -146,6 +146,10 @@ class Drive:
                 event = "stopped"
                 raise Stopped("stopped by a signal") from None
             raise RuntimeError(f"Ray failed: {one_line(error)}; the same command again goes on") from error
+        except BaseException as error:
+            if stop.requested() and (isinstance(error, SystemError) or not isinstance(error, Exception)):
+                event = "stopped"  # by a second signal
+            raise
         finally:
             self.pool.close()
             self.log.write(event, self.state)
