@@ -9,16 +9,15 @@ trained on a sample of it. Bare: tokenizers' encode_batch over the same document
 import json
 import os
 import sys
-import threading
 from argparse import ArgumentParser
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from time import perf_counter, sleep
+from time import perf_counter
 
-from benchmarks.common import Claim, claim, report
+from benchmarks.common import Claim, PeakMemory, claim, report
 
 SEQ_LEN, VOCABULARY = 2048, 8192
 
@@ -83,37 +82,6 @@ def packed_tokens_per_second(corpus: Path, tokenizer: Path, out: Path) -> float:
     began = perf_counter()
     folder = pack(PackConfig([str(corpus)], str(tokenizer), str(out), SEQ_LEN))
     return folder.manifest.tokens / (perf_counter() - began)
-
-
-class PeakMemory:
-    """Highest sum of private memory of this process and Ray's workers while the block runs, in bytes."""
-
-    def __enter__(self) -> "PeakMemory":
-        self.peak, self._stop = 0, threading.Event()
-        threading.Thread(target=self._watch, daemon=True).start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stop.set()
-
-    def _watch(self) -> None:
-        while not self._stop.is_set():
-            total = 0
-            for process in Path("/proc").glob("[0-9]*"):
-                try:
-                    command = (process / "cmdline").read_bytes()
-                    if command.startswith(b"ray::") or int(process.name) == os.getpid():
-                        total += private_bytes(process)
-                except (OSError, ValueError):
-                    continue
-            self.peak = max(self.peak, total)
-            sleep(0.2)
-
-
-def private_bytes(process: Path) -> int:
-    """Memory of a process that it shares with no other: files that are mapped do not count."""
-    lines = (process / "smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("Private_Dirty", "Anonymous:"))) // 2
 
 
 def main() -> int:

@@ -7,6 +7,7 @@ embedding for every token. Both are timed in turn with the scoring of a part, in
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from time import perf_counter
 
-from benchmarks.common import Claim, claim, make_model, make_shards, report
+from benchmarks.common import Claim, PeakMemory, claim, make_model, make_shards, report
 
 SEQ_LEN, ROWS_PER_PART = 1024, 16
 
@@ -136,6 +137,30 @@ def scored_tokens_per_second(shards_folder: Path, model: Path, out: Path, engine
     return (tokens_final - tokens_first) / (final - first), beside
 
 
+def memory(model: Path, folder: Path, vocabulary: int, tokens_millions: list[int]) -> list[tuple[int, float]]:
+    """Peak memory of driver and actor in bytes, and tokens/s, for ever larger folders; the fake engine stands in."""
+    from scorer.cluster import ray_cluster
+    from scorer.config import ScoreConfig
+    from scorer.reference import Reference
+    from scorer.score import score
+
+    peaks = []
+    with ray_cluster():
+        for millions in tokens_millions:
+            shards = folder / f"shards-{millions}"
+            make_shards(shards, vocabulary, millions, 2**20 // SEQ_LEN, SEQ_LEN)
+            began = perf_counter()
+            with PeakMemory() as watched:
+                settings = ScoreConfig(
+                    str(shards), str(model), str(folder / f"out-{millions}"), num_engines=1, engine="fake"
+                )
+                score(settings, Reference(model, "bench"))
+            peaks.append((watched.peak, millions * 2**20 / (perf_counter() - began)))
+            shutil.rmtree(shards)
+            shutil.rmtree(folder / f"out-{millions}")
+    return peaks
+
+
 def lines(kind: str, *arguments: object) -> list[list[float]]:
     """What a subprocess of this script prints."""
     command = [sys.executable, "-m", "benchmarks.bench_score", "--only", kind, *map(str, arguments)]
@@ -150,6 +175,7 @@ def main() -> int:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--vocabulary", type=int, default=16384)
+    parser.add_argument("--grow", type=int, nargs="*", default=[4, 200], help="million tokens; none: skip it")
     parser.add_argument("--only", choices=("ceiling", "forward"), help="used by the script itself")
     parser.add_argument("paths", nargs="*", type=Path)
     options = parser.parse_args()
@@ -178,6 +204,7 @@ def main() -> int:
             print(
                 f"round {index}: one engine {one[-1]:,.0f}, two {two[-1]:,.0f}, transformers {reference[-1]:,.0f} tokens/s"
             )
+        peaks = memory(model, folder, options.vocabulary, options.grow)
     claims: list[Claim] = [
         claim(
             "scorer, two one-core engines / transformers forward, two cores",
@@ -189,6 +216,11 @@ def main() -> int:
         claim("reading and writing parts / time of the engines, beside them", beside, at_most=0.02),
         claim("tokens/s, two engines", two),
     ]
+    if peaks:
+        grown = f"memory of score, {options.grow[-1]}M tokens / {options.grow[0]}M"
+        claims.append(claim(grown, [peaks[-1][0] / peaks[0][0]], at_most=1.1))
+        claims.append(claim("memory of score without a model, MB", [peak / 1e6 for peak, _ in peaks]))
+        claims.append(claim("tokens/s of all but the engine (fake engine)", [peaks[-1][1]]))
     return report("score", claims)
 
 

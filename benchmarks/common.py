@@ -3,10 +3,12 @@
 import json
 import os
 import platform
+import threading
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from statistics import median
+from time import sleep
 
 import numpy as np
 import pyarrow as pa
@@ -66,6 +68,37 @@ def report(name: str, claims: list[Claim]) -> int:
         spread = f"{entry.spread[0]:,.3f} .. {entry.spread[1]:,.3f}"
         print(f"{entry.claim:{width}}  {entry.value:12,.3f}  {entry.target:>9}  {spread:>23}  {verdict}")
     return 1 if any(entry.holds is False for entry in claims) else 0
+
+
+class PeakMemory:
+    """Highest sum of private memory of this process and Ray's workers while the block runs, in bytes."""
+
+    def __enter__(self) -> "PeakMemory":
+        self.peak, self._stop = 0, threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+
+    def _watch(self) -> None:
+        while not self._stop.is_set():
+            total = 0
+            for process in Path("/proc").glob("[0-9]*"):
+                try:
+                    command = (process / "cmdline").read_bytes()
+                    if command.startswith(b"ray::") or int(process.name) == os.getpid():
+                        total += private_bytes(process)
+                except (OSError, ValueError):
+                    continue
+            self.peak = max(self.peak, total)
+            sleep(0.2)
+
+
+def private_bytes(process: Path) -> int:
+    """Memory of a process that it shares with no other: files that are mapped do not count."""
+    lines = (process / "smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("Private_Dirty", "Anonymous:"))) // 2
 
 
 def make_model(folder: Path, vocabulary: int, hidden: int = 256, layers: int = 4, positions: int = 1024) -> Path:
