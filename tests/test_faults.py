@@ -62,7 +62,7 @@ def test_engine_that_fails_once(faulty: Faulty, tmp_path: Path, kind: str) -> No
     assert last["retries"] == summary(run, "parts tried again") >= 1
 
 
-@pytest.mark.parametrize("kind", ["die", SLOW_RAISE, "hang"])
+@pytest.mark.parametrize("kind", ["die", SLOW_RAISE, pytest.param("hang", marks=pytest.mark.slow)])
 def test_part_that_always_fails(faulty: Faulty, tmp_path: Path, remit: Remit, kind: str) -> None:
     """One engine, which reads the next part already when the bad one takes it along."""
     token, part, _ = token_of_one_row(faulty.packed, range(2, faulty.num_parts - 2))
