@@ -62,7 +62,8 @@ class ShardFolder:
         return [plan.name for plan in self.manifest.parts if plan.name.replace(".arrow", ".json") not in committed]
 
     def require_complete(self) -> None:
-        """ValueError unless every planned part is committed."""
+        """ValueError unless every planned part is committed and the tokenizer is there, no symbolic link."""
+        self.tokenizer_json()
         missing = self.missing_parts()
         if missing:
             raise ValueError(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from shards.fingerprint import refuse_code_and_pickles
 from shards.folder import ShardFolder
 
 
@@ -81,12 +82,9 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_base(folder: Path, dtype: str, device: torch.device) -> Base:
-    """Load the model with float32 weights; ValueError where it is missing or its head is not plain."""
-    if not any(folder.glob("*.safetensors")):
-        raise ValueError(
-            f"{folder}: has no *.safetensors weights; give a folder that save_pretrained wrote "
-            "(pickled weights are not loaded; convert them with transformers first)"
-        )
+    """Load the model with float32 weights; ValueError where it is missing, carries code or pickles, or its head is not
+    plain."""
+    refuse_code_and_pickles(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     original_dtype = getattr(config, "dtype", None) or torch.float32
     # Dropout would add noise to the losses that the weights are made of; mid-training runs without it.
