@@ -19,8 +19,8 @@ import ray
 
 from scorer.cluster import cause, ray_cluster
 from scorer.config import PackConfig
-from scorer.corpus import Source, find_sources
 from scorer.output import StopGuard, absolute, clean, leave, require_empty
+from scorer.sources import Source, find_sources
 from scorer.staging import stage_source, write_part_from_staging
 from scorer.tokenizer import describe_tokenizer, load_tokenizer
 from shards.crash import crash_point
@@ -99,7 +99,7 @@ def pack(
             manifest.write(out)
             crash_point("driver.planned")
             folder = ShardFolder(out)
-            out.require_free(_staged_bytes(staging), "writing the parts")
+            out.require_free(staging.used_bytes(), "writing the parts")
             _write_parts(folder, staging, staged, lease, progress, stop)
         crash_point("driver.finished")
         staging.remove()
@@ -107,7 +107,7 @@ def pack(
         raise
     except BaseException:
         # after a failure, staging is kept for the rerun only where it saves time
-        if _staged_bytes(staging) < KEEP_STAGING_BYTES:
+        if staging.used_bytes() < KEEP_STAGING_BYTES:
             staging.remove()
         if out.size(MANIFEST) is None:
             out.delete(REJECTED)
@@ -121,10 +121,6 @@ def pack(
 def _staged_estimate(sources: list[Source]) -> float:
     sizes = [((source.size() or 0), Path(source.location or "").suffix) for source in sources]
     return sum(size * INFLATION.get(suffix, 1.0) for size, suffix in sizes) / TEXT_BYTES_PER_STAGED_BYTE
-
-
-def _staged_bytes(staging: Store) -> int:
-    return sum(staging.size(name) or 0 for name in staging.names())
 
 
 def _save_tokenizer(tokenizer: Any, out: Store) -> None:

@@ -16,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
 
-from scorer.corpus import BadDocument, Source, read_documents
+from scorer.corpus import BadDocument, read_documents
 from scorer.rows import RowCutter
+from scorer.sources import Source
 from shards.crash import crash_point
 from shards.folder import ShardFolder
 from shards.lease import check_fence
@@ -42,7 +43,7 @@ def stage_source(
     """Ray task: tokenise one source into staging/source-00000.arrow; yields its progress, at last its record."""
     os.environ["RAYON_NUM_THREADS"] = str(threads)  # the tokenizer's, read when it first encodes
     final, record_name = f"source-{index:05d}.arrow", f"source-{index:05d}.json"
-    size, sha256 = source.size(), source.sha256()
+    size, version, sha256 = source.size(), source.version(), source.sha256()
     key: dict[str, Any] = {"path": source.name, "size": size, "sha256": sha256}
     if staging.size(record_name) is not None:
         record = json.loads(staging.read(record_name))
@@ -92,7 +93,7 @@ def stage_source(
                     write(cutter.add(doc_id, np.array([*ids, eos], dtype=np.int32)))
                 yield {"bytes": position, "tokens": tokens}
             write(cutter.finish())
-        if source.sha256() != sha256:
+        if source.version() != version or (not version and source.sha256() != sha256):
             raise ValueError(f"{source.location}: changed while it was read; run again when nothing writes to it")
         record = {
             "key": key,

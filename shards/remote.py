@@ -157,7 +157,9 @@ class RemoteStore(Store):
 
         return self._ask(name, piece) if start < stop else b""
 
-    def names(self, folder: str = "") -> list[str]:
+    def _entries(self, folder: str = "") -> dict[str, int]:
+        """Names and sizes of the files directly in a folder."""
+
         def entries(path: str) -> list[dict]:
             try:
                 return self._fs.ls(path, detail=True, **self._refresh())
@@ -166,8 +168,17 @@ class RemoteStore(Store):
                     raise
                 return []
 
-        names = [entry["name"] for entry in self._ask(folder, entries) if entry["type"] == "file"]
-        return sorted(name.rsplit("/", 1)[-1] for name in names if not name.endswith("/"))
+        files = {entry["name"]: entry["size"] for entry in self._ask(folder, entries) if entry["type"] == "file"}
+        return {name.rsplit("/", 1)[-1]: size for name, size in files.items() if not name.endswith("/")}
+
+    def names(self, folder: str = "") -> list[str]:
+        return sorted(self._entries(folder))
+
+    def used_bytes(self) -> int:
+        return sum(self._entries().values())
+
+    def version(self, name: str) -> str:
+        return self._ask(name, self._fs.ukey)
 
     def _refresh(self) -> dict[str, bool]:
         return {"refresh": True} if self._protocol in ("s3", "s3a") else {}

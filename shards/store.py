@@ -72,6 +72,14 @@ class Store:
         """Bytes of a file, None where there is none."""
         raise NotImplementedError
 
+    def used_bytes(self) -> int:
+        """Bytes of the files directly in the folder."""
+        return sum(self.size(name) or 0 for name in self.names())
+
+    def version(self, name: str) -> str:
+        """What changes with every write to a file, empty where there is no such thing; FileNotFoundError."""
+        return ""
+
     def create(self, name: str, data: bytes, kind: str = "") -> None:
         """A new file; FileExistsError where there is one already. kind: names its crash points."""
         raise NotImplementedError
