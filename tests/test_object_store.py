@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,9 @@ def server() -> Iterator[S3Server]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cluster(server: S3Server, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def cluster(
+    server: S3Server, ray_session: None, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Path]:
     """Ray workers that know the server, and a folder for temporary files that is known to be empty."""
     tmp_path_factory.getbasetemp()  # of the whole test run, so not below the folder that goes with this module
     before = dict(os.environ)
@@ -74,7 +76,9 @@ def cluster(server: S3Server, ray_session: None, tmp_path_factory: pytest.TempPa
     os.environ.update(before)
     tempfile.tempdir = None
     shutil.rmtree(temporary)
-    ray_cluster().__enter__()  # for the tests that follow; the session's own fixture ends it
+    following = ExitStack()  # for the tests after this module
+    following.enter_context(ray_cluster())
+    request.config.add_cleanup(following.close)
 
 
 def temporary_files(folder: Path) -> list[Path]:
@@ -500,7 +504,7 @@ def test_outage_while_it_packs(
 def test_server_that_starts_late(
     corpus: Path, tokenizer_folder: Path, local: Path, server: S3Server, remit: Remit
 ) -> None:
-    outage = Outage(server, "", 0, 4)
+    outage = Outage(server, "", 0, 3)
     while not outage.began:
         time.sleep(0.01)
     code, _, error = remit(*pack_arguments(f"s3://{BUCKET}/corpus", tokenizer_folder, f"s3://{BUCKET}/late"))
@@ -562,12 +566,13 @@ def last_line(error: str, command: str) -> str:
     return line
 
 
-@pytest.mark.parametrize("kind", ["refuses", "silent", "overloaded"])
-@pytest.mark.parametrize("command", ["verify", "pack"])
+@pytest.mark.parametrize(
+    ("command", "kind"), [("verify", "refuses"), ("verify", "silent"), ("verify", "overloaded"), ("pack", "silent")]
+)
 def test_store_that_never_answers(
     tokenizer_folder: Path, remit: Remit, monkeypatch: pytest.MonkeyPatch, command: str, kind: str
 ) -> None:
-    monkeypatch.setenv("REMIT_STORE_RETRY_SECONDS", "3")
+    monkeypatch.setenv("REMIT_STORE_RETRY_SECONDS", "2")
     with listener(kind == "overloaded") as (endpoint, times):
         if kind == "refuses":
             with socket.create_server(("127.0.0.1", 0)) as free:
@@ -584,7 +589,7 @@ def test_store_that_never_answers(
     fsspec.filesystem("s3").clear_instance_cache()
     assert code == 1
     assert f"s3://{kind}-{command}/shards" in last_line(error, command)
-    assert "has not answered for 3 s" in last_line(error, command)
+    assert "has not answered for 2 s" in last_line(error, command)
     assert seconds < 9  # pack imports and reads its tokenizer first
     if kind != "refuses":
         assert len(times) >= (1 if kind == "silent" else 3)
