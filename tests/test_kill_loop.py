@@ -56,9 +56,9 @@ def test_thirty_random_kills_with_the_real_engine(
         finished = False
         while not finished:
             tag = f"{os.getpid()}-{rng.random()}"
+            command = [sys.executable, "-m", "pipelines.cli", "score", "--shards", packed.path, "--out", out]
             driver = subprocess.Popen(
-                [sys.executable, "-m", "pipelines.cli", "score", "--shards", packed.path, "--model", reference_model]
-                + ["--out", out, "--num-engines", "2", "--dtype", "float32"],
+                [*command, "--model", reference_model, "--num-engines", "2", "--dtype", "float32"],
                 env={**os.environ, TAG: tag},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
