@@ -27,15 +27,18 @@ import pyarrow.dataset
 import pyarrow.fs
 import pytest
 import ray
+from botocore.exceptions import ClientError
 from conftest import make_model, source_texts, write_corpus
 from fsspec.implementations.memory import MemoryFileSystem
 from s3_server import BUCKET, REGION, S3Server
+from s3fs.errors import translate_boto_error
 from test_score import compare
 
 from scorer.cluster import ray_cluster
 from scorer.sources import find_sources
 from scorer.staging import stage_source
 from shards import ShardFolder, write_part
+from shards.answers import may_pass, plain
 from shards.lease import Lease
 from shards.remote import RemoteStore
 from shards.store import StoreSilent, open_store
@@ -504,6 +507,7 @@ def test_outage_while_it_scores(packed: str, model: Path, local: Path, server: S
     assert (log[-1]["event"], log[-1]["retries"], log[-1]["engine_restarts"]) == ("done", 0, 0)
 
 
+@pytest.mark.slow
 def test_outage_while_it_packs(
     corpus: Path, tokenizer_folder: Path, local: Path, server: S3Server, remit: Remit
 ) -> None:
@@ -516,6 +520,7 @@ def test_outage_while_it_packs(
     assert server.files("out-pack") == contents(local / "packed")
 
 
+@pytest.mark.slow
 def test_server_that_starts_late(
     corpus: Path, tokenizer_folder: Path, local: Path, server: S3Server, remit: Remit
 ) -> None:
@@ -609,6 +614,24 @@ def test_store_that_never_answers(
     if kind != "refuses":
         assert len(times) >= (1 if kind == "silent" else 3)
         assert len(times) < 25
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "again"),
+    [
+        (301, "PermanentRedirect", False), (400, "InvalidArgument", False), (400, "InvalidBucketName", False),
+        (403, "AccessDenied", False), (403, "403", False), (404, "NoSuchKey", False), (412, "PreconditionFailed", False),
+        (501, "NotImplemented", False), (400, "RequestTimeout", True), (400, "IncompleteBody", True),
+        (409, "ConditionalRequestConflict", True), (429, "TooManyRequests", True), (500, "InternalError", True),
+        (503, "SlowDown", True), (503, "503", True),
+    ],
+)  # fmt: skip
+def test_which_answers_are_asked_for_again(status: int, code: str, again: bool) -> None:
+    response: Any = {"Error": {"Code": code, "Message": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    error = translate_boto_error(ClientError(response, "PutObject"))
+    assert may_pass(error) is again
+    assert isinstance(plain(error, "s3://bucket/x"), OSError)
+    assert isinstance(plain(error, "s3://bucket/x"), StoreSilent) is again
 
 
 def test_requests_are_not_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
