@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
 
-from benchmarks.common import claim, report
+from benchmarks.common import claim, report, write_tokenizer
 from shards import CommitRecord, CorpusFile, Manifest, PartPlan, ShardFolder
 from shards.manifest import part_name
 from shards.part import COMMITS, encode_json
@@ -92,6 +92,7 @@ def main() -> int:
             folder = Path(name)
             plan = plan_of(parts)
             plan.write(folder / "packed")
+            write_tokenizer(folder / "packed")
             (folder / "packed" / COMMITS).mkdir()
             for index in range(parts):
                 (folder / "packed" / COMMITS / part_name(index).replace(".arrow", ".json")).touch()

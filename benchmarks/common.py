@@ -116,6 +116,12 @@ def make_model(folder: Path, vocabulary: int, hidden: int = 256, layers: int = 4
     return folder
 
 
+def write_tokenizer(folder: Path) -> None:
+    """An empty tokenizer, which a shard folder without text needs too."""
+    (folder / "_tokenizer").mkdir()
+    (folder / "_tokenizer" / "tokenizer.json").write_text('{"model": {"vocab": {}, "merges": []}}')
+
+
 def make_shards(folder: Path, vocabulary: int, parts: int, rows_per_part: int, seq_len: int) -> ShardFolder:
     """Rows of random tokens, one document each, as remit pack would write them."""
     rng = np.random.default_rng(0)
@@ -125,6 +131,7 @@ def make_shards(folder: Path, vocabulary: int, parts: int, rows_per_part: int, s
     plans = tuple(PartPlan(part_name(index), rows_per_part, rows_per_part * seq_len) for index in range(parts))
     manifest = Manifest(seq_len, rows_per_part, rows_per_part, tokenizer, (source,), plans)
     manifest.write(folder)
+    write_tokenizer(folder)
     for index, plan in enumerate(plans):
         ids = rng.integers(1, vocabulary, (rows_per_part, seq_len)).astype(np.int32)
         ids[:, -1] = 0
