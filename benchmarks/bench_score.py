@@ -17,20 +17,59 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from time import perf_counter
+from typing import Any
 
-from benchmarks.common import Claim, PeakMemory, claim, make_model, make_shards, report
+from benchmarks.common import Claim, PeakMemory, claim, make_model, make_shards, report, write_tokenizer
 
 SEQ_LEN, ROWS_PER_PART = 1024, 16
 
 
-def ceiling(model: Path, shards_folder: Path, out_folder: Path, vocabulary: int, rounds: int) -> None:
-    """Print, per round: seconds of prefill, of the head, of scoring the same number of tokens (in a process of its own)."""
+def measurable_engine(config: Any, tokens: int, vocabulary: int) -> Any:
+    """A VllmEngine whose `mode` decides what it does with a prompt: score it, prefill it only, or multiply the head."""
     import numpy as np
     import torch
     import vllm
 
+    from scorer.engine import VllmEngine
+
+    head = torch.randn(vocabulary, 256, dtype=torch.bfloat16)
+    states = torch.randn(SEQ_LEN, 256, dtype=torch.bfloat16)
+    bare = vllm.SamplingParams(max_tokens=1, temperature=0, detokenize=False)
+
+    class Measurable(VllmEngine):
+        mode = "score"
+
+        def add(self, key: str, prompt: Any) -> None:
+            if self.mode == "score":
+                return super().add(key, prompt)
+            self._asked[key] = prompt
+            if self.mode == "prefill":
+                self._engine.add_request(key, {"prompt_token_ids": prompt.tolist()}, bare)
+            return None
+
+        def step(self) -> list:
+            if self.mode == "score":
+                return super().step()
+            if self.mode == "prefill":
+                done = [output.request_id for output in self._engine.step() if output.finished]
+            else:
+                done = list(self._asked)
+                with torch.inference_mode():
+                    for _ in done:
+                        torch.nn.functional.linear(states, head)
+            return [(key, np.zeros(len(self._asked.pop(key)) - 1, np.float32)) for key in done]
+
+    return Measurable(config, tokens)
+
+
+def ceiling(model: Path, shards_folder: Path, out_folder: Path, vocabulary: int, rounds: int) -> None:
+    """Print, per round: seconds of prefill, of the head, of scoring as many tokens; all in the engine's own thread."""
+    import numpy as np
+
+    import scorer.actor
     from scorer.actor import ScoringActor, ScoringTask
-    from scorer.engine import EngineConfig
+    from scorer.engine import EngineConfig, batched_tokens, device_memory, environment
+    from scorer.loop import Job
     from shards import Manifest, ShardFolder
 
     core = sorted(os.sched_getaffinity(0))[0]
@@ -38,45 +77,47 @@ def ceiling(model: Path, shards_folder: Path, out_folder: Path, vocabulary: int,
     shards = ShardFolder(shards_folder)
     reference = {"rl": {"context": "packed", "logprob_step": 1 / 64}}
     replace(shards.manifest, references=reference).write(out_folder)
-    engine = EngineConfig(model, "bfloat16", SEQ_LEN, vocabulary)
-    task = ScoringTask(str(shards_folder), str(out_folder), 0, "rl", "packed", 1 / 64, vocabulary)
-    actor = ScoringActor(engine, {"num_attention_heads": 8, "hidden_size": 256, "num_hidden_layers": 4}, 1, task)
+    write_tokenizer(out_folder)
+    config = EngineConfig(model, "bfloat16", SEQ_LEN, vocabulary)
+    tokens = batched_tokens(config, device_memory("cpu"))
+    shape = {"num_attention_heads": 8, "hidden_size": 256, "num_hidden_layers": 4}
+    os.environ.update(environment(config, shape, [core], tokens))
+    scorer.actor.make_engine = lambda *rest: measurable_engine(config, tokens, vocabulary)  # type: ignore[assignment]
+    task = ScoringTask(str(shards_folder), str(out_folder), (0, ""), "rl", "packed", 1 / 64, vocabulary)
+    actor = ScoringActor(config, shape, 1, task)
     actor.start()
-    inner = actor._loop._engine
-    assert inner is not None
-    bare = vllm.SamplingParams(max_tokens=1, temperature=0, detokenize=False)
+    loop = actor._loop
+    engine: Any = loop._engine
     rows = [np.asarray(row) for row in shards.open_part("part-00000.arrow").get_batch(0)["input_ids"].to_pylist()]
-    head = torch.randn(vocabulary, 256, dtype=torch.bfloat16)
-    states = torch.randn(SEQ_LEN, 256, dtype=torch.bfloat16)
     parts = [plan.name for plan in Manifest.read(out_folder).parts]
     parts_per_round = len(parts) // (rounds + 1)
-    for index in range(rounds + 1):  # the first round warms up
-        seconds = []
-        began = perf_counter()
-        for _ in range(parts_per_round):
-            for number, row in enumerate(rows):
-                inner._engine.add_request(f"bare-{number}", {"prompt_token_ids": row.tolist()}, bare)
-            while inner._engine.has_unfinished_requests():
-                inner._engine.step()
-        seconds.append(perf_counter() - began)
-        began = perf_counter()
-        with torch.inference_mode():
-            for _ in range(parts_per_round * ROWS_PER_PART):
-                torch.nn.functional.linear(states, head)
-        seconds.append(perf_counter() - began)
-        waiting = parts[index * parts_per_round : (index + 1) * parts_per_round]
 
-        def work(waiting: list[str] = waiting) -> None:
+    def through(mode: str) -> None:
+        engine.mode = mode
+        job = Job()
+        for index in range(parts_per_round * ROWS_PER_PART):
+            loop.submit(job, index, rows[index % len(rows)])
+        loop.wait(job)
+        engine.mode = "score"
+
+    def score(waiting: list[str]) -> None:
+        def work() -> None:
             while waiting:
                 actor.score_part(waiting.pop(0))
 
         threads = [threading.Thread(target=work) for _ in range(2)]  # as the driver keeps two parts with each engine
-        began = perf_counter()
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        seconds.append(perf_counter() - began)
+
+    for index in range(rounds + 1):  # the first round warms up
+        waiting = parts[index * parts_per_round : (index + 1) * parts_per_round]
+        seconds = []
+        for call in (lambda: through("prefill"), lambda: through("head"), lambda todo=waiting: score(todo)):
+            began = perf_counter()
+            call()
+            seconds.append(perf_counter() - began)
         if index:
             print("CEILING", *seconds, flush=True)
     os._exit(0)
@@ -120,7 +161,8 @@ def scored_tokens_per_second(shards_folder: Path, model: Path, out: Path, engine
 
     def progress(state: ScoreProgress) -> None:
         last[:] = [state]
-        if state.engines == engines:
+        # from when each engine has warmed up on a part
+        if state.engines == engines and state.tokens >= engines * ROWS_PER_PART * SEQ_LEN:
             states.append((perf_counter(), state.tokens))
 
     try:
@@ -131,7 +173,7 @@ def scored_tokens_per_second(shards_folder: Path, model: Path, out: Path, engine
         )
     finally:
         ray.shutdown()
-    # from when all engines worked until the first had nothing left to do
+    # until the first had nothing left to do
     (first, tokens_first), (final, tokens_final) = states[0], states[-1]
     beside = (last[0].read_seconds + last[0].write_seconds) / (engines * (final - first))
     return (tokens_final - tokens_first) / (final - first), beside
@@ -188,7 +230,7 @@ def main() -> int:
     with TemporaryDirectory() as name:
         folder = Path(name)
         model = make_model(folder / "model", options.vocabulary)
-        make_shards(folder / "shards", options.vocabulary, 3 * (options.rounds + 1), ROWS_PER_PART, SEQ_LEN)
+        make_shards(folder / "shards", options.vocabulary, 4 * (options.rounds + 1), ROWS_PER_PART, SEQ_LEN)
         common = ("--rounds", options.rounds, "--vocabulary", options.vocabulary)
         own = lines("ceiling", model, folder / "shards", folder / "ceiling", *common)
         one, two, reference, beside = [], [], [], []
