@@ -85,8 +85,8 @@ class ScoringActor:
         return compare([job.values[index] for index in range(len(prompts))], expected, dtype)
 
     def progress(self) -> tuple[int, dict[str, int]]:
-        """Engine steps so far, and tokens done of each part in work."""
-        return self._loop.steps, {part: job.tokens_done for part, job in self._jobs.items()}
+        """Tokens done so far, by steps that finished something, and those of each part in work."""
+        return self._loop.tokens_done, {part: job.tokens_done for part, job in self._jobs.items()}
 
     def score_part(self, part: str) -> dict[str, Any]:
         """Score a part and commit it; counts and times of it. ValueError where the part cannot be read."""

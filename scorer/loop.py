@@ -45,7 +45,7 @@ class EngineLoop:
         self._changed = threading.Condition()
         self._error: BaseException | None = None
         self._engine: Engine | None = None
-        self.steps = 0
+        self.tokens_done = 0
         threading.Thread(target=self._run, name="engine", daemon=True).start()
 
     def wait_ready(self) -> dict[str, Any]:
@@ -118,7 +118,6 @@ class EngineLoop:
                 tokens += len(prompt)
                 engine.add(str(number), prompt)
             finished = engine.step()
-            self.steps += 1
             if not finished:
                 continue
             with self._changed:
@@ -127,6 +126,7 @@ class EngineLoop:
                     job.values[index] = values
                     spoiled = spoiled or not np.isfinite(values).all()
                     job.tokens_done += length
+                    self.tokens_done += length
                     tokens -= length
                 self._changed.notify_all()
             alone = alone and bool(running)

@@ -119,7 +119,7 @@ class EnginePool:
         for engine in list(self.engines):
             outcomes += self._check_deadline(engine)
             if engine.state == "testing" and engine.seen != "asked" and self._canary() is not None:
-                engine.seen = "asked"
+                engine.seen, engine.since = "asked", monotonic()
                 self._calls[engine.actor.canary.remote(*self._canary() or ())] = (engine, "canary", "")
         return outcomes
 
@@ -128,7 +128,8 @@ class EnginePool:
             value: Any = ray.get(reference)
         except Exception as error:
             return self._handle_error(engine, verb, part, cause(error))
-        if verb != "progress" or value != engine.seen:
+        # an actor answers this while its engine is stuck in its start: no sign of life then
+        if verb != "progress" or (engine.state == "ready" and value != engine.seen):
             engine.since = monotonic()
         if verb == "place":
             strategy = PlacementGroupSchedulingStrategy(engine.group, placement_group_bundle_index=0)
@@ -152,7 +153,9 @@ class EnginePool:
             engine.state, engine.seen = "ready", None
             self._failed_starts, self.canary_result = 0, value
         elif verb == "progress" and engine.state == "ready":
-            engine.seen, engine.tokens = value, value[1]
+            engine.seen = value
+            # not those of a part whose end came in before this answer: it is counted as committed already
+            engine.tokens = {part: tokens for part, tokens in value[1].items() if part in engine.parts}
         elif verb == "score":
             engine.parts.discard(part)
             engine.tokens.pop(part, None)
@@ -191,6 +194,8 @@ class EnginePool:
         silent = monotonic() - engine.since
         if engine.state == "ready" and engine.parts and silent > self._timeout:
             return self._give_up(engine, TimeoutError(f"no progress for {silent:.0f} s, its engine was killed"))
+        if engine.state == "testing" and engine.seen == "asked" and silent > self._timeout:
+            return self._give_up(engine, TimeoutError(f"no answer to the canary for {silent:.0f} s"))
         if engine.state == "starting" and silent > START_TIMEOUT_SECONDS:
             return self._give_up(engine, TimeoutError(f"its engine did not start within {silent:.0f} s"))
         return []
