@@ -53,7 +53,7 @@ def ray_cluster(debug: bool = False) -> Iterator[None]:
     try:
         yield
     except SystemError as error:  # what a signal's handler raises within one of Ray's calls arrives so
-        raise error.__cause__ or error from None
+        raise cause(error) from None
     finally:
         ray.shutdown()
 
@@ -85,6 +85,6 @@ def _answers(host: str, port: int) -> bool:
 
 
 def cause(error: BaseException) -> BaseException:
-    """The exception that a task raised, out of Ray's wrapping."""
-    inner = getattr(error, "cause", None)
+    """The exception that a task, or a signal's handler within one of Ray's calls, raised, out of Ray's wrapping."""
+    inner = error.__cause__ if isinstance(error, SystemError) else getattr(error, "cause", None)
     return inner if isinstance(inner, BaseException) else error
