@@ -31,7 +31,6 @@ from shards.store import Store, open_store
 
 REJECTED = "_rejected.jsonl"
 KEEP_STAGING_BYTES = 1 << 26
-CANCEL_SECONDS = 5.0
 TEXT_BYTES_PER_STAGED_BYTE = 2.5  # plain text against its token ids in zstd; for the estimate of the disk's need
 INFLATION = {".gz": 3.0, ".zst": 3.5, ".parquet": 2.5}
 
@@ -87,7 +86,7 @@ def pack(
         with ray_cluster(config.debug):
             stop = StopGuard(should_stop, config.grace_seconds)
             raw = tokenizer.backend_tokenizer.to_str()
-            staged = _stage_all(config, sources, staging, raw, settings, progress, stop)
+            staged = _stage_all(config, sources, staging, raw, settings, out, lease, progress, stop)
             crash_point("staging.done")
             manifest = _plan(config, staged, description)
             lease.check()
@@ -168,6 +167,8 @@ def _stage_all(
     staging: Store,
     tokenizer_json: str,
     settings: dict,
+    out: Store,
+    lease: Lease,
     progress: Progress,
     stop: StopGuard,
 ) -> list[dict]:
@@ -189,7 +190,8 @@ def _stage_all(
         while waiting or running:
             while waiting and len(running) < workers and not stop.requested():
                 index, source = waiting.pop(0)
-                generator = task.remote(source, index, staging, tokenizer_json, settings, cpus)
+                arguments = (source, index, staging, tokenizer_json, settings, cpus, out, lease.fence)
+                generator = task.remote(*arguments)
                 running[generator] = index
             stop.check(len(running))
             ready: Any = ray.wait(list(running), num_returns=1, fetch_local=False, timeout=1)[0]
@@ -203,17 +205,8 @@ def _stage_all(
             bytes_done, tokens = np.sum(list(done.values()), axis=0).tolist() if done else (0, 0)
             progress("tokenise", bytes_done, total, tokens)
     except BaseException as error:
-        for generator in running:
-            ray.cancel(generator, force=False)
-        _await_end([generator.completed() for generator in running])
-        raise cause(error) from None
+        raise cause(error) from None  # what still runs ends by itself when the lease is given back
     return records
-
-
-def _await_end(tasks: list[Any]) -> None:
-    """Wait for cancelled tasks, so that none writes into a folder that its driver has given back."""
-    if tasks:
-        ray.wait(tasks, num_returns=len(tasks), timeout=CANCEL_SECONDS, fetch_local=False)
 
 
 # --- the plan, and the second pass: one task per part ---------------------------------------------------
@@ -256,29 +249,26 @@ def _write_parts(
     todo = deque((index, plan) for index, plan in enumerate(folder.manifest.parts) if plan.name in missing)
     running: dict[Any, PartPlan] = {}
     limit = 2 * int(ray.cluster_resources().get("CPU", 1))
-    try:
-        while todo or running:
-            while todo and len(running) < limit and not stop.requested():
-                index, plan = todo.popleft()
-                slices, row = [], int(firsts[index])
-                while row < firsts[index + 1]:
-                    source = int(np.searchsorted(ends, row, side="right"))
-                    first_of_source = int(ends[source - 1]) if source else 0
-                    last = min(int(ends[source]), int(firsts[index + 1]))
-                    slices.append((f"source-{source:05d}.arrow", row - first_of_source, last - row))
-                    row = last
-                arguments = (str(folder.path), plan.name, staging, slices, folder.manifest.checksum, lease.fence)
-                running[task.remote(*arguments)] = plan
-                crash_point("driver.assigned")
-            stop.check(len(running))
-            ready, _ = ray.wait(list(running), num_returns=1, timeout=1)
-            for reference in ready:
+    while todo or running:
+        while todo and len(running) < limit and not stop.requested():
+            index, plan = todo.popleft()
+            slices, row = [], int(firsts[index])
+            while row < firsts[index + 1]:
+                source = int(np.searchsorted(ends, row, side="right"))
+                first_of_source = int(ends[source - 1]) if source else 0
+                last = min(int(ends[source]), int(firsts[index + 1]))
+                slices.append((f"source-{source:05d}.arrow", row - first_of_source, last - row))
+                row = last
+            arguments = (str(folder.path), plan.name, staging, slices, folder.manifest.checksum, lease.fence)
+            running[task.remote(*arguments)] = plan
+            crash_point("driver.assigned")
+        stop.check(len(running))
+        ready, _ = ray.wait(list(running), num_returns=1, timeout=1)
+        for reference in ready:
+            try:
                 ray.get(reference)
-                done += running.pop(reference).tokens
-                crash_point("driver.committed")
-                progress("write", done, total, done)
-    except BaseException as error:
-        for reference in running:
-            ray.cancel(reference, force=True)
-        _await_end(list(running))
-        raise cause(error) from None
+            except Exception as error:
+                raise cause(error) from None
+            done += running.pop(reference).tokens
+            crash_point("driver.committed")
+            progress("write", done, total, done)

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import lru_cache
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -38,9 +39,20 @@ def _encoder(tokenizer_json: str, special_tokens: str) -> Tokenizer:
 
 
 def stage_source(
-    source: Source, index: int, staging: Store, tokenizer_json: str, settings: dict, threads: int
+    source: Source,
+    index: int,
+    staging: Store,
+    tokenizer_json: str,
+    settings: dict,
+    threads: int,
+    out: Store | None = None,
+    lease: tuple[int, str] = (0, ""),
 ) -> Iterator[dict]:
-    """Ray task: tokenise one source into staging/source-00000.arrow; yields its progress, at last its record."""
+    """Ray task: tokenise one source into staging/source-00000.arrow; yields its progress, at last its record.
+
+    It ends with LeaseLost soon after its driver gave the folder `out` back, or lost it. It is not cancelled:
+    Ray 2.60 ends the driver's process where a task is done while its cancellation is on its way.
+    """
     os.environ["RAYON_NUM_THREADS"] = str(threads)  # the tokenizer's, read when it first encodes
     final, record_name = f"source-{index:05d}.arrow", f"source-{index:05d}.json"
     size, version, sha256 = source.size(), source.version(), source.sha256()
@@ -58,7 +70,13 @@ def stage_source(
     counts: dict[str, Any] = dict.fromkeys(("read", "packed", "empty", "rejected"), 0)
     rejected: list[str] = []
     rows = tokens = 0
+    checked = monotonic()
     temporary = staging.temporary(final)
+
+    def may_go_on() -> None:
+        if out is not None:
+            check_fence(out, *lease)
+
     try:
         with (
             staging.space_errors(final, 4 * (size or 0)),
@@ -91,6 +109,9 @@ def stage_source(
                         continue
                     counts["packed"] += 1
                     write(cutter.add(doc_id, np.array([*ids, eos], dtype=np.int32)))
+                if monotonic() - checked > 1:
+                    may_go_on()
+                    checked = monotonic()
                 yield {"bytes": position, "tokens": tokens}
             write(cutter.finish())
         if source.version() != version or (not version and source.sha256() != sha256):
@@ -110,6 +131,7 @@ def stage_source(
             "rejected": rejected,
         }
         crash_point("staging.written")
+        may_go_on()
         staging.put(temporary, final)
     except BaseException:
         temporary.unlink(missing_ok=True)
