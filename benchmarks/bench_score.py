@@ -145,7 +145,10 @@ def forward(model: Path, shards_folder: Path, rounds: int) -> None:
 
 
 def scored_tokens_per_second(shards_folder: Path, model: Path, out: Path, engines: int) -> tuple[float, float]:
-    """Of remit score with that many one-core engines: tokens/s, and the share of it that is reading and writing."""
+    """Of remit score with that many one-core engines: tokens/s, and the share of it that is reading and writing.
+
+    All its processes have as many cores as there are engines, so that the driver of one has none for itself either.
+    """
     import ray
 
     from scorer.config import ScoreConfig
@@ -153,6 +156,8 @@ def scored_tokens_per_second(shards_folder: Path, model: Path, out: Path, engine
     from scorer.score import score
     from scorer.telemetry import ScoreProgress
 
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(cores)[:engines])
     ray.init(
         address="local", num_cpus=engines, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1"
     )
@@ -173,6 +178,7 @@ def scored_tokens_per_second(shards_folder: Path, model: Path, out: Path, engine
         )
     finally:
         ray.shutdown()
+        os.sched_setaffinity(0, cores)
     # until the first had nothing left to do
     (first, tokens_first), (final, tokens_final) = states[0], states[-1]
     beside = (last[0].read_seconds + last[0].write_seconds) / (engines * (final - first))
