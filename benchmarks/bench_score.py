@@ -71,6 +71,7 @@ def ceiling(model: Path, shards_folder: Path, out_folder: Path, vocabulary: int,
     from scorer.engine import EngineConfig, batched_tokens, device_memory, environment
     from scorer.loop import Job
     from shards import Manifest, ShardFolder
+    from shards.fingerprint import config_fingerprint, weights_fingerprint
 
     core = sorted(os.sched_getaffinity(0))[0]
     os.sched_setaffinity(0, {core})
@@ -78,7 +79,7 @@ def ceiling(model: Path, shards_folder: Path, out_folder: Path, vocabulary: int,
     reference = {"rl": {"context": "packed", "logprob_step": 1 / 64}}
     replace(shards.manifest, references=reference).write(out_folder)
     write_tokenizer(out_folder)
-    config = EngineConfig(model, "bfloat16", SEQ_LEN, vocabulary)
+    config = EngineConfig(model, "bfloat16", SEQ_LEN, vocabulary, weights_fingerprint(model), config_fingerprint(model))
     tokens = batched_tokens(config, device_memory("cpu"))
     shape = {"num_attention_heads": 8, "hidden_size": 256, "num_hidden_layers": 4}
     os.environ.update(environment(config, shape, [core], tokens))

@@ -19,8 +19,9 @@ from scorer.cores import claim_cores
 from scorer.engine import Engine, EngineConfig, batched_tokens, device_memory, environment
 from scorer.loop import EngineDied, EngineLoop, Job
 from scorer.rowcheck import fault_of_ids, fault_of_row, round_logprobs
+from shards.fingerprint import config_fingerprint, weights_fingerprint
 from shards.folder import ShardFolder
-from shards.lease import check_fence
+from shards.lease import LeaseLost, check_fence
 from shards.part import CommittedAlready, read_record, record_name, write_part
 from shards.quarantine import read_quarantined_rows, write_quarantined_rows
 from shards.schema import has_predecessor, list_array, list_lengths, logprobs_column, row_schema
@@ -91,8 +92,10 @@ class ScoringActor:
     def score_part(self, part: str) -> dict[str, Any]:
         """Score a part and commit it; counts and times of it. ValueError where the part cannot be read."""
         with self._opening:
-            self._shards = self._shards or ShardFolder(self._task.shards)
-            self._out = self._out or ShardFolder(self._task.out)
+            self._shards, self._out = (
+                self._shards or self._open(self._task.shards),
+                self._out or self._open(self._task.out),
+            )
         record = read_record(self._out.store, part)
         if record is not None:  # by an engine that died right after
             done = len(record.quarantined.get(self._task.name, []))
@@ -124,8 +127,21 @@ class ScoringActor:
             }
         except EngineDied as error:
             raise EngineDied(str(error)) from None  # its cause need not exist where the driver runs
+        except LeaseLost:
+            raise
+        except (ValueError, OSError):
+            self._open(self._task.shards)  # the part is not to blame where this node has lost its storage
+            raise
         finally:
             self._jobs.pop(part, None)
+
+    @staticmethod
+    def _open(folder: str) -> ShardFolder:
+        """EngineDied where this node does not reach the folder: another one may."""
+        try:
+            return ShardFolder(folder)
+        except (ValueError, OSError) as error:
+            raise EngineDied(f"the node cannot read {folder}: {error}") from None
 
     def _submit(self, job: Job, batch: pa.RecordBatch, first_row: int) -> Rows:
         """Send the prompts of a record batch to the engine."""
@@ -216,7 +232,17 @@ class ScoringActor:
 
 
 def make_engine(config: EngineConfig, model_config: dict[str, Any], cores: int) -> Engine:
-    """The engine that the config names; sets the environment that it reads."""
+    """The engine that the config names; sets the environment that it reads.
+
+    ValueError where this node has another model at that place, or it has changed since the run began.
+    """
+    for name, fingerprint in (("weights_sha256", weights_fingerprint), ("config_sha256", config_fingerprint)):
+        expected, found = getattr(config, name), fingerprint(config.model)
+        if found != expected:
+            raise ValueError(
+                f"{config.model}: {name} is {found} on this node now, {expected} where the run began; "
+                "give all nodes the same files and leave them alone while they are scored with"
+            )
     if config.kind == "fake":
         from scorer.fake import FakeEngine
 

@@ -114,7 +114,9 @@ def _json_field(where: str, line: bytes, text_field: str) -> Any:
             f"{where}: is a JSON {type(value).__name__}, expected an object with {text_field!r}; {remedy}"
         )
     if text_field not in value:
-        return BadDocument(f"{where}: has no field {text_field!r}, only {', '.join(value)[:80]}; set --text-field")
+        return BadDocument(
+            f"{where}: has no field {text_field!r}, only {', '.join(value)[:80]}; set --text-field, or leave such documents out with --on-bad-document reject"
+        )
     return value[text_field]
 
 
@@ -174,7 +176,9 @@ def _hub_values(source: Source, text_field: str) -> Iterator[tuple[str, Any, int
     for number, row in enumerate(rows):
         where = f"{source.name}: row {number}"
         if text_field not in row:
-            bad = BadDocument(f"{where}: has no field {text_field!r}, only {', '.join(row)[:80]}; set --text-field")
+            bad = BadDocument(
+                f"{where}: has no field {text_field!r}, only {', '.join(row)[:80]}; set --text-field, or leave such documents out with --on-bad-document reject"
+            )
             yield where, bad, 0
         else:
             yield where, row[text_field], 0

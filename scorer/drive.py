@@ -3,6 +3,7 @@
 A part is committed by the engine's actor; the driver only counts, so it may die at any time.
 """
 
+import contextlib
 from collections import deque
 from collections.abc import Callable
 from time import monotonic
@@ -152,7 +153,8 @@ class Drive:
             raise
         finally:
             self.pool.close()
-            self.log.write(event, self.state)
+            with contextlib.suppress(OSError):  # a full disk has its own error by now
+                self.log.write(event, self.state)
         if self.state.failed:
             first, reason = next(iter(self.state.failed.items()))
             raise PartsFailed(
@@ -165,8 +167,11 @@ class Drive:
         """Estimated size of the whole output folder."""
         plans = self.shards.manifest.parts
         sample = plans[:: max(1, len(plans) // SAMPLED_PARTS)][:SAMPLED_PARTS]
-        bytes_, tokens = sum(self.shards.record(p.name).size for p in sample), sum(p.tokens for p in sample)
-        per_token = bytes_ / tokens + COLUMN_BYTES_PER_TOKEN[self.config.logprob_step > 0]
+        bytes_ = tokens = 0
+        for plan in sample:
+            with contextlib.suppress(ValueError):  # a damaged part gets its own message when its turn comes
+                bytes_, tokens = bytes_ + self.shards.record(plan.name).size, tokens + plan.tokens
+        per_token = bytes_ / max(1, tokens) + COLUMN_BYTES_PER_TOKEN[self.config.logprob_step > 0]
         return per_token * self.folder.manifest.tokens
 
     def _assign(self) -> None:

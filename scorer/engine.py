@@ -24,13 +24,15 @@ BLOCK_ENTRIES = {"cpu": 1 << 18, "cuda": 1 << 27}  # of logits turned into log-p
 class EngineConfig:
     """What an engine needs to know. dtype is resolved (float32, bfloat16, float16), never auto.
 
-    num_embeddings: token ids must be below it. kind: vllm, or fake (scorer/fake.py).
+    weights_sha256, config_sha256: fingerprints of the model that the run began with. kind: vllm, or fake (scorer/fake.py).
     """
 
     model: Path
     dtype: str
     seq_len: int
     vocab_size: int
+    weights_sha256: str
+    config_sha256: str
     tensor_parallel_size: int = 1
     device: str = "cpu"
     max_num_batched_tokens: int | None = None

@@ -6,6 +6,7 @@ of the staging files. A rerun does what is missing. Staging stands beside the ou
 end, so that the output folder appears with its manifest or not at all.
 """
 
+import hashlib
 import json
 from collections import deque
 from collections.abc import Callable
@@ -62,6 +63,8 @@ def pack(
         "text_field": config.text_field,
         "rows_per_batch": config.rows_per_batch,
         "on_bad_document": config.on_bad_document,
+        # more than its fingerprint, which leaves normalisation and the splitting into words out
+        "tokenizer_sha256": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
     }
     out = open_store(config.out)
     parent, _, last = config.out.rstrip("/").rpartition("/")
@@ -93,6 +96,11 @@ def pack(
             if out.size(MANIFEST) is None:  # what is there may be half a tokenizer, of a run that died
                 out.remove(TOKENIZER)
                 _save_tokenizer(tokenizer, out)
+            elif Manifest.read(out).checksum != manifest.checksum:
+                raise ValueError(
+                    f"{out.url}: holds another pack, with other documents or counts; was it begun with another "
+                    "--text-field or --on-bad-document? choose another --out or delete it"
+                )
             _save_rejected(staged, out)
             crash_point("output.begun")
             lease.check()
@@ -106,6 +114,7 @@ def pack(
     except LeaseLost:  # what stands there is another driver's now
         raise
     except BaseException:
+        lease.check()  # LeaseLost: another driver is at work with what we would remove
         # after a failure, staging is kept for the rerun only where it saves time
         if staging.used_bytes() < KEEP_STAGING_BYTES:
             staging.remove()

@@ -68,7 +68,8 @@ class EnginePool:
         self._timeout = progress_timeout_seconds
         self.engines: list[EngineHandle] = []
         self._calls: dict[Any, tuple[EngineHandle, str, str]] = {}  # what was asked: engine, verb, part
-        self._failed_starts = 0
+        self._failed_starts, self._ever_ready = 0, False
+        self._polled = monotonic()
         self._last_progress = 0.0
         self.restarts = 0
         self.canary_result: dict[str, float] = {}
@@ -103,6 +104,8 @@ class EnginePool:
         """Wait up to `seconds` for something to happen; what became of parts. CanaryFailed, or RuntimeError where
         engines do not start."""
         outcomes: list[Outcome] = []
+        for engine in self.engines:  # while the driver itself was held up, it did not ask
+            engine.since += max(0.0, monotonic() - self._polled - 1)
         if monotonic() - self._last_progress > 1:
             self._last_progress = monotonic()
             asked = {id(engine) for engine, verb, _ in self._calls.values() if verb == "progress"}
@@ -121,6 +124,7 @@ class EnginePool:
             if engine.state == "testing" and engine.seen != "asked" and self._canary() is not None:
                 engine.seen, engine.since = "asked", monotonic()
                 self._calls[engine.actor.canary.remote(*self._canary() or ())] = (engine, "canary", "")
+        self._polled = monotonic()
         return outcomes
 
     def _handle(self, engine: EngineHandle, verb: str, part: str, reference: Any) -> list[Outcome]:
@@ -151,7 +155,7 @@ class EnginePool:
             engine.description, engine.state = value, "testing"
         elif verb == "canary":
             engine.state, engine.seen = "ready", None
-            self._failed_starts, self.canary_result = 0, value
+            self._failed_starts, self.canary_result, self._ever_ready = 0, value, True
         elif verb == "progress" and engine.state == "ready":
             engine.seen = value
             # not those of a part whose end came in before this answer: it is counted as committed already
@@ -181,7 +185,8 @@ class EnginePool:
         self._calls = {reference: call for reference, call in self._calls.items() if call[0] is not engine}
         if engine.state in ("starting", "testing"):
             self._failed_starts += 1
-            if isinstance(error, EngineDied) or self._failed_starts >= MAX_FAILED_STARTS:
+            # one that was to replace or join others that worked gets further tries, on whatever node has room
+            if (isinstance(error, EngineDied) and not self._ever_ready) or self._failed_starts >= MAX_FAILED_STARTS:
                 self._end(engine)
                 raise RuntimeError(
                     f"an engine does not start: {one_line(error)}; --debug shows its output; the same command again goes on"

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from scorer.config import ScoreConfig
 from scorer.engine import EngineConfig
 from scorer.tokenizer import has_tokenizer, load_tokenizer, tokenizer_json
-from shards.fingerprint import refuse_code_and_pickles, weights_fingerprint
+from shards.fingerprint import refuse_code_and_pickles
 from shards.folder import ShardFolder
 
 
@@ -53,7 +53,8 @@ def provenance(config: ScoreConfig, reference: Reference, engine: EngineConfig) 
     return {
         "model": reference.name,
         "revision": reference.revision,
-        "weights_sha256": weights_fingerprint(reference.path),
+        "weights_sha256": engine.weights_sha256,
+        "config_sha256": engine.config_sha256,
         "dtype": engine.dtype,
         "engine": engine.kind,
         "engine_version": engine_version() if engine.kind == "vllm" else "0",

@@ -17,6 +17,7 @@ from scorer.output import absolute, clean, leave, require_empty
 from scorer.placement import engine_bundle
 from scorer.reference import Reference, check_reference, provenance, resolve_dtype
 from shards.crash import crash_point
+from shards.fingerprint import config_fingerprint, weights_fingerprint
 from shards.folder import TOKENIZER, ShardFolder
 from shards.lease import Lease
 from shards.manifest import MANIFEST, Manifest, first_difference
@@ -57,6 +58,8 @@ def score(
             dtype=resolve_dtype(config.dtype, model_config, device),
             seq_len=shards.manifest.seq_len,
             vocab_size=model_config["vocab_size"],
+            weights_sha256=weights_fingerprint(reference.path),
+            config_sha256=config_fingerprint(reference.path),
             tensor_parallel_size=config.tensor_parallel_size,
             device=device,
             max_num_batched_tokens=config.max_num_batched_tokens,

@@ -59,7 +59,8 @@ def stage_source(
     key: dict[str, Any] = {"path": source.name, "size": size, "sha256": sha256}
     if staging.size(record_name) is not None:
         record = json.loads(staging.read(record_name))
-        if record["key"] == key and record["settings"] == settings and staging.sha256(final) == record["staged_sha256"]:
+        same = record["key"] == key and record["settings"] == settings and staging.size(final) is not None
+        if same and staging.sha256(final) == record["staged_sha256"]:
             yield {"bytes": size or 0, "tokens": record["file"]["tokens"], "record": record}
             return
         staging.delete(record_name)

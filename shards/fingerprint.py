@@ -78,6 +78,13 @@ def weights_fingerprint(model_folder: Path) -> str:
     return digest.hexdigest()
 
 
+def config_fingerprint(model_folder: Path) -> str:
+    """sha256 over the parsed config.json of a model folder, without what says who wrote it, and when."""
+    value = json.loads((model_folder / "config.json").read_text(encoding="utf-8"))
+    settings = {key: entry for key, entry in value.items() if key not in ("transformers_version", "_name_or_path")}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
 def refuse_code_and_pickles(model_folder: Path) -> None:
     """ValueError where a model folder carries code, asks for some, or has its weights only as pickles."""
     scripts = sorted(model_folder.glob("*.py"))

@@ -134,7 +134,7 @@ def write_part(
         )  # fmt: skip
         crash_point("part.synced")
         may_publish()
-        _publish_part(store, temporary, part, record.sha256)
+        _publish_part(store, temporary, part, record.sha256, may_publish)
         may_publish()
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -143,7 +143,7 @@ def write_part(
     return record
 
 
-def _publish_part(store: Store, temporary: Path, part: str, sha256: str) -> None:
+def _publish_part(store: Store, temporary: Path, part: str, sha256: str, may_publish: Callable[[], None]) -> None:
     """Publish; a file that is there without a record is taken where it has these bytes, else replaced."""
     orphan = store.size(part) is not None
     if orphan:
@@ -152,5 +152,5 @@ def _publish_part(store: Store, temporary: Path, part: str, sha256: str) -> None
             return
         if store.size(record_name(part)) is not None:  # since we began: an engine that was given up was not dead
             raise CommittedAlready(f"{store.where(part)}: was committed by another process meanwhile")
-        store.delete(part)
+        store.delete(part, may_publish)
     store.publish(temporary, part)

@@ -5,6 +5,7 @@ match) and a rename elsewhere (HDFS refuses to rename onto a file). What is aske
 answer is asked again for REMIT_STORE_RETRY_SECONDS (600); the libraries below ask once, or the waiting would multiply.
 """
 
+import contextlib
 import io
 import os
 import secrets
@@ -244,11 +245,12 @@ class RemoteStore(Store):
             temporary.unlink(missing_ok=True)
         self.create(name, data, kind)
         if self.read(name) != data:  # what the store keeps is what was hashed here
-            self.delete(name)
+            # not deleted: it may be another driver's by now; without a record the next attempt replaces it
             raise OSError(f"{self.where(name)}: the store gives back other bytes than were written; run again")
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str, may_delete: Callable[[], None] = lambda: None) -> None:
         def delete(path: str) -> None:
+            may_delete()  # before each try, since the tries may outlast a lease
             try:
                 self._fs.rm_file(path)
             except FileNotFoundError:
@@ -277,7 +279,8 @@ class RemoteStore(Store):
         for path in Path(tempfile.gettempdir()).glob(f"{_local_prefix()}*"):
             pid = path.name.removeprefix(_local_prefix()).partition("-")[0]
             if pid.isdigit() and not _alive(int(pid)):
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(PermissionError):
+                    path.unlink(missing_ok=True)
 
 
 def _local_prefix() -> str:
@@ -286,7 +289,7 @@ def _local_prefix() -> str:
         namespace = os.readlink("/proc/self/ns/pid")
     except OSError:
         namespace = socket.gethostname()
-    return f"remit-{''.join(filter(str.isalnum, namespace))}-"
+    return f"remit-{os.getuid()}-{''.join(filter(str.isalnum, namespace))}-"
 
 
 def _alive(pid: int) -> bool:

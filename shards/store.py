@@ -9,7 +9,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -108,8 +108,8 @@ class Store:
                 digest.update(data)
         return digest.hexdigest()
 
-    def delete(self, name: str) -> None:
-        """Remove a file; nothing happens where there is none."""
+    def delete(self, name: str, may_delete: Callable[[], None] = lambda: None) -> None:
+        """Remove a file; nothing happens where there is none. may_delete: raises where this process must not."""
         raise NotImplementedError
 
     def move(self, name: str, to: str) -> None:
@@ -248,7 +248,8 @@ class LocalStore(Store):
         if kind:
             crash_point(f"{kind}.published")
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str, may_delete: Callable[[], None] = lambda: None) -> None:
+        may_delete()
         self.path(name).unlink(missing_ok=True)
 
     def move(self, name: str, to: str) -> None:

@@ -26,7 +26,7 @@ class Report:
     bad_parts: list[str] = field(default_factory=list)
     rows: int = 0
     tokens: int = 0
-    documents: int = 0
+    documents: int | None = None
     logprobs: dict[str, int] = field(default_factory=dict)
     quarantined: dict[str, int] = field(default_factory=dict)
     """Rows per reference that have no log-probs; rows = scored + quarantined."""
@@ -71,7 +71,8 @@ def verify_folder(folder: ShardFolder, on_part: Callable[[PartPlan], object] = l
     if not report.problems:  # a missing part would make every count differ
         for file, count in zip(folder.manifest.corpus, counts):
             report.problems += _compare_counts(folder, file, count)
-    report.documents = sum(count.documents for count in counts)
+    # with a part missing, a document that reaches over it would count twice
+    report.documents = None if report.bad_parts else sum(count.documents for count in counts)
     return report
 
 

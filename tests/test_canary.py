@@ -110,7 +110,7 @@ import os, sys
 from pathlib import Path
 import numpy as np
 from scorer.engine import EngineConfig, VllmEngine, environment
-config = EngineConfig(Path(sys.argv[1]), "float32", 64, 521)
+config = EngineConfig(Path(sys.argv[1]), "float32", 64, 521, "", "")
 os.environ.update(environment(config, {}, [0], 1024), VLLM_ALLOW_INSECURE_SERIALIZATION="1")
 engine = VllmEngine(config, 1024)
 prompt = np.random.default_rng(0).integers(1, 521, 37)

@@ -357,6 +357,13 @@ def test_score_with_other_weights_or_tokens(faulty: Faulty, tmp_path: Path, remi
     assert (code, "references.rl.weights_sha256 is '" in error) == (1, True), error
     assert content(out) == before
 
+    edited_model = Path(shutil.copytree(faulty.model, tmp_path / "edited" / faulty.model.name))
+    settings = json.loads((edited_model / "config.json").read_text())
+    (edited_model / "config.json").write_text(json.dumps(settings | {"rms_norm_eps": 0.125}))
+    code, _, error = remit(*[edited_model if word == faulty.model else word for word in arguments])
+    assert (code, "references.rl.config_sha256 is '" in error) == (1, True), error
+    assert content(out) == before
+
     tokenizer = make_tokenizer(tmp_path / "tokenizer", source_texts(90, seed=50))
     edited = Path(shutil.copytree(faulty.corpus, tmp_path / "corpus"))
     (edited / "1.jsonl").write_bytes((edited / "1.jsonl").read_bytes().replace(b"; ", b", ", 1))

@@ -23,6 +23,7 @@ from scorer.actor import ScoringActor, ScoringTask
 from scorer.engine import EngineConfig
 from shards import lease as lease_module
 from shards import row_schema, write_part
+from shards.fingerprint import config_fingerprint, weights_fingerprint
 from shards.lease import Lease, LeaseLost, check_fence, lease_numbers
 from shards.part import CommittedAlready, read_record
 from shards.quarantine import rows_name
@@ -283,7 +284,10 @@ def test_an_engine_of_a_driver_that_lost_the_lease_leaves_the_side_files_alone(t
     side = out / rows_name(part)
     side.parent.mkdir(parents=True)
     side.write_text("of the successor")
-    engine = EngineConfig(faulty.model, "float32", SEQ_LEN, VOCABULARY, kind="fake")
+    engine = EngineConfig(
+        faulty.model, "float32", SEQ_LEN, VOCABULARY,
+        weights_fingerprint(faulty.model), config_fingerprint(faulty.model), kind="fake",
+    )  # fmt: skip
     task = ScoringTask(str(faulty.packed), str(out), lease.fence, "rl", "packed", 1 / 64, VOCABULARY)
     with pytest.raises(LeaseLost):
         ScoringActor(engine, {}, 1, task).score_part(part)
@@ -302,7 +306,10 @@ def test_a_part_that_an_engine_which_was_given_up_has_committed(
     side, record = out / rows_name(part), out / "_commits" / "part-00001.json"
     record.unlink()
     lease = Lease(out).acquire()
-    engine = EngineConfig(faulty.model, "float32", SEQ_LEN, VOCABULARY, kind="fake")
+    engine = EngineConfig(
+        faulty.model, "float32", SEQ_LEN, VOCABULARY,
+        weights_fingerprint(faulty.model), config_fingerprint(faulty.model), kind="fake",
+    )  # fmt: skip
     task = ScoringTask(str(faulty.packed), str(out), lease.fence, "rl", "packed", 1 / 64, VOCABULARY)
     actor = ScoringActor(engine, {}, 1, task)
     fill = actor._fill

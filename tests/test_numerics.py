@@ -123,7 +123,9 @@ def test_repair_and_refill(tmp_path: Path, packed: Path, reference_model: Path, 
     assert code == 1
     for name in (flipped, cut, record, orphaned, "part-09999"):
         assert name in error
-    assert "5 bad parts are in" in output
+    moved = re.search(r"/_quarantine/damaged: (.*)", output)
+    assert moved
+    assert len(moved[1].split(", ")) == 5
     damaged = {path.name for path in (folder / "_quarantine" / "damaged").iterdir()}
     assert {f"{flipped}.arrow", f"{flipped}.json", f"{cut}.arrow", f"{record}.json", "part-09999.arrow"} <= damaged
     untouched = folder / "part-00004.arrow"

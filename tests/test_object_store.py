@@ -488,7 +488,11 @@ def test_a_part_that_the_store_alters_is_not_committed() -> None:
     part = pa.record_batch({"input_ids": pa.array([[1, 2]], pa.list_(pa.int32()))})
     with pytest.raises(OSError, match=r"part-00000.arrow: the store gives back other bytes than were written"):
         write_part(store, "part-00000.arrow", part.schema, {}, [part])
-    assert (store.names(), store.names("_commits")) == ([], [])
+    assert store.names("_commits") == []  # so it does not exist for any reader
+    with fsspec.open("memory://folder/part-00000.arrow") as file:  # nor is it in the way of the next attempt
+        assert file.read(5) == b"ARROW"
+    write_part(open_store("memory://folder"), "part-00000.arrow", part.schema, {}, [part])
+    assert store.names("_commits") == ["part-00000.json"]
 
 
 # --- a store that is away -------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,13 +13,16 @@ import torch
 from conftest import make_model, make_tokenizer, score_to, source_texts, write_corpus
 from oracles import load, read_rows, row_logprobs
 
+from scorer.actor import make_engine
 from scorer.config import PackConfig
 from scorer.engine import EngineConfig, batched_tokens
 from scorer.pack import pack
 from scorer.rowcheck import fault_of_ids, fault_of_row, round_logprobs
 from shards import ShardFolder
+from shards.fingerprint import config_fingerprint, weights_fingerprint
 from shards.verify import verify_folder
 
+VARYING = ("weights_sha256", "config_sha256", "engine_version")
 Remit = Callable[..., tuple[int, str, str]]
 
 
@@ -65,8 +69,8 @@ def test_tokens_are_carried_over_and_provenance_recorded(scored: Path, packed: P
     assert (own["part"], own["sha"]) == (part.name, manifest["checksum"])
     sources = sorted(set(pa.ipc.open_file(part).read_all()["source"].to_pylist()))  # the files that it has rows of
     assert own["corpus"] == [{"source": source, **manifest["corpus"][source]} for source in sources]
-    assert metadata["references"]["rl"] | {"weights_sha256": "", "engine_version": ""} == {
-        "model": "tiny-rl", "revision": None, "weights_sha256": "", "dtype": "float32", "engine": "vllm",
+    assert metadata["references"]["rl"] | dict.fromkeys(VARYING, "") == {
+        "model": "tiny-rl", "revision": None, **dict.fromkeys(VARYING, ""), "dtype": "float32", "engine": "vllm",
         "engine_version": "", "tensor_parallel_size": 1, "context": "packed", "logprob_step": 1 / 64,
     }  # fmt: skip
 
@@ -213,7 +217,7 @@ def test_rows_that_cannot_be_right_by_hand() -> None:
 
 def test_engine_step_shrinks_with_vocabulary_dtype_and_memory() -> None:
     def tokens(vocabulary: int, dtype: str = "float32", gib: int = 64, **settings: object) -> int:
-        config = EngineConfig(Path("m"), dtype, 4096, vocabulary, **settings)
+        config = EngineConfig(Path("m"), dtype, 4096, vocabulary, "", "", **settings)
         return batched_tokens(config, gib << 30)
 
     assert tokens(1000) == 8192
@@ -223,3 +227,20 @@ def test_engine_step_shrinks_with_vocabulary_dtype_and_memory() -> None:
     assert tokens(152_000, "bfloat16", device="cuda", gib=80) == 8192
     assert tokens(10**9) == 256
     assert tokens(152_000, max_num_batched_tokens=777) == 777
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_engine_refuses_a_model_that_changed(tmp_path: Path, reference_model: Path, name: str) -> None:
+    """A restarted engine, or one on another node, would otherwise mix two models in one column."""
+    model = Path(shutil.copytree(reference_model, tmp_path / "model"))
+    config = EngineConfig(
+        model, "float32", 64, 521, weights_fingerprint(model), config_fingerprint(model), kind="fake"
+    )  # fmt: skip
+    make_engine(config, {}, 1)
+    if name == "config.json":
+        settings = json.loads((model / name).read_text())
+        (model / name).write_text(json.dumps(settings | {"rope_theta": 1234.0}))
+    else:
+        (model / name).write_bytes((model / name).read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match=r"_sha256 is [0-9a-f]+ on this node now"):
+        make_engine(config, {}, 1)
