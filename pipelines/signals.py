@@ -3,6 +3,7 @@
 The same command again goes on in both cases. A second signal always leaves at once.
 """
 
+import os
 import signal
 from typing import Any
 
@@ -29,4 +30,6 @@ class StopRequest:
         again, self.name = self.requested(), signal.Signals(number).name
         if again or not self._graceful:
             raise Stopped(self.name)
+        # by write, since the signal may have come in the middle of a print
+        os.write(2, f"\n{self.name}: finishing what is in work; a second signal leaves at once\n".encode())
         return
