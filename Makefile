@@ -49,6 +49,7 @@ help: ## list targets and variables
 	@echo "variables of make train:"
 	@echo "  BASE       base model, folder or hub id                 SHARDS     annotated shards"
 	@echo "  OUT        folder of the run (now: $(OUT))           TRAIN_ARGS more options"
+	@echo "  NPROC      processes on this machine, one per GPU (default: 1)"
 	@echo "variables of all: WORK (now: $(WORK)), PYTHON (now: $(PYTHON)), EXTRA=cpu|gpu (found: $(EXTRA))"
 	@echo
 	@echo "all options: $(BIN)/remit COMMAND --help"
@@ -81,9 +82,14 @@ score: install $(SAMPLE_STAMP) ## pack CORPUS and annotate it with REF's log-pro
 		--tokens-per-shard $(TOKENS_PER_SHARD) $(PACK_ARGS)
 	$(BIN)/remit score --shards $(PACKED) --model $(REF) --name $(NAME) --out $(SHARDS) $(SCORE_ARGS)
 
+TRAIN := $(BIN)/remit train
+ifdef NPROC
+TRAIN := $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(NPROC) -m pipelines.cli train
+endif
+
 ifdef BASE
 train: install ## mid-train BASE from the annotated shards
-	$(BIN)/remit train --shards $(SHARDS) --model $(BASE) --reference $(NAME) --out $(OUT) $(TRAIN_ARGS)
+	$(TRAIN) --shards $(SHARDS) --model $(BASE) --reference $(NAME) --out $(OUT) $(TRAIN_ARGS)
 else
 SAMPLE_TRAIN = --shards $(SHARDS) --model $(SAMPLE)/base --global-batch-size 32 --micro-batch-size 32 \
 	--learning-rate 1e-3 --eval-shards $(WORK)/heldout --eval-every 37 $(TRAIN_ARGS)
@@ -91,8 +97,8 @@ SAMPLE_TRAIN = --shards $(SHARDS) --model $(SAMPLE)/base --global-batch-size 32 
 train: install $(SAMPLE)/reference
 	@test -e $(SHARDS)/_manifest.json || { echo "error: $(SHARDS) is missing; run make score first" >&2; exit 1; }
 	$(BIN)/remit pack --corpus $(SAMPLE)/heldout --tokenizer $(SAMPLE)/tokenizer --out $(WORK)/heldout --seq-len $(SEQ_LEN)
-	$(BIN)/remit train --objective ntp --out $(OUT)-ntp $(SAMPLE_TRAIN)
-	$(BIN)/remit train --objective remit --reference $(NAME) --out $(OUT) $(SAMPLE_TRAIN)
+	$(TRAIN) --objective ntp --out $(OUT)-ntp $(SAMPLE_TRAIN)
+	$(TRAIN) --objective remit --reference $(NAME) --out $(OUT) $(SAMPLE_TRAIN)
 	@$(BIN)/python -m pipelines.compare --ntp $(OUT)-ntp --remit $(OUT)
 endif
 
@@ -117,7 +123,13 @@ bench-pack: $(VENV)/.installed-dev ## pack against the bare tokenizer; memory up
 bench-scale: $(VENV)/.installed-dev ## a plan of 100,000 parts: start, resume, verify the manifest
 	$(BIN)/python -m benchmarks.bench_scale
 
-bench: bench-score bench-pack bench-scale ## all benchmarks
+bench-train: $(VENV)/.installed-dev ## ReMiT against next-token prediction, an online reference and transformers' Trainer
+	$(BIN)/python -m benchmarks.bench_train
+
+gpu-check: $(VENV)/.installed-dev ## the trainer on a GPU: correctness, then speed at the shapes of OLMo-2-1B
+	$(BIN)/python -m benchmarks.gpu_check
+
+bench: bench-score bench-pack bench-scale bench-train ## all benchmarks
 
 lint: $(VENV)/.installed-dev ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .

@@ -76,7 +76,8 @@ def parse(arguments: list[str]) -> Any:
 
 def fail(command: str, code: int, message: str) -> NoReturn:
     """Print one line and leave."""
-    print(f"remit {command}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+    print(f"remit {command}: error: {rank}{' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 

@@ -4,8 +4,10 @@ Heavy imports (torch, transformers) happen inside, so that --help answers at onc
 """
 
 import json
+import os
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -34,6 +36,7 @@ ShouldStop = Callable[[], bool]
 
 def quiet_libraries() -> None:
     """Keep the progress bars and advice of other libraries out of ours."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
     import datasets
     import transformers
 
@@ -67,11 +70,12 @@ def pack(config: PackConfig, should_stop: ShouldStop) -> int:
     quiet_libraries()
     began = monotonic()
     tokenizer = resolve_model("--tokenizer", config.tokenizer, weights=False)
-    phase = ""
+    phase, worked = "", False
     with progress_bar(desc="tokenise", unit="B", unit_scale=True) as bar:
 
         def progress(now: str, done: int, total: int, tokens: int) -> None:
-            nonlocal phase
+            nonlocal phase, worked
+            worked = True
             if now != phase:
                 phase = now
                 bar.reset(total)
@@ -84,7 +88,8 @@ def pack(config: PackConfig, should_stop: ShouldStop) -> int:
             folder = run(replace(config, tokenizer=str(tokenizer.path)), progress, should_stop, note)
         except Stopped:
             return STOPPED
-    print(summary("packed", folder, config.out, monotonic() - began))
+    what = "packed" if worked else "nothing to do (remit verify checks every byte), packed before:"
+    print(summary(what, folder, config.out, monotonic() - began))
     return DONE
 
 
@@ -98,11 +103,13 @@ def score(config: ScoreConfig, should_stop: ShouldStop) -> int:
     began = monotonic()
     model = resolve_model("--model", config.model)
     with progress_bar(desc="start engines", unit=" tokens", unit_scale=True) as bar:
+        first: ScoreProgress | None = None
         state: ScoreProgress | None = None
 
         def progress(now: ScoreProgress) -> None:
-            nonlocal state
+            nonlocal state, first
             if state is None:  # what an earlier run did is not this run's speed
+                first = replace(now)
                 bar.total = now.tokens_total
                 bar.initial = bar.n = now.tokens
             state = now
@@ -125,8 +132,11 @@ def score(config: ScoreConfig, should_stop: ShouldStop) -> int:
             note(f"to try these parts again: {shlex.join(['remit', *sys.argv[1:]])}")
             raise
     if state is not None:
-        show_score_summary(state, folder)
-    print(summary(f"scored as {config.name!r}", folder, config.out, monotonic() - began))
+        show_score_summary(state, first or state)
+    what = f"scored as {config.name!r}"
+    if state is None:
+        what = f"nothing to do (remit verify checks every byte), {what} before:"
+    print(summary(what, folder, config.out, monotonic() - began))
     return DONE
 
 
@@ -135,20 +145,20 @@ def note(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
 
 
-def show_score_summary(state: "ScoreProgress", folder: ShardFolder) -> None:
-    """The final table of remit score."""
+def show_score_summary(state: "ScoreProgress", first: "ScoreProgress") -> None:
+    """The final table of remit score. first: where the run began."""
     table = Table(box=None, show_header=False)
     worked = state.read_seconds + state.wait_seconds + state.write_seconds
     rows: dict[str, str] = {
-        "tokens": f"{state.tokens:,} of {state.tokens_total:,}",
-        "parts": f"{state.parts:,} of {state.parts_total:,}",
+        "tokens scored now": f"{state.tokens - first.tokens:,}, of {state.tokens_total:,}",
+        "parts scored now": f"{state.parts - first.parts:,}, of {state.parts_total:,}",
         "rows without log-probs": f"{state.rows_quarantined:,}",
         "parts tried again": f"{state.retries:,}",
         "engines that died": f"{state.engine_restarts:,}",
-        "tokens/s": f"{state.tokens_per_second:,.0f}",
-        "time": f"{state.seconds:,.0f} s",
-        "reading, writing": f"{state.read_seconds:,.1f} s, {state.write_seconds:,.1f} s of {worked:,.1f} s in parts, "
-        "beside the engine",
+        "tokens/s": f"{state.tokens_per_second:,.0f}, once engines were ready",
+        "time": f"{state.seconds:,.0f} s, start of the engines included",
+        "share of reading, writing": f"{state.read_seconds / max(worked, 1e-9):.1%}, "
+        f"{state.write_seconds / max(worked, 1e-9):.1%} of the time of a part",
     }
     for name, value in rows.items():
         table.add_row(name, value)
@@ -162,7 +172,8 @@ def train(config: TrainConfig, should_stop: ShouldStop) -> int:
     began = monotonic()
     model = resolve_model("--model", config.model)
     tokens_at_start: int | None = None
-    with progress_bar(desc="train", unit=" steps") as bar:
+    rank = int(os.environ.get("RANK", "0"))  # of torchrun; the others are quiet
+    with progress_bar(desc="train", unit=" steps", disable=rank > 0) as bar:
 
         def progress(done: int, total: int, metrics: dict[str, Any]) -> None:
             nonlocal tokens_at_start
@@ -177,10 +188,19 @@ def train(config: TrainConfig, should_stop: ShouldStop) -> int:
             )
             bar.update(done - bar.n)
 
-        result = run(replace(config, model=str(model.path)), progress, should_stop)
+        config = replace(config, model=str(model.path))
+        if config.ray_workers:
+            from pipelines.ray_train import train_on_ray
+
+            result = train_on_ray(config, should_stop)
+        else:
+            result = run(config, progress, should_stop)
     if not result.finished:
         return STOPPED
-    print(f"trained {result.steps:,} steps -> {result.out / 'model'} ({monotonic() - began:.0f} s)")
+    if rank:
+        return DONE
+    what = "trained" if config.ray_workers or tokens_at_start is not None else "nothing to do, trained before:"
+    print(f"{what} {result.steps:,} steps -> {result.out / 'model'} ({monotonic() - began:.0f} s)")
     if config.objective == "remit":
         low, high = 1 - config.epsilon, 1 + config.epsilon
         print(
@@ -192,6 +212,17 @@ def train(config: TrainConfig, should_stop: ShouldStop) -> int:
 
 def verify(config: VerifyConfig, should_stop: ShouldStop) -> int:
     folder = ShardFolder(config.shards)
+    if not config.repair:
+        return verify_and_show(config, folder)
+    lease = Lease(folder.store).acquire(note)  # or a part might be committed between its check and its repair
+    try:
+        return verify_and_show(config, folder)
+    finally:
+        lease.release()
+
+
+def verify_and_show(config: VerifyConfig, folder: ShardFolder) -> int:
+    """The report of remit verify; with --repair, bad parts are taken out, which needs the lease."""
     with progress_bar(desc="verify", unit=" tokens", unit_scale=True, total=folder.manifest.tokens) as bar:
         report = verify_folder(folder, lambda plan: bar.update(plan.tokens))
     for problem in report.problems:
@@ -199,31 +230,22 @@ def verify(config: VerifyConfig, should_stop: ShouldStop) -> int:
     documents = folder.manifest.documents
     print(
         f"{folder.path}: {report.parts} of {len(folder.manifest.parts)} parts are sound, {report.rows:,} rows, "
-        f"{report.tokens:,} tokens, {report.documents:,} documents"
+        f"{report.tokens:,} tokens" + ("" if report.documents is None else f", {report.documents:,} documents")
     )
-    print("documents " + ", ".join(f"{kind} {count:,}" for kind, count in documents.items()))
+    print("documents of the plan: " + ", ".join(f"{kind} {count:,}" for kind, count in documents.items()))
     for name, count in report.logprobs.items():
         line = f"{name}: {count:,} log-probs, {report.quarantined[name]:,} rows quarantined, "
         print(line + json.dumps(folder.manifest.references[name]))
     passes = not report.problems
     if config.repair and report.bad_parts:
-        repair_folder(folder, report.bad_parts)
-        print(f"{len(report.bad_parts)} bad parts are in {folder.store.where(QUARANTINE)}/damaged now; run the command")
-        print("that wrote this folder again, it refills just those")
+        for part in report.bad_parts:
+            take_out(folder.store, part)
+        print(f"moved to {folder.store.where(QUARANTINE)}/damaged: {', '.join(report.bad_parts)}")
+        print("run the command that wrote this folder again: it refills just those")
     if config.model is not None:
         passes = rescore(config, folder) and passes
     print("OK" if passes else "FAILED")
     return DONE if passes else FAILED
-
-
-def repair_folder(folder: ShardFolder, parts: list[str]) -> None:
-    """Take bad parts out, while no driver writes to the folder."""
-    lease = Lease(folder.store).acquire(note)
-    try:
-        for part in parts:
-            take_out(folder.store, part)
-    finally:
-        lease.release()
 
 
 def rescore(config: VerifyConfig, folder: ShardFolder) -> bool:

@@ -1,24 +1,36 @@
-"""Resumable state of a run: written to a temporary folder, hashed, then renamed into place.
+"""Resumable state of a run: written beside the training, hashed, then renamed into place.
 
-OUT/checkpoints/step-000100/ holds a torch.distributed.checkpoint and checkpoint.json, which lists the
-sha256 of each of its files. A folder that does not match its list is passed over, never loaded.
+OUT/checkpoints/step-000100/ holds a torch.distributed.checkpoint and checkpoint.json: the position in the data,
+the world size, a fingerprint of the run's settings, the random state of each rank, and the sha256 of every file.
+A folder that does not match its list is passed over, never loaded.
 """
 
+import base64
+import contextlib
+import hashlib
 import json
 import os
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.optim import Optimizer
 
 from shards.part import encode_json, publish_json, sha256_file
 from shards.store import fsync_folder, open_store, temporary_name
+from trainer.distributed import World
 
-KEEP = 2
 INDEX = "checkpoint.json"
 
 
@@ -27,53 +39,127 @@ def _state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     return {"model": model_state, "optimizer": optimizer_state}
 
 
-def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimizer) -> Path:
-    """Save the state after `step` steps under `folder` and remove all but the newest KEEP checkpoints."""
-    folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step-{step:06d}"
-    temporary = temporary_name(final)
-    dcp.save(_state(model, optimizer), checkpoint_id=temporary, no_dist=True)
-    files = {file.name: sha256_file(file) for file in sorted(temporary.iterdir())}
-    for name in files:
-        with open(temporary / name, "rb") as file:
-            os.fsync(file.fileno())
-    publish_json(open_store(temporary), INDEX, encode_json({"step": step, "sha256": files}), "")
-    if final.exists():  # one that did not match its hashes, or the run would have gone on from it
-        shutil.rmtree(final)
-    os.rename(temporary, final)
-    fsync_folder(folder)
-    for old in sorted(folder.glob("step-*"))[:-KEEP]:
-        shutil.rmtree(old)
-    for leftover in folder.glob(".step-*.tmp"):
-        shutil.rmtree(leftover)
-    return final
+class Checkpoints:
+    """The checkpoints of a run under `folder`, which all ranks see; the newest `keep` of them are kept.
+
+    settings: a fingerprint of all that decides the outcome; a checkpoint with another one is not loaded.
+    """
+
+    def __init__(
+        self, folder: Path, model: nn.Module, optimizer: Optimizer, world: World, settings: str, keep: int
+    ) -> None:
+        self.folder, self.model, self.optimizer, self.world = folder, model, optimizer, world
+        self.settings, self.keep = settings, keep
+        # a save runs beside the training and must not meet its collectives
+        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._saving: Future | None = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        with contextlib.suppress(Exception) if kind else contextlib.nullcontext():  # the first error is the one to show
+            self.wait()
+
+    def save(self, step: int, position: int) -> None:
+        """Copy the state after `step` steps and begin to save it; raises what went wrong in the save before."""
+        self.wait()
+        final = self.folder / f"step-{step:06d}"
+        temporary = Path(self.world.from_first(str(temporary_name(final))))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        random = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
+        written: Any = dcp.async_save(
+            _state(self.model, self.optimizer), checkpoint_id=temporary, process_group=self._group
+        )
+        index = {"step": step, "position": position, "world_size": self.world.size, "settings": self.settings}
+        self._saving = self._thread.submit(self._publish, written, temporary, final, index, random)
+
+    def wait(self) -> None:
+        """Until the save in work, if any, is published."""
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            saving.result()
+
+    def _publish(self, written: Future, temporary: Path, final: Path, index: dict[str, Any], random: str) -> None:
+        written.result()
+        states: list[Any] = [random] * self.world.size
+        if self._group is not None:
+            dist.all_gather_object(states, random, group=self._group)
+        if self.world.first:
+            files = sorted(temporary.iterdir())
+            with ThreadPoolExecutor(8) as pool:
+                hashes = dict(zip([file.name for file in files], pool.map(_sync_and_hash, files)))
+            index |= {"random": states, "files": hashes}
+            publish_json(open_store(temporary), INDEX, encode_json(index | {"checksum": _checksum(index)}), "")
+            if final.exists():  # one that did not match its hashes, or the run would have gone on from it
+                shutil.rmtree(final)
+            os.rename(temporary, final)
+            fsync_folder(self.folder)
+            for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
+                shutil.rmtree(old)
+            for leftover in self.folder.glob(".step-*.tmp"):
+                shutil.rmtree(leftover)
+
+    def load_newest(self) -> tuple[int, list[str]]:
+        """Load the newest valid checkpoint into model and optimizer.
+
+        Returns the number of steps done (0 without a checkpoint) and what was wrong with newer ones.
+        """
+        found: tuple[Path | None, list[str]] = (None, [])
+        if self.world.first:
+            for checkpoint in sorted(self.folder.glob("step-*"), reverse=True):
+                problem = _damage(checkpoint, self.settings)
+                if problem is None:
+                    found = (checkpoint, found[1])
+                    break
+                found[1].append(problem)
+        checkpoint_found, problems = self.world.from_first(found)
+        if checkpoint_found is None:
+            return 0, problems
+        state = _state(self.model, self.optimizer)
+        dcp.load(state, checkpoint_id=checkpoint_found, process_group=self._group, no_dist=self._group is None)
+        set_state_dict(
+            self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        )  # fmt: skip
+        index = json.loads((checkpoint_found / INDEX).read_text())
+        if self.world.rank < len(index["random"]):
+            random = bytearray(base64.b64decode(index["random"][self.world.rank]))
+            torch.set_rng_state(torch.frombuffer(random, dtype=torch.uint8))
+        return index["step"], problems
 
 
-def _damage(checkpoint: Path) -> str | None:
+def whole_weights(model: nn.Module) -> dict[str, Any]:
+    """The weights of LossModel's model, by the model's own names, whole on rank 0 and empty on the others."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)
+    return {name.removeprefix("model."): tensor for name, tensor in state.items()}
+
+
+def _sync_and_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return sha256_file(path)
+
+
+def _checksum(index: dict[str, Any]) -> str:
+    return hashlib.sha256(encode_json(index)).hexdigest()
+
+
+def _damage(checkpoint: Path, settings: str) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        index = json.loads((checkpoint / INDEX).read_text())
-        for name, sha256 in index["sha256"].items():
-            if sha256_file(checkpoint / name) != sha256:
-                return f"{checkpoint / name}: sha256 differs from {INDEX}"
+        index = json.loads((checkpoint / INDEX).read_text(encoding="utf-8"))
+        if index.pop("checksum") != _checksum(index):
+            return f"{checkpoint / INDEX}: altered since it was written"
+        if index["settings"] != settings:
+            return f"{checkpoint}: of a run with other settings"
+        files = sorted(index["files"])
+        with ThreadPoolExecutor(8) as pool:
+            hashes = pool.map(sha256_file, [checkpoint / name for name in files])
+            for name, sha256 in zip(files, hashes):
+                if index["files"][name] != sha256:
+                    return f"{checkpoint / name}: sha256 differs from {INDEX}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{checkpoint / INDEX}: {error}"
     return None
-
-
-def load_newest(folder: Path, model: nn.Module, optimizer: Optimizer) -> tuple[int, list[str]]:
-    """Load the newest valid checkpoint into model and optimizer.
-
-    Returns the number of steps done (0 without a checkpoint) and what was wrong with newer ones.
-    """
-    problems = []
-    for checkpoint in sorted(folder.glob("step-*"), reverse=True):
-        problem = _damage(checkpoint)
-        if problem:
-            problems.append(problem)
-            continue
-        state = _state(model, optimizer)
-        dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
-        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        return json.loads((checkpoint / INDEX).read_text())["step"], problems
-    return 0, problems

@@ -34,8 +34,13 @@ class TrainConfig:
     """Rows per forward pass; more is faster and takes more memory, the result is the same."""
     learning_rate: float = 3e-4
     """Peak of the learning rate."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """After the warm-up: fall to --min-learning-rate by a cosine or a line; stay at the peak and fall in the last
+    --decay-fraction of the steps (wsd: warm-up, stable, decay); or stay constant."""
+    decay_fraction: float = 0.2
+    """Share of the steps in which the learning rate of --schedule wsd falls, along a line."""
     min_learning_rate: float = 1e-7
-    """Learning rate at the last step, the end of the cosine."""
+    """Learning rate at the last step."""
     warmup_steps: int | None = None
     """Steps of linear warm-up; default: 1 % of the steps."""
     weight_decay: float = 0.1
@@ -48,8 +53,21 @@ class TrainConfig:
     """Decides the order of the rows, together with the epoch."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the matrix products; weights and optimizer stay in float32. auto: bfloat16 on a GPU, float32 elsewhere."""
+    sharding: Literal["auto", "replicate", "full", "hybrid"] = "auto"
+    """With several processes: a replica on each (DDP), weights sharded over all (FSDP2), or sharded within a machine
+    and replicated across machines. auto: replicas up to 1.5B parameters, else full on one machine, hybrid on more."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass: slower, and much less memory for long rows."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the decoder layers; auto: on a GPU."""
     checkpoint_every: int = 500
     """Steps between checkpoints; 0: none."""
+    keep_checkpoints: int = 2
+    """The newest so many checkpoints are kept."""
+    ray_workers: int = 0
+    """Have Ray Train start so many processes, on the cluster of RAY_ADDRESS; 0: this process, or those of torchrun."""
+    timeout_seconds: float = 600.0
+    """How long a process waits for the others before it gives up."""
     eval_shards: str | None = None
     """Held-out shard folder, whose mean loss goes to evaluation.jsonl."""
     eval_every: int = 0
@@ -58,17 +76,21 @@ class TrainConfig:
     """Show tracebacks."""
 
     def __post_init__(self) -> None:
-        for name in ("global_batch_size", "micro_batch_size"):
+        for name in ("global_batch_size", "micro_batch_size", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
-        for name in ("learning_rate", "max_grad_norm", "epochs"):
+        for name in ("learning_rate", "max_grad_norm", "epochs", "timeout_seconds"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected a number above 0")
-        for name in ("min_learning_rate", "weight_decay", "checkpoint_every", "eval_every", "seed"):
+        for name in ("min_learning_rate", "weight_decay", "checkpoint_every", "eval_every", "seed", "ray_workers"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 0 or more")
         if not 0 < self.epsilon < 1:
             raise ValueError(f"--epsilon is {self.epsilon}, expected a number between 0 and 1, for instance 0.2")
+        if not 0 < self.decay_fraction <= 1:
+            raise ValueError(
+                f"--decay-fraction is {self.decay_fraction}, expected a share of the steps above 0, up to 1"
+            )
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"--max-steps is {self.max_steps}, expected at least 1")
         if self.warmup_steps is not None and self.warmup_steps < 0:
@@ -80,10 +102,15 @@ class TrainConfig:
 
 
 def learning_rate_at(step: int, config: TrainConfig, num_steps: int) -> float:
-    """Learning rate of step 1..num_steps: linear warm-up to the peak, then a cosine down to the minimum."""
+    """Learning rate of step 1..num_steps: linear warm-up to the peak, then as --schedule says."""
     warmup = math.ceil(num_steps / 100) if config.warmup_steps is None else config.warmup_steps
     if step <= warmup:
         return config.learning_rate * step / warmup
-    progress = (step - warmup) / max(1, num_steps - warmup)
-    span = config.learning_rate - config.min_learning_rate
-    return config.min_learning_rate + span * (1 + math.cos(math.pi * progress)) / 2
+    decay_from = warmup
+    if config.schedule == "wsd":
+        decay_from = max(warmup, num_steps - math.ceil(config.decay_fraction * num_steps))
+    if config.schedule == "constant" or step <= decay_from:
+        return config.learning_rate
+    progress = (step - decay_from) / max(1, num_steps - decay_from)
+    left = (1 + math.cos(math.pi * progress)) / 2 if config.schedule == "cosine" else 1 - progress
+    return config.min_learning_rate + (config.learning_rate - config.min_learning_rate) * left

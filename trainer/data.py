@@ -3,11 +3,13 @@
 B rows of at most T tokens.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -156,14 +158,14 @@ class RowReader:
         return Row(row.where, row.input_ids, row.doc_lengths, row.predicted, clean)
 
 
-def collate(rows: list[Row], context: str, device: torch.device | str) -> MicroBatch:
-    """Pad rows on the right to the longest one and move them to `device`."""
-    length = max(len(row.input_ids) for row in rows)
-    shape = (len(rows), length)
+def collate(rows: list[Row], context: str, device: torch.device | str, has_reference: bool) -> MicroBatch:
+    """Pad rows on the right to the longest one and move them to `device`; no rows: one that predicts nothing."""
+    length = max((len(row.input_ids) for row in rows), default=2)
+    shape = (max(1, len(rows)), length)
     input_ids = np.zeros(shape, dtype=np.int64)
     predicted = np.zeros(shape, dtype=bool)
-    positions = np.tile(np.arange(length), (len(rows), 1))
-    reference = None if rows[0].reference_logprobs is None else np.zeros(shape, dtype=np.float32)
+    positions = np.tile(np.arange(length), (shape[0], 1))
+    reference = np.zeros(shape, dtype=np.float32) if has_reference else None
     for index, row in enumerate(rows):
         tokens = len(row.input_ids)
         input_ids[index, :tokens] = row.input_ids
@@ -173,34 +175,63 @@ def collate(rows: list[Row], context: str, device: torch.device | str) -> MicroB
         starts = np.cumsum(row.doc_lengths) - row.doc_lengths
         positions[index, :tokens] -= np.repeat(starts, row.doc_lengths)
         positions[index, tokens:] -= tokens  # the padding is a document of its own
+
+    def move(values: np.ndarray | None) -> Any:
+        if values is None:
+            return None
+        tensor = torch.from_numpy(values)
+        # pinned memory lets the copy run beside the computation
+        return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor
+
     return MicroBatch(
-        torch.from_numpy(input_ids).to(device),
-        torch.from_numpy(predicted).to(device),
-        torch.from_numpy(positions).to(device) if context == "document" else None,
-        None if reference is None else torch.from_numpy(reference).to(device),
+        move(input_ids),
+        torch.from_numpy(predicted),
+        move(positions if context == "document" else None),
+        move(reference),
     )
 
 
+@dataclass(frozen=True)
+class GlobalBatch:
+    """This rank's rows of a global batch: places rank, rank + world_size, ... of `num_rows`."""
+
+    rows: list[Row]
+    num_rows: int
+    data_wait_seconds: float
+
+    def micro_batches(self, size: int, world_size: int) -> list[list[Row]]:
+        """As many on every rank, because all take part in the exchange of gradients; the last ones may be empty."""
+        count = math.ceil(self.num_rows / (world_size * size))
+        return [self.rows[index * size : (index + 1) * size] for index in range(count)]
+
+
 def global_batches(
-    reader: RowReader, order: RowOrder, batch_size: int, first_step: int, last_step: int, last_row: int | None
-) -> Iterator[tuple[list[Row], float]]:
-    """Rows of the global batches of steps first_step .. last_step - 1, each with the seconds waited for it.
+    reader: RowReader,
+    order: RowOrder,
+    batch_size: int,
+    first_step: int,
+    last_step: int,
+    last_row: int | None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[GlobalBatch]:
+    """The global batches of steps first_step .. last_step - 1.
 
     One batch is read ahead in a thread; what fails there is raised here. last_row: position at which the
     data ends (None: it goes on with the next epoch), so that the very last batch may be smaller.
     """
 
-    def load(step: int) -> list[Row]:
+    def load(step: int) -> tuple[list[Row], int]:
         start = step * batch_size
         stop = start + batch_size if last_row is None else min(start + batch_size, last_row)
-        return reader.rows(order.rows(start, stop - start))
+        return reader.rows(order.rows(start, stop - start)[rank::world_size]), stop - start
 
     with ThreadPoolExecutor(1, thread_name_prefix="rows") as pool:
         following = pool.submit(load, first_step) if first_step < last_step else None
         for step in range(first_step, last_step):
             assert following is not None
             began = perf_counter()
-            rows = following.result()
+            rows, num_rows = following.result()
             waited = perf_counter() - began
             following = pool.submit(load, step + 1) if step + 1 < last_step else None
-            yield rows, waited
+            yield GlobalBatch(rows, num_rows, waited)

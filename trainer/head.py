@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trainer.objectives import Weigh, Weighted
 
-LOGITS_BUDGET_BYTES = 1 << 30
+LOGITS_BUDGET_BYTES = 3 << 30
 
 
 @dataclass
@@ -65,15 +65,41 @@ class HeadStatistics:
         return dict(zip(self.NAMES, self.sums.tolist()))
 
 
-def _logits(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
-    """float32 logits; the product accumulates in float32 also for bfloat16 operands."""
-    return torch.nn.functional.linear(hidden_NH, weight_VH, bias_V).float()
-
-
-def _losses(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+def token_losses(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
     """-log p of the targets, float32 [N], and the log of the normaliser, float32 [N]."""
     log_normaliser_N = torch.logsumexp(logits_NV, dim=-1)
     return log_normaliser_N - logits_NV.gather(1, targets_N[:, None])[:, 0], log_normaliser_N
+
+
+class _Logits:
+    """Logits of one piece after another in the same memory, and what becomes of them there."""
+
+    def __init__(self, weight_VH: Tensor, bias_V: Tensor | None, max_positions: int) -> None:
+        self._weight_VH, self._bias_V = weight_VH, bias_V
+        # fresh memory for every piece costs a CPU a third of the product's time in page faults
+        self._buffer = torch.empty(max_positions, weight_VH.shape[0], dtype=torch.float32, device=weight_VH.device)
+
+    def __call__(self, hidden_NH: Tensor) -> Tensor:
+        """float32 [N, V]; the product accumulates in float32 also for bfloat16 operands."""
+        logits_NV = self._buffer[: len(hidden_NH)]
+        if hidden_NH.dtype == torch.float32:
+            torch.mm(hidden_NH, self._weight_VH.T, out=logits_NV)
+        elif hidden_NH.is_cuda:
+            torch.mm(hidden_NH, self._weight_VH.T, out_dtype=torch.float32, out=logits_NV)
+        else:
+            logits_NV.copy_(torch.mm(hidden_NH, self._weight_VH.T))
+        return logits_NV if self._bias_V is None else logits_NV.add_(self._bias_V)
+
+    @staticmethod
+    def exponentiate(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        """-log p of the targets and the normaliser of the probabilities that are left in place of the logits.
+
+        Half the passes over the logits of log-sum-exp and softmax, one after the other.
+        """
+        target_N = logits_NV.gather(1, targets_N[:, None])[:, 0]
+        largest_N = logits_NV.amax(-1)
+        normaliser_N = logits_NV.sub_(largest_N[:, None]).exp_().sum(-1)
+        return largest_N + normaliser_N.log() - target_N, normaliser_N
 
 
 class _WeightedCrossEntropy(torch.autograd.Function):
@@ -93,15 +119,15 @@ class _WeightedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         needs_gradient = any(ctx.needs_input_grad[:3])
         compute_VH = weight_VH.to(hidden_BTH.dtype)
-        compute_bias_V = None if bias_V is None else bias_V.to(hidden_BTH.dtype)
         grad_hidden_BTH = torch.zeros_like(hidden_BTH) if needs_gradient else None
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if needs_gradient else None
         grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if needs_gradient and bias_V is not None else None
         loss = hidden_BTH.new_zeros((), dtype=torch.float32)
         piece = max(1, logits_budget_bytes // (4 * weight_VH.shape[0]))
+        logits = _Logits(compute_VH, bias_V, min(piece, hidden_BTH.shape[1]))
 
         for row in range(hidden_BTH.shape[0]):
-            position_N = predicted_BT[row].nonzero()[:, 0]
+            position_N = predicted_BT[row].nonzero()[:, 0].to(hidden_BTH.device, non_blocking=True)
             if not len(position_N):
                 continue  # a one-token row has nothing to predict
             hidden_NH = hidden_BTH[row, position_N - 1]  # position t is predicted from the state at t - 1
@@ -110,9 +136,9 @@ class _WeightedCrossEntropy(torch.autograd.Function):
 
             passes = []
             for span in spans:
-                logits_NV = _logits(hidden_NH[span], compute_VH, compute_bias_V)
-                passes.append(_losses(logits_NV, targets_N[span]))
-            losses_N, log_normaliser_N = (torch.cat(parts) for parts in zip(*passes))
+                probabilities_NV = logits(hidden_NH[span])
+                passes.append(logits.exponentiate(probabilities_NV, targets_N[span]))
+            losses_N, normaliser_N = (torch.cat(parts) for parts in zip(*passes))
             reference_N = None if reference_BT is None else reference_BT[row, position_N]
             weighted = weigh(losses_N, reference_N)
             statistics.add(losses_N, weighted)
@@ -123,34 +149,41 @@ class _WeightedCrossEntropy(torch.autograd.Function):
 
             for span in spans:
                 if len(spans) > 1:
-                    logits_NV = _logits(hidden_NH[span], compute_VH, compute_bias_V)
+                    probabilities_NV = logits(hidden_NH[span])
+                    logits.exponentiate(probabilities_NV, targets_N[span])
                 # d loss / d logits = scale * (softmax - onehot), built in the logits' own memory
-                grad_NV = logits_NV.sub_(log_normaliser_N[span, None]).exp_()
-                grad_NV.scatter_add_(1, targets_N[span, None], -torch.ones_like(grad_NV[:, :1]))
-                grad_NV.mul_(scale_N[span, None])
+                grad_NV = probabilities_NV.mul_((scale_N[span] / normaliser_N[span])[:, None])
+                grad_NV.scatter_add_(1, targets_N[span, None], -scale_N[span, None])
                 if grad_bias_V is not None:
                     grad_bias_V += grad_NV.sum(0)
                 grad_NV = grad_NV.to(hidden_NH.dtype)
                 grad_hidden_BTH[row, position_N[span] - 1] = grad_NV @ compute_VH
                 if hidden_NH.dtype == torch.float32:
                     grad_weight_VH.addmm_(grad_NV.T, hidden_NH[span])
-                else:
+                elif hidden_NH.is_cuda:
+                    grad_weight_VH += torch.mm(grad_NV.T, hidden_NH[span], out_dtype=torch.float32)
+                else:  # CPUs have no product of bfloat16 that leaves float32: one rounding per piece
                     grad_weight_VH += grad_NV.T @ hidden_NH[span]
-            del logits_NV, grad_NV  # free before the next sequence's logits are made
 
         if needs_gradient:
-            ctx.save_for_backward(grad_hidden_BTH, grad_weight_VH, grad_bias_V)
+            ctx.gradients = (grad_hidden_BTH, grad_weight_VH, grad_bias_V)
             ctx.weight_dtype = weight_VH.dtype
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         (grad_loss,) = grad_outputs
-        grad_hidden_BTH, grad_weight_VH, grad_bias_V = ctx.saved_tensors
+        if ctx.gradients is None:
+            raise RuntimeError("the loss head's gradients were taken already; call it again for a second backward")
+        gradients, ctx.gradients = ctx.gradients, None
+        for gradient in gradients:  # in place, because the one of the weight is as large as the weight
+            if gradient is not None:
+                gradient.mul_(grad_loss)
+        grad_hidden_BTH, grad_weight_VH, grad_bias_V = gradients
         return (
-            grad_hidden_BTH * grad_loss,
-            (grad_weight_VH * grad_loss).to(ctx.weight_dtype),
-            None if grad_bias_V is None else (grad_bias_V * grad_loss).to(ctx.weight_dtype),
+            grad_hidden_BTH,
+            grad_weight_VH.to(ctx.weight_dtype),
+            None if grad_bias_V is None else grad_bias_V.to(ctx.weight_dtype),
             *[None] * 7,
         )
 
@@ -171,7 +204,8 @@ def weighted_cross_entropy(
     """Sum over predicted tokens of w_t * -log p(x_t | x_<t), divided by `normaliser` (Eq. 6), a scalar.
 
     hidden_BTH: last hidden states, float32 or bfloat16; weight_VH, bias_V: of the output embedding;
-    input_ids_BT: int64; predicted_BT: bool, true where x_t counts (never at t = 0); reference_BT: float32
+    input_ids_BT: int64; predicted_BT: bool, true where x_t counts (never at t = 0), on the CPU so that a GPU need not
+    be waited for, or on the same device; reference_BT: float32
     stored log-probs, read where predicted; weigh: from trainer.objectives, called once per sequence;
     normaliser: the number of predicted tokens of the whole global batch, so that micro-batches add up.
     Gradients flow to hidden_BTH, weight_VH and bias_V. statistics are added to.

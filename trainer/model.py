@@ -42,6 +42,12 @@ class Base:
         return head
 
     @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers: the list of modules that holds most of the parameters."""
+        lists = [module for module in self.model.get_decoder().modules() if isinstance(module, nn.ModuleList)]
+        return list(max(lists, key=lambda module: sum(p.numel() for p in module.parameters()), default=[]))
+
+    @property
     def num_embeddings(self) -> int:
         """Rows of the input embedding; token ids are below it."""
         embeddings: Any = self.model.get_input_embeddings()
@@ -64,14 +70,26 @@ class Base:
             output = self.model.get_decoder()(input_ids=input_ids_BT, use_cache=False, return_dict=True, **positions)
         return output.last_hidden_state.to(self.dtype)
 
-    def export(self, folder: Path) -> None:
-        """Write the model as a Hugging Face folder in the dtype and with the settings of the base.
+    def prepare(self, activation_checkpointing: bool, compile_layers: str) -> None:
+        """Before the weights are spread over ranks. compile_layers: "auto" (on a GPU), "on", "off"."""
+        if activation_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if compile_layers == "on" or (compile_layers == "auto" and self.device.type == "cuda"):
+            for layer in self.layers:
+                layer.compile()
 
-        The last act of a run: the float32 weights in memory are rounded to that dtype, too.
-        """
+    def export(self, folder: Path, state: dict[str, Tensor]) -> None:
+        """Write a Hugging Face folder in the dtype and with the settings of the base. state: all weights, by name."""
+        config = type(self.model.config).from_dict(self.model.config.to_dict())
         for name, value in self.dropout.items():
-            setattr(self.model.config, name, value)
-        self.model.to(dtype=self.original_dtype).save_pretrained(folder)  # type: ignore[call-arg]
+            setattr(config, name, value)
+        with torch.device("meta"):
+            model: Any = type(self.model)(config)
+        rounded = {name: tensor.to(self.original_dtype) for name, tensor in state.items()}
+        model.load_state_dict(rounded, strict=True, assign=True)
+        model.tie_weights()
+        model.generation_config = self.model.generation_config
+        model.save_pretrained(folder)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

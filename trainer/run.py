@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from shards.fingerprint import weights_fingerprint
 from shards.folder import ShardFolder
 from shards.manifest import first_difference
@@ -20,6 +22,12 @@ METRICS = "metrics.jsonl"
 EVALUATION = "evaluation.jsonl"
 MODEL = "model"
 CHECKPOINTS = "checkpoints"
+NOT_SETTINGS = (
+    *("out", "debug", "shards", "model", "eval_shards", "checkpoint_every", "keep_checkpoints", "timeout_seconds"),
+    "ray_workers",
+    # these change the machine's work and the last digits, not what is computed
+    *("micro_batch_size", "sharding", "activation_checkpointing", "compile"),
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ class TrainResult:
 def run_settings(config: TrainConfig, shards: ShardFolder, context: str) -> dict[str, Any]:
     """All that decides the outcome of a run; a resume under other settings is refused."""
     settings = asdict(config)
-    for name in ("out", "debug", "shards", "model", "checkpoint_every", "eval_shards"):
+    for name in NOT_SETTINGS:
         del settings[name]
     return settings | {
         "context": context,
@@ -83,12 +91,12 @@ def keep_lines(path: Path, last_step: int) -> dict[str, Any]:
     return kept[-1] if kept else {}
 
 
-def export(base: Base, shards: ShardFolder, model: Path, final: Path) -> None:
+def export(base: Base, state: dict[str, Tensor], shards: ShardFolder, model: Path, final: Path) -> None:
     """Write the model with its tokenizer (the base's own, else the one of the shards) to `final`."""
     if final.exists():
         return
     temporary = temporary_name(final)
-    base.export(temporary)
+    base.export(temporary, state)
     own = (model / "tokenizer.json").exists() or (model / "tokenizer_config.json").exists()
     if own:
         for file in sorted(model.iterdir()):

@@ -1,0 +1,117 @@
+"""Training steps made of the trainer's own parts, so that variants can be timed in turn in one process."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from shards import Manifest, ShardFolder, row_schema, write_part
+from trainer.config import TrainConfig
+from trainer.data import GlobalBatch, MicroBatch, RowReader, collate, global_batches
+from trainer.distributed import scalar
+from trainer.head import HeadStatistics, token_losses
+from trainer.model import Base, load_base
+from trainer.objectives import make_weigh
+from trainer.order import RowOrder
+from trainer.step import LossModel
+from trainer.train import make_optimizer
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def annotate(shards: Path, out: Path, step: float = 1 / 64) -> ShardFolder:
+    """`shards` with a column of random log-probs, as a reference of that vocabulary would give them."""
+    rng = np.random.default_rng(1)
+    manifest = Manifest.read(shards)
+    reference = {"context": "packed", "logprob_step": step, "model": "random", "engine": "none"}
+    manifest = replace(manifest, references={"rl": reference})
+    manifest.write(out)
+    (out / "_tokenizer").mkdir()
+    for file in (shards / "_tokenizer").iterdir():
+        (out / "_tokenizer" / file.name).write_bytes(file.read_bytes())
+    for index, plan in enumerate(manifest.parts):
+        batches = []
+        for batch in pa.ipc.open_file(shards / plan.name).read_all().to_batches():
+            values = []
+            for row in batch.column("input_ids").to_pylist():
+                logprobs = -np.round(rng.gamma(2.0, 5.0, len(row)) / step) * step
+                values.append([None, *logprobs[1:].tolist()])
+            column = pa.array(values, pa.list_(pa.float32()))
+            batches.append(pa.record_batch([*batch.columns, column], schema=row_schema(("rl",))))
+        write_part(out, plan.name, row_schema(("rl",)), manifest.part_metadata(index), batches)
+    return ShardFolder(out)
+
+
+class Steps:
+    """A trainer that does one step at a time. online: a reference model whose forward gives the log-probs instead of
+    the shards."""
+
+    def __init__(
+        self,
+        shards: ShardFolder,
+        model: Path,
+        objective: str,
+        batch_size: int,
+        micro_batch_size: int,
+        num_steps: int,
+        device: torch.device,
+        dtype: str = "float32",
+        online: Base | None = None,
+        compile_layers: str = "auto",
+    ) -> None:
+        self.device, self.micro_batch_size, self.online = device, micro_batch_size, online
+        self.stored = objective != "ntp" and online is None
+        self.base = load_base(model, dtype, device)
+        self.base.prepare(False, compile_layers)
+        self.model = LossModel(self.base)
+        self.optimizer = make_optimizer(self.model, TrainConfig("", "", Path("."), learning_rate=1e-5))
+        self.weigh = make_weigh(objective, 0.2)
+        reader = RowReader(shards, "packed", "rl" if self.stored else None, self.base.num_embeddings)
+        order = RowOrder(reader.block_rows, seed=0)
+        self.batches: Iterator[GlobalBatch] = global_batches(reader, order, batch_size, 0, num_steps, None)
+        self.waited = self.seconds = self.loss = 0.0
+        self.tokens = 0
+
+    def step(self) -> float:
+        """Seconds of one optimizer step, waiting for its rows included."""
+        synchronize(self.device)
+        began = perf_counter()
+        batch = next(self.batches)
+        statistics = HeadStatistics.zeros(self.device)
+        predicted = sum(int(row.predicted.sum()) for row in batch.rows)
+        for rows in batch.micro_batches(self.micro_batch_size, 1):
+            micro_batch = collate(rows, "packed", self.device, self.stored)
+            if self.online is not None:
+                micro_batch = replace(micro_batch, reference_BT=reference_logprobs(self.online, micro_batch))
+            self.model(micro_batch, self.weigh, predicted, 1, statistics).backward()
+        norm = scalar(torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0))
+        sums = statistics.as_dict()
+        assert np.isfinite([norm, *sums.values()]).all()
+        self.loss = sums["loss"] / predicted
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        synchronize(self.device)
+        seconds = perf_counter() - began
+        self.waited, self.seconds = self.waited + batch.data_wait_seconds, self.seconds + seconds
+        self.tokens = sum(len(row.input_ids) for row in batch.rows)
+        return seconds
+
+
+@torch.no_grad()
+def reference_logprobs(reference: Base, batch: MicroBatch) -> Any:
+    """Log-probs of the tokens of a micro-batch, float32 [B, T]: what the product never computes while it trains."""
+    hidden_BTH = reference.hidden_states(batch.input_ids_BT)
+    weight_VH = reference.head.weight.to(hidden_BTH.dtype)
+    logprobs_BT = torch.zeros(batch.input_ids_BT.shape, dtype=torch.float32, device=hidden_BTH.device)
+    for row, (hidden_TH, ids_T) in enumerate(zip(hidden_BTH, batch.input_ids_BT)):
+        logits_TV = torch.nn.functional.linear(hidden_TH[:-1], weight_VH).float()
+        logprobs_BT[row, 1:] = -token_losses(logits_TV, ids_T[1:])[0]
+    return logprobs_BT

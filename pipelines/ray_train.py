@@ -1,0 +1,80 @@
+"""remit train on a Ray cluster: Ray Train starts the processes and connects them, the trainer is the same.
+
+In: a TrainConfig with --ray-workers. All nodes must see shards, model and output folder under the same paths.
+"""
+
+import contextlib
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from scorer.cluster import cause, ray_cluster
+from trainer.config import TrainConfig
+from trainer.run import TrainResult, run_result
+
+STOP = ".stop"
+
+
+def train_on_ray(config: TrainConfig, should_stop: Callable[[], bool]) -> TrainResult:
+    """`trainer.train.train` in config.ray_workers processes of the cluster that RAY_ADDRESS names, or of a private one.
+
+    RuntimeError with the worker's own error where one fails; the run can be resumed then, also with another number.
+    """
+    config = replace(config, out=config.out.absolute())
+    stop_file = config.out.parent / f".{config.out.name}{STOP}"  # what reaches the workers wherever they are
+    stop_file.unlink(missing_ok=True)
+    with ray_cluster(config.debug), tempfile.TemporaryDirectory() as storage, watched(should_stop, stop_file):
+        has_gpu = bool(ray.cluster_resources().get("GPU"))
+        trainer = TorchTrainer(
+            _work,
+            train_loop_config=asdict(config) | {"stop_file": str(stop_file)},
+            torch_config=TorchConfig(
+                "cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout_s=int(config.timeout_seconds)
+            ),
+            scaling_config=ScalingConfig(num_workers=config.ray_workers, use_gpu=has_gpu),
+            run_config=RunConfig(storage_path=storage, name="remit"),
+        )
+        try:
+            trainer.fit()
+        except Exception as error:
+            raise RuntimeError(f"a worker of Ray Train failed: {_last_line(cause(error))}") from error
+    return run_result(config.out)
+
+
+def _work(settings: dict[str, Any]) -> None:
+    from trainer.train import train
+
+    stop_file = Path(settings.pop("stop_file"))
+    train(TrainConfig(**settings), should_stop=stop_file.exists)
+
+
+@contextlib.contextmanager
+def watched(should_stop: Callable[[], bool], stop_file: Path) -> Iterator[None]:
+    """Create stop_file when a signal came to this process, which waits inside of Ray."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.5):
+            if should_stop():
+                stop_file.touch()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        stop_file.unlink(missing_ok=True)
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else type(error).__name__)

@@ -1,0 +1,96 @@
+"""Rows and objective in other people's loops: torch's and torchdata's loaders, transformers' Trainer."""
+
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from annotated import rows_of_step
+from oracles import load, read_rows, remit_step
+from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from trainer.data import Row
+from trainer.dataset import IGNORED, Collator, RowDataset, TrainerLoss, split_labels
+
+
+def names(rows: list[Row]) -> list[str]:
+    return [row.where for row in rows]
+
+
+def test_rows_are_those_of_the_trainer(annotated: dict[str, Path]) -> None:
+    dataset = RowDataset(annotated["packed"], "rl", seed=4)
+    wanted = rows_of_step(annotated["packed"], 0, 8, seed=4) + rows_of_step(annotated["packed"], 1, 8, seed=4)
+    for row, want in zip(islice(dataset, 16), wanted, strict=True):
+        assert row.input_ids.tolist() == want["input_ids"]
+
+
+def test_ranks_and_workers_take_every_row_once(annotated: dict[str, Path]) -> None:
+    every = names(list(RowDataset(annotated["packed"], "rl", epochs=1)))
+    assert len(set(every)) == len(every) == len(read_rows(annotated["packed"]))
+    ranks = [names(list(RowDataset(annotated["packed"], "rl", epochs=1, rank=r, world_size=3))) for r in range(3)]
+    assert [ranks[p % 3][p // 3] for p in range(len(every))] == every
+    loader = DataLoader(RowDataset(annotated["packed"], None, epochs=1), batch_size=None, num_workers=2)
+    assert sorted(names(list(loader))) == sorted(every)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_stateful_loader_resumes(annotated: dict[str, Path], workers: int) -> None:
+    def make() -> StatefulDataLoader:
+        rows = RowDataset(annotated["packed"], "rl", seed=2)
+        return StatefulDataLoader(rows, batch_size=4, num_workers=workers, collate_fn=names)
+
+    loader = make()
+    iterator = iter(loader)
+    first = [next(iterator) for _ in range(5)]
+    state = loader.state_dict()
+    following = [next(iterator) for _ in range(40)]  # beyond what was read ahead, and over an epoch's end
+    again = make()
+    again.load_state_dict(state)
+    assert list(islice(again, 40)) == following
+    assert following[0] not in first
+
+
+def test_labels_carry_ids_and_logprobs() -> None:
+    """Extreme values, by hand: the exact float32 bits come back, and no pair collides with the marker."""
+    logprobs = np.array([0.0, -0.0, -1e-45, -3.5, -np.finfo(np.float32).max, -100.0], np.float32)
+    ids = np.array([0, 2**31 - 1, 5, 151_935, 2**31 - 100, 100], np.int32)
+    predicted = np.array([False, True, True, True, True, True])
+    row = Row("here", ids, np.array([6], np.int32), predicted, logprobs)
+    labels = Collator()([row])["labels"]
+    assert labels.tolist()[0][0] == IGNORED
+    assert int((labels != IGNORED).sum()) == 5
+    got_ids, got, counts = split_labels(labels)
+    assert got_ids[0, 1:].tolist() == ids[1:].tolist()
+    assert got[0, 1:].numpy().tobytes() == logprobs[1:].tobytes()
+    assert counts[0].tolist() == predicted.tolist()
+
+
+@pytest.mark.parametrize("context", ["packed", "document"])
+@pytest.mark.parametrize("objective", ["remit", "ntp"])
+def test_transformers_trainer(
+    tmp_path: Path, annotated: dict[str, Path], models: dict[str, Path], context: str, objective: str
+) -> None:
+    """Two accumulated micro-batches of four rows: loss and gradient norm of the first step against float64."""
+    shards = annotated[context]
+    model = load(models["base"]).float()
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=4, gradient_accumulation_steps=2, logging_steps=1,
+        remove_unused_columns=False, report_to=[], use_cpu=True, save_strategy="no", learning_rate=1e-4,
+        disable_tqdm=True,
+    )  # fmt: skip
+    trainer = transformers.Trainer(
+        model, arguments, train_dataset=RowDataset(shards, "rl", seed=4, context=context),
+        data_collator=Collator(context), compute_loss_func=TrainerLoss(objective),
+    )  # fmt: skip
+    trainer.train()
+    base = load(models["base"])
+    column = "rl_logprobs" if objective == "remit" else None
+    want = remit_step(base, rows_of_step(shards, 0, 8, seed=4), context, column, 0.2)
+    want["loss"].backward()
+    norm = torch.sqrt(sum(p.grad.double().square().sum() for p in base.parameters() if p.grad is not None))
+    first = trainer.state.log_history[0]
+    assert first["loss"] == pytest.approx(want["loss"].item(), abs=2e-4)  # the Trainer rounds to four digits
+    assert first["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)

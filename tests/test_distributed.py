@@ -1,0 +1,128 @@
+"""Several real processes under torchrun: the same rows, the same losses, whoever holds which weights."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from annotated import rows_of_step, run
+from conftest import make_model
+from oracles import load, remit_step
+from safetensors.torch import load_file
+
+STEPS = 5
+Remit = Callable[..., tuple[int, str, str]]
+VOLATILE = ("tokens_per_second", "data_wait_seconds", "peak_memory_bytes")
+
+
+def launch(out: Path, shards: Path, model: Path, ranks: int, *options: object) -> subprocess.Popen:
+    """remit train under torchrun."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, "-m", "pipelines.cli",
+        "train", "--shards", shards, "--model", model, "--out", out, "--dtype", "float32", "--global-batch-size", 7,
+        "--micro-batch-size", 2, "--max-steps", STEPS, "--checkpoint-every", 0, *options,
+    ]  # fmt: skip
+    return subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def metrics_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same(got: list[dict], want: list[dict], tolerance: float = 1e-5) -> None:
+    assert [line["step"] for line in got] == [line["step"] for line in want]
+    for a, b in zip(got, want):
+        assert a["tokens"] == b["tokens"]
+        for key in ("loss", "ntp_loss", "weight_mean", "delta_mean", "grad_norm", "clipped_low", "clipped_high"):
+            assert a[key] == pytest.approx(b[key], rel=tolerance, abs=1e-7), (a["step"], key)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory, annotated: dict[str, Path], models: dict[str, Path]) -> Path:
+    out = tmp_path_factory.mktemp("one") / "out"
+    run(out, annotated["packed"], models["base"], max_steps=STEPS, global_batch_size=7, micro_batch_size=2)
+    return out
+
+
+@pytest.mark.parametrize(("ranks", "sharding"), [(2, "replicate"), (2, "full"), (3, "full")])
+def test_ranks_agree_with_one_process(
+    tmp_path: Path, annotated: dict[str, Path], models: dict[str, Path], one: Path, ranks: int, sharding: str
+) -> None:
+    finish(launch(tmp_path / "out", annotated["packed"], models["base"], ranks, "--sharding", sharding))
+    assert_same(metrics_of(tmp_path / "out"), metrics_of(one))
+    got, want = (load_file(folder / "model/model.safetensors") for folder in (tmp_path / "out", one))
+    assert got.keys() == want.keys()
+    assert all((got[name] - want[name]).abs().max() < 1e-4 for name in want)
+    load(tmp_path / "out" / "model")
+
+
+@pytest.mark.parametrize("options", [("--activation-checkpointing",), ("--compile", "on")])
+def test_sharded_tied_and_document_context_against_float64(
+    tmp_path: Path, annotated: dict[str, Path], options: tuple[str, ...]
+) -> None:
+    """Tied embeddings, grouped-query attention, fewer rows than ranks in the last micro-batch."""
+    make_model(tmp_path / "model", "Llama", seed=5, tie_word_embeddings=True)
+    shards = annotated["document"]
+    finish(launch(tmp_path / "out", shards, tmp_path / "model", 2, "--sharding", "full", "--seed", 4, *options))
+    rows = rows_of_step(shards, 0, 7, seed=4)
+    want = remit_step(load(tmp_path / "model"), rows, "document", "rl_logprobs", 0.2)
+    got = metrics_of(tmp_path / "out")[0]
+    for key, value in want.items():
+        assert got[key] == pytest.approx(float(value), abs=1e-4), key
+
+
+def test_another_world_size_goes_on(
+    tmp_path: Path, annotated: dict[str, Path], models: dict[str, Path], one: Path
+) -> None:
+    """1 -> 2 -> 1 processes, through checkpoints of sharded and of whole weights."""
+    out, shards = tmp_path / "out", annotated["packed"]
+    for ranks, stop_at in ((1, 2), (2, 4)):
+        process = launch(out, shards, models["base"], ranks, "--sharding", "full", "--checkpoint-every", 1)
+        wait_for(lambda stop_at=stop_at: (out / f"checkpoints/step-{stop_at:06d}").exists(), process)
+        kill_tree(process)
+    finish(launch(out, shards, models["base"], 1, "--checkpoint-every", 1))
+    assert_same(metrics_of(out), metrics_of(one))
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 200) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def kill_tree(process: subprocess.Popen) -> None:
+    """kill -9 of the launcher and its ranks."""
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    for pid in [process.pid, *map(int, children)]:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    process.communicate()
+
+
+def test_ray_train_launches_the_same(
+    tmp_path: Path, annotated: dict[str, Path], models: dict[str, Path], one: Path, remit: Remit
+) -> None:
+    arguments = [
+        "train", "--shards", annotated["packed"], "--model", models["base"], "--out", tmp_path / "out", "--dtype",
+        "float32", "--global-batch-size", 7, "--micro-batch-size", 2, "--max-steps", STEPS, "--ray-workers", 2,
+    ]  # fmt: skip
+    code, _, error = remit(*arguments)
+    assert code == 0, error
+    assert_same(metrics_of(tmp_path / "out"), metrics_of(one))

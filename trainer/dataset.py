@@ -1,0 +1,131 @@
+"""The rows of annotated shards for other people's training loops.
+
+    rows = RowDataset("shards", reference="rl", seed=0)
+    loader = StatefulDataLoader(rows, batch_size=8, collate_fn=Collator())   # of torchdata; torch's DataLoader does, too
+    trainer = transformers.Trainer(model, args, train_dataset=rows, data_collator=Collator(),
+                                   compute_loss_func=TrainerLoss("remit", epsilon=0.2))
+
+args needs remove_unused_columns=False, and max_steps, because an IterableDataset has no length.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from shards.folder import ShardFolder
+from trainer.data import Row, RowReader, collate
+from trainer.head import token_losses
+from trainer.objectives import NEEDS_REFERENCE, make_weigh
+from trainer.order import RowOrder
+
+READ_AHEAD_ROWS = 64
+IGNORED = -100
+
+
+class RowDataset(IterableDataset):
+    """Rows in training order, without end unless `epochs` is given; state_dict and load_state_dict resume exactly.
+
+    Each item is a trainer.data.Row. reference: name of the stored log-probs, or None for plain next-token prediction.
+    context: as trainer.config says; None: as the reference was scored, packed without one. num_embeddings: token ids
+    must be below it. rank and world_size: this process takes every world_size-th row; the workers of a DataLoader
+    divide those among them in turn, so the order within a batch depends on num_workers (0 and 1 are exact).
+    ValueError as for remit train.
+    """
+
+    def __init__(
+        self,
+        shards: str | Path,
+        reference: str | None,
+        *,
+        seed: int = 0,
+        epochs: float | None = None,
+        context: str | None = None,
+        num_embeddings: int = 2**31 - 1,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        folder = ShardFolder(str(shards))
+        folder.require_complete()
+        if context is None:
+            context = folder.require_reference(reference)["context"] if reference else "packed"
+        self._reader = RowReader(folder, context, reference, num_embeddings)
+        self._order = RowOrder(self._reader.block_rows, seed)
+        self._end = None if epochs is None else round(epochs * self._order.num_rows)
+        self._rank, self._world_size = rank, world_size
+        self._next: int | None = None
+
+    def __iter__(self) -> Iterator[Row]:
+        worker = get_worker_info()
+        index, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        stride *= self._world_size
+        if self._next is None:
+            self._next = index * self._world_size + self._rank
+        while self._end is None or self._next < self._end:
+            count = (
+                READ_AHEAD_ROWS if self._end is None else min(READ_AHEAD_ROWS, -(-(self._end - self._next) // stride))
+            )
+            places = self._order.rows(self._next, (count - 1) * stride + 1)[::stride]
+            for row in self._reader.rows(places):
+                self._next += stride  # before the yield: the state after it is that of the row that was taken
+                yield row
+        self._next = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position of the next row; valid for the same seed, rank, world size and number of workers."""
+        return {"next": self._next}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._next = state["next"]
+
+
+class Collator:
+    """Pads rows to a batch for a transformers model: input_ids [B, T], labels [B, T], and position_ids [B, T] in
+    document context.
+
+    labels are int64 and hold the token id in the low and the stored log-prob, float32, in the high half, so that they
+    pass through a Trainer as one tensor; -100 where a token does not count. TrainerLoss takes them apart.
+    """
+
+    def __init__(self, context: str = "packed") -> None:
+        self.context = context
+
+    def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
+        has_reference = rows[0].reference_logprobs is not None
+        batch = collate(rows, self.context, "cpu", has_reference)
+        logprobs = batch.reference_BT if batch.reference_BT is not None else torch.zeros(batch.input_ids_BT.shape)
+        high = logprobs.contiguous().view(torch.int32).long() << 32
+        labels = torch.where(batch.predicted_BT, high | batch.input_ids_BT, IGNORED)
+        positions = {} if batch.position_ids_BT is None else {"position_ids": batch.position_ids_BT}
+        return {"input_ids": batch.input_ids_BT, "labels": labels, **positions}
+
+
+def split_labels(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids int64, stored log-probs float32, and where they count, bool; all as `labels`, int64, which Collator made."""
+    predicted = labels != IGNORED
+    logprobs = (labels >> 32).int().view(torch.float32)
+    ids = labels & 0xFFFFFFFF
+    return ids.where(predicted, 0), logprobs.where(predicted, 0.0), predicted
+
+
+class TrainerLoss:
+    """compute_loss_func of transformers' Trainer for an objective: Eq. 6 over the batch that Collator made."""
+
+    def __init__(self, objective: str = "remit", epsilon: float = 0.2) -> None:
+        self._weigh = make_weigh(objective, epsilon)
+        self._needs_reference = NEEDS_REFERENCE[objective]
+
+    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """outputs.logits [B, T, V]; labels [B, T]; num_items_in_batch: predicted tokens of the whole optimizer step."""
+        ids_BT, logprobs_BT, predicted_BT = split_labels(labels)
+        total = outputs.logits.new_zeros((), dtype=torch.float32)
+        for logits_TV, ids_T, logprobs_T, predicted_T in zip(outputs.logits, ids_BT, logprobs_BT, predicted_BT):
+            position_N = predicted_T.nonzero()[:, 0]
+            if len(position_N):
+                losses_N = token_losses(logits_TV[position_N - 1].float(), ids_T[position_N])[0]
+                reference_N = logprobs_T[position_N] if self._needs_reference else None
+                total = total + (self._weigh(losses_N.detach(), reference_N).weights_N * losses_N).sum()
+        return total / (predicted_BT.sum() if num_items_in_batch is None else num_items_in_batch)

@@ -1,0 +1,125 @@
+"""The processes of a run: who they are, how they add numbers, how the model is spread over them.
+
+torchrun (or Ray Train) starts one process per device; without it there is one process and nothing to agree on.
+Gradients are summed over the ranks: the loss is divided by the predicted tokens of the whole global batch
+(Eq. 6), so each rank's share of it only has to be added.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+DDP_PARAMETERS = 1_500_000_000
+"""auto shards models above this: with AdamW in float32 a replica of it takes 24 GB."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the run. local_size: processes on this machine."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    local_size: int = 1
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """`values` added up over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def from_first(self, value: Any) -> Any:
+        """The object of rank 0, on all ranks."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def connect(timeout_seconds: float) -> Iterator[World]:
+    """The world that the launcher's environment variables (RANK, WORLD_SIZE, ...) describe.
+
+    timeout_seconds: how long a rank waits for the others before it gives up. A process group that the caller
+    has made is used and left as it is.
+    """
+    has_gpu = torch.cuda.is_available()
+    size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
+    if has_gpu:
+        torch.cuda.set_device(device)
+    if size == 1:
+        yield World(device)
+        return
+    own = not dist.is_initialized()
+    if own:
+        # gloo beside NCCL: counts and checkpoints do not go over the GPU
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=timedelta(seconds=timeout_seconds)
+        )  # fmt: skip
+    yield World(device, dist.get_rank(), size, int(os.environ.get("LOCAL_WORLD_SIZE", str(size))))
+    # not where the block raised: the others are still in a collective, and the launcher ends them
+    if own:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def spread(module: nn.Module, layers: list[nn.Module], world: World, sharding: str, dtype: torch.dtype) -> nn.Module:
+    """The module to call for the forward of `module`, spread over the ranks.
+
+    layers: its decoder layers, each a unit of sharding. sharding: "replicate" (DDP), "full" (FSDP2 over all ranks),
+    "hybrid" (FSDP2 within a machine, replicas across machines), or "auto" by the number of parameters. dtype: of the
+    matrix products; parameters, gradients and their sum over the ranks stay in float32.
+    """
+    if world.size == 1:
+        return module
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    machines = world.size // world.local_size
+    if sharding == "auto":
+        sharding = "replicate" if parameters <= DDP_PARAMETERS else "hybrid" if machines > 1 else "full"
+    if sharding == "replicate":
+        return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+    if sharding == "hybrid" and machines > 1:
+        mesh = init_device_mesh(world.device.type, (machines, world.local_size), mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    low = dtype if dtype != torch.float32 else None
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(module, mesh=mesh, mp_policy=policy)
+    return module
+
+
+def accumulate_only(model: nn.Module) -> Any:
+    """Context for all micro-batches of a step but the last: replicas exchange their gradients once per step.
+
+    Sharded gradients are summed after each micro-batch, since keeping them whole would take the memory that
+    sharding saves.
+    """
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
+
+
+def scalar(value: Tensor) -> float:
+    """A number that may be spread over the ranks."""
+    return (value.full_tensor() if isinstance(value, DTensor) else value).item()
