@@ -35,7 +35,8 @@ OUT    ?= $(WORK)/run
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install sample score train verify inspect test lint clean
+.PHONY: help install sample score train verify inspect test test-slow lint clean bench bench-score bench-pack \
+	bench-scale bench-train bench-head gpu-check
 
 help: ## list targets and variables
 	@echo "targets:"
@@ -129,7 +130,10 @@ bench-train: $(VENV)/.installed-dev ## ReMiT against next-token prediction, an o
 gpu-check: $(VENV)/.installed-dev ## the trainer on a GPU: correctness, then speed at the shapes of OLMo-2-1B
 	$(BIN)/python -m benchmarks.gpu_check
 
-bench: bench-score bench-pack bench-scale bench-train ## all benchmarks
+bench-head: $(VENV)/.installed-dev ## memory of the loss head as vocabulary and length grow
+	$(BIN)/python -m benchmarks.bench_head
+
+bench: bench-score bench-pack bench-scale bench-train bench-head ## all benchmarks
 
 lint: $(VENV)/.installed-dev ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .

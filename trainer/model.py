@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import is_flash_attn_2_available
 
 from shards.fingerprint import refuse_code_and_pickles
 from shards.folder import ShardFolder
@@ -57,6 +58,11 @@ class Base:
     def max_position(self) -> int | None:
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
+    def autocast(self) -> Any:
+        """Context in which matrix products run in `dtype`."""
+        mixed = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype) if mixed else contextlib.nullcontext()
+
     def hidden_states(self, input_ids_BT: Tensor, position_ids_BT: Tensor | None = None) -> Tensor:
         """Last hidden states [B, T, H] in `dtype`, the input of the output embedding.
 
@@ -64,9 +70,8 @@ class Base:
         position_ids_BT: restarting at 0 with each document; transformers then confines attention to the
         documents. None: one sequence per row.
         """
-        mixed = self.dtype != torch.float32
         positions = {} if position_ids_BT is None else {"position_ids": position_ids_BT}
-        with torch.autocast(self.device.type, self.dtype) if mixed else contextlib.nullcontext():
+        with self.autocast():
             output = self.model.get_decoder()(input_ids=input_ids_BT, use_cache=False, return_dict=True, **positions)
         return output.last_hidden_state.to(self.dtype)
 
@@ -113,6 +118,8 @@ def load_base(folder: Path, dtype: str, device: torch.device) -> Base:
     }
     for name in dropout:
         setattr(config, name, 0.0)
+    # PyTorch's own attention is as fast where a row is one sequence, but masks T x T where it holds several
+    use_flash = device.type == "cuda" and is_flash_attn_2_available() and resolve_dtype(dtype, device) != torch.float32
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
@@ -121,6 +128,7 @@ def load_base(folder: Path, dtype: str, device: torch.device) -> Base:
         trust_remote_code=False,
         local_files_only=True,
         output_loading_info=True,
+        attn_implementation="flash_attention_2" if use_flash else None,
     )
     model, loading = loaded
     for kind in ("missing_keys", "mismatched_keys"):
@@ -167,9 +175,10 @@ def check_plain_head(base: Base) -> None:
     was_training = model.training
     model.eval()
     input_ids = torch.arange(5, device=base.device).remainder(base.num_embeddings)[None]
-    with _hook(head.register_forward_hook(replace)):
+    with _hook(head.register_forward_hook(replace)), base.autocast():
         logits = model(input_ids=input_ids, use_cache=False).logits
-    body = model.get_decoder()(input_ids=input_ids, use_cache=False, return_dict=True).last_hidden_state
+    with base.autocast():
+        body = model.get_decoder()(input_ids=input_ids, use_cache=False, return_dict=True).last_hidden_state
     model.train(was_training)
     if len(seen) != 1 or not torch.equal(seen[0], body):
         raise ValueError(f"{refusal}its output embedding is not applied to its last hidden state alone")
