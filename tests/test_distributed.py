@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,21 +16,24 @@ from conftest import make_model
 from oracles import load, remit_step
 from safetensors.torch import load_file
 
+ROOT = Path(__file__).parents[1]
 STEPS = 5
 Remit = Callable[..., tuple[int, str, str]]
 VOLATILE = ("tokens_per_second", "data_wait_seconds", "peak_memory_bytes")
 
 
-def launch(out: Path, shards: Path, model: Path, ranks: int, *options: object) -> subprocess.Popen:
+def launch(
+    out: Path, shards: Path, model: Path, ranks: int, *options: object, launcher: tuple[object, ...] = ("--standalone",)
+) -> subprocess.Popen:
     """remit train under torchrun."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, "-m", "pipelines.cli",
+        sys.executable, "-m", "torch.distributed.run", *launcher, "--nproc-per-node", ranks, "-m", "pipelines.cli",
         "train", "--shards", shards, "--model", model, "--out", out, "--dtype", "float32", "--global-batch-size", 7,
         "--micro-batch-size", 2, "--max-steps", STEPS, "--checkpoint-every", 0, *options,
     ]  # fmt: skip
     return subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=ROOT
     )
 
 
@@ -68,6 +72,39 @@ def test_ranks_agree_with_one_process(
     assert got.keys() == want.keys()
     assert all((got[name] - want[name]).abs().max() < 1e-4 for name in want)
     load(tmp_path / "out" / "model")
+
+
+def test_hybrid_over_two_machines(
+    tmp_path: Path, annotated: dict[str, Path], models: dict[str, Path], one: Path
+) -> None:
+    """Two launchers with two ranks each stand in for the machines; killed after a checkpoint, then one process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = ("--nnodes", 2, "--master-addr", "127.0.0.1", "--master-port", port)
+    processes = [
+        launch(
+            tmp_path / "out", annotated["packed"], models["base"], 2, "--sharding", "hybrid", "--checkpoint-every", 2,
+            launcher=(*common, "--node-rank", node),
+        )
+        for node in range(2)
+    ]  # fmt: skip
+    wait_for(lambda: (tmp_path / "out/checkpoints/step-000002").exists(), processes[0])
+    for process in processes:
+        kill_tree(process)
+    finish(launch(tmp_path / "out", annotated["packed"], models["base"], 1))
+    assert_same(metrics_of(tmp_path / "out"), metrics_of(one))
+
+
+@pytest.mark.parametrize("sharding", ["replicate", "full"])
+def test_bfloat16_ranks_are_near_one_process(
+    tmp_path: Path, annotated: dict[str, Path], models: dict[str, Path], one: Path, sharding: str
+) -> None:
+    arguments = ("--sharding", sharding, "--dtype", "bfloat16")
+    finish(launch(tmp_path / "out", annotated["packed"], models["base"], 2, *arguments))
+    for got, want in zip(metrics_of(tmp_path / "out"), metrics_of(one), strict=True):
+        assert got["ntp_loss"] == pytest.approx(want["ntp_loss"], rel=0.01)
+        assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=0.05)
 
 
 @pytest.mark.parametrize("options", [("--activation-checkpointing",), ("--compile", "on")])
