@@ -83,6 +83,32 @@ def test_bfloat16_stays_near_float64() -> None:
     assert master.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.03)])
+def test_large_vocabulary(dtype: torch.dtype, tolerance: float) -> None:
+    """151,936 entries, peaked distributions, rows of unequal length, in three pieces a row."""
+    hidden, weight, ids, predicted, reference = case(11, 4, 21, 16, 151_936, dtype=dtype, spread=4.0)
+    want = oracle(hidden, weight, None, ids, predicted, reference, 0.2, 31.0)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    loss = weighted_cross_entropy(
+        hidden, weight, ids, predicted, make_weigh("remit", 0.2), 31.0, reference_BT=reference,
+        logits_budget_bytes=4 * 151_936 * 8,
+    )  # fmt: skip
+    loss.backward()
+    assert loss.item() == pytest.approx(want[0].item(), rel=tolerance)
+    for got, expected in ((hidden.grad, want[1]), (weight.grad, want[2])):
+        assert (got.double() - expected).norm() <= tolerance * expected.norm()
+
+
+def test_gradients_are_taken_once() -> None:
+    hidden, weight, ids, predicted, _ = case(3, 2, 9, 8, 50)
+    hidden.requires_grad_()
+    loss = weighted_cross_entropy(hidden, weight, ids, predicted, make_weigh("ntp", 0.2), 5.0)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="taken already"):
+        loss.backward()
+
+
 def test_tied_embedding_gets_both_gradients() -> None:
     _, weight, ids, predicted, reference = case(7, 2, 12, 16, 60)
     shared = weight.clone().requires_grad_()

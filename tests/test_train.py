@@ -171,6 +171,22 @@ def test_learning_rate_by_hand(tmp_path: Path) -> None:
     assert rates == pytest.approx([0.25, 1.0, 0.55, 0.1])
 
 
+@pytest.mark.parametrize(
+    ("settings", "want"),
+    [
+        ({"schedule": "linear"}, {4: 1.0, 8: 0.55, 12: 0.1}),
+        ({"schedule": "constant"}, {1: 0.25, 4: 1.0, 5: 1.0, 12: 1.0}),
+        ({"schedule": "wsd", "decay_fraction": 0.25}, {4: 1.0, 9: 1.0, 10: 0.7, 11: 0.4, 12: 0.1}),
+        ({"schedule": "wsd", "decay_fraction": 1.0}, {4: 1.0, 8: 0.55, 12: 0.1}),
+        ({"schedule": "wsd", "warmup_steps": 0, "decay_fraction": 0.01}, {1: 1.0, 11: 1.0, 12: 0.1}),
+    ],
+)
+def test_schedules_by_hand(tmp_path: Path, settings: dict, want: dict[int, float]) -> None:
+    settings = {"warmup_steps": 4} | settings
+    config = TrainConfig("s", "m", tmp_path, learning_rate=1.0, min_learning_rate=0.1, **settings)
+    assert {step: learning_rate_at(step, config, 12) for step in want} == pytest.approx(want)
+
+
 def test_evaluation_is_the_mean_over_all_tokens(
     tmp_path: Path, annotated: dict[str, Path], models: dict[str, Path]
 ) -> None:
@@ -213,6 +229,22 @@ def test_bfloat16_base_trains_in_float32_and_exports_bfloat16(
     assert before.keys() == after.keys()  # a tied head is not written twice
     assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "out/model/config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.03)])
+def test_shapes_of_large_models(tmp_path: Path, annotated: dict[str, Path], dtype: str, tolerance: float) -> None:
+    """Tied embeddings, four query heads on one key head, 151,936 embedding rows, unequal rows, document context."""
+    shape = {"num_attention_heads": 4, "num_key_value_heads": 1, "tie_word_embeddings": True}
+    make_model(tmp_path / "model", "Qwen3", vocabulary=151_936, **shape)
+    shards = annotated["document"]
+    metrics = run(tmp_path / "out", shards, tmp_path / "model", seed=4, dtype=dtype, activation_checkpointing=True)[0]
+    base = load(tmp_path / "model")
+    want = remit_step(base, rows_of_step(shards, 0, 8, seed=4), "document", "rl_logprobs", 0.2)
+    want["loss"].backward()
+    norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in base.parameters() if p.grad is not None))
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=max(1e-3, tolerance))
+    for key in ("loss", "ntp_loss", "weight_mean", "clipped_low", "clipped_high"):
+        assert metrics[key] == pytest.approx(float(want[key]), abs=tolerance), key
 
 
 def test_other_settings_do_not_resume(tmp_path: Path, annotated: dict[str, Path], models: dict[str, Path]) -> None:
