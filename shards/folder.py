@@ -134,7 +134,7 @@ class ShardFolder:
         return record
 
     def open_part(self, part: str, columns: list[str] | None = None) -> pa.ipc.RecordBatchFileReader:
-        """Hash a part against its commit record, then open it over the same memory.
+        """Hash a part against its commit record, then open it: the file where it is local, else the memory it is in.
 
         columns: only these are decompressed; None reads all. Raises ValueError for missing, truncated
         or altered bytes, for columns of another type, for a part of another folder and for buffers that
@@ -163,4 +163,6 @@ class ShardFolder:
             raise ValueError(f"{where}: its schema metadata is not that of {part} in this manifest; {REMEDY}")
         check_decompressed_size(data, self.manifest, schema, where)
         included = None if columns is None else [schema.get_field_index(column) for column in columns]
-        return pa.ipc.open_file(data, options=pa.ipc.IpcReadOptions(included_fields=included))
+        # read, not mapped: pages that stay mapped count as memory of a process that goes through the whole corpus
+        source = data if self.store.local is None else self.store.open(part)
+        return pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=included))

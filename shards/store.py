@@ -183,7 +183,7 @@ class LocalStore(Store):
             return file.read_buffer()
 
     def open(self, name: str) -> pa.NativeFile:
-        return pa.memory_map(str(self.path(name)))
+        return pa.OSFile(str(self.path(name)))
 
     def names(self, folder: str = "") -> list[str]:
         try:

@@ -21,6 +21,10 @@ from shards.schema import has_predecessor, list_lengths, logprobs_column
 from trainer.order import WINDOW_BLOCKS, RowOrder
 
 
+OPEN_FILES = 256
+"""Local parts that stay open; each came through its hash when it was opened."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One row. where: part and row for messages; input_ids: int32 [T]; doc_lengths: int32 [pieces];
@@ -91,7 +95,7 @@ class RowReader:
             self._parts[part] = self.folder.open_part(self.folder.manifest.parts[part].name, columns)
             quarantined = self.folder.record(self.folder.manifest.parts[part].name).quarantined
             self._quarantined[part] = set(quarantined.get(self.reference or "", []))
-            if len(self._parts) > 4 * WINDOW_BLOCKS:
+            if len(self._parts) > (2 * WINDOW_BLOCKS if self.folder.store.local is None else OPEN_FILES):
                 old, _ = self._parts.popitem(last=False)
                 del self._quarantined[old]
         self._parts.move_to_end(part)
