@@ -8,6 +8,7 @@ the shards, ReMiT with the reference online; tokens/s, model FLOP utilisation ag
 device was measured to reach, peak memory. Without a GPU it says so and runs small shapes on the CPU.
 """
 
+import gc
 import sys
 from argparse import ArgumentParser
 from pathlib import Path
@@ -160,12 +161,14 @@ def main() -> int:
         ceiling = matmul_flops_per_second(device, getattr(torch, dtype), 8192 if has_gpu else 1024)
         speeds, peaks = {}, {}
         for variant in ("NTP", "ReMiT, stored", "ReMiT, online"):
+            gc.collect()  # compiled layers are cycles of references
             if has_gpu:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             online = load_base(model, dtype, device) if variant.endswith("online") else None
             if online is not None:
                 online.prepare(False, "auto")
+                online.model.to(online.dtype)
             objective = "ntp" if variant == "NTP" else "remit"
             steps = Steps(
                 shards, model, objective, rows, options.micro_batch_size, options.steps + 3, device, dtype, online

@@ -16,6 +16,7 @@ from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from scorer.cluster import cause, ray_cluster
+from scorer.output import absolute
 from trainer.config import TrainConfig
 from trainer.run import TrainResult, run_result
 
@@ -27,7 +28,12 @@ def train_on_ray(config: TrainConfig, should_stop: Callable[[], bool]) -> TrainR
 
     RuntimeError with the worker's own error where one fails; the run can be resumed then, also with another number.
     """
-    config = replace(config, out=config.out.absolute())
+    # Ray's workers have another working directory
+    config = replace(
+        config, out=config.out.absolute(), shards=absolute(config.shards), model=absolute(config.model),
+        eval_shards=config.eval_shards and absolute(config.eval_shards),
+    )  # fmt: skip
+    config.out.parent.mkdir(parents=True, exist_ok=True)
     stop_file = config.out.parent / f".{config.out.name}{STOP}"  # what reaches the workers wherever they are
     stop_file.unlink(missing_ok=True)
     with ray_cluster(config.debug), tempfile.TemporaryDirectory() as storage, watched(should_stop, stop_file):

@@ -2,6 +2,7 @@
 
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -59,13 +60,45 @@ def test_labels_carry_ids_and_logprobs() -> None:
     ids = np.array([0, 2**31 - 1, 5, 151_935, 2**31 - 100, 100], np.int32)
     predicted = np.array([False, True, True, True, True, True])
     row = Row("here", ids, np.array([6], np.int32), predicted, logprobs)
-    labels = Collator()([row])["labels"]
+    labels = Collator("packed")([row])["labels"]
     assert labels.tolist()[0][0] == IGNORED
     assert int((labels != IGNORED).sum()) == 5
     got_ids, got, counts = split_labels(labels)
     assert got_ids[0, 1:].tolist() == ids[1:].tolist()
     assert got[0, 1:].numpy().tobytes() == logprobs[1:].tobytes()
     assert counts[0].tolist() == predicted.tolist()
+
+
+def test_a_state_of_other_readers_is_refused(annotated: dict[str, Path]) -> None:
+    rows = RowDataset(annotated["packed"], "rl", seed=2, world_size=2)
+    next(iter(rows))
+    for other in ({"world_size": 3}, {"world_size": 2, "rank": 1}, {"world_size": 2, "seed": 3}):
+        again = RowDataset(annotated["packed"], "rl", **({"seed": 2} | other))
+        again.load_state_dict(rows.state_dict())
+        with pytest.raises(ValueError, match="rows would be lost and train twice"):
+            next(iter(again))
+
+
+def test_rows_go_to_spawned_workers(annotated: dict[str, Path]) -> None:
+    rows = RowDataset(annotated["document"], "rl", epochs=1)
+    every = names(list(rows))  # its caches are full now
+    loader = DataLoader(rows, batch_size=None, num_workers=1, multiprocessing_context="spawn")
+    assert names(list(loader)) == every
+    assert rows.context == "document"
+
+
+def test_loss_of_rows_that_predict_nothing_and_of_several_gpus() -> None:
+    """By hand: one row of one token has no loss, but a gradient; under DataParallel the counts come as a column."""
+    loss = TrainerLoss("ntp")
+    logits = torch.zeros(1, 3, 4, requires_grad=True)
+    nothing = loss(SimpleNamespace(logits=logits), torch.full((1, 3), IGNORED), torch.tensor(5))
+    nothing.backward()
+    assert nothing.item() == 0
+    assert logits.grad is not None
+    labels = torch.tensor([[IGNORED, 1, 2]])  # log p = -log 4 for both
+    for count in (torch.tensor([[2], [2]]), torch.tensor(4), 4):
+        assert loss(SimpleNamespace(logits=logits), labels, count).item() == pytest.approx(2 * np.log(4) / 4)
+    assert loss(SimpleNamespace(logits=logits), labels).item() == pytest.approx(np.log(4))
 
 
 @pytest.mark.parametrize("context", ["packed", "document"])

@@ -648,7 +648,7 @@ def test_requests_are_not_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
         began = time.monotonic()
         with pytest.raises(StoreSilent):
             store.read("x")
-        assert time.monotonic() - began < 2 * 2 + 1
+        assert time.monotonic() - began < 30  # 2 s and what a loaded machine adds; multiplied it was an hour
         assert len(times) <= 2
     fsspec.filesystem("s3").clear_instance_cache()
 
@@ -663,7 +663,7 @@ def test_a_store_that_came_back_is_waited_for_again(server: S3Server, monkeypatc
     for _ in range(3):
         with pytest.raises(StoreSilent):  # having waited once is enough
             store.names()
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 2  # and not three times a second
     server.tell("start")
     assert store.names() == []
     monkeypatch.setenv("REMIT_STORE_RETRY_SECONDS", "5")
@@ -705,7 +705,7 @@ def test_one_clear_line(
     code, _, error = remit(*arguments)
     assert code == 1
     assert message in last_line(error, command)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
 
 
 def test_wrong_and_missing_credentials(remit: Remit, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -723,7 +723,7 @@ def test_wrong_and_missing_credentials(remit: Remit, monkeypatch: pytest.MonkeyP
             line = last_line(error, "verify")
             assert f"s3://{BUCKET}/x/_manifest.json: the store cannot be used (" in line
             assert "check credentials" in line
-            assert time.monotonic() - began < 5
+            assert time.monotonic() - began < 30
     finally:
         strict.close()
         fsspec.filesystem("s3").clear_instance_cache()
@@ -755,13 +755,12 @@ def test_second_driver_refuses_and_takes_over_from_the_dead(
         driver.wait()
     assert server.keys("leased/_lease/")
     done = len(server.keys("leased/_commits/"))
-    began = time.monotonic()
     code, _, error = remit(*arguments)
     assert code == 0, error
-    assert time.monotonic() - began < 20  # a lease of another machine is waited for 30 s
+    assert "waiting up to" not in error  # as for a lease of another machine
     assert 1 <= done < len(list((local / "scored").glob("*.arrow")))
     assert without_log(server.files("leased")) == without_log(contents(local / "scored"))
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while temporary_files(cluster) and time.monotonic() < deadline:
         time.sleep(0.5)  # workers of the dead driver may end a little later than it
         open_store(out).clean()

@@ -169,6 +169,24 @@ def test_retention_leftovers_and_other_settings(tmp_path: Path) -> None:
     assert (index["step"], index["position"], index["world_size"]) == (4, 4, 1)
     other = make_checkpoints(tmp_path)[0]
     other.settings = "others"
-    step, problems = other.load_newest()
-    assert step == 0
-    assert all("of a run with other settings" in problem for problem in problems)
+    with pytest.raises(ValueError, match=r"no checkpoint can be used: .*step-000004: of a run with other settings"):
+        other.load_newest()
+
+
+def test_damaged_newer_ones_do_not_crowd_out_what_follows(tmp_path: Path) -> None:
+    """Steps 8 and 9 are damaged, the run goes on from 3: what it saves is kept, what it passed over goes."""
+    checkpoints, _ = make_checkpoints(tmp_path)
+    for step in (3, 999_999, 1_000_000):  # by number, not by name
+        train_a_step(checkpoints)
+        checkpoints.save(step, step)
+    checkpoints.wait()
+    for step in (999_999, 1_000_000):
+        (tmp_path / f"step-{step}" / ".metadata").write_bytes(b"gone")
+    again, _ = make_checkpoints(tmp_path, keep=1)
+    assert again.load_newest()[0] == 3
+    again.save(4, 4)
+    again.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000004"]
+    (tmp_path / "step-000004" / ".metadata").unlink()
+    with pytest.raises(ValueError, match=r"no checkpoint can be used: .*delete the run's folder to start over"):
+        make_checkpoints(tmp_path)[0].load_newest()

@@ -51,7 +51,7 @@ class Checkpoints:
         self.folder, self.model, self.optimizer, self.world = folder, model, optimizer, world
         self.settings, self.keep = settings, keep
         # a save runs beside the training and must not meet its collectives
-        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=world.timeout) if world.size > 1 else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future | None = None
 
@@ -96,7 +96,9 @@ class Checkpoints:
                 shutil.rmtree(final)
             os.rename(temporary, final)
             fsync_folder(self.folder)
-            for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
+            steps = _steps(self.folder)
+            newer = [path for step, path in steps.items() if step > index["step"]]  # passed over when the run began
+            for old in newer + [path for step, path in steps.items() if step <= index["step"]][: -self.keep]:
                 shutil.rmtree(old)
             for leftover in self.folder.glob(".step-*.tmp"):
                 shutil.rmtree(leftover)
@@ -104,11 +106,12 @@ class Checkpoints:
     def load_newest(self) -> tuple[int, list[str]]:
         """Load the newest valid checkpoint into model and optimizer.
 
-        Returns the number of steps done (0 without a checkpoint) and what was wrong with newer ones.
+        Returns the number of steps done (0 without a checkpoint) and what was wrong with newer ones. ValueError where
+        there are checkpoints and none is valid: to begin again is the user's decision.
         """
         found: tuple[Path | None, list[str]] = (None, [])
         if self.world.first:
-            for checkpoint in sorted(self.folder.glob("step-*"), reverse=True):
+            for checkpoint in reversed(_steps(self.folder).values()):
                 problem = _damage(checkpoint, self.settings)
                 if problem is None:
                     found = (checkpoint, found[1])
@@ -116,6 +119,10 @@ class Checkpoints:
                 found[1].append(problem)
         checkpoint_found, problems = self.world.from_first(found)
         if checkpoint_found is None:
+            if problems:
+                raise ValueError(
+                    f"{self.folder}: no checkpoint can be used: {'; '.join(problems)}; delete the run's folder to start over"
+                )
             return 0, problems
         state = _state(self.model, self.optimizer)
         dcp.load(state, checkpoint_id=checkpoint_found, process_group=self._group, no_dist=self._group is None)
@@ -134,6 +141,12 @@ def whole_weights(model: nn.Module) -> dict[str, Any]:
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(model, options=options)
     return {name.removeprefix("model."): tensor for name, tensor in state.items()}
+
+
+def _steps(folder: Path) -> dict[int, Path]:
+    """The checkpoints of a folder by step, in order."""
+    found = {int(path.name.removeprefix("step-")): path for path in folder.glob("step-*")}
+    return dict(sorted(found.items()))
 
 
 def _sync_and_hash(path: Path) -> str:
@@ -160,6 +173,6 @@ def _damage(checkpoint: Path, settings: str) -> str | None:
             for name, sha256 in zip(files, hashes):
                 if index["files"][name] != sha256:
                     return f"{checkpoint / name}: sha256 differs from {INDEX}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{checkpoint / INDEX}: {error}"
     return None

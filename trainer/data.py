@@ -20,7 +20,6 @@ from shards.folder import ShardFolder
 from shards.schema import has_predecessor, list_lengths, logprobs_column
 from trainer.order import WINDOW_BLOCKS, RowOrder
 
-
 OPEN_FILES = 256
 """Local parts that stay open; each came through its hash when it was opened."""
 
@@ -74,6 +73,9 @@ class RowReader:
         self._parts: OrderedDict[int, pa.ipc.RecordBatchFileReader] = OrderedDict()
         self._quarantined: dict[int, set[int]] = {}  # rows of a part that were not scored
         self._blocks: OrderedDict[int, list[Row]] = OrderedDict()
+
+    def __reduce__(self) -> tuple:
+        return RowReader, (self.folder, self.context, self.reference, self.num_embeddings)  # opens its own files
 
     def rows(self, places: np.ndarray) -> list[Row]:
         """The rows at `places`, [rows, 2] block and row within the block."""

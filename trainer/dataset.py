@@ -1,11 +1,12 @@
 """The rows of annotated shards for other people's training loops.
 
     rows = RowDataset("shards", reference="rl", seed=0)
-    loader = StatefulDataLoader(rows, batch_size=8, collate_fn=Collator())   # of torchdata; torch's DataLoader does, too
-    trainer = transformers.Trainer(model, args, train_dataset=rows, data_collator=Collator(),
+    loader = StatefulDataLoader(rows, batch_size=8, collate_fn=Collator(rows.context))   # of torchdata
+    trainer = transformers.Trainer(model, args, train_dataset=rows, data_collator=Collator(rows.context),
                                    compute_loss_func=TrainerLoss("remit", epsilon=0.2))
 
-args needs remove_unused_columns=False, and max_steps, because an IterableDataset has no length.
+args needs remove_unused_columns=False, and max_steps, because an IterableDataset has no length; with several processes
+also accelerator_config={"dispatch_batches": False}, because batches are padded to different lengths.
 """
 
 from collections.abc import Iterator
@@ -28,6 +29,9 @@ IGNORED = -100
 
 class RowDataset(IterableDataset):
     """Rows in training order, without end unless `epochs` is given; state_dict and load_state_dict resume exactly.
+
+    The state lives where the rows are read: torchdata's StatefulDataLoader collects it from its workers, torch's own
+    DataLoader does so without workers only.
 
     Each item is a trainer.data.Row. reference: name of the stored log-probs, or None for plain next-token prediction.
     context: as trainer.config says; None: as the reference was scored, packed without one. num_embeddings: token ids
@@ -52,16 +56,21 @@ class RowDataset(IterableDataset):
         folder.require_complete()
         if context is None:
             context = folder.require_reference(reference)["context"] if reference else "packed"
+        self.context = context
         self._reader = RowReader(folder, context, reference, num_embeddings)
         self._order = RowOrder(self._reader.block_rows, seed)
         self._end = None if epochs is None else round(epochs * self._order.num_rows)
         self._rank, self._world_size = rank, world_size
         self._next: int | None = None
+        self._loaded: dict[str, Any] = {}
 
     def __iter__(self) -> Iterator[Row]:
         worker = get_worker_info()
         index, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
         stride *= self._world_size
+        here = self._readers(stride)
+        if self._loaded and self._loaded != here:
+            raise ValueError(f"the state is of {self._loaded}, this is {here}; rows would be lost and train twice")
         if self._next is None:
             self._next = index * self._world_size + self._rank
         while self._end is None or self._next < self._end:
@@ -75,11 +84,16 @@ class RowDataset(IterableDataset):
         self._next = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Position of the next row; valid for the same seed, rank, world size and number of workers."""
-        return {"next": self._next}
+        """Position of the next row, and who reads: rank, and ranks times workers, which must be the same again."""
+        worker = get_worker_info()
+        return {"next": self._next} | self._readers(self._world_size * (worker.num_workers if worker else 1))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._next = state["next"]
+        self._loaded = {key: value for key, value in state.items() if key != "next"}
+
+    def _readers(self, stride: int) -> dict[str, Any]:
+        return {"seed": self._order.seed, "rank": self._rank, "readers": stride}
 
 
 class Collator:
@@ -90,7 +104,7 @@ class Collator:
     pass through a Trainer as one tensor; -100 where a token does not count. TrainerLoss takes them apart.
     """
 
-    def __init__(self, context: str = "packed") -> None:
+    def __init__(self, context: str) -> None:
         self.context = context
 
     def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
@@ -121,11 +135,13 @@ class TrainerLoss:
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """outputs.logits [B, T, V]; labels [B, T]; num_items_in_batch: predicted tokens of the whole optimizer step."""
         ids_BT, logprobs_BT, predicted_BT = split_labels(labels)
-        total = outputs.logits.new_zeros((), dtype=torch.float32)
+        total = outputs.logits[..., :0].float().sum()  # 0 that depends on the model, for rows that predict nothing
         for logits_TV, ids_T, logprobs_T, predicted_T in zip(outputs.logits, ids_BT, logprobs_BT, predicted_BT):
             position_N = predicted_T.nonzero()[:, 0]
             if len(position_N):
                 losses_N = token_losses(logits_TV[position_N - 1].float(), ids_T[position_N])[0]
                 reference_N = logprobs_T[position_N] if self._needs_reference else None
                 total = total + (self._weigh(losses_N.detach(), reference_N).weights_N * losses_N).sum()
-        return total / (predicted_BT.sum() if num_items_in_batch is None else num_items_in_batch)
+        if num_items_in_batch is None:
+            return total / predicted_BT.sum()
+        return total / torch.as_tensor(num_items_in_batch).sum()  # one entry per GPU under DataParallel

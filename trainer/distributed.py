@@ -26,12 +26,13 @@ DDP_PARAMETERS = 1_500_000_000
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of the run. local_size: processes on this machine."""
+    """This process among those of the run. local_size: processes on each machine."""
 
     device: torch.device
     rank: int = 0
     size: int = 1
     local_size: int = 1
+    timeout: timedelta = timedelta(minutes=10)
 
     @property
     def first(self) -> bool:
@@ -77,7 +78,11 @@ def connect(timeout_seconds: float) -> Iterator[World]:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=timedelta(seconds=timeout_seconds)
         )  # fmt: skip
-    yield World(device, dist.get_rank(), size, int(os.environ.get("LOCAL_WORLD_SIZE", str(size))))
+    local_sizes: list[Any] = [None] * size
+    dist.all_gather_object(local_sizes, int(os.environ.get("LOCAL_WORLD_SIZE", str(size))))
+    # machines with different numbers of processes cannot be replicas of each other: they count as one
+    local_size = local_sizes[0] if len(set(local_sizes)) == 1 else size
+    yield World(device, dist.get_rank(), size, local_size, timedelta(seconds=timeout_seconds))
     # not where the block raised: the others are still in a collective, and the launcher ends them
     if own:
         dist.barrier()

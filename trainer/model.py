@@ -70,10 +70,14 @@ class Base:
         position_ids_BT: restarting at 0 with each document; transformers then confines attention to the
         documents. None: one sequence per row.
         """
+        shape = input_ids_BT.shape
         positions = {} if position_ids_BT is None else {"position_ids": position_ids_BT}
+        if position_ids_BT is not None and self.model.config._attn_implementation == "flash_attention_2":
+            # transformers looks for documents in batches of one row only; theirs are told apart by their positions
+            input_ids_BT, positions = input_ids_BT.view(1, -1), {"position_ids": position_ids_BT.reshape(1, -1)}
         with self.autocast():
             output = self.model.get_decoder()(input_ids=input_ids_BT, use_cache=False, return_dict=True, **positions)
-        return output.last_hidden_state.to(self.dtype)
+        return output.last_hidden_state.view(*shape, -1).to(self.dtype)
 
     def prepare(self, activation_checkpointing: bool, compile_layers: str) -> None:
         """Before the weights are spread over ranks. compile_layers: "auto" (on a GPU), "on", "off"."""
@@ -104,8 +108,8 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def load_base(folder: Path, dtype: str, device: torch.device) -> Base:
-    """Load the model with float32 weights; ValueError where it is missing, carries code or pickles, or its head is not
+def load_base(folder: Path, dtype: str, device: torch.device, context: str = "packed") -> Base:
+    """Load the model with float32 weights for rows of one sequence (packed) or several (document); ValueError where it is missing, carries code or pickles, or its head is not
     plain."""
     refuse_code_and_pickles(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -119,7 +123,8 @@ def load_base(folder: Path, dtype: str, device: torch.device) -> Base:
     for name in dropout:
         setattr(config, name, 0.0)
     # PyTorch's own attention is as fast where a row is one sequence, but masks T x T where it holds several
-    use_flash = device.type == "cuda" and is_flash_attn_2_available() and resolve_dtype(dtype, device) != torch.float32
+    can_flash = device.type == "cuda" and resolve_dtype(dtype, device) != torch.float32 and is_flash_attn_2_available()
+    use_flash = context == "document" and can_flash and architecture_has_flash(config)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
@@ -142,6 +147,12 @@ def load_base(folder: Path, dtype: str, device: torch.device) -> Base:
     check_plain_head(base)
     model.train()
     return base
+
+
+def architecture_has_flash(config: Any) -> bool:
+    """Whether transformers has flash attention for this architecture."""
+    with torch.device("meta"):
+        return bool(getattr(AutoModelForCausalLM.from_config(config), "_supports_flash_attn", False))
 
 
 @contextlib.contextmanager
@@ -196,8 +207,8 @@ def check_document_attention(base: Base) -> None:
     was_training = model.training
     model.eval()
     generator = torch.Generator().manual_seed(0)
-    first, second = torch.randint(0, base.num_embeddings, (2, 1, 8), generator=generator).to(base.device)
-    positions = torch.arange(8, device=base.device)[None]
+    first, second = torch.randint(0, base.num_embeddings, (2, 2, 8), generator=generator).to(base.device)
+    positions = torch.arange(8, device=base.device).expand(2, 8)
     try:
         packed = base.hidden_states(torch.cat([first, second], 1), torch.cat([positions, positions], 1))[:, 8:]
     except TypeError:

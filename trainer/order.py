@@ -23,6 +23,9 @@ class RowOrder:
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
         self._window = lru_cache(maxsize=4)(self._make_window)
 
+    def __reduce__(self) -> tuple:
+        return RowOrder, (self.block_rows, self.seed)  # without its caches, for the workers of a DataLoader
+
     def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Blocks in the order of this epoch, and the position at which each window ends."""
         blocks = np.random.default_rng([self.seed, epoch]).permutation(len(self.block_rows))

@@ -13,7 +13,7 @@ from shards.fingerprint import weights_fingerprint
 from shards.folder import ShardFolder
 from shards.manifest import first_difference
 from shards.part import encode_json, publish_json
-from shards.store import open_store, temporary_name
+from shards.store import fsync_folder, open_store, temporary_name
 from trainer.config import TrainConfig
 from trainer.model import Base
 
@@ -95,6 +95,8 @@ def export(base: Base, state: dict[str, Tensor], shards: ShardFolder, model: Pat
     """Write the model with its tokenizer (the base's own, else the one of the shards) to `final`."""
     if final.exists():
         return
+    for leftover in final.parent.glob(f".{final.name}.*.tmp"):
+        shutil.rmtree(leftover)  # of an export that was cut off
     temporary = temporary_name(final)
     base.export(temporary, state)
     own = (model / "tokenizer.json").exists() or (model / "tokenizer_config.json").exists()
@@ -105,7 +107,12 @@ def export(base: Base, state: dict[str, Tensor], shards: ShardFolder, model: Pat
                 shutil.copyfile(file, temporary / file.name)
     else:
         shards.copy_tokenizer(temporary)
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
     os.rename(temporary, final)
+    fsync_folder(final.parent)
 
 
 def run_result(out: Path) -> TrainResult:

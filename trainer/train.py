@@ -6,7 +6,6 @@ log-probs come from the shards. The same command again goes on from the newest v
 """
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 
 from shards.folder import ShardFolder
-from shards.part import encode_json
+from shards.part import sha256_file
 from trainer.checkpoint import Checkpoints, whole_weights
 from trainer.config import TrainConfig, learning_rate_at
 from trainer.data import GlobalBatch, Row, RowReader, collate, global_batches
@@ -33,6 +32,7 @@ from trainer.run import (
     EVALUATION,
     METRICS,
     MODEL,
+    RUN,
     TrainResult,
     export,
     keep_lines,
@@ -76,7 +76,7 @@ def train_in(world: World, config: TrainConfig, progress: Progress, should_stop:
         prepare_out(config.out, settings)
     if world.from_first((config.out / MODEL).exists()):
         return run_result(config.out)
-    base = load_base(Path(config.model), config.dtype, world.device)
+    base = load_base(Path(config.model), config.dtype, world.device, context)
     check_fits(base, Path(config.model), shards)
     if context == "document":
         check_document_attention(base)
@@ -91,12 +91,12 @@ def train_in(world: World, config: TrainConfig, progress: Progress, should_stop:
     model = spread(loss_model, base.layers, world, config.sharding, base.dtype)
     optimizer = make_optimizer(loss_model, config)
     evaluate = open_evaluation(config, base, model, world, context)
-    fingerprint = hashlib.sha256(encode_json(settings)).hexdigest()
+    if world.first:
+        open_run(config.out, settings)
+    fingerprint = world.from_first(sha256_file(config.out / RUN) if world.first else None)
     checkpoints = Checkpoints(
         config.out / CHECKPOINTS, loss_model, optimizer, world, fingerprint, config.keep_checkpoints
     )  # fmt: skip
-    if world.first:
-        open_run(config.out, settings)
     first_step, problems = checkpoints.load_newest()
     tokens = 0
     if world.first:
@@ -159,7 +159,8 @@ def train_in(world: World, config: TrainConfig, progress: Progress, should_stop:
                 evaluate(step)
             # a signal may have come to one rank alone
             stopping = bool(world.sum(torch.tensor(int(should_stop())))) and step < num_steps
-            if stopping or (config.checkpoint_every and step % config.checkpoint_every == 0 and step < num_steps):
+            # after the last step too, so that an export that fails need not train again
+            if stopping or (config.checkpoint_every and (step % config.checkpoint_every == 0 or step == num_steps)):
                 checkpoints.save(step, step * config.global_batch_size)
             if world.first:
                 progress(step, num_steps, metrics)
