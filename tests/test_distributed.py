@@ -96,7 +96,7 @@ def test_hybrid_over_two_machines(
     assert_same(metrics_of(tmp_path / "out"), metrics_of(one))
 
 
-@pytest.mark.parametrize("sharding", ["replicate", "full"])
+@pytest.mark.parametrize("sharding", [pytest.param("replicate", marks=pytest.mark.slow), "full"])
 def test_bfloat16_ranks_are_near_one_process(
     tmp_path: Path, annotated: dict[str, Path], models: dict[str, Path], one: Path, sharding: str
 ) -> None:
@@ -107,7 +107,9 @@ def test_bfloat16_ranks_are_near_one_process(
         assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=0.05)
 
 
-@pytest.mark.parametrize("options", [("--activation-checkpointing",), ("--compile", "on")])
+@pytest.mark.parametrize(
+    "options", [("--activation-checkpointing",), pytest.param(("--compile", "on"), marks=pytest.mark.slow)]
+)
 def test_sharded_tied_and_document_context_against_float64(
     tmp_path: Path, annotated: dict[str, Path], options: tuple[str, ...]
 ) -> None:
