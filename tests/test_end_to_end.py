@@ -33,8 +33,11 @@ def check_scores(shards: Path, model: Path, name: str, context: str) -> None:
 
 @pytest.mark.parametrize(
     ("family", "context"),
-    [("Olmo2", "packed"), ("SmolLM3", "document"), ("Llama", "packed"), ("Qwen3", "document"), ("Youtu", "packed")],
-)
+    [
+        ("Olmo2", "packed"), ("SmolLM3", "document"), ("Qwen3", "document"), ("Youtu", "packed"),
+        pytest.param("Llama", "packed", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_family(
     tmp_path: Path, corpus_folder: Path, tokenizer_folder: Path, remit: Remit, family: str, context: str
 ) -> None:
