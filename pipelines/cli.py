@@ -105,7 +105,11 @@ def main(arguments: list[str] | None = None) -> None:
             fail(command, FAILED, str(error))
         fail(command, FAILED, f"internal error, {type(error).__name__}: {error}; --debug shows where")
     if code == STOPPED:
-        print(f"\nremit {command}: stopped by {stop.name}; the same command again goes on", file=sys.stderr, flush=True)
+        print(
+            f"\nremit {command}: stopped by {stop.name or 'a signal to another process'}; the same command again goes on",
+            file=sys.stderr,
+            flush=True,
+        )
     sys.exit(code)
 
 

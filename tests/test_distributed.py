@@ -92,6 +92,8 @@ def test_hybrid_over_two_machines(
     wait_for(lambda: (tmp_path / "out/checkpoints/step-000002").exists(), processes[0])
     for process in processes:
         kill_tree(process)
+    assert (tmp_path / "out/checkpoints/step-000002").exists()  # or the one process would do all the work
+    assert not (tmp_path / "out/model").exists()
     finish(launch(tmp_path / "out", annotated["packed"], models["base"], 1))
     assert_same(metrics_of(tmp_path / "out"), metrics_of(one))
 
@@ -133,6 +135,8 @@ def test_another_world_size_goes_on(
         process = launch(out, shards, models["base"], ranks, "--sharding", "full", "--checkpoint-every", 1)
         wait_for(lambda stop_at=stop_at: (out / f"checkpoints/step-{stop_at:06d}").exists(), process)
         kill_tree(process)
+        assert (out / f"checkpoints/step-{stop_at:06d}").exists()  # or the next one would do all the work
+        assert not (out / "model").exists()
     finish(launch(out, shards, models["base"], 1, "--checkpoint-every", 1))
     assert_same(metrics_of(out), metrics_of(one))
 

@@ -61,7 +61,7 @@ class TrainConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the decoder layers; auto: on a GPU."""
     checkpoint_every: int = 500
-    """Steps between checkpoints; 0: none."""
+    """Steps between checkpoints, and one after the last step; 0: none."""
     keep_checkpoints: int = 2
     """The newest so many checkpoints are kept."""
     ray_workers: int = 0
