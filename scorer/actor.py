@@ -24,7 +24,7 @@ from shards.folder import ShardFolder
 from shards.lease import LeaseLost, check_fence
 from shards.part import CommittedAlready, read_record, record_name, write_part
 from shards.quarantine import read_quarantined_rows, write_quarantined_rows
-from shards.schema import has_predecessor, list_array, list_lengths, logprobs_column, row_schema
+from shards.schema import has_predecessor, list_array, list_lengths, logprobs_column
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class ScoringActor:
         assert self._shards is not None
         assert self._out is not None
         out, name = self._out, self._task.name
-        schema = row_schema(tuple(out.manifest.references))
+        schema = out.schema
         side = read_quarantined_rows(self._shards.store, part)
         quarantined = dict(self._shards.record(part).quarantined)
         written, bad_rows = [], []

@@ -15,7 +15,7 @@ from shards.decompressed import check_decompressed_size
 from shards.fingerprint import parse_tokenizer_json, tokenizer_difference, tokenizer_fingerprint
 from shards.manifest import Manifest
 from shards.part import COMMITS, METADATA_KEY, CommitRecord, read_record
-from shards.schema import logprobs_column, row_schema
+from shards.schema import logprobs_column
 from shards.store import Store, open_store
 
 TOKENIZER = "_tokenizer"
@@ -38,7 +38,7 @@ class ShardFolder:
     @property
     def schema(self) -> pa.Schema:
         """Expected schema of every part, without metadata."""
-        return row_schema(tuple(self.manifest.references))
+        return self.manifest.schema
 
     def tokenizer_json(self) -> dict[str, Any]:
         """Parsed tokenizer.json of the tokenizer that packed the rows."""

@@ -14,9 +14,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from shards.part import publish_json
-from shards.schema import CONTEXTS, logprobs_column
+from shards.schema import CONTEXTS, logprobs_column, row_schema
 from shards.store import Store, open_store
 
 FORMAT = "remit-shards"
@@ -66,7 +67,7 @@ class Manifest:
     but its last; so a reader knows the place of each row without opening the parts.
     tokenizer: fingerprint, eos_token_id, vocab_size (largest id + 1), special_tokens ("parse" or "text").
     references: per name its model name, revision, weights_sha256, dtype, engine, engine_version,
-    tensor_parallel_size, context, logprob_step.
+    tensor_parallel_size, context, logprob_step, and top_k where its most probable tokens are stored.
     """
 
     seq_len: int
@@ -84,6 +85,11 @@ class Manifest:
     @property
     def tokens(self) -> int:
         return sum(part.tokens for part in self.parts)
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Arrow schema of every part, without metadata."""
+        return row_schema(self.references, {name: entry.get("top_k", 0) for name, entry in self.references.items()})
 
     @cached_property
     def documents(self) -> dict[str, int]:
@@ -214,6 +220,8 @@ class Manifest:
             logprobs_column(name)
             if reference.get("context") not in CONTEXTS:
                 raise ValueError(f"reference {name}: context is {reference.get('context')!r}")
+            if not isinstance(reference.get("top_k", 0), int) or reference.get("top_k", 0) < 0:
+                raise ValueError(f"reference {name}: top_k is {reference['top_k']!r}")
 
 
 def first_difference(ours: Any, theirs: Any, where: str = "") -> str | None:

@@ -4,6 +4,7 @@ T = tokens of a row, D = document pieces of a row.
 """
 
 import re
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -26,10 +27,18 @@ def logprobs_column(name: str) -> str:
     return name + LOGPROBS_SUFFIX
 
 
-def row_schema(references: list[str] | tuple[str, ...] = ()) -> pa.Schema:
+def topk_columns(name: str) -> tuple[str, str]:
+    """Columns that hold the most probable tokens of the reference called `name`: their ids and their log-probs."""
+    stem = logprobs_column(name).removesuffix(LOGPROBS_SUFFIX)
+    return f"{stem}_topk_ids", f"{stem}_topk_logprobs"
+
+
+def row_schema(references: Iterable[str] = (), top_k: Mapping[str, int] | None = None) -> pa.Schema:
     """Arrow schema of a part with one log-prob column per reference.
 
-    All list columns have one entry per token, except doc_lengths and doc_ids: one per document piece.
+    All list columns have one entry per token, except doc_lengths and doc_ids: one per document piece. top_k: per
+    reference the number of most probable tokens that are stored for each token, 0 or absent for none; an entry is
+    then a list of that fixed size.
     """
     fields = [
         pa.field("input_ids", pa.list_(pa.int32()), nullable=False),
@@ -37,7 +46,13 @@ def row_schema(references: list[str] | tuple[str, ...] = ()) -> pa.Schema:
         pa.field("doc_ids", pa.list_(pa.int64()), nullable=False),
         pa.field("source", pa.int32(), nullable=False),
     ]
-    fields += [pa.field(logprobs_column(name), pa.list_(pa.float32()), nullable=False) for name in references]
+    for name in references:
+        fields.append(pa.field(logprobs_column(name), pa.list_(pa.float32()), nullable=False))
+        k = (top_k or {}).get(name, 0)
+        if k:
+            ids, logprobs = topk_columns(name)
+            fields.append(pa.field(ids, pa.list_(pa.list_(pa.int32(), k)), nullable=False))
+            fields.append(pa.field(logprobs, pa.list_(pa.list_(pa.float32(), k)), nullable=False))
     return pa.schema(fields)
 
 
