@@ -19,8 +19,9 @@ def peak(kind: str, vocabulary: int, length: int, budget: int) -> None:
     """Print the memory that the loss adds to its inputs."""
     import torch
 
-    from trainer.head import weighted_cross_entropy
-    from trainer.objectives import make_weigh
+    from trainer.batch import MicroBatch
+    from trainer.head import objective_loss
+    from trainer.objectives import ObjectiveSettings, make_objective
     from trainer.step import peak_memory_bytes
 
     generator = torch.Generator().manual_seed(0)
@@ -34,10 +35,8 @@ def peak(kind: str, vocabulary: int, length: int, budget: int) -> None:
     hidden.grad = weight.grad = None
     before = peak_memory_bytes(torch.device("cpu"))
     if kind == "head":
-        loss = weighted_cross_entropy(
-            hidden, weight, ids, predicted, make_weigh("remit", 0.2), length - 1, reference_BT=reference,
-            logits_budget_bytes=budget,
-        )  # fmt: skip
+        batch, remit = MicroBatch(ids, predicted, {"logprobs": reference}), make_objective(ObjectiveSettings())
+        loss = objective_loss(hidden, weight, batch, remit, length - 1, logits_budget_bytes=budget)
     else:
         loss = torch.nn.functional.cross_entropy((hidden[0, :-1] @ weight.T).float(), ids[0, 1:])
     loss.backward()

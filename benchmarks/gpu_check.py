@@ -24,9 +24,10 @@ from rich.table import Table
 
 from benchmarks.common import claim, make_shards, report
 from benchmarks.training import Steps, annotate, synchronize
-from trainer.head import weighted_cross_entropy
+from trainer.batch import MicroBatch
+from trainer.head import objective_loss
 from trainer.model import load_base
-from trainer.objectives import make_weigh
+from trainer.objectives import ObjectiveSettings, make_objective
 
 OLMO_2_1B = {"hidden_size": 2048, "layers": 16, "heads": 16, "intermediate": 8192, "vocabulary": 100_352}
 SMALL = {"hidden_size": 256, "layers": 4, "heads": 8, "intermediate": 1024, "vocabulary": 16_384}
@@ -71,10 +72,9 @@ def head_error(device: torch.device, dtype: torch.dtype, objective: str, budget:
 
     hidden = hidden_BTH.to(device).requires_grad_()
     weight = weight_VH.to(device).requires_grad_()
-    loss = weighted_cross_entropy(
-        hidden, weight, ids_BT.to(device), predicted_BT, make_weigh(objective, 0.2), count,
-        reference_BT=reference_BT.to(device), logits_budget_bytes=budget,
-    )  # fmt: skip
+    batch = MicroBatch(ids_BT.to(device), predicted_BT, {"logprobs": reference_BT.to(device)})
+    chosen = make_objective(ObjectiveSettings(objective=objective))  # type: ignore[arg-type]
+    loss = objective_loss(hidden, weight, batch, chosen, count, logits_budget_bytes=budget)
     loss.backward()
 
     def relative(found: Any, want: Any) -> float:

@@ -11,13 +11,16 @@ import pyarrow as pa
 import torch
 
 from shards import Manifest, ShardFolder, row_schema, write_part
+from trainer.batch import MicroBatch, collate
 from trainer.config import TrainConfig
-from trainer.data import GlobalBatch, MicroBatch, RowReader, collate, global_batches
-from trainer.distributed import scalar
-from trainer.head import HeadStatistics, token_losses
+from trainer.data import GlobalBatch, RowReader, global_batches
+from trainer.distributed import World, scalar
+from trainer.first_pass import global_weights, second_pass
+from trainer.head import token_losses
 from trainer.model import Base, load_base
-from trainer.objectives import make_weigh
+from trainer.objectives import ObjectiveSettings, make_objective
 from trainer.order import RowOrder
+from trainer.statistics import StepStatistics
 from trainer.step import LossModel
 from trainer.train import make_optimizer
 
@@ -66,15 +69,17 @@ class Steps:
         dtype: str = "float32",
         online: Base | None = None,
         compile_layers: str = "auto",
+        **settings: Any,
     ) -> None:
         self.device, self.micro_batch_size, self.online = device, micro_batch_size, online
-        self.stored = objective != "ntp" and online is None
+        self.objective = make_objective(ObjectiveSettings(objective=objective, **settings))  # type: ignore[arg-type]
+        stored = self.objective.columns and online is None
         self.base = load_base(model, dtype, device)
         self.base.prepare(False, compile_layers)
         self.model = LossModel(self.base)
         self.optimizer = make_optimizer(self.model, TrainConfig("", "", Path("."), learning_rate=1e-5))
-        self.weigh = make_weigh(objective, 0.2)
-        reader = RowReader(shards, "packed", "rl" if self.stored else None, self.base.num_embeddings)
+        reference = "rl" if stored else None
+        reader = RowReader(shards, "packed", reference, self.base.num_embeddings, self.objective.columns)
         order = RowOrder(reader.block_rows, seed=0)
         self.batches: Iterator[GlobalBatch] = global_batches(reader, order, batch_size, 0, num_steps, None)
         self.waited = self.seconds = self.loss = 0.0
@@ -85,15 +90,19 @@ class Steps:
         synchronize(self.device)
         began = perf_counter()
         batch = next(self.batches)
-        statistics = HeadStatistics.zeros(self.device)
+        statistics = StepStatistics(self.device, figures=self.objective.figures)
         predicted = sum(int(row.predicted.sum()) for row in batch.rows)
-        for rows in batch.micro_batches(self.micro_batch_size, 1):
-            micro_batch = collate(rows, "packed", self.device, self.stored)
+        micro_batches, minimised = batch.micro_batches(self.micro_batch_size, 1), self.objective
+        if self.objective.scope == "global":
+            micro_batches = global_weights(self.model, self.objective, micro_batches, "packed", World(self.device))
+            minimised = second_pass(self.objective)
+        for rows in micro_batches:
+            micro_batch = collate(rows, "packed", self.device)
             if self.online is not None:
-                micro_batch = replace(micro_batch, reference_BT=reference_logprobs(self.online, micro_batch))
-            self.model(micro_batch, self.weigh, predicted, 1, statistics).backward()
+                micro_batch = replace(micro_batch, columns={"logprobs": reference_logprobs(self.online, micro_batch)})
+            self.model(micro_batch, minimised, predicted, 1, statistics).backward()
         norm = scalar(torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0))
-        sums = statistics.as_dict()
+        sums = statistics.sums
         assert np.isfinite([norm, *sums.values()]).all()
         self.loss = sums["loss"] / predicted
         self.optimizer.step()

@@ -19,7 +19,7 @@ from scorer.forward import load_forward
 from shards.fingerprint import refuse_code_and_pickles, weights_fingerprint
 from shards.folder import ShardFolder
 from shards.schema import logprobs_column
-from trainer.objectives import remit_weights
+from trainer.objectives.remit import remit_weights
 
 WEIGHT_CHANGE = 0.02
 

@@ -15,7 +15,7 @@ from shards.decompressed import check_decompressed_size
 from shards.fingerprint import parse_tokenizer_json, tokenizer_difference, tokenizer_fingerprint
 from shards.manifest import Manifest
 from shards.part import COMMITS, METADATA_KEY, CommitRecord, read_record
-from shards.schema import logprobs_column
+from shards.schema import logprobs_column, topk_columns
 from shards.store import Store, open_store
 
 TOKENIZER = "_tokenizer"
@@ -88,6 +88,14 @@ class ShardFolder:
             raise ValueError(
                 f"{self.path}: column {logprobs_column(name)} was scored in {scored} context, {context} asked for; "
                 f"use --context {scored}, or score again with --context {context}"
+            )
+
+    def require_top_k(self, name: str) -> None:
+        """ValueError unless the most probable tokens of the reference `name` are stored."""
+        if not self.require_reference(name).get("top_k"):
+            raise ValueError(
+                f"{self.path}: has log-probs of {name!r}, but not its most probable tokens ({topk_columns(name)[0]}); "
+                "score with --top-k 32, for instance"
             )
 
     def require_tokenizer(self, tokenizer_json: dict, model: str) -> None:

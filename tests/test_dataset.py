@@ -13,7 +13,7 @@ from oracles import load, read_rows, remit_step
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from trainer.data import Row
+from trainer.batch import Row
 from trainer.dataset import IGNORED, Collator, RowDataset, TrainerLoss, split_labels
 
 
@@ -59,7 +59,7 @@ def test_labels_carry_ids_and_logprobs() -> None:
     logprobs = np.array([0.0, -0.0, -1e-45, -3.5, -np.finfo(np.float32).max, -100.0], np.float32)
     ids = np.array([0, 2**31 - 1, 5, 151_935, 2**31 - 100, 100], np.int32)
     predicted = np.array([False, True, True, True, True, True])
-    row = Row("here", ids, np.array([6], np.int32), predicted, logprobs)
+    row = Row("here", 0, ids, np.array([6], np.int32), predicted, {"logprobs": logprobs})
     labels = Collator("packed")([row])["labels"]
     assert labels.tolist()[0][0] == IGNORED
     assert int((labels != IGNORED).sum()) == 5

@@ -3,8 +3,16 @@
 import pytest
 import torch
 
-from trainer.head import HeadStatistics, weighted_cross_entropy
-from trainer.objectives import make_weigh
+from trainer.batch import MicroBatch
+from trainer.head import objective_loss
+from trainer.objectives import ObjectiveSettings, make_objective
+from trainer.statistics import StepStatistics
+
+NTP, REMIT = (make_objective(ObjectiveSettings(objective=name)) for name in ("ntp", "remit"))
+
+
+def batch_of(ids, predicted, reference) -> MicroBatch:
+    return MicroBatch(ids, predicted, {"logprobs": reference})
 
 
 def oracle(hidden, weight, bias, ids, predicted, reference, epsilon, normaliser):
@@ -50,14 +58,12 @@ def test_float32_equals_float64_autograd(objective: str, seed: int, shape: tuple
     normaliser = 37.0
     want = oracle(hidden, weight, bias, ids, predicted, reference, 0.2 if objective == "remit" else None, normaliser)
     inputs = [hidden.requires_grad_(), weight.requires_grad_()] + ([] if bias is None else [bias.requires_grad_()])
-    loss = weighted_cross_entropy(
+    loss = objective_loss(
         hidden,
         weight,
-        ids,
-        predicted,
-        make_weigh(objective, 0.2),
+        batch_of(ids, predicted, reference),
+        REMIT if objective == "remit" else NTP,
         normaliser,
-        reference_BT=reference,
         bias_V=bias,
         logits_budget_bytes=budget,
     )
@@ -72,9 +78,7 @@ def test_bfloat16_stays_near_float64() -> None:
     want = oracle(hidden, weight, None, ids, predicted, reference, 0.2, 50.0)
     master = weight.float().requires_grad_()
     hidden.requires_grad_()
-    loss = weighted_cross_entropy(
-        hidden, master, ids, predicted, make_weigh("remit", 0.2), 50.0, reference_BT=reference
-    )
+    loss = objective_loss(hidden, master, batch_of(ids, predicted, reference), REMIT, 50.0)
     loss.backward()
     assert loss.item() == pytest.approx(want[0].item(), rel=1e-2)
     for got, expected in ((hidden.grad, want[1]), (master.grad, want[2])):
@@ -90,9 +94,8 @@ def test_large_vocabulary(dtype: torch.dtype, tolerance: float) -> None:
     want = oracle(hidden, weight, None, ids, predicted, reference, 0.2, 31.0)
     hidden.requires_grad_()
     weight.requires_grad_()
-    loss = weighted_cross_entropy(
-        hidden, weight, ids, predicted, make_weigh("remit", 0.2), 31.0, reference_BT=reference,
-        logits_budget_bytes=4 * 151_936 * 8,
+    loss = objective_loss(
+        hidden, weight, batch_of(ids, predicted, reference), REMIT, 31.0, logits_budget_bytes=4 * 151_936 * 8
     )  # fmt: skip
     loss.backward()
     assert loss.item() == pytest.approx(want[0].item(), rel=tolerance)
@@ -103,7 +106,7 @@ def test_large_vocabulary(dtype: torch.dtype, tolerance: float) -> None:
 def test_gradients_are_taken_once() -> None:
     hidden, weight, ids, predicted, _ = case(3, 2, 9, 8, 50)
     hidden.requires_grad_()
-    loss = weighted_cross_entropy(hidden, weight, ids, predicted, make_weigh("ntp", 0.2), 5.0)
+    loss = objective_loss(hidden, weight, MicroBatch(ids, predicted), NTP, 5.0)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="taken already"):
         loss.backward()
@@ -113,9 +116,7 @@ def test_tied_embedding_gets_both_gradients() -> None:
     _, weight, ids, predicted, reference = case(7, 2, 12, 16, 60)
     shared = weight.clone().requires_grad_()
     embedded = torch.nn.functional.embedding(ids, shared)
-    weighted_cross_entropy(
-        embedded, shared, ids, predicted, make_weigh("remit", 0.2), 20.0, reference_BT=reference
-    ).backward()
+    objective_loss(embedded, shared, batch_of(ids, predicted, reference), REMIT, 20.0).backward()
 
     double = weight.double().requires_grad_()
     grads = oracle(torch.nn.functional.embedding(ids, weight), weight, None, ids, predicted, reference, 0.2, 20.0)
@@ -125,25 +126,18 @@ def test_tied_embedding_gets_both_gradients() -> None:
 
 def test_statistics_and_evaluation() -> None:
     hidden, weight, ids, predicted, reference = case(3, 4, 21, 16, 60, spread=3.0)
-    statistics = HeadStatistics.zeros()
+    statistics = StepStatistics()
     with torch.no_grad():
-        loss = weighted_cross_entropy(
-            hidden,
-            weight.requires_grad_(),
-            ids,
-            predicted,
-            make_weigh("remit", 0.2),
-            1.0,
-            reference_BT=reference,
-            statistics=statistics,
-        )
+        loss = objective_loss(
+            hidden, weight.requires_grad_(), batch_of(ids, predicted, reference), REMIT, 1.0, statistics=statistics
+        )  # fmt: skip
     assert not loss.requires_grad
-    sums = statistics.as_dict()
+    sums = statistics.sums
     assert sums["tokens"] == predicted.sum()
     logprobs = (hidden.double() @ weight.detach().double().T).log_softmax(-1)
     plain = sum(-logprobs[r, t - 1, ids[r, t]] for r, t in predicted.nonzero().tolist())
     assert sums["loss"] == pytest.approx(plain.item(), rel=1e-6)
-    assert sums["weighted_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert sums["objective_loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert 0 < sums["clipped_low"] < sums["tokens"]
 
 
@@ -151,4 +145,4 @@ def test_first_position_cannot_be_predicted() -> None:
     hidden, weight, ids, predicted, _ = case(3, 2, 5, 8, 20)
     predicted[1, 0] = True
     with pytest.raises(ValueError, match="position 0"):
-        weighted_cross_entropy(hidden, weight, ids, predicted, make_weigh("ntp", 0.2), 1.0)
+        objective_loss(hidden, weight, MicroBatch(ids, predicted), NTP, 1.0)

@@ -286,7 +286,7 @@ def test_row_reader(scored: str, local: Path) -> None:
     assert len(places) >= 8
     for ours, theirs in zip(*rows, strict=True):
         assert np.array_equal(ours.input_ids, theirs.input_ids)
-        assert ours.reference_logprobs.tobytes() == theirs.reference_logprobs.tobytes()
+        assert ours.columns["logprobs"].tobytes() == theirs.columns["logprobs"].tobytes()
 
 
 def test_pyarrow_opens_the_folder(scored: str, local: Path, server: S3Server) -> None:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from trainer.objectives import ntp_weights, remit_weights
+from trainer.objectives.remit import remit_weights
 
 
 def test_equal_models_give_weight_one() -> None:
@@ -37,7 +37,3 @@ def test_clip_begins_at_ln_one_and_a_half() -> None:
 
 def test_one_token_has_weight_one() -> None:
     assert remit_weights(torch.tensor([5.0]), torch.tensor([-1.0]), 0.2).weights_N.item() == 1
-
-
-def test_ntp_ignores_the_reference() -> None:
-    assert ntp_weights(torch.tensor([1.0, 9.0]), torch.tensor([-1.0, -1.0])).weights_N.tolist() == [1, 1]

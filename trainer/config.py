@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from trainer.objectives.settings import ObjectiveSettings
+
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(ObjectiveSettings):
     """Mid-train a base model from annotated shards."""
 
     shards: str
@@ -16,12 +18,8 @@ class TrainConfig:
     """Base model: a Hugging Face folder or a hub id."""
     out: Path
     """Folder for metrics, checkpoints and the trained model; the same command again resumes."""
-    objective: Literal["remit", "ntp"] = "remit"
-    """remit weights each token by how much better the reference predicts it; ntp is plain next-token prediction."""
     reference: str = "rl"
-    """Name of the reference whose log-probs weight the tokens (the --name of remit score)."""
-    epsilon: float = 0.2
-    """Weights are clipped to 1 - epsilon .. 1 + epsilon (Eq. 5 of arXiv 2602.03075)."""
+    """Name of the reference whose stored log-probs the objective reads (the --name of remit score)."""
     context: Literal["auto", "packed", "document"] = "auto"
     """Attention over the whole row or within each document; auto: as the reference was scored."""
     max_steps: int | None = None
@@ -76,6 +74,7 @@ class TrainConfig:
     """Show tracebacks."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("global_batch_size", "micro_batch_size", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
@@ -85,8 +84,6 @@ class TrainConfig:
         for name in ("min_learning_rate", "weight_decay", "checkpoint_every", "eval_every", "seed", "ray_workers"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 0 or more")
-        if not 0 < self.epsilon < 1:
-            raise ValueError(f"--epsilon is {self.epsilon}, expected a number between 0 and 1, for instance 0.2")
         if not 0 < self.decay_fraction <= 1:
             raise ValueError(
                 f"--decay-fraction is {self.decay_fraction}, expected a share of the steps above 0, up to 1"

@@ -1,68 +1,57 @@
-"""Read rows of a shard folder in training order, check them, and pad them to micro-batches.
-
-B rows of at most T tokens.
-"""
+"""Read rows of a shard folder in training order, and check them. T tokens of a row, K most probable ones of each."""
 
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
-from torch import Tensor
 
 from shards.folder import ShardFolder
-from shards.schema import has_predecessor, list_lengths, logprobs_column
+from shards.schema import has_predecessor, list_lengths, logprobs_column, topk_columns
+from trainer.batch import Row
 from trainer.order import WINDOW_BLOCKS, RowOrder
 
 OPEN_FILES = 256
 """Local parts that stay open; each came through its hash when it was opened."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row. where: part and row for messages; input_ids: int32 [T]; doc_lengths: int32 [pieces];
-    predicted: bool [T]; reference_logprobs: float32 [T], 0 where not predicted, or None."""
-
-    where: str
-    input_ids: np.ndarray
-    doc_lengths: np.ndarray
-    predicted: np.ndarray
-    reference_logprobs: np.ndarray | None
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Rows padded on the right. position_ids_BT is None in packed context, else restarts with each document."""
-
-    input_ids_BT: Tensor
-    predicted_BT: Tensor
-    position_ids_BT: Tensor | None
-    reference_BT: Tensor | None
+MASS_TOLERANCE = 0.02  # above 1, of stored probabilities: rounding to 1/64 nat and bfloat16
 
 
 class RowReader:
     """Rows of a complete shard folder by block and place, where a block is a record batch of a part.
 
-    context: "packed" or "document", which decides what is predicted. reference: name of the log-prob column
-    to read, or None. num_embeddings: token ids must be below it. A part is hashed against its commit record
-    before the first of its rows is read. ValueError names the row that breaks a promise of the format.
+    context: "packed" or "document", which decides what is predicted. reference: name of the reference whose columns
+    are read, or None. columns: which of them: "logprobs", "topk_ids", "topk_logprobs". num_embeddings: token ids must
+    be below it. A part is hashed against its commit record before the first of its rows is read. ValueError names the
+    row that breaks a promise of the format.
     """
 
-    def __init__(self, folder: ShardFolder, context: str, reference: str | None, num_embeddings: int) -> None:
+    def __init__(
+        self,
+        folder: ShardFolder,
+        context: str,
+        reference: str | None,
+        num_embeddings: int,
+        columns: tuple[str, ...] = ("logprobs",),
+    ) -> None:
         folder.require_complete()
+        self._names: dict[str, str] = {}  # of the columns in the folder
         if reference is not None:
             folder.require_logprobs_of(reference, context)
-        self.folder, self.context, self.reference, self.num_embeddings = (
+            top_ids, top_logprobs = topk_columns(reference)
+            known = {"logprobs": logprobs_column(reference), "topk_ids": top_ids, "topk_logprobs": top_logprobs}
+            self._names = {column: known[column] for column in columns}
+            if "topk_ids" in columns:
+                folder.require_top_k(reference)
+        self.folder, self.context, self.reference, self.num_embeddings, self.columns = (
             folder,
             context,
             reference,
             num_embeddings,
+            columns,
         )
         manifest = folder.manifest
         blocks = [-(-plan.rows // manifest.rows_per_batch) for plan in manifest.parts]
@@ -75,7 +64,8 @@ class RowReader:
         self._blocks: OrderedDict[int, list[Row]] = OrderedDict()
 
     def __reduce__(self) -> tuple:
-        return RowReader, (self.folder, self.context, self.reference, self.num_embeddings)  # opens its own files
+        # opens its own files
+        return RowReader, (self.folder, self.context, self.reference, self.num_embeddings, self.columns)
 
     def rows(self, places: np.ndarray) -> list[Row]:
         """The rows at `places`, [rows, 2] block and row within the block."""
@@ -91,9 +81,7 @@ class RowReader:
 
     def _reader(self, part: int) -> pa.ipc.RecordBatchFileReader:
         if part not in self._parts:
-            columns = ["input_ids", "doc_lengths"]
-            if self.reference is not None:
-                columns.append(logprobs_column(self.reference))
+            columns = ["input_ids", "doc_lengths", "source", *self._names.values()]
             self._parts[part] = self.folder.open_part(self.folder.manifest.parts[part].name, columns)
             quarantined = self.folder.record(self.folder.manifest.parts[part].name).quarantined
             self._quarantined[part] = set(quarantined.get(self.reference or "", []))
@@ -118,9 +106,8 @@ class RowReader:
         ids = batch.column("input_ids").flatten().to_numpy()
         doc_lengths = batch.column("doc_lengths").flatten().to_numpy()
         predicted = has_predecessor(lengths, doc_lengths, self.context)
-        logprobs = None
-        if self.reference is not None:
-            logprobs = batch.column(logprobs_column(self.reference)).flatten().to_numpy(zero_copy_only=False)
+        source = batch.column("source").to_numpy()
+        stored = {column: _flat(batch.column(name)) for column, name in self._names.items()}
         token_ends, piece_ends = np.cumsum(lengths), np.cumsum(pieces)
         rows = []
         for row in range(batch.num_rows):
@@ -131,10 +118,11 @@ class RowReader:
                 self._check(
                     Row(
                         f"{self.folder.store.where(name)} row {first_row + row}",
+                        int(source[row]),
                         ids[tokens],
                         doc_lengths[piece_ends[row] - pieces[row] : piece_ends[row]],
                         predicted[tokens] & scored,
-                        None if logprobs is None else logprobs[tokens],
+                        {column: values[tokens] for column, values in stored.items()},
                     )
                 )
             )
@@ -151,50 +139,39 @@ class RowReader:
                 f"{row.where}: token ids from {row.input_ids.min()} to {row.input_ids.max()}, the model has embeddings "
                 f"for 0..{self.num_embeddings - 1}; use the model that the corpus was packed for"
             )
-        if row.reference_logprobs is None:
+        if not row.columns:
             return row
-        logprobs = row.reference_logprobs  # null arrives as NaN
-        values = logprobs[row.predicted]
-        if not np.all(np.isfinite(values) & (values <= 0)) or not np.all(np.isnan(logprobs[~row.predicted])):
-            raise ValueError(
-                f"{row.where}: a log-prob of {self.reference} is missing, not finite or positive; "
-                "run remit verify, then score the part again"
-            )
-        clean = np.where(row.predicted, logprobs, 0).astype(np.float32)
-        return Row(row.where, row.input_ids, row.doc_lengths, row.predicted, clean)
+        clean = {}
+        for column, values in row.columns.items():  # null arrives as NaN
+            present = values[row.predicted]
+            fault = None
+            if column == "topk_ids":
+                if not np.all((present >= 0) & (present < self.num_embeddings)):
+                    fault = f"that is not a token of the model (0..{self.num_embeddings - 1})"
+            elif not np.all(np.isfinite(present) & (present <= 0)) or not np.all(np.isnan(values[~row.predicted])):
+                fault = "that is missing, not finite or positive"
+            elif column == "topk_logprobs" and np.any(np.exp(present).sum(-1) > 1 + MASS_TOLERANCE):
+                fault = "too much: the probabilities of a token sum to more than 1"
+            if fault:
+                raise ValueError(
+                    f"{row.where}: {self._names[column]} has a value {fault}; run remit verify, then score the part again"
+                )
+            shape = (-1, *[1] * (values.ndim - 1))
+            clean[column] = np.where(row.predicted.reshape(shape), values, 0).astype(values.dtype)
+        return replace(row, columns=clean)
 
 
-def collate(rows: list[Row], context: str, device: torch.device | str, has_reference: bool) -> MicroBatch:
-    """Pad rows on the right to the longest one and move them to `device`; no rows: one that predicts nothing."""
-    length = max((len(row.input_ids) for row in rows), default=2)
-    shape = (max(1, len(rows)), length)
-    input_ids = np.zeros(shape, dtype=np.int64)
-    predicted = np.zeros(shape, dtype=bool)
-    positions = np.tile(np.arange(length), (shape[0], 1))
-    reference = np.zeros(shape, dtype=np.float32) if has_reference else None
-    for index, row in enumerate(rows):
-        tokens = len(row.input_ids)
-        input_ids[index, :tokens] = row.input_ids
-        predicted[index, :tokens] = row.predicted
-        if reference is not None:
-            reference[index, :tokens] = row.reference_logprobs
-        starts = np.cumsum(row.doc_lengths) - row.doc_lengths
-        positions[index, :tokens] -= np.repeat(starts, row.doc_lengths)
-        positions[index, tokens:] -= tokens  # the padding is a document of its own
-
-    def move(values: np.ndarray | None) -> Any:
-        if values is None:
-            return None
-        tensor = torch.from_numpy(values)
-        # pinned memory lets the copy run beside the computation
-        return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor
-
-    return MicroBatch(
-        move(input_ids),
-        torch.from_numpy(predicted),
-        move(positions if context == "document" else None),
-        move(reference),
-    )
+def _flat(column: pa.ListArray) -> np.ndarray:
+    """Entries of all lists of a column, one after the other: [T] or [T, K]; a null is NaN (0 for ids)."""
+    flat = column.flatten()
+    if not pa.types.is_fixed_size_list(flat.type):
+        return flat.to_numpy(zero_copy_only=False)
+    k = flat.type.list_size
+    values = flat.values.slice(flat.offset * k, len(flat) * k).to_numpy(zero_copy_only=False).reshape(-1, k)
+    if flat.null_count:  # what stands in the place of a null is undefined
+        missing = np.nan if values.dtype == np.float32 else 0
+        values = np.where(flat.is_valid().to_numpy(zero_copy_only=False)[:, None], values, missing)
+    return values.astype(np.int32 if pa.types.is_integer(flat.type.value_type) else np.float32, copy=False)
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from shards.folder import ShardFolder
-from trainer.data import Row, RowReader, collate
+from trainer.batch import Row, collate
+from trainer.data import RowReader
 from trainer.head import token_losses
-from trainer.objectives import NEEDS_REFERENCE, make_weigh
+from trainer.objectives import ObjectiveSettings, Tokens, make_objective
 from trainer.order import RowOrder
 
 READ_AHEAD_ROWS = 64
@@ -33,7 +34,7 @@ class RowDataset(IterableDataset):
     The state lives where the rows are read: torchdata's StatefulDataLoader collects it from its workers, torch's own
     DataLoader does so without workers only.
 
-    Each item is a trainer.data.Row. reference: name of the stored log-probs, or None for plain next-token prediction.
+    Each item is a trainer.batch.Row. reference: name of the stored log-probs, or None for plain next-token prediction.
     context: as trainer.config says; None: as the reference was scored, packed without one. num_embeddings: token ids
     must be below it. rank and world_size: this process takes every world_size-th row; the workers of a DataLoader
     divide those among them in turn, so the order within a batch depends on num_workers (0 and 1 are exact).
@@ -108,9 +109,8 @@ class Collator:
         self.context = context
 
     def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
-        has_reference = rows[0].reference_logprobs is not None
-        batch = collate(rows, self.context, "cpu", has_reference)
-        logprobs = batch.reference_BT if batch.reference_BT is not None else torch.zeros(batch.input_ids_BT.shape)
+        batch = collate(rows, self.context, "cpu")
+        logprobs = batch.columns.get("logprobs", torch.zeros(batch.input_ids_BT.shape))
         high = logprobs.contiguous().view(torch.int32).long() << 32
         labels = torch.where(batch.predicted_BT, high | batch.input_ids_BT, IGNORED)
         positions = {} if batch.position_ids_BT is None else {"position_ids": batch.position_ids_BT}
@@ -126,22 +126,37 @@ def split_labels(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class TrainerLoss:
-    """compute_loss_func of transformers' Trainer for an objective: Eq. 6 over the batch that Collator made."""
+    """compute_loss_func of transformers' Trainer for an objective: Eq. 6 over the batch that Collator made.
 
-    def __init__(self, objective: str = "remit", epsilon: float = 0.2) -> None:
-        self._weigh = make_weigh(objective, epsilon)
-        self._needs_reference = NEEDS_REFERENCE[objective]
+    settings: of the objective by keyword, as trainer.objectives.settings names them. ValueError for what cannot be
+    computed from labels and logits of a batch: kd, centring by document, the global scope of rho1.
+    """
+
+    def __init__(self, objective: str = "remit", **settings: Any) -> None:
+        if objective == "rho1":
+            settings = {"scope": "row"} | settings
+        chosen = ObjectiveSettings(objective=objective, **settings)  # type: ignore[arg-type]
+        self._objective = make_objective(chosen)
+        if self._objective.weigh is None or self._objective.scope == "global" or chosen.centring == "document":
+            raise ValueError(
+                f"objective {objective!r} with {settings}: needs more than the labels of one batch; use remit train"
+            )
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """outputs.logits [B, T, V]; labels [B, T]; num_items_in_batch: predicted tokens of the whole optimizer step."""
         ids_BT, logprobs_BT, predicted_BT = split_labels(labels)
         total = outputs.logits[..., :0].float().sum()  # 0 that depends on the model, for rows that predict nothing
-        for logits_TV, ids_T, logprobs_T, predicted_T in zip(outputs.logits, ids_BT, logprobs_BT, predicted_BT):
-            position_N = predicted_T.nonzero()[:, 0]
-            if len(position_N):
-                losses_N = token_losses(logits_TV[position_N - 1].float(), ids_T[position_N])[0]
-                reference_N = logprobs_T[position_N] if self._needs_reference else None
-                total = total + (self._weigh(losses_N.detach(), reference_N).weights_N * losses_N).sum()
+        rows = torch.arange(len(labels), device=labels.device)
+        for scope in [rows] if self._objective.scope == "micro" else rows[:, None]:
+            inner_N, position_N = predicted_BT[scope].nonzero().unbind(1)
+            row_N = scope[inner_N]
+            if len(row_N):
+                logits_NV = outputs.logits[row_N, position_N - 1].float()
+                losses_N = token_losses(logits_NV, ids_BT[row_N, position_N])[0]
+                columns = dict.fromkeys(self._objective.columns, logprobs_BT[row_N, position_N])
+                tokens = Tokens(losses_N.detach(), inner_N, torch.zeros_like(inner_N), columns)
+                assert self._objective.weigh is not None
+                total = total + (self._objective.weigh(tokens).weights_N * losses_N).sum()
         if num_items_in_batch is None:
             return total / predicted_BT.sum()
         return total / torch.as_tensor(num_items_in_batch).sum()  # one entry per GPU under DataParallel

@@ -44,6 +44,13 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def gather(self, values: Tensor) -> Tensor:
+        """CPU tensors of all ranks, of any lengths, one after the other."""
+        everyones: list[Any] = [values] * self.size
+        if self.size > 1:
+            dist.all_gather_object(everyones, values)
+        return torch.cat(everyones)
+
     def from_first(self, value: Any) -> Any:
         """The object of rank 0, on all ranks."""
         values = [value]

@@ -1,68 +1,23 @@
-"""The loss head: weighted cross entropy from hidden states, loss and gradient in one pass.
+"""The loss head: an objective's loss from hidden states, loss and gradient in one pass.
 
-B sequences of T positions, H hidden size, V vocabulary, N predicted tokens of one sequence.
+B sequences of T positions, H hidden size, V vocabulary, N predicted tokens of one scope.
 
-The weights of a token depend on the losses of its whole sequence, so a sequence is the natural chunk: with
-one sequence's logits in hand its losses, weights and gradients all follow, and no more than one sequence's
-logits exist at any time. A sequence whose logits exceed `logits_budget_bytes` is split into pieces: a first
-pass takes the losses, a second one computes the logits again piece by piece.
+The weights of a token depend on the losses of its whole scope (for ReMiT its sequence), so a scope is the natural
+chunk: with its logits in hand its losses, weights and gradients all follow, and no more than one scope's logits exist
+at any time. A scope whose logits exceed `logits_budget_bytes` is split into pieces: a first pass takes the losses, a
+second one computes the logits again piece by piece. A loss that a token's own logits decide needs no second pass.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trainer.objectives import Weigh, Weighted
+from trainer.batch import MicroBatch
+from trainer.objectives.objective import Objective, Tokens
+from trainer.statistics import StepStatistics
 
 LOGITS_BUDGET_BYTES = 3 << 30
-
-
-@dataclass
-class HeadStatistics:
-    """Sums over predicted tokens, float64 [8], added to by every call; see NAMES for the order."""
-
-    sums: Tensor
-
-    NAMES = (
-        "tokens",
-        "loss",
-        "weight",
-        "weight_squared",
-        "weighted_loss",
-        "delta",
-        "clipped_low",
-        "clipped_high",
-    )
-
-    @classmethod
-    def zeros(cls, device: torch.device | str = "cpu") -> "HeadStatistics":
-        return cls(torch.zeros(len(cls.NAMES), dtype=torch.float64, device=device))
-
-    def add(self, losses_N: Tensor, weighted: Weighted) -> None:
-        """Add one sequence."""
-        weights_N = weighted.weights_N
-        zero = losses_N.new_zeros((), dtype=torch.float64)
-
-        def total(values: Tensor | None) -> Tensor:
-            return zero if values is None else values.sum(dtype=torch.float64)
-
-        self.sums += torch.stack(
-            [
-                zero + losses_N.numel(),
-                total(losses_N),
-                total(weights_N),
-                total(weights_N.double().square()),
-                total(weights_N.double() * losses_N.double()),
-                total(weighted.delta_N),
-                total(weighted.clipped_low_N),
-                total(weighted.clipped_high_N),
-            ]
-        )
-
-    def as_dict(self) -> dict[str, float]:
-        return dict(zip(self.NAMES, self.sums.tolist()))
 
 
 def token_losses(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,71 +57,109 @@ class _Logits:
         return largest_N + normaliser_N.log() - target_N, normaliser_N
 
 
-class _WeightedCrossEntropy(torch.autograd.Function):
+class _Gradients:
+    """Gradients of hidden states, weight and bias, which pieces of logits add to; None where none are wanted."""
+
+    def __init__(self, hidden_BTH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> None:
+        self.hidden_BTH = torch.zeros_like(hidden_BTH)
+        self.weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
+        self.bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
+
+    def add(self, grad_NV: Tensor, hidden_NH: Tensor, compute_VH: Tensor, row_N: Tensor, position_N: Tensor) -> None:
+        """grad_NV: float32, by the logits of the tokens at row_N, position_N."""
+        if self.bias_V is not None:
+            self.bias_V += grad_NV.sum(0)
+        grad_NV = grad_NV.to(hidden_NH.dtype)
+        self.hidden_BTH[row_N, position_N - 1] = grad_NV @ compute_VH
+        if hidden_NH.dtype == torch.float32:
+            self.weight_VH.addmm_(grad_NV.T, hidden_NH)
+        elif hidden_NH.is_cuda:
+            self.weight_VH += torch.mm(grad_NV.T, hidden_NH, out_dtype=torch.float32)
+        else:  # CPUs have no product of bfloat16 that leaves float32: one rounding per piece
+            self.weight_VH += grad_NV.T @ hidden_NH
+
+
+class _ObjectiveLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         hidden_BTH: Tensor,
         weight_VH: Tensor,
         bias_V: Tensor | None,
-        input_ids_BT: Tensor,
-        predicted_BT: Tensor,
-        reference_BT: Tensor | None,
-        weigh: Weigh,
+        batch: MicroBatch,
+        objective: Objective,
         normaliser: float,
-        statistics: HeadStatistics,
+        statistics: StepStatistics,
         logits_budget_bytes: int,
     ) -> Tensor:
-        needs_gradient = any(ctx.needs_input_grad[:3])
         compute_VH = weight_VH.to(hidden_BTH.dtype)
-        grad_hidden_BTH = torch.zeros_like(hidden_BTH) if needs_gradient else None
-        grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if needs_gradient else None
-        grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if needs_gradient and bias_V is not None else None
+        gradients = _Gradients(hidden_BTH, weight_VH, bias_V) if any(ctx.needs_input_grad[:3]) else None
         loss = hidden_BTH.new_zeros((), dtype=torch.float32)
-        piece = max(1, logits_budget_bytes // (4 * weight_VH.shape[0]))
-        logits = _Logits(compute_VH, bias_V, min(piece, hidden_BTH.shape[1]))
+        length = max(1, logits_budget_bytes // (4 * weight_VH.shape[0]))  # of a piece, in positions
+        rows = range(hidden_BTH.shape[0])
+        scopes = [list(rows)] if objective.scope == "micro" else [[row] for row in rows]
+        counts = batch.predicted_BT.sum(1).tolist()
+        sources = batch.sources or (0,) * len(rows)
+        most = max(sum(counts[row] for row in scope) for scope in scopes)
+        logits = _Logits(compute_VH, bias_V, min(length, max(1, most)))
 
-        for row in range(hidden_BTH.shape[0]):
-            position_N = predicted_BT[row].nonzero()[:, 0].to(hidden_BTH.device, non_blocking=True)
-            if not len(position_N):
+        for scope in scopes:
+            place_N2 = batch.predicted_BT[scope].nonzero().to(hidden_BTH.device, non_blocking=True)
+            if not len(place_N2):
                 continue  # a one-token row has nothing to predict
-            hidden_NH = hidden_BTH[row, position_N - 1]  # position t is predicted from the state at t - 1
-            targets_N = input_ids_BT[row, position_N]
-            spans = [slice(start, start + piece) for start in range(0, len(position_N), piece)]
+            inner_N, position_N = place_N2.unbind(1)
+            row_N = inner_N + scope[0]
+            hidden_NH = hidden_BTH[row_N, position_N - 1]  # position t is predicted from the state at t - 1
+            targets_N = batch.input_ids_BT[row_N, position_N]
+            columns = {name: values[row_N, position_N] for name, values in batch.columns.items()}
+            columns = {
+                name: values if values.is_floating_point() else values.long() for name, values in columns.items()
+            }
+            spans = [slice(start, start + length) for start in range(0, len(position_N), length)]
 
+            def add_gradient(span: slice, grad_NV: Tensor) -> None:
+                if gradients is not None:
+                    gradients.add(grad_NV, hidden_NH[span], compute_VH, row_N[span], position_N[span])  # noqa: B023
+
+            if objective.loss is not None:
+                for span in spans:
+                    logits_NV = logits(hidden_NH[span])
+                    here = {name: values[span] for name, values in columns.items()}
+                    result = objective.loss(logits_NV, targets_N[span], here)
+                    statistics.add_losses(sources[scope[0]], result, here.get("logprobs"))
+                    loss += result.losses_N.sum() / normaliser
+                    if gradients is not None:
+                        add_gradient(span, logits_NV.div_(normaliser))
+                continue
+
+            assert objective.weigh is not None
             passes = []
             for span in spans:
                 probabilities_NV = logits(hidden_NH[span])
                 passes.append(logits.exponentiate(probabilities_NV, targets_N[span]))
-            losses_N, normaliser_N = (torch.cat(parts) for parts in zip(*passes))
-            reference_N = None if reference_BT is None else reference_BT[row, position_N]
-            weighted = weigh(losses_N, reference_N)
-            statistics.add(losses_N, weighted)
+            losses_N, sums_N = (torch.cat(parts) for parts in zip(*passes))
+            document_N = torch.zeros_like(row_N) if batch.document_BT is None else batch.document_BT[row_N, position_N]
+            weighted = objective.weigh(Tokens(losses_N, inner_N, document_N, columns))
+            first = 0
+            for row in scope:
+                own = slice(first, first + counts[row])
+                statistics.add_weights(sources[row], losses_N[own], weighted.part(own))
+                first += counts[row]
             scale_N = weighted.weights_N / normaliser
             loss += (scale_N * losses_N).sum()
-            if grad_hidden_BTH is None or grad_weight_VH is None:
+            if gradients is None:
                 continue
-
             for span in spans:
                 if len(spans) > 1:
                     probabilities_NV = logits(hidden_NH[span])
                     logits.exponentiate(probabilities_NV, targets_N[span])
                 # d loss / d logits = scale * (softmax - onehot), built in the logits' own memory
-                grad_NV = probabilities_NV.mul_((scale_N[span] / normaliser_N[span])[:, None])
+                grad_NV = probabilities_NV.mul_((scale_N[span] / sums_N[span])[:, None])
                 grad_NV.scatter_add_(1, targets_N[span, None], -scale_N[span, None])
-                if grad_bias_V is not None:
-                    grad_bias_V += grad_NV.sum(0)
-                grad_NV = grad_NV.to(hidden_NH.dtype)
-                grad_hidden_BTH[row, position_N[span] - 1] = grad_NV @ compute_VH
-                if hidden_NH.dtype == torch.float32:
-                    grad_weight_VH.addmm_(grad_NV.T, hidden_NH[span])
-                elif hidden_NH.is_cuda:
-                    grad_weight_VH += torch.mm(grad_NV.T, hidden_NH[span], out_dtype=torch.float32)
-                else:  # CPUs have no product of bfloat16 that leaves float32: one rounding per piece
-                    grad_weight_VH += grad_NV.T @ hidden_NH[span]
+                add_gradient(span, grad_NV)
 
-        if needs_gradient:
-            ctx.gradients = (grad_hidden_BTH, grad_weight_VH, grad_bias_V)
+        if gradients is not None:
+            ctx.gradients = (gradients.hidden_BTH, gradients.weight_VH, gradients.bias_V)
             ctx.weight_dtype = weight_VH.dtype
         return loss
 
@@ -184,49 +177,39 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             grad_hidden_BTH,
             grad_weight_VH.to(ctx.weight_dtype),
             None if grad_bias_V is None else grad_bias_V.to(ctx.weight_dtype),
-            *[None] * 7,
+            *[None] * 5,
         )
 
 
-def weighted_cross_entropy(
+def objective_loss(
     hidden_BTH: Tensor,
     weight_VH: Tensor,
-    input_ids_BT: Tensor,
-    predicted_BT: Tensor,
-    weigh: Weigh,
+    batch: MicroBatch,
+    objective: Objective,
     normaliser: float,
     *,
-    reference_BT: Tensor | None = None,
     bias_V: Tensor | None = None,
-    statistics: HeadStatistics | None = None,
+    statistics: StepStatistics | None = None,
     logits_budget_bytes: int = LOGITS_BUDGET_BYTES,
 ) -> Tensor:
-    """Sum over predicted tokens of w_t * -log p(x_t | x_<t), divided by `normaliser` (Eq. 6), a scalar.
+    """Sum over predicted tokens of w_t * -log p(x_t | x_<t), or of the objective's own loss, divided by `normaliser`
+    (Eq. 6), a scalar.
 
-    hidden_BTH: last hidden states, float32 or bfloat16; weight_VH, bias_V: of the output embedding;
-    input_ids_BT: int64; predicted_BT: bool, true where x_t counts (never at t = 0), on the CPU so that a GPU need not
-    be waited for, or on the same device; reference_BT: float32
-    stored log-probs, read where predicted; weigh: from trainer.objectives, called once per sequence;
-    normaliser: the number of predicted tokens of the whole global batch, so that micro-batches add up.
-    Gradients flow to hidden_BTH, weight_VH and bias_V. statistics are added to.
+    hidden_BTH: last hidden states, float32 or bfloat16; weight_VH, bias_V: of the output embedding; normaliser: the
+    number of predicted tokens of the whole global batch, so that micro-batches add up. Gradients flow to hidden_BTH,
+    weight_VH and bias_V. statistics are added to. ValueError for an objective of "global" scope: see
+    trainer/first_pass.py.
     """
-    if bool(predicted_BT[:, 0].any()):
+    if objective.scope == "global":
+        raise ValueError("a micro-batch is not the global batch; give the weights of trainer.first_pass instead")
+    if bool(batch.predicted_BT[:, 0].any()):
         raise ValueError("position 0 is marked as predicted, but nothing precedes it; clear predicted_BT[:, 0]")
     if not torch.is_grad_enabled():  # evaluation: no gradient buffers
         hidden_BTH, weight_VH = hidden_BTH.detach(), weight_VH.detach()
         bias_V = None if bias_V is None else bias_V.detach()
     if statistics is None:
-        statistics = HeadStatistics.zeros(hidden_BTH.device)
-    loss: Tensor = _WeightedCrossEntropy.apply(
-        hidden_BTH,
-        weight_VH,
-        bias_V,
-        input_ids_BT,
-        predicted_BT,
-        reference_BT,
-        weigh,
-        normaliser,
-        statistics,
-        logits_budget_bytes,
-    )
+        statistics = StepStatistics(hidden_BTH.device)
+    loss: Tensor = _ObjectiveLoss.apply(
+        hidden_BTH, weight_VH, bias_V, batch, objective, normaliser, statistics, logits_budget_bytes
+    )  # fmt: skip
     return loss

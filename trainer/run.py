@@ -1,6 +1,7 @@
 """The folder of a run: its settings, its metrics files, the exported model."""
 
 import json
+import math
 import os
 import shutil
 from dataclasses import asdict, dataclass
@@ -16,11 +17,13 @@ from shards.part import encode_json, publish_json
 from shards.store import fsync_folder, open_store, temporary_name
 from trainer.config import TrainConfig
 from trainer.model import Base
+from trainer.objectives.settings import OPTIONS
 
 RUN = "run.json"
 METRICS = "metrics.jsonl"
 EVALUATION = "evaluation.jsonl"
 MODEL = "model"
+TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
 NOT_SETTINGS = (
     *("out", "debug", "shards", "model", "eval_shards", "checkpoint_every", "keep_checkpoints", "timeout_seconds"),
@@ -43,9 +46,11 @@ class TrainResult:
 
 def run_settings(config: TrainConfig, shards: ShardFolder, context: str) -> dict[str, Any]:
     """All that decides the outcome of a run; a resume under other settings is refused."""
-    settings = asdict(config)
-    for name in NOT_SETTINGS:
-        del settings[name]
+    settings = {name: value for name, value in asdict(config).items() if name not in NOT_SETTINGS}
+    used = OPTIONS[config.objective]
+    for name in {name for options in OPTIONS.values() for name in options} - {*used}:
+        del settings[name]  # of other objectives
+    settings = {name: str(value) if value == math.inf else value for name, value in settings.items()}
     return settings | {
         "context": context,
         "shards": shards.manifest.provenance(),

@@ -1,16 +1,16 @@
-"""What one micro-batch costs: body, loss head, and the figures that a step reports."""
+"""What one micro-batch costs: body and loss head as one module; the memory that a step takes."""
 
-import math
 import resource
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from trainer.data import MicroBatch
-from trainer.head import HeadStatistics, weighted_cross_entropy
+from trainer.batch import MicroBatch
+from trainer.head import objective_loss
 from trainer.model import Base
-from trainer.objectives import Weigh
+from trainer.objectives import Objective
+from trainer.statistics import StepStatistics
 
 
 class LossModel(nn.Module):
@@ -22,37 +22,15 @@ class LossModel(nn.Module):
         self._base = base
 
     def forward(
-        self, batch: MicroBatch, weigh: Weigh, normaliser: float, scale: float, statistics: HeadStatistics
+        self, batch: MicroBatch, objective: Objective, normaliser: float, scale: float, statistics: StepStatistics
     ) -> Tensor:
         """scale times Eq. 6 summed over the rows of `batch` and divided by normaliser, a scalar."""
         head = self._base.head
-        loss = weighted_cross_entropy(
-            self._base.hidden_states(batch.input_ids_BT, batch.position_ids_BT),
-            head.weight,
-            batch.input_ids_BT,
-            batch.predicted_BT,
-            weigh,
-            normaliser,
-            reference_BT=batch.reference_BT,
-            bias_V=head.bias,
-            statistics=statistics,
-        )
+        hidden_BTH = self._base.hidden_states(batch.input_ids_BT, batch.position_ids_BT)
+        loss = objective_loss(
+            hidden_BTH, head.weight, batch, objective, normaliser, bias_V=head.bias, statistics=statistics
+        )  # fmt: skip
         return loss if scale == 1 else loss * scale
-
-
-def step_metrics(sums: dict[str, float], has_reference: bool) -> dict[str, float | None]:
-    """Means over the predicted tokens of a step, from the sums of the loss head."""
-    tokens = sums["tokens"]
-    weight_mean = sums["weight"] / tokens
-    return {
-        "loss": sums["weighted_loss"] / tokens,
-        "ntp_loss": sums["loss"] / tokens,
-        "weight_mean": weight_mean,
-        "weight_std": math.sqrt(max(0.0, sums["weight_squared"] / tokens - weight_mean**2)),
-        "clipped_low": sums["clipped_low"] / tokens,
-        "clipped_high": sums["clipped_high"] / tokens,
-        "delta_mean": sums["delta"] / tokens if has_reference else None,
-    }
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -1,7 +1,7 @@
 """remit train: mid-train a base model from annotated shards.
 
 In: a complete shard folder and a base model folder. Out: OUT/metrics.jsonl (one object per step),
-OUT/checkpoints/ and, at the end, OUT/model, a Hugging Face folder. The reference model is not loaded: its
+OUT/tensorboard/, OUT/checkpoints/ and, at the end, OUT/model, a Hugging Face folder. The reference model is not loaded: its
 log-probs come from the shards. The same command again goes on from the newest valid checkpoint.
 """
 
@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -19,13 +20,16 @@ import torch
 
 from shards.folder import ShardFolder
 from shards.part import sha256_file
+from trainer.batch import Row, collate
+from trainer.board import Board
 from trainer.checkpoint import Checkpoints, whole_weights
 from trainer.config import TrainConfig, learning_rate_at
-from trainer.data import GlobalBatch, Row, RowReader, collate, global_batches
+from trainer.data import GlobalBatch, RowReader, global_batches
 from trainer.distributed import World, accumulate_only, connect, scalar, spread
-from trainer.head import HeadStatistics
+from trainer.first_pass import global_weights, second_pass
 from trainer.model import Base, check_document_attention, check_fits, load_base
-from trainer.objectives import NEEDS_REFERENCE, make_weigh, ntp_weights
+from trainer.objectives import make_objective
+from trainer.objectives.ntp import NTP
 from trainer.order import RowOrder
 from trainer.run import (
     CHECKPOINTS,
@@ -33,6 +37,7 @@ from trainer.run import (
     METRICS,
     MODEL,
     RUN,
+    TENSORBOARD,
     TrainResult,
     export,
     keep_lines,
@@ -41,7 +46,8 @@ from trainer.run import (
     run_result,
     run_settings,
 )
-from trainer.step import LossModel, peak_memory_bytes, step_metrics
+from trainer.statistics import Sources, StepStatistics
+from trainer.step import LossModel, peak_memory_bytes
 
 Progress = Callable[[int, int, dict[str, Any]], None]
 """Called as progress(steps done, steps in all, metrics of the step)."""
@@ -68,7 +74,8 @@ def train_in(world: World, config: TrainConfig, progress: Progress, should_stop:
     torch.manual_seed(config.seed)
     shards = ShardFolder(config.shards)
     shards.require_complete()
-    reference = config.reference if NEEDS_REFERENCE[config.objective] else None
+    objective = make_objective(config)
+    reference = config.reference if objective.columns else None
     context = choose_context(config, shards, reference)
 
     settings = world.from_first(run_settings(config, shards, context) if world.first else None)
@@ -80,11 +87,11 @@ def train_in(world: World, config: TrainConfig, progress: Progress, should_stop:
     check_fits(base, Path(config.model), shards)
     if context == "document":
         check_document_attention(base)
-    reader = RowReader(shards, context, reference, base.num_embeddings)
+    reader = RowReader(shards, context, reference, base.num_embeddings, objective.columns)
+    sources = Sources(shards.manifest.corpus)
     order = RowOrder(reader.block_rows, config.seed)
     last_row = None if config.max_steps else math.ceil(config.epochs * order.num_rows)
     num_steps = config.max_steps or math.ceil(last_row / config.global_batch_size)  # type: ignore[operator]
-    weigh = make_weigh(config.objective, config.epsilon)
 
     base.prepare(config.activation_checkpointing, config.compile)
     loss_model = LossModel(base)
@@ -112,31 +119,39 @@ def train_in(world: World, config: TrainConfig, progress: Progress, should_stop:
         reader, order, config.global_batch_size, first_step, num_steps, last_row, world.rank, world.size
     )  # fmt: skip
     lines = config.out / METRICS if world.first else os.devnull
-    with open(lines, "a", encoding="utf-8") as metrics_file, checkpoints:
+    board = Board(config.out / TENSORBOARD if world.first else None, first_step)
+    with open(lines, "a", encoding="utf-8") as metrics_file, board, checkpoints:
         for step, batch in enumerate(batches, start=first_step + 1):
             began = perf_counter()
             learning_rate = learning_rate_at(step, config, num_steps)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
-            statistics = HeadStatistics.zeros(world.device)
+            statistics = StepStatistics(world.device, sources.group, objective.figures)
             # Eq. 6 divides by the predicted tokens of the whole global batch, so micro-batches and ranks just add up
             own = [sum(int(row.predicted.sum()) for row in batch.rows), sum(len(row.input_ids) for row in batch.rows)]
             predicted, step_tokens = world.sum(torch.tensor(own)).tolist()
             if not predicted:
                 raise ValueError(f"step {step}: no row of the batch has a token to predict ({where(batch.rows)})")
             micro_batches = batch.micro_batches(config.micro_batch_size, world.size)
+            minimised = objective
+            if objective.scope == "global" and len(micro_batches) * world.size == 1:
+                minimised = replace(objective, scope="micro")  # the micro-batch is the global batch
+            elif objective.scope == "global":
+                micro_batches = global_weights(model, objective, micro_batches, context, world)
+                minimised = second_pass(objective)
             for index, rows in enumerate(micro_batches):
                 is_last = index == len(micro_batches) - 1
                 with contextlib.nullcontext() if is_last else accumulate_only(model):
-                    micro_batch = collate(rows, context, world.device, reference is not None)
+                    micro_batch = collate(rows, context, world.device)
                     # both kinds of spreading average over the ranks, which the factor makes a sum
-                    loss = model(micro_batch, weigh, predicted, world.size, statistics)
+                    loss = model(micro_batch, minimised, predicted, world.size, statistics)
                     loss.backward()
             grad_norm = scalar(torch.nn.utils.clip_grad_norm_(loss_model.parameters(), config.max_grad_norm))
-            sums = HeadStatistics(world.sum(statistics.sums)).as_dict()
-            if not math.isfinite(grad_norm) or not math.isfinite(sums["weighted_loss"]):
+            world.sum(statistics.table)
+            loss_sum = statistics.sums["objective_loss"]
+            if not math.isfinite(grad_norm) or not math.isfinite(loss_sum):
                 raise FloatingPointError(
-                    f"step {step}: loss {sums['weighted_loss'] / predicted}, gradient norm {grad_norm}, expected finite "
+                    f"step {step}: loss {loss_sum / predicted}, gradient norm {grad_norm}, expected finite "
                     f"numbers; the optimizer step was not taken; rows of the batch: {where(batch.rows)}; "
                     "try a lower --learning-rate or --dtype float32"
                 )
@@ -145,7 +160,7 @@ def train_in(world: World, config: TrainConfig, progress: Progress, should_stop:
 
             tokens += step_tokens
             seconds = perf_counter() - began + batch.data_wait_seconds
-            metrics = step_metrics(sums, reference is not None) | {
+            metrics = statistics.metrics(sources, reference is not None) | {
                 "grad_norm": grad_norm,
                 "lr": learning_rate,
                 "tokens_per_second": step_tokens / seconds,
@@ -155,6 +170,7 @@ def train_in(world: World, config: TrainConfig, progress: Progress, should_stop:
             metrics = {"step": step, "tokens": tokens} | metrics
             metrics_file.write(json.dumps(metrics) + "\n")
             metrics_file.flush()
+            board.write(metrics)
             if evaluate and (step == num_steps or (config.eval_every and step % config.eval_every == 0)):
                 evaluate(step)
             # a signal may have come to one rank alone
@@ -224,18 +240,19 @@ def open_evaluation(
     reader = RowReader(shards, context, None, base.num_embeddings)
 
     def evaluate(step: int) -> None:
-        statistics = HeadStatistics.zeros(world.device)
+        statistics = StepStatistics(world.device)
         model.eval()
         with torch.no_grad():
             for block, num_rows in enumerate(reader.block_rows):
                 places = np.array([(block, row) for row in range(num_rows)])[world.rank :: world.size]
                 batch = GlobalBatch(reader.rows(places), int(num_rows), 0)
                 for rows in batch.micro_batches(config.micro_batch_size, world.size):
-                    model(collate(rows, context, world.device, False), ntp_weights, 1, 1, statistics)
+                    model(collate(rows, context, world.device), NTP, 1, 1, statistics)
         model.train()
-        sums = HeadStatistics(world.sum(statistics.sums)).as_dict()
+        world.sum(statistics.table)
         if world.first:
             with open(config.out / EVALUATION, "a", encoding="utf-8") as file:
+                sums = statistics.sums
                 line = {"step": step, "loss": sums["loss"] / sums["tokens"], "tokens": sums["tokens"]}
                 file.write(json.dumps(line) + "\n")
 

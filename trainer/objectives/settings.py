@@ -1,0 +1,82 @@
+"""Settings of the objectives, checked once. Light to import, so that --help answers at once."""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Literal
+
+Name = Literal["remit", "ntp", "rho1", "kd"]
+"""Each is a module of this package with a function make(settings) -> Objective."""
+
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "remit": ("epsilon", "centring", "weight_map"),
+    "ntp": (),
+    "rho1": ("keep_ratio", "scope"),
+    "kd": ("kd_weight", "temperature", "missing_mass"),
+}
+"""The settings that each objective reads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveSettings:
+    """Which objective, and its settings; the paper is arXiv 2602.03075."""
+
+    objective: Name = "remit"
+    """remit weights each token by how much better the reference predicts it; ntp is plain next-token prediction; rho1
+    trains on the tokens whose loss exceeds the reference's most; kd learns the reference's most probable tokens."""
+    epsilon: float = 0.2
+    """remit: weights are clipped to 1 - epsilon .. 1 + epsilon (Eq. 5); inf: no clip."""
+    centring: Literal["row", "document", "none"] = "row"
+    """remit: the mean that is taken off the loss differences (Eq. 4): of the row, of each document in it, or none."""
+    weight_map: Literal["sigmoid", "exp", "linear"] = "sigmoid"
+    """remit: from centred difference x to weight: 2 sigmoid(x) as in the paper, exp(x/2), or 1 + x/2 (not below 0); all
+    are 1 with slope 1/2 at x = 0."""
+    keep_ratio: float = 0.8
+    """rho1: share of the tokens that train."""
+    scope: Literal["global", "micro", "row"] = "global"
+    """rho1: the tokens that are ranked together: of the whole optimizer step on all processes (costs a forward pass more
+    where that is several micro-batches), of one forward pass, or of one row."""
+    kd_weight: float = 0.5
+    """kd: loss = (1 - kd_weight) * next-token loss + kd_weight * temperature^2 * KL(reference || base)."""
+    temperature: float = 1.0
+    """kd: both distributions are raised to 1 / temperature and normalised again."""
+    missing_mass: Literal["bucket", "renormalise"] = "bucket"
+    """kd: what becomes of the probability outside of the stored top k: one outcome more, for reference and base alike,
+    or spread over the top k of the reference in proportion."""
+
+    def __post_init__(self) -> None:
+        if self.objective not in OPTIONS:
+            raise ValueError(f"--objective is {self.objective!r}, expected one of {', '.join(OPTIONS)}")
+        for name, choices in (
+            ("centring", ("row", "document", "none")),
+            ("weight_map", ("sigmoid", "exp", "linear")),
+            ("scope", ("global", "micro", "row")),
+            ("missing_mass", ("bucket", "renormalise")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)!r}, expected one of {', '.join(choices)}"
+                )
+        if not (0 < self.epsilon < 1 or self.epsilon == math.inf):
+            raise ValueError(
+                f"--epsilon is {self.epsilon}, expected a number between 0 and 1, for instance 0.2, or inf for no clip"
+            )
+        if not 0 < self.keep_ratio < 1:
+            raise ValueError(
+                f"--keep-ratio is {self.keep_ratio}, expected a share between 0 and 1, for instance 0.8; "
+                "--objective ntp keeps all tokens"
+            )
+        if not 0 < self.kd_weight <= 1:
+            raise ValueError(
+                f"--kd-weight is {self.kd_weight}, expected a share above 0, up to 1; --objective ntp is without it"
+            )
+        if not 0.05 <= self.temperature <= 100:
+            raise ValueError(f"--temperature is {self.temperature}, expected a number between 0.05 and 100")
+        used = OPTIONS[self.objective]
+        for entry in fields(ObjectiveSettings):
+            if entry.name in ("objective", *used) or getattr(self, entry.name) == entry.default:
+                continue
+            owner = next(name for name, options in OPTIONS.items() if entry.name in options)
+            raise ValueError(
+                f"--{entry.name.replace('_', '-')} belongs to --objective {owner} and would do nothing with --objective "
+                f"{self.objective}; leave it out"
+            )
