@@ -88,8 +88,10 @@ class Manifest:
 
     @property
     def schema(self) -> pa.Schema:
-        """Arrow schema of every part, without metadata."""
-        return row_schema(self.references, {name: entry.get("top_k", 0) for name, entry in self.references.items()})
+        """Arrow schema of every part, without metadata; references in the order of their names, as JSON has them."""
+        return row_schema(
+            sorted(self.references), {name: entry.get("top_k", 0) for name, entry in self.references.items()}
+        )
 
     @cached_property
     def documents(self) -> dict[str, int]:

@@ -3,14 +3,15 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import torch
-from oracles import load, read_rows, row_logprobs
+from oracles import load, read_rows, row_distributions, row_logprobs
 
-from shards import ShardFolder, row_schema, write_part
+from shards import ShardFolder, write_part
 from shards.manifest import Manifest
 from trainer.config import TrainConfig
 from trainer.data import RowReader
@@ -18,21 +19,56 @@ from trainer.order import RowOrder
 from trainer.train import train
 
 
-def annotate(shards: Path, out: Path, values: Callable[[dict], list], context: str, step: float = 0.0) -> Path:
-    """Write `shards` again with a column rl_logprobs that `values` gives for each row: scoring without an engine."""
+def annotate(
+    shards: Path,
+    out: Path,
+    values: Callable[[dict], list],
+    context: str,
+    step: float = 0.0,
+    name: str = "rl",
+    top: Callable[[dict], list] | None = None,
+) -> Path:
+    """Write `shards` again with a column NAME_logprobs that `values` gives for each row: scoring without an engine.
+
+    top: for each row a pair (ids, log-probs) for each token, or None, for the columns of the most probable tokens.
+    """
     old = Manifest.read(shards)
     reference = {"context": context, "logprob_step": step, "model": "oracle"}
-    plan = Manifest(**{f: getattr(old, f) for f in old.__dataclass_fields__} | {"references": {"rl": reference}})
+    parts = {part.name: pa.ipc.open_file(shards / part.name).read_all() for part in old.parts}
+    tops = {part: [top(row) for row in table.to_pylist()] for part, table in parts.items()} if top else {}
+    if top:
+        reference["top_k"] = len(next(pair for rows in tops.values() for row in rows for pair in row if pair)[0])
+    plan = replace(old, references=old.references | {name: reference})
     shutil.copytree(shards / "_tokenizer", out / "_tokenizer")
     plan.write(out)
-    schema = row_schema(("rl",))
-    for index, part in enumerate(plan.parts):
-        batches = []
-        for batch in pa.ipc.open_file(shards / part.name).read_all().to_batches():
-            column = pa.array([values(row) for row in batch.to_pylist()], pa.list_(pa.float32()))
-            batches.append(pa.record_batch([*batch.columns, column], schema=schema))
-        write_part(out, part.name, schema, plan.part_metadata(index), batches)
+    for index, (part, table) in enumerate(parts.items()):
+        columns = {column: table.column(column) for column in table.column_names}
+        columns[f"{name}_logprobs"] = pa.array([values(row) for row in table.to_pylist()], pa.list_(pa.float32()))
+        for place, column in enumerate((f"{name}_topk_ids", f"{name}_topk_logprobs") if top else ()):
+            entries = [[None if pair is None else pair[place] for pair in row] for row in tops[part]]
+            columns[column] = pa.array(entries, plan.schema.field(column).type)
+        whole = pa.table([columns[column] for column in plan.schema.names], schema=plan.schema)
+        batches = whole.combine_chunks().to_batches(max_chunksize=plan.rows_per_batch)
+        write_part(out, part, plan.schema, plan.part_metadata(index), batches)
     return out
+
+
+def top_by_model(model: Path, context: str, k: int, step: float = 0.0) -> Callable[[dict], list]:
+    reference = load(model)
+
+    @torch.no_grad()
+    def top(row: dict) -> list:
+        pairs: list = []
+        for logprobs_V in row_distributions(reference, row, context):
+            if logprobs_V is None:
+                pairs.append(None)
+                continue
+            values, ids = logprobs_V.topk(k)
+            values = values.clamp(max=0)
+            pairs.append((ids.tolist(), (torch.round(values / step) * step if step else values).tolist()))
+        return pairs
+
+    return top
 
 
 def by_model(model: Path, context: str, step: float) -> Callable[[dict], list]:

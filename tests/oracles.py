@@ -73,3 +73,81 @@ def remit_step(
         "clipped_high": high / count,
         "delta_mean": torch.cat(deltas).mean().item() if deltas else None,
     }
+
+
+def row_distributions(model: transformers.PreTrainedModel, row: dict, context: str) -> list[torch.Tensor | None]:
+    """Natural log-probs over the vocabulary at each token of a row, float64 [V]; None where nothing precedes."""
+    result: list[torch.Tensor | None] = []
+    for start, end in contexts(row, context):
+        ids = torch.tensor([row["input_ids"][start:end]])
+        logprobs = model(input_ids=ids).logits[0].double().log_softmax(-1)
+        result += [None, *logprobs[:-1]]
+    return result
+
+
+def rho1_step(
+    model: transformers.PreTrainedModel,
+    rows: list[dict],
+    context: str,
+    column: str,
+    kept_of: list[list[int]],
+    ratio: float,
+) -> dict:
+    """RHO-1 in float64. kept_of: groups of row numbers whose tokens are ranked together, in the order of their rows."""
+    losses = [row_logprobs(model, row, context) for row in rows]
+    total, count, kept_tokens = 0.0, 0, []
+    for group in kept_of:
+        tokens = [(r, t) for r in group for t, value in enumerate(losses[r]) if value is not None]
+        count += len(tokens)
+        excess = {(r, t): -losses[r][t].item() + rows[r][column][t] for r, t in tokens}
+        best = sorted(tokens, key=lambda place: (-excess[place], place))
+        if tokens:
+            kept_tokens += best[: max(1, int(ratio * len(tokens) + 0.5))]
+    for r, t in kept_tokens:
+        total = total - losses[r][t]
+    plain = -sum(value.item() for row in losses for value in row if value is not None) / count
+    return {"loss": total / (count * ratio), "ntp_loss": plain, "kept": len(kept_tokens), "predicted_tokens": count}
+
+
+def kd_token(
+    logprobs_V: torch.Tensor, ids: list[int], stored: list[float], temperature: float, missing_mass: str
+) -> torch.Tensor:
+    """KL(reference || base) of one token from the definition, float64, with base log-probs as given."""
+    p = [torch.tensor(value, dtype=torch.float64).exp() for value in stored]
+    total = sum(p)
+    if total > 1:
+        p, total = [value / total for value in p], torch.tensor(1.0, dtype=torch.float64)
+    q = [logprobs_V[token].exp() for token in ids]
+    if len(ids) == len(logprobs_V) or missing_mass == "renormalise":
+        q = (logprobs_V / temperature).softmax(-1)[ids]
+        p = torch.stack(p) ** (1 / temperature)
+        p = p / p.sum()
+    else:
+        rest = torch.ones(len(logprobs_V), dtype=torch.bool)
+        rest[ids] = False
+        p = torch.stack([*p, 1 - total]) ** (1 / temperature)
+        q = torch.stack([*q, logprobs_V[rest].exp().sum()]) ** (1 / temperature)
+        p, q = p / p.sum(), q / q.sum()
+    return sum(a * (a.log() - b.log()) for a, b in zip(p, q) if a > 0)
+
+
+def kd_step(model: transformers.PreTrainedModel, rows: list[dict], context: str, name: str, settings: dict) -> dict:
+    """Distillation in float64 over the rows of one global batch."""
+    weight, temperature = settings["kd_weight"], settings["temperature"]
+    plain, kl, missing, count = 0.0, 0.0, 0.0, 0
+    for row in rows:
+        for t, logprobs_V in enumerate(row_distributions(model, row, context)):
+            if logprobs_V is None:
+                continue
+            ids, stored = row[f"{name}_topk_ids"][t], row[f"{name}_topk_logprobs"][t]
+            count += 1
+            plain = plain - logprobs_V[row["input_ids"][t]]
+            kl = kl + kd_token(logprobs_V, ids, stored, temperature, settings["missing_mass"])
+            missing += max(0.0, 1 - sum(torch.tensor(stored, dtype=torch.float64).exp().tolist()))
+    loss = ((1 - weight) * plain + weight * temperature**2 * kl) / count
+    return {
+        "loss": loss,
+        "ntp_loss": plain.item() / count,
+        "kd_loss": kl.item() / count,
+        "missing_mass": missing / count,
+    }

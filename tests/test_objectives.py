@@ -1,11 +1,27 @@
-"""ReMiT's weights against cases computed by hand and against float64."""
+"""Objectives as functions: against cases computed by hand, brute force, and float64 autograd through the definition."""
 
 import math
+import random
+from itertools import product
+from typing import get_args
 
 import pytest
 import torch
+from oracles import kd_token
 
+from shards.selection import keep_count
+from trainer.objectives import ObjectiveSettings, Tokens, make_objective
+from trainer.objectives.kd import kd_losses
+from trainer.objectives.objective import differentiable
 from trainer.objectives.remit import remit_weights
+from trainer.objectives.rho1 import top_share
+from trainer.objectives.settings import OPTIONS, Name
+
+
+def tokens_of(losses: list[float], logprobs: list[float], documents: list[int] | None = None) -> Tokens:
+    number = torch.zeros(len(losses), dtype=torch.int64)
+    document = number if documents is None else torch.tensor(documents)
+    return Tokens(torch.tensor(losses), number, document, {"logprobs": torch.tensor(logprobs)})
 
 
 def test_equal_models_give_weight_one() -> None:
@@ -37,3 +53,165 @@ def test_clip_begins_at_ln_one_and_a_half() -> None:
 
 def test_one_token_has_weight_one() -> None:
     assert remit_weights(torch.tensor([5.0]), torch.tensor([-1.0]), 0.2).weights_N.item() == 1
+
+
+@pytest.mark.parametrize("weight_map", ["sigmoid", "exp", "linear"])
+@pytest.mark.parametrize("centring", ["row", "document", "none"])
+@pytest.mark.parametrize("epsilon", [0.05, 0.2, 0.9, math.inf])
+def test_variants_equal_float64(weight_map: str, centring: str, epsilon: float) -> None:
+    rng = random.Random(3)
+    documents = sorted(rng.choices([0, 1, 4, 5], k=40))  # of some documents no token is predicted
+    losses, logprobs = ([rng.uniform(0, 6) * sign for _ in documents] for sign in (1, -1))
+    settings = ObjectiveSettings(weight_map=weight_map, centring=centring, epsilon=epsilon)
+    weighted = make_objective(settings).weigh(tokens_of(losses, logprobs, documents))
+    delta = [loss + logprob for loss, logprob in zip(losses, logprobs)]
+    for n, document in enumerate(documents):
+        same = [d for d, other in zip(delta, documents) if centring == "row" or other == document]
+        x = delta[n] - (0 if centring == "none" else sum(same) / len(same))
+        raw = {"sigmoid": 2 / (1 + math.exp(-x)), "exp": math.exp(x / 2), "linear": max(0, 1 + x / 2)}[weight_map]
+        assert weighted.weights_N[n].item() == pytest.approx(min(max(raw, 1 - epsilon), 1 + epsilon), abs=2e-6)
+        assert weighted.clipped_high_N[n].item() == (raw > 1 + epsilon)
+        assert weighted.clipped_low_N[n].item() == (raw < 1 - epsilon)
+    if epsilon == math.inf:
+        assert weighted.weights_N.max() > 1.5
+        assert not (weighted.clipped_low_N | weighted.clipped_high_N).any()
+
+
+def test_keep_count_by_hand() -> None:
+    cases = {(5, 0.5): 3, (20, 0.55): 11, (1, 0.1): 1, (10, 0.8): 8, (7, 0.3): 2, (100_000, 0.7): 70_000, (3, 0.99): 3}
+    assert {case: keep_count(*case) for case in cases} == cases
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.55, 0.8, 0.999])
+@pytest.mark.parametrize("seed", range(8))
+def test_top_share_equals_sorting(ratio: float, seed: int) -> None:
+    """Few different values, so that most choices are between equals: the earlier token wins."""
+    rng = random.Random(seed)
+    excess = [
+        rng.choice([-1.5, 0.0, 0.25, 3.0]) if seed % 2 else rng.gauss(0, 1) for _ in range(rng.choice([1, 2, 63]))
+    ]
+    excess = torch.tensor(excess).tolist()
+    best = sorted(range(len(excess)), key=lambda n: (-excess[n], n))[: keep_count(len(excess), ratio)]
+    assert top_share(torch.tensor(excess), ratio).nonzero()[:, 0].tolist() == sorted(best)
+
+
+def test_rho1_by_hand() -> None:
+    objective = make_objective(ObjectiveSettings(objective="rho1", keep_ratio=0.5, scope="row"))
+    weighted = objective.weigh(tokens_of([3.0, 1.0, 2.0, 5.0], [-1.0, -1.0, -2.0, -3.0]))
+    assert weighted.delta_N.tolist() == [2, 0, 0, 2]
+    assert weighted.weights_N.tolist() == [2, 0, 0, 2]  # a kept token weighs 1 / keep_ratio
+
+
+def kd_case(seed: int, tokens: int, vocabulary: int, k: int, spread: float, step: float) -> tuple:
+    g = torch.Generator().manual_seed(seed)
+    logits = spread * torch.randn(tokens, vocabulary, generator=g)
+    teacher = (spread * torch.randn(tokens, vocabulary, generator=g)).log_softmax(-1)
+    stored, ids = teacher.topk(k)
+    if step:
+        stored = torch.round(stored / step) * step
+    return logits, torch.randint(0, vocabulary, (tokens,), generator=g), ids, stored
+
+
+@pytest.mark.parametrize("missing_mass", ["bucket", "renormalise"])
+@pytest.mark.parametrize("temperature", [1.0, 2.5, 0.7])
+@pytest.mark.parametrize(
+    ("vocabulary", "k", "spread", "step"),
+    [(50, 1, 1, 0), (50, 7, 3, 0), (131, 32, 2, 1 / 64), (40, 39, 4, 0.25), (40, 40, 2, 0)],
+)
+def test_kd_equals_float64_autograd(
+    missing_mass: str, temperature: float, vocabulary: int, k: int, spread: float, step: float
+) -> None:
+    logits, targets, ids, stored = kd_case(1, 70, vocabulary, k, spread, step)
+    leaf = logits.double().requires_grad_()
+    want = []
+    for n in range(len(logits)):
+        logprobs_V = leaf[n].log_softmax(-1)
+        kl = kd_token(logprobs_V, ids[n].tolist(), stored[n].tolist(), temperature, missing_mass)
+        want.append(0.3 * -logprobs_V[targets[n]] + 0.7 * temperature**2 * kl)
+    torch.stack(want).sum().backward()
+    buffer = logits.clone()
+    result = kd_losses(buffer, targets, ids, stored, 0.7, temperature, missing_mass)
+    torch.testing.assert_close(result.losses_N.double(), torch.stack(want).detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(buffer.double(), leaf.grad, rtol=1e-4, atol=2e-6)
+    assert result.ntp_N.tolist() == pytest.approx(
+        torch.nn.functional.cross_entropy(logits.double(), targets, reduction="none").tolist(), abs=1e-5
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_kd_with_the_whole_vocabulary_is_dense(temperature: float) -> None:
+    logits, targets, ids, stored = kd_case(2, 33, 97, 97, 3.0, 0)
+    teacher = torch.zeros(33, 97, dtype=torch.float64).scatter_(1, ids, stored.double())
+    leaf = logits.double().requires_grad_()
+    dense = torch.nn.functional.kl_div(
+        (leaf / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1), reduction="none", log_target=True
+    ).sum(-1)
+    (temperature**2 * dense).sum().backward()
+    for missing_mass in ("bucket", "renormalise"):
+        buffer = logits.clone()
+        result = kd_losses(buffer, targets, ids, stored, 1.0, temperature, missing_mass)
+        torch.testing.assert_close(result.losses_N.double(), temperature**2 * dense.detach(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(buffer.double(), leaf.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_kd_of_certain_predictions_is_finite() -> None:
+    """All mass on the top k in float32, in base and reference, while the other one disagrees."""
+    logits = torch.zeros(3, 50)
+    logits[0, 4], logits[1, 9], logits[2, 4] = 200.0, 200.0, -200.0
+    ids = torch.tensor([[4, 5], [4, 5], [4, 5]])
+    stored = torch.tensor([[0.0, -100.0], [0.0, -100.0], [-3.0, -4.0]])
+    for missing_mass, temperature in product(("bucket", "renormalise"), (1.0, 2.0)):
+        buffer = logits.clone()
+        result = kd_losses(buffer, torch.tensor([4, 4, 4]), ids, stored, 0.5, temperature, missing_mass)
+        assert torch.isfinite(result.losses_N).all()
+        assert torch.isfinite(buffer).all()
+        assert result.figures["kd_loss"][0].item() == pytest.approx(0, abs=1e-5)
+
+
+def test_a_loss_by_automatic_differentiation() -> None:
+    """The wrapper for plain functions: dense distillation written in one line gives kd's loss and gradient."""
+    logits, targets, ids, stored = kd_case(4, 20, 60, 60, 2.0, 0)
+    teacher = torch.zeros(20, 60).scatter_(1, ids, stored.exp())
+    loss = differentiable(lambda z, y, columns: -(columns["teacher"] * z.log_softmax(-1)).sum(-1))
+    mine, theirs = logits.clone(), logits.clone()
+    got = loss(mine, targets, {"teacher": teacher})
+    want = kd_losses(theirs, targets, ids, stored, 1.0, 1.0, "bucket")
+    entropy = -(teacher * stored.new_zeros(20, 60).scatter_(1, ids, stored)).sum(-1)
+    torch.testing.assert_close(got.losses_N - entropy, want.losses_N, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got.ntp_N, want.ntp_N)
+
+
+def test_every_objective_is_registered() -> None:
+    assert set(OPTIONS) == set(get_args(Name))
+    for name in OPTIONS:
+        objective = make_objective(ObjectiveSettings(objective=name))
+        assert (objective.columns == ()) == (name == "ntp")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"objective": "sft"}, "--objective is 'sft', expected one of remit, ntp, rho1, kd"),
+        ({"epsilon": 0.0}, "--epsilon is 0.0"),
+        ({"epsilon": 1.0}, "or inf for no clip"),
+        ({"epsilon": math.nan}, "--epsilon is nan"),
+        ({"epsilon": -math.inf}, "--epsilon is -inf"),
+        ({"objective": "rho1", "keep_ratio": 0.0}, "--keep-ratio is 0.0"),
+        ({"objective": "rho1", "keep_ratio": 1.0}, "ntp keeps all tokens"),
+        ({"objective": "rho1", "keep_ratio": math.nan}, "--keep-ratio is nan"),
+        ({"objective": "rho1", "scope": "batch"}, "--scope is 'batch'"),
+        ({"objective": "kd", "kd_weight": 0.0}, "--kd-weight is 0.0"),
+        ({"objective": "kd", "kd_weight": 1.5}, "--kd-weight is 1.5"),
+        ({"objective": "kd", "temperature": 0.0}, "--temperature is 0.0"),
+        ({"objective": "kd", "temperature": math.inf}, "--temperature is inf"),
+        ({"objective": "kd", "missing_mass": "drop"}, "--missing-mass is 'drop'"),
+        ({"objective": "remit", "keep_ratio": 0.5}, "--keep-ratio belongs to --objective rho1"),
+        ({"objective": "ntp", "epsilon": 0.5}, "--epsilon belongs to --objective remit"),
+        ({"weight_map": "cube"}, "--weight-map is 'cube'"),
+        ({"centring": "token"}, "--centring is 'token'"),
+    ],
+)
+def test_bad_settings(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ObjectiveSettings(**settings)
