@@ -15,14 +15,32 @@ from shards.schema import list_lengths, logprobs_column
 from shards.selection import keep_count
 
 
-def short_rows(manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:
-    """Rows with fewer than seq_len tokens, and how many each lacks: only the last row of a corpus file can be one."""
-    ends = np.cumsum([file.rows for file in manifest.corpus])
-    lacking = np.array([file.rows * manifest.seq_len - file.tokens for file in manifest.corpus])
-    return ends[lacking > 0] - 1, lacking[lacking > 0]
+class CorpusRows:
+    """Where the corpus files of a folder begin and end, and how long its rows must be.
+
+    ends: row after the last one of each file, int64 [files]; short: rows with fewer than seq_len tokens, which only
+    the last row of a file can be; lacking: how many each of them lacks.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        rows = np.array([file.rows for file in manifest.corpus])
+        lacking = rows * manifest.seq_len - np.array([file.tokens for file in manifest.corpus])
+        self.seq_len, self.ends = manifest.seq_len, np.cumsum(rows)
+        self.short, self.lacking = self.ends[lacking > 0] - 1, lacking[lacking > 0]
+
+    def source_of(self, rows: np.ndarray) -> np.ndarray:
+        """Corpus file of each row."""
+        return np.searchsorted(self.ends, rows, side="right")
+
+    def lengths(self, first: int, end: int) -> np.ndarray:
+        """Tokens of the rows first .. end - 1."""
+        lengths = np.full(end - first, self.seq_len)
+        here = slice(*np.searchsorted(self.short, [first, end]))
+        lengths[self.short[here] - first] -= self.lacking[here]
+        return lengths
 
 
-def part_scores(shards: ShardFolder, teacher: str, small: str, part: int) -> np.ndarray:
+def part_scores(shards: ShardFolder, corpus: CorpusRows, teacher: str, small: str, part: int) -> np.ndarray:
     """Score of each row of a part, float64 [rows]: mean over its predicted tokens of log p_teacher - log p_small.
 
     NaN where a row has no score: it has nothing to predict, or one of the two references quarantined it. The mean is
@@ -32,8 +50,9 @@ def part_scores(shards: ShardFolder, teacher: str, small: str, part: int) -> np.
     manifest, plan = shards.manifest, shards.manifest.parts[part]
     columns = [logprobs_column(name) for name in (teacher, small)]
     reader = shards.open_part(plan.name, [*columns, "source"])
-    first_row = part * manifest.rows_per_part
-    lengths, sources = _expected_rows(manifest, first_row, plan.rows)
+    first = part * manifest.rows_per_part
+    lengths = corpus.lengths(first, first + plan.rows)
+    sources = corpus.source_of(np.arange(first, first + plan.rows))
     quarantined = np.zeros(plan.rows, dtype=bool)
     for name in (teacher, small):
         quarantined[shards.record(plan.name).quarantined.get(name, [])] = True
@@ -69,16 +88,6 @@ def part_scores(shards: ShardFolder, teacher: str, small: str, part: int) -> np.
     return scores
 
 
-def _expected_rows(manifest: Manifest, first_row: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and corpus file of the rows from first_row on, both int64 [rows], as the manifest has them."""
-    lengths = np.full(rows, manifest.seq_len)
-    short, lacking = short_rows(manifest)
-    here = (short >= first_row) & (short < first_row + rows)
-    lengths[short[here] - first_row] -= lacking[here]
-    ends = np.cumsum([file.rows for file in manifest.corpus])
-    return lengths, np.searchsorted(ends, np.arange(first_row, first_row + rows), side="right")
-
-
 def best_rows(scores: np.ndarray, ratio: float) -> tuple[np.ndarray, float]:
     """Rows with the highest scores, int64 [K] in corpus order, and the lowest score among them.
 
@@ -99,16 +108,14 @@ def best_rows(scores: np.ndarray, ratio: float) -> tuple[np.ndarray, float]:
 
 def plan_selection(manifest: Manifest, places: np.ndarray, selection: dict[str, Any]) -> Manifest:
     """The manifest of a folder that holds the rows `places`, int64 [K] ascending, of a folder with `manifest`."""
-    size = manifest.rows_per_part
-    short, lacking = short_rows(manifest)
-    position = np.searchsorted(places, short)  # of each short row among the kept ones, if it is one
-    stays = np.isin(short, places, assume_unique=True)
-    short, lacking, position = short[stays], lacking[stays], position[stays]
+    size, before = manifest.rows_per_part, CorpusRows(manifest)
+    position = np.searchsorted(places, before.short)  # of each short row among the kept ones, if it is one of them
+    stays = places[np.minimum(position, len(places) - 1)] == before.short
+    position, short, lacking = position[stays], before.short[stays], before.lacking[stays]
 
-    ends = np.cumsum([file.rows for file in manifest.corpus])
-    rows_of_file = np.diff(np.searchsorted(places, ends), prepend=0)
+    rows_of_file = np.diff(np.searchsorted(places, before.ends), prepend=0)
     tokens_of_file = rows_of_file * manifest.seq_len
-    np.subtract.at(tokens_of_file, np.searchsorted(ends, short, side="right"), lacking)
+    np.subtract.at(tokens_of_file, before.source_of(short), lacking)
     corpus = tuple(
         replace(file, rows=int(rows), tokens=int(tokens))
         for file, rows, tokens in zip(manifest.corpus, rows_of_file, tokens_of_file)

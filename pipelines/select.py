@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from pipelines.ranking import best_rows, part_scores, plan_selection
+from pipelines.ranking import CorpusRows, best_rows, part_scores, plan_selection
 from pipelines.settings import SelectConfig
 from scorer.config import Stopped
 from scorer.output import begin_output, clean, leave, require_empty
@@ -178,7 +178,7 @@ def score_rows(
     done = first = 0
     progress("rank", done, manifest.tokens)
     with threads(workers) as pool:
-        score = partial(part_scores, shards, config.teacher, config.small)
+        score = partial(part_scores, shards, CorpusRows(manifest), config.teacher, config.small)
         for plan, values in zip(manifest.parts, in_order(pool, score, range(len(manifest.parts)), workers + 1)):
             scores[first : first + plan.rows] = values
             first, done = first + plan.rows, done + plan.tokens
@@ -279,8 +279,10 @@ def write_selected(folder: ShardFolder, index: int, pieces: list[KeptRows], leas
                 side.append(entry | {"row": piece.first + entry["row"] - first})
     table = pa.concat_tables(tables)
     starts = range(0, plan.rows, manifest.rows_per_batch)
-    parts = [table.slice(start, manifest.rows_per_batch).combine_chunks() for start in starts]
-    batches = [part.to_batches()[0] for part in parts]
+    batches = []
+    for start in starts:
+        (batch,) = table.slice(start, manifest.rows_per_batch).combine_chunks().to_batches()
+        batches.append(batch)
     quarantined: dict[str, list[int]] = {}
     for entry in sorted(side, key=lambda entry: entry["row"]):
         quarantined.setdefault(entry["reference"], []).append(entry["row"])

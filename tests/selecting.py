@@ -13,6 +13,7 @@ from test_verify import TOKENIZER, TOKENIZER_JSON
 from shards import CorpusFile, Manifest, PartPlan, ShardFolder, row_schema, write_part
 from shards.manifest import part_name
 from shards.quarantine import write_quarantined_rows
+from shards.schema import list_array
 
 PACKED = {"context": "packed", "logprob_step": 0.25}
 Values = Callable[[int], np.ndarray]
@@ -95,6 +96,36 @@ def write_rows(
         record = {name: listed for name, listed in here.items() if listed}
         write_part(folder, plan.name, manifest.schema, manifest.part_metadata(index), batches, record)
     return ShardFolder(folder)
+
+
+def write_uniform(folder: Path, num_rows: int, seq_len: int, rows_per_part: int) -> None:
+    """Many rows of one length, one document each, with random log-probs rl and base; built by numpy, part by part."""
+    (folder / "_tokenizer").mkdir(parents=True)
+    (folder / "_tokenizer" / "tokenizer.json").write_text(json.dumps(TOKENIZER_JSON))
+    file = CorpusFile("a.jsonl", 1, "0" * 64, num_rows, num_rows, 0, 0, num_rows, num_rows * seq_len)
+    counts = [min(rows_per_part, num_rows - first) for first in range(0, num_rows, rows_per_part)]
+    plans = tuple(PartPlan(part_name(index), count, count * seq_len) for index, count in enumerate(counts))
+    references = {"base": PACKED, "rl": PACKED}
+    manifest = Manifest(seq_len, rows_per_part, rows_per_part, TOKENIZER, (file,), plans, references)
+    manifest.write(folder)
+    rng = np.random.default_rng(0)
+    for index, (plan, count) in enumerate(zip(plans, counts)):
+        lengths = np.full(count, seq_len)
+        ids = rng.integers(1, 100, (count, seq_len), dtype=np.int32)
+        ids[:, -1] = 0
+        ordinals = np.arange(count) + index * rows_per_part
+        columns = [
+            list_array(ids.ravel(), lengths),
+            list_array(np.full(count, seq_len, np.int32), np.ones(count)),
+            list_array(ordinals, np.ones(count)),
+            pa.array(np.zeros(count, np.int32)),
+        ]
+        for _ in references:
+            values = (-rng.integers(0, 40, count * seq_len) / 4).astype(np.float32)
+            first = np.arange(count * seq_len) % seq_len == 0
+            columns.append(list_array(pa.array(values, mask=first), lengths))
+        batch = pa.record_batch(columns, schema=manifest.schema)
+        write_part(folder, plan.name, manifest.schema, manifest.part_metadata(index), [batch])
 
 
 def annotate_two(shards: Path, out: Path, seed: int = 0) -> Path:
