@@ -58,7 +58,7 @@ def summary(what: str, folder: ShardFolder, out: str, seconds: float) -> str:
     manifest = folder.manifest
     documents = manifest.documents
     line = f"{what} {manifest.tokens:,} tokens in {manifest.rows:,} rows and {len(manifest.parts):,} parts"
-    line += f" from {documents['packed']:,} documents"
+    line += f"{', a selection' if manifest.selections else ''} from {documents['packed']:,} documents"
     if documents["empty"] or documents["rejected"]:
         line += f" ({documents['empty']:,} empty, {documents['rejected']:,} rejected)"
     return f"{line} -> {out} ({seconds:.0f} s)"
