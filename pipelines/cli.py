@@ -16,7 +16,7 @@ import yaml
 
 from pipelines import commands
 from pipelines.commands import BAD_USAGE, FAILED, STOPPED
-from pipelines.settings import InspectConfig, VerifyConfig
+from pipelines.settings import InspectConfig, SelectConfig, VerifyConfig
 from pipelines.signals import Stopped, StopRequest
 from scorer.config import PackConfig, ScoreConfig
 from trainer.config import TrainConfig
@@ -24,6 +24,7 @@ from trainer.config import TrainConfig
 COMMANDS: dict[str, tuple[type, Any]] = {
     "pack": (PackConfig, commands.pack),
     "score": (ScoreConfig, commands.score),
+    "select": (SelectConfig, commands.select),
     "train": (TrainConfig, commands.train),
     "verify": (VerifyConfig, commands.verify),
     "inspect": (InspectConfig, commands.inspect),
@@ -91,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
         fail(command, BAD_USAGE, str(error))
 
     # these end what they are at: a step and a checkpoint, the parts in work
-    stop = StopRequest(graceful=command in ("pack", "score", "train"))
+    stop = StopRequest(graceful=command in ("pack", "score", "select", "train"))
     stop.install()
     try:
         run = next(run for settings, run in COMMANDS.values() if settings is type(config))

@@ -19,7 +19,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from pipelines.models import resolve_model
-from pipelines.settings import InspectConfig, VerifyConfig
+from pipelines.settings import InspectConfig, SelectConfig, VerifyConfig
 from scorer.config import PackConfig, ScoreConfig, Stopped
 from shards.folder import ShardFolder
 from shards.lease import Lease
@@ -58,7 +58,7 @@ def summary(what: str, folder: ShardFolder, out: str, seconds: float) -> str:
     manifest = folder.manifest
     documents = manifest.documents
     line = f"{what} {manifest.tokens:,} tokens in {manifest.rows:,} rows and {len(manifest.parts):,} parts"
-    line += f" from {documents['packed']:,} documents"
+    line += f"{', a selection' if manifest.selections else ''} from {documents['packed']:,} documents"
     if documents["empty"] or documents["rejected"]:
         line += f" ({documents['empty']:,} empty, {documents['rejected']:,} rejected)"
     return f"{line} -> {out} ({seconds:.0f} s)"
@@ -165,6 +165,31 @@ def show_score_summary(state: "ScoreProgress", first: "ScoreProgress") -> None:
     Console(file=sys.stderr, highlight=False).print(table)
 
 
+def select(config: SelectConfig, should_stop: ShouldStop) -> int:
+    from pipelines.ranking import describe
+    from pipelines.select import select as run
+
+    began, phase = monotonic(), ""
+    with progress_bar(desc="select", unit=" tokens", unit_scale=True) as bar:
+
+        def progress(now: str, done: int, total: int) -> None:
+            nonlocal phase
+            if now != phase:
+                phase = now
+                bar.reset(total)
+                bar.set_description(now)
+                bar.initial = bar.n = done
+            bar.update(done - bar.n)
+
+        try:
+            chosen = run(config, progress, should_stop, note).manifest.selections[-1]
+        except Stopped:
+            return STOPPED
+    what = "selected" if phase else "nothing to do (remit verify checks every byte), selected before:"
+    print(f"{what} {describe(chosen)} -> {config.out} ({monotonic() - began:.0f} s)")
+    return DONE
+
+
 def train(config: TrainConfig, should_stop: ShouldStop) -> int:
     from trainer.train import train as run
 
@@ -230,9 +255,14 @@ def verify_and_show(config: VerifyConfig, folder: ShardFolder) -> int:
     documents = folder.manifest.documents
     print(
         f"{folder.path}: {report.parts} of {len(folder.manifest.parts)} parts are sound, {report.rows:,} rows, "
-        f"{report.tokens:,} tokens" + ("" if report.documents is None else f", {report.documents:,} documents")
+        f"{report.tokens:,} tokens"
+        + ("" if report.documents is None else f", {report.documents:,} documents")
+        + (", whole or in part" if folder.manifest.selections and report.documents is not None else "")
     )
-    print("documents of the plan: " + ", ".join(f"{kind} {count:,}" for kind, count in documents.items()))
+    whose = "corpus as packed" if folder.manifest.selections else "plan"
+    print(f"documents of the {whose}: " + ", ".join(f"{kind} {count:,}" for kind, count in documents.items()))
+    for selection in folder.manifest.selections:
+        print(f"selection: {json.dumps(selection)}")
     for name, count in report.logprobs.items():
         line = f"{name}: {count:,} log-probs, {report.quarantined[name]:,} rows quarantined, "
         print(line + json.dumps(folder.manifest.references[name]))

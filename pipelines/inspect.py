@@ -90,10 +90,12 @@ def _show_folder(folder: ShardFolder, console: Console) -> None:
     lines = [
         f"{folder.path}: {manifest.tokens:,} tokens in {manifest.rows:,} rows of at most {manifest.seq_len}, "
         f"{len(manifest.parts):,} parts" + (f", {missing} of them missing" if missing else ", complete"),
-        "documents: " + ", ".join(f"{kind} {count:,}" for kind, count in manifest.documents.items()),
+        ("documents as packed: " if manifest.selections else "documents: ")
+        + ", ".join(f"{kind} {count:,}" for kind, count in manifest.documents.items()),
         f"tokenizer: {json.dumps(manifest.tokenizer)}",
         *(f"corpus file {index}: {file.path}, {file.tokens:,} tokens" for index, file in enumerate(manifest.corpus)),
         *(f"reference {name}: {json.dumps(reference)}" for name, reference in manifest.references.items()),
+        *(f"selection: {json.dumps(selection)}" for selection in manifest.selections),
     ]
     for line in lines:
         console.print(Text(line), soft_wrap=True)

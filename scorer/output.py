@@ -1,4 +1,4 @@
-"""What the drivers of pack and score do alike with the folder they write: refuse, clean, stop."""
+"""What the drivers of pack, score and select do alike with the folder they write: refuse, clean, begin, stop."""
 
 import contextlib
 from collections.abc import Callable
@@ -6,9 +6,10 @@ from pathlib import Path
 from time import monotonic
 
 from scorer.config import Stopped
-from shards.folder import TOKENIZER
+from shards.crash import crash_point
+from shards.folder import TOKENIZER, ShardFolder
 from shards.lease import LEASE, Lease, LeaseLost
-from shards.manifest import MANIFEST
+from shards.manifest import MANIFEST, Manifest
 from shards.part import COMMITS
 from shards.quarantine import QUARANTINE
 from shards.store import Store, is_remote
@@ -51,6 +52,17 @@ def clean(out: Store) -> None:
     """Remove the temporary files of drivers and workers that died."""
     for folder in ("", COMMITS, LEASE, TOKENIZER, f"{QUARANTINE}/rows", f"{QUARANTINE}/failed"):
         out.clean(folder)
+
+
+def begin_output(shards: ShardFolder, out: Store, manifest: Manifest) -> ShardFolder:
+    """Freeze `manifest` in `out`, with a copy of the tokenizer of `shards`, unless it is frozen there."""
+    if out.size(MANIFEST) is None:
+        out.remove(TOKENIZER)  # of a run that died while it copied one
+        for name in shards.store.names(TOKENIZER):
+            out.replace(f"{TOKENIZER}/{name}", shards.store.read(f"{TOKENIZER}/{name}"))
+        crash_point("output.begun")
+        manifest.write(out)
+    return ShardFolder(out)
 
 
 def leave(out: Store, lease: Lease) -> None:

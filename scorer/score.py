@@ -13,12 +13,12 @@ from scorer.cluster import ray_cluster
 from scorer.config import ScoreConfig
 from scorer.drive import Drive, PartsFailed, Progress
 from scorer.engine import EngineConfig
-from scorer.output import absolute, clean, leave, require_empty
+from scorer.output import absolute, begin_output, clean, leave, require_empty
 from scorer.placement import engine_bundle
 from scorer.reference import Reference, check_reference, provenance, resolve_dtype
 from shards.crash import crash_point
 from shards.fingerprint import config_fingerprint, weights_fingerprint
-from shards.folder import TOKENIZER, ShardFolder
+from shards.folder import ShardFolder
 from shards.lease import Lease
 from shards.manifest import MANIFEST, Manifest, first_difference
 from shards.quarantine import clear_failures
@@ -92,14 +92,3 @@ def refuse_other_scoring(out: Store, manifest: Manifest) -> None:
         difference = first_difference(manifest.provenance(), Manifest.read(out).provenance())
         if difference:
             raise ValueError(f"{out.url}: holds another scoring: {difference}; choose another --out or delete it")
-
-
-def begin_output(shards: ShardFolder, out: Store, manifest: Manifest) -> ShardFolder:
-    """Freeze `manifest` in `out`, with a copy of the tokenizer, unless it is frozen there."""
-    if out.size(MANIFEST) is None:
-        out.remove(TOKENIZER)  # of a run that died while it copied one
-        for name in shards.store.names(TOKENIZER):
-            out.replace(f"{TOKENIZER}/{name}", shards.store.read(f"{TOKENIZER}/{name}"))
-        crash_point("output.begun")
-        manifest.write(out)
-    return ShardFolder(out)

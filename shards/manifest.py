@@ -68,6 +68,8 @@ class Manifest:
     tokenizer: fingerprint, eos_token_id, vocab_size (largest id + 1), special_tokens ("parse" or "text").
     references: per name its model name, revision, weights_sha256, dtype, engine, engine_version,
     tensor_parallel_size, context, logprob_step, and top_k where its most probable tokens are stored.
+    selections: by which rule rows of the packed corpus were kept, oldest first: method, rows_read, rows_unscored,
+    rows_kept, source_manifest_sha256, and what else the method says (pipelines/select.py).
     """
 
     seq_len: int
@@ -77,6 +79,7 @@ class Manifest:
     corpus: tuple[CorpusFile, ...]
     parts: tuple[PartPlan, ...]
     references: dict[str, dict[str, Any]] = field(default_factory=dict)
+    selections: tuple[dict[str, Any], ...] = ()
 
     @property
     def rows(self) -> int:
@@ -104,7 +107,7 @@ class Manifest:
         return {**self._common(), "corpus": [vars(file) for file in self.corpus]}
 
     def _common(self) -> dict[str, Any]:
-        return {
+        common = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "documents": self.documents,
@@ -115,6 +118,8 @@ class Manifest:
             "tokenizer": self.tokenizer,
             "references": self.references,
         }
+        # only where there are any, so that other folders keep their bytes
+        return common | {"selections": list(self.selections)} if self.selections else common
 
     @cached_property
     def _text(self) -> tuple[str, str]:
@@ -187,6 +192,7 @@ class Manifest:
                 corpus=tuple(CorpusFile(**file) for file in value["corpus"]),
                 parts=tuple(PartPlan(**part) for part in value["parts"]),
                 references={name: dict(reference) for name, reference in value["references"].items()},
+                selections=tuple(dict(selection) for selection in value.get("selections", [])),
             )
             manifest._check()
             if {key: value[key] for key in manifest._common()} != manifest._common():
@@ -224,6 +230,10 @@ class Manifest:
                 raise ValueError(f"reference {name}: context is {reference.get('context')!r}")
             if not isinstance(reference.get("top_k", 0), int) or reference.get("top_k", 0) < 0:
                 raise ValueError(f"reference {name}: top_k is {reference['top_k']!r}")
+        kept = [selection["rows_kept"] for selection in self.selections]
+        read = [selection["rows_read"] for selection in self.selections]
+        if kept != [*read[1:], self.rows][: len(kept)]:
+            raise ValueError(f"selections kept {kept} rows, expected {[*read[1:], self.rows]}")
 
 
 def first_difference(ours: Any, theirs: Any, where: str = "") -> str | None:

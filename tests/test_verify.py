@@ -97,6 +97,40 @@ def test_broken_invariants_are_named(tmp_path: Path, change: Callable, message: 
     assert any(message in problem for problem in problems), problems
 
 
+SELECTIONS = ({"rows_read": 9, "rows_kept": 3},)
+
+
+def without_row(values: dict[str, list], row: int) -> dict[str, list]:
+    return {name: [*column[:row], *column[row + 1 :]] for name, column in values.items()}
+
+
+@pytest.mark.parametrize("row", range(4))
+def test_a_selection_may_lack_any_row(tmp_path: Path, row: int) -> None:
+    values = without_row(rows(), row)
+    report = verify_folder(write_folder(tmp_path / "selected", values, documents=5, selections=SELECTIONS))
+    assert report.problems == []
+    assert report.documents == len({document for documents in values["doc_ids"] for document in documents})
+    assert verify_folder(write_folder(tmp_path / "packed", values, documents=5)).problems
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v["input_ids"][1].__setitem__(2, 5), "does not end in EOS"),
+        (lambda v: v["doc_ids"][0].__setitem__(0, 2), "out of order"),
+        (lambda v: v["doc_ids"][1].__setitem__(1, 1), "out of order"),
+        (lambda v: v["doc_lengths"][1].__setitem__(0, 1), "do not sum"),
+        (lambda v: v["rl_logprobs"][0].__setitem__(1, None), "null elsewhere"),
+        (lambda v: v["input_ids"][2].__setitem__(0, 100), "token id is not in 0..99"),
+    ],
+)
+def test_all_else_holds_for_a_selection(tmp_path: Path, change: Callable, message: str) -> None:
+    values = without_row(rows(), 1)
+    change(values)
+    problems = verify_folder(write_folder(tmp_path, values, selections=SELECTIONS)).problems
+    assert any(message in problem for problem in problems), problems
+
+
 def test_a_row_after_a_short_row(tmp_path: Path) -> None:
     values = rows()
     for column in ("input_ids", "rl_logprobs"):
