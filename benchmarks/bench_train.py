@@ -1,6 +1,7 @@
-"""What ReMiT costs beside next-token prediction, against an online reference, and against transformers' Trainer.
+"""What ReMiT and the other objectives cost beside next-token prediction, against an online reference, and against
+transformers' Trainer.
 
-    python -m benchmarks.bench_train        (make bench-train; about ten minutes on two cores)
+    python -m benchmarks.bench_train        (make bench-train; about twenty minutes on two cores)
 
 Variants take turns step by step in one process; only the comparison with transformers' Trainer, whose peak memory
 counts, runs each side in a process of its own, several times in turn.
@@ -16,6 +17,7 @@ from time import perf_counter
 from benchmarks.common import Claim, claim, make_model, make_shards, report
 
 SEQ_LEN = 1024
+TOP_K = 32
 
 
 def ours(model: Path, shards: Path, steps: int, rows: int) -> None:
@@ -95,6 +97,7 @@ def main() -> int:
         model = make_model(folder / "model", options.vocabulary)
         make_shards(folder / "packed", options.vocabulary, 4, 4 * options.rows, SEQ_LEN)
         claims = variants(folder, model, options.steps, options.rows)
+        claims += objectives(folder, model, options.steps, options.rows)
         speeds, peaks, last = [], [], (0.0, 0.0)
         for index in range(options.rounds):
             common = (model, folder / "packed", "--vocabulary", options.vocabulary, "--rows", options.rows)
@@ -145,6 +148,36 @@ def variants(folder: Path, model: Path, num_steps: int, rows: int) -> list[Claim
         claim("throughput kept against NTP, reference online (paper: 0.57)", kept),
         claim("share of the time that ReMiT waits for data", [remit.waited / remit.seconds], at_most=0.01),
     ]
+
+
+def objectives(folder: Path, model: Path, num_steps: int, rows: int) -> list[Claim]:
+    """RHO-1 and distillation against NTP: steps in turn, on the same rows."""
+    import torch
+
+    from benchmarks.training import Steps, annotate
+
+    shards, device = annotate(folder / "packed", folder / "top", top_k=TOP_K), torch.device("cpu")
+    # name: (objective, rows of a micro-batch, settings, the claim and its target)
+    kinds: dict[str, tuple] = {
+        "rho1 row": ("rho1", rows, {"scope": "row"}, "RHO-1, scope row / NTP step", 1.02),
+        "rho1 micro": ("rho1", rows, {"scope": "micro"}, f"RHO-1, scope micro ({rows} rows) / NTP step", 1.02),
+        "rho1 global": ("rho1", 1, {"scope": "global"}, f"RHO-1, scope global, {rows} micro-batches / NTP step", None),
+        "kd": ("kd", rows, {}, f"KD, k = {TOP_K} / NTP step", 1.25),
+    }
+    claims = []
+    for name, (objective, micro_batch_size, settings, text, target) in kinds.items():  # two models in memory at a time
+        common = (rows, micro_batch_size, num_steps + 1, device)
+        plain, other = Steps(shards, model, "ntp", *common), Steps(shards, model, objective, *common, **settings)
+        plain.step()
+        other.step()
+        ratios = []
+        for index in range(num_steps):
+            pair = (plain, other) if index % 2 else (other, plain)
+            seconds = {id(trainer): trainer.step() for trainer in pair}
+            ratios.append(seconds[id(other)] / seconds[id(plain)])
+            print(f"{name} {index}: {seconds[id(other)]:.2f} s, ntp {seconds[id(plain)]:.2f} s", flush=True)
+        claims.append(claim(text, ratios, at_most=target))
+    return claims
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from shards import Manifest, ShardFolder, row_schema, write_part
+from shards import Manifest, ShardFolder, write_part
 from trainer.batch import MicroBatch, collate
 from trainer.config import TrainConfig
 from trainer.data import GlobalBatch, RowReader, global_batches
@@ -30,11 +30,12 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def annotate(shards: Path, out: Path, step: float = 1 / 64) -> ShardFolder:
-    """`shards` with a column of random log-probs, as a reference of that vocabulary would give them."""
+def annotate(shards: Path, out: Path, step: float = 1 / 64, top_k: int = 0) -> ShardFolder:
+    """`shards` with columns of random log-probs, as a reference of that vocabulary would give them."""
     rng = np.random.default_rng(1)
     manifest = Manifest.read(shards)
     reference = {"context": "packed", "logprob_step": step, "model": "random", "engine": "none"}
+    reference |= {"top_k": top_k} if top_k else {}
     manifest = replace(manifest, references={"rl": reference})
     manifest.write(out)
     (out / "_tokenizer").mkdir()
@@ -47,10 +48,25 @@ def annotate(shards: Path, out: Path, step: float = 1 / 64) -> ShardFolder:
             for row in batch.column("input_ids").to_pylist():
                 logprobs = -np.round(rng.gamma(2.0, 5.0, len(row)) / step) * step
                 values.append([None, *logprobs[1:].tolist()])
-            column = pa.array(values, pa.list_(pa.float32()))
-            batches.append(pa.record_batch([*batch.columns, column], schema=row_schema(("rl",))))
-        write_part(out, plan.name, row_schema(("rl",)), manifest.part_metadata(index), batches)
+            columns = [*batch.columns, pa.array(values, pa.list_(pa.float32()))]
+            if top_k:
+                columns += random_top(rng, values, manifest.tokenizer["vocab_size"], top_k, step)
+            batches.append(pa.record_batch(columns, schema=manifest.schema))
+        write_part(out, plan.name, manifest.schema, manifest.part_metadata(index), batches)
     return ShardFolder(out)
+
+
+def random_top(rng: np.random.Generator, rows: list, vocabulary: int, k: int, step: float) -> list[pa.Array]:
+    """Ids and log-probs of k different tokens for each token of `rows` but their first ones."""
+    ids, logprobs = [], []
+    for row in rows:
+        first = rng.integers(0, vocabulary, (len(row), 1))
+        places = (first + np.arange(k) * (vocabulary // k)) % vocabulary
+        weights = np.sort(rng.gamma(0.3, 1.0, (len(row), k)), axis=1)[:, ::-1] + 1e-6
+        stored = np.minimum(0, np.round(np.log(0.95 * weights / weights.sum(1, keepdims=True)) / step) * step)
+        ids.append([None, *places[1:].tolist()])
+        logprobs.append([None, *stored[1:].tolist()])
+    return [pa.array(ids, pa.list_(pa.list_(pa.int32(), k))), pa.array(logprobs, pa.list_(pa.list_(pa.float32(), k)))]
 
 
 class Steps:
