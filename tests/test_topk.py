@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -149,13 +150,13 @@ def test_bfloat16_has_equal_values_in_the_order_of_ids(tmp_path: Path, short: Pa
 # --- the columns in other tools -------------------------------------------------------------------------
 
 
-def test_other_tools_read_the_same(exact: Path, tmp_path: Path) -> None:
+def test_other_tools_read_the_same(tmp_path: Path, packed: Path, reference_model: Path) -> None:
     columns = ["rl_topk_ids", "rl_topk_logprobs"]
-    part = exact / "part-00000.arrow"
+    part = score_to(tmp_path / "out", packed, reference_model, engine="fake", top_k=5).path / "part-00000.arrow"
     want = pyarrow.dataset.dataset(part, format="arrow").to_table().select(columns).to_pydict()
     assert want["rl_topk_ids"][0][0] is None
     assert len(want["rl_topk_ids"][0][1]) == 5
-    frame = polars.read_ipc(part, columns=columns, memory_map=False)
+    frame = polars.read_ipc(part, columns=columns)
     for column in columns:
         assert [
             [None if entry is None else list(entry) for entry in row] for row in frame[column].to_list()
@@ -292,6 +293,15 @@ def test_altered_entries_are_named(tmp_path: Path, change: Callable, message: st
     change(values["rl_topk_ids"], values["rl_topk_logprobs"])
     problems = verify_folder(write_folder(tmp_path, values, references=TOP)).problems
     assert any(message in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize(("key", "value"), [("top_k", -1), ("top_k", 1 << 40), ("top_k", "2"), ("vocab_size", None)])
+def test_manifest_is_checked(tmp_path: Path, key: str, value: object) -> None:
+    plan = write_folder(tmp_path / "a", top_rows(), references=TOP).manifest
+    (tmp_path / "b").mkdir()
+    replace(plan, references={"rl": TOP["rl"] | {key: value}}).write(tmp_path / "b")
+    with pytest.raises(ValueError, match=f"reference rl: {key} is {value!r}"):
+        ShardFolder(tmp_path / "b")
 
 
 # --- by hand --------------------------------------------------------------------------------------------
