@@ -30,7 +30,7 @@ def measurable_engine(config: Any, tokens: int, vocabulary: int) -> Any:
     import torch
     import vllm
 
-    from scorer.engine import VllmEngine
+    from scorer.engine import Answer, VllmEngine
 
     head = torch.randn(vocabulary, 256, dtype=torch.bfloat16)
     states = torch.randn(SEQ_LEN, 256, dtype=torch.bfloat16)
@@ -57,7 +57,7 @@ def measurable_engine(config: Any, tokens: int, vocabulary: int) -> Any:
                 with torch.inference_mode():
                     for _ in done:
                         torch.nn.functional.linear(states, head)
-            return [(key, np.zeros(len(self._asked.pop(key)) - 1, np.float32)) for key in done]
+            return [(key, Answer(np.zeros(len(self._asked.pop(key)) - 1, np.float32))) for key in done]
 
     return Measurable(config, tokens)
 

@@ -7,24 +7,23 @@ enters with the engine, after the environment that it reads is set.
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from scorer.batch import Rows
 from scorer.canary import compare
 from scorer.cores import claim_cores
 from scorer.engine import Engine, EngineConfig, batched_tokens, device_memory, environment
 from scorer.loop import EngineDied, EngineLoop, Job
-from scorer.rowcheck import fault_of_ids, fault_of_row, round_logprobs
 from shards.fingerprint import config_fingerprint, weights_fingerprint
 from shards.folder import ShardFolder
 from shards.lease import LeaseLost, check_fence
 from shards.part import CommittedAlready, read_record, record_name, write_part
 from shards.quarantine import read_quarantined_rows, write_quarantined_rows
-from shards.schema import has_predecessor, list_array, list_lengths, logprobs_column
 
 
 @dataclass(frozen=True)
@@ -38,26 +37,7 @@ class ScoringTask:
     context: str
     logprob_step: float
     num_embeddings: int
-
-
-@dataclass
-class Rows:
-    """A record batch and its log-probs so far. spans: prompts as (first token, one past the last, row)."""
-
-    batch: pa.RecordBatch
-    first_row: int
-    row_lengths: np.ndarray
-    present: np.ndarray
-    ids: np.ndarray
-    spans: list[tuple[int, int, int]]
-    logprobs: np.ndarray
-    faults: dict[int, str] = field(default_factory=dict)
-
-    def values_of(self, row: int) -> np.ndarray:
-        """Log-probs of a row as the engine gave them, without its tokens that have none."""
-        end = int(self.row_lengths[: row + 1].sum())
-        place = slice(end - int(self.row_lengths[row]), end)
-        return self.logprobs[place][self.present[place]]
+    top_k: int = 0
 
 
 class ScoringActor:
@@ -83,7 +63,7 @@ class ScoringActor:
         for index, prompt in enumerate(prompts):
             self._loop.submit(job, index, prompt)
         self._loop.wait(job)
-        return compare([job.values[index] for index in range(len(prompts))], expected, dtype)
+        return compare([job.values[index].logprobs for index in range(len(prompts))], expected, dtype)
 
     def progress(self) -> tuple[int, dict[str, int]]:
         """Tokens done so far, by steps that finished something, and those of each part in work."""
@@ -145,42 +125,27 @@ class ScoringActor:
 
     def _submit(self, job: Job, batch: pa.RecordBatch, first_row: int) -> Rows:
         """Send the prompts of a record batch to the engine."""
-        row_lengths = list_lengths(batch.column("input_ids"))
-        ids = batch.column("input_ids").flatten().to_numpy()
-        pieces = batch.column("doc_lengths").flatten().to_numpy().astype(np.int64)
-        lengths = row_lengths if self._task.context == "packed" else pieces
-        ends = np.cumsum(lengths)
-        row_of = np.searchsorted(np.cumsum(row_lengths), ends)
-        spans = [(int(end - length), int(end), int(row)) for end, length, row in zip(ends, lengths, row_of)]
-        rows = Rows(
-            batch, first_row, row_lengths, has_predecessor(row_lengths, pieces, self._task.context), ids,
-            [span for span in spans if span[1] - span[0] > 1], np.full(len(ids), np.nan, np.float32),
-        )  # fmt: skip
-        for row, end in enumerate(np.cumsum(row_lengths)):
-            fault = fault_of_ids(ids[end - row_lengths[row] : end], self._task.num_embeddings)
-            if fault:
-                rows.faults[row] = fault
+        task = self._task
+        rows = Rows.of(batch, first_row, task.context, task.num_embeddings, task.top_k)
         for start, end, row in rows.spans:
-            if row in rows.faults:
-                job.values[job.asked] = np.full(end - start - 1, np.nan, np.float32)
-                job.asked += 1
-            else:
-                self._loop.submit(job, job.asked, ids[start:end])
+            if row not in rows.faults:
+                self._loop.submit(job, job.asked, rows.ids[start:end])
         return rows
 
     def _fill(self, job: Job, batches: list[Rows]) -> None:
         """Put the values into their rows; score rows with impossible ones again, alone, and note what stays bad."""
         index = 0
         for rows in batches:
-            for start, end, _ in rows.spans:
-                rows.logprobs[start + 1 : end] = job.values.pop(index)
-                index += 1
+            for start, end, row in rows.spans:
+                if row not in rows.faults:
+                    rows.put(start, end, job.values.pop(index))
+                    index += 1
         job.asked = 0
         num_rows = bad = 0
         for rows in batches:
             num_rows += rows.batch.num_rows
             for row in range(rows.batch.num_rows):
-                if row in rows.faults or not fault_of_row(rows.values_of(row)):
+                if row in rows.faults or not rows.fault_of(row):
                     continue
                 again = Job(alone=True)
                 spans = [span for span in rows.spans if span[2] == row]
@@ -188,8 +153,8 @@ class ScoringActor:
                     self._loop.submit(again, place, rows.ids[start:end])
                 self._loop.wait(again)
                 for place, (start, end, _) in enumerate(spans):
-                    rows.logprobs[start + 1 : end] = again.values[place]
-                fault = fault_of_row(rows.values_of(row))
+                    rows.put(start, end, again.values[place])
+                fault = rows.fault_of(row)
                 if fault:
                     rows.faults[row] = f"scored twice, {fault}"
             bad += len(rows.faults)
@@ -207,19 +172,12 @@ class ScoringActor:
         quarantined = dict(self._shards.record(part).quarantined)
         written, bad_rows = [], []
         for rows in batches:
-            present = rows.present.copy()
             for row, reason in sorted(rows.faults.items()):
-                end = int(rows.row_lengths[: row + 1].sum())
-                start = end - int(rows.row_lengths[row])
-                present[start:end] = False
                 bad_rows.append(rows.first_row + row)
-                ids = rows.ids[start:end].tolist()
+                ids = rows.ids[rows.place(row)].tolist()
                 side.append({"reference": name, "row": rows.first_row + row, "reason": reason, "input_ids": ids})
-            if np.isnan(rows.logprobs[present]).any():
-                raise EngineDied("the engine left out tokens that have a predecessor")
-            values = pa.array(round_logprobs(rows.logprobs, self._task.logprob_step), mask=~present)
             by_name = dict(zip(rows.batch.schema.names, rows.batch.columns))
-            by_name[logprobs_column(name)] = list_array(values, rows.row_lengths)
+            by_name |= rows.columns(name, self._task.logprob_step)
             written.append(pa.record_batch([by_name[field.name] for field in schema], schema=schema))
         if bad_rows:
             quarantined[name] = bad_rows
@@ -246,7 +204,7 @@ def make_engine(config: EngineConfig, model_config: dict[str, Any], cores: int) 
     if config.kind == "fake":
         from scorer.fake import FakeEngine
 
-        return FakeEngine()
+        return FakeEngine(config.vocab_size, config.top_k)
     tokens = batched_tokens(config, device_memory(config.device))
     os.environ.update(environment(config, model_config, claim_cores(cores), tokens))
     from scorer.engine import VllmEngine

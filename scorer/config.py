@@ -85,6 +85,9 @@ class ScoreConfig:
     """Of the engine; auto: the model's own."""
     logprob_step: float = 1 / 64
     """Log-probs are rounded to multiples of this many nats, which makes the column compress well; 0: exact."""
+    top_k: int = 0
+    """Also store the reference's most probable tokens at every place, this many, in columns NAME_topk_ids and
+    NAME_topk_logprobs; 0: none."""
     num_engines: int | None = None
     """Engines at once; default: one per GPU (and tensor-parallel group), else as many as the CPUs carry."""
     tensor_parallel_size: int = 1
@@ -110,6 +113,8 @@ class ScoreConfig:
             raise ValueError(
                 f"--logprob-step is {self.logprob_step}, expected a power of two so that multiples are exact in float32"
             )
+        if self.top_k < 0:
+            raise ValueError(f"--top-k is {self.top_k}, expected 0 (store none) or more, for instance 8")
         if self.grace_seconds < 0 or self.progress_timeout_seconds <= 0:
             raise ValueError("--grace-seconds and --progress-timeout-seconds must be positive")
         for name in ("num_engines", "tensor_parallel_size", "max_num_batched_tokens"):

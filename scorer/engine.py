@@ -1,6 +1,7 @@
 """A vLLM engine that returns the log-prob of every prompt token.
 
-In: token ids. Out: float32 log-probs, one fewer than the tokens of each prompt: nothing precedes the first.
+In: token ids. Out: float32 log-probs, one fewer than the tokens of each prompt: nothing precedes the first. With
+top_k also the ids and log-probs of the top_k tokens that the model holds most probable at each of these places.
 Import this only in a process of its own: vLLM's Transformers backend patches the transformers classes.
 """
 
@@ -8,7 +9,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -37,6 +38,19 @@ class EngineConfig:
     device: str = "cpu"
     max_num_batched_tokens: int | None = None
     kind: str = "vllm"
+    top_k: int = 0
+
+
+class Answer(NamedTuple):
+    """What an engine says of a prompt's tokens from the second on, N = tokens - 1 and K = top_k.
+
+    logprobs: float32 [N]. topk_ids, topk_logprobs: int32 and float32 [N, K], each line by descending log-prob and
+    ascending id where two are equal; None without top_k.
+    """
+
+    logprobs: np.ndarray
+    topk_ids: np.ndarray | None = None
+    topk_logprobs: np.ndarray | None = None
 
 
 class Engine(Protocol):
@@ -47,8 +61,8 @@ class Engine(Protocol):
     def add(self, key: str, prompt: np.ndarray) -> None:
         """Queue a prompt, int [tokens], at least two."""
 
-    def step(self) -> list[tuple[str, np.ndarray]]:
-        """Work for a while; the prompts that are finished with their float32 [tokens - 1] log-probs."""
+    def step(self) -> list[tuple[str, Answer]]:
+        """Work for a while; the prompts that are finished with what the engine says of them."""
 
     def forget(self) -> None:
         """Clear what finished prompts have left behind; only called when none is in work."""
@@ -58,12 +72,12 @@ def batched_tokens(config: EngineConfig, memory_bytes: int) -> int:
     """Tokens per engine step, so that a step's logits fit into a share of the device's memory.
 
     Held at once are a chunk's logits in the engine's dtype, twice where the model scales or gathers them, and a
-    block of them in float32.
+    block of them in float32; with top_k that many ids and log-probs a token, on their way to the host.
     """
     if config.max_num_batched_tokens is not None:
         return config.max_num_batched_tokens
     budget = min(LOGITS_MAX_BYTES[config.device], memory_bytes * LOGITS_SHARE[config.device])
-    bytes_per_token = 2 * config.vocab_size * (4 if config.dtype == "float32" else 2)
+    bytes_per_token = 2 * config.vocab_size * (4 if config.dtype == "float32" else 2) + 16 * config.top_k
     fit = max(1, int(budget / bytes_per_token))
     return max(256, min(MAX_BATCHED_TOKENS, 2 ** int(math.log2(fit))))
 
@@ -117,7 +131,7 @@ class VllmEngine:
         import vllm
 
         self._params = vllm.SamplingParams(
-            prompt_logprobs=0, flat_logprobs=True, max_tokens=1, temperature=0, detokenize=False
+            prompt_logprobs=config.top_k, flat_logprobs=True, max_tokens=1, temperature=0, detokenize=False
         )
         # vLLM wants room for one generated token after the prompt. That position is sampled but never computed,
         # so a row as long as the model's limit is fine although max_model_len lies one above it.
@@ -132,6 +146,7 @@ class VllmEngine:
             trust_remote_code=False,
             load_format="safetensors",
             seed=0,
+            max_logprobs=max(20, config.top_k),  # vLLM's own bound is 20
             gpu_memory_utilization=0.8,
             enforce_eager=config.device == "cpu",  # compiling takes 10-20 s there and gains 3 %
             distributed_executor_backend="mp" if config.tensor_parallel_size > 1 else None,
@@ -143,20 +158,46 @@ class VllmEngine:
         fused = all(llm.collective_rpc("use_remit_kernel", args=(BLOCK_ENTRIES[config.device],)))
         self.description = {"engine": "vllm", "max_num_batched_tokens": tokens, "fused_logprobs": fused}
         self._asked: dict[str, np.ndarray] = {}
+        self._width, self._fused = 1 + config.top_k, fused
 
     def add(self, key: str, prompt: np.ndarray) -> None:
         self._asked[key] = prompt
         self._engine.add_request(key, {"prompt_token_ids": prompt.tolist()}, self._params)
 
-    def step(self) -> list[tuple[str, np.ndarray]]:
+    def step(self) -> list[tuple[str, Answer]]:
         """Raises ValueError where the engine answers for other tokens than asked."""
         finished = []
         for output in self._engine.step():
             if not output.finished:
                 continue
             prompt = self._asked.pop(output.request_id)
-            flat = output.prompt_logprobs  # positions of rank 0 only: the prompt's own tokens, from the second on
-            if flat is None or not np.array_equal(np.fromiter(flat.token_ids, np.int64), prompt[1:]):
-                raise ValueError(f"the engine answered for other tokens than those of prompt {output.request_id}")
-            finished.append((output.request_id, np.fromiter(flat.logprobs, np.float32)))
+            finished.append((output.request_id, self._answer(output.request_id, prompt, output.prompt_logprobs)))
         return finished
+
+    def _answer(self, key: str, prompt: np.ndarray, flat: Any) -> Answer:
+        """vLLM's flat lists have, per position from the second on, the prompt's own token and then the top_k."""
+        shape = (len(prompt) - 1, self._width)
+        if flat is None or len(flat.token_ids) != shape[0] * shape[1]:
+            raise ValueError(f"the engine did not answer for each token of prompt {key}")
+        # to numpy at once: lists of Python numbers take about 90 bytes an entry
+        ids_NW = np.fromiter(flat.token_ids, np.int32, shape[0] * shape[1]).reshape(shape)
+        logprobs_NW = np.fromiter(flat.logprobs, np.float32, shape[0] * shape[1]).reshape(shape)
+        if not np.array_equal(ids_NW[:, 0], prompt[1:]):
+            raise ValueError(f"the engine answered for other tokens than those of prompt {key}")
+        if self._width == 1:
+            return Answer(logprobs_NW[:, 0])
+        if not self._fused:
+            order_topk(ids_NW, logprobs_NW)
+        return Answer(logprobs_NW[:, 0].copy(), ids_NW[:, 1:], logprobs_NW[:, 1:])
+
+
+def order_topk(ids_NW: np.ndarray, logprobs_NW: np.ndarray) -> None:
+    """Bring vLLM's own order, the prompt's token and then K others, into that of `Answer`, in place.
+
+    A token that stands in both places keeps the log-prob of the first: the two may come from other passes.
+    """
+    ids_NK, logprobs_NK = ids_NW[:, 1:], logprobs_NW[:, 1:]
+    np.copyto(logprobs_NK, logprobs_NW[:, :1], where=ids_NK == ids_NW[:, :1])
+    order_NK = np.lexsort((ids_NK, -logprobs_NK), axis=-1)
+    ids_NK[:] = np.take_along_axis(ids_NK, order_NK, -1)
+    logprobs_NK[:] = np.take_along_axis(logprobs_NK, order_NK, -1)

@@ -2,7 +2,7 @@
 
 It starts at once and gives the same numbers everywhere, so that a run which was killed can be compared with one
 which was not. REMIT_FAKE_ENGINE, a JSON object, makes it fail: {"nan": [17]} answers NaN for prompts that hold the
-token 17, likewise inf, positive, zeros; hang, die and raise do what they say; "once": FILE limits that to the
+token 17, likewise inf, positive, zeros, and topk one token twice among the most probable; hang, die and raise do what they say; "once": FILE limits that to the
 first time; "seconds": S makes each step take S seconds.
 """
 
@@ -13,6 +13,8 @@ import time
 from typing import Any
 
 import numpy as np
+
+from scorer.engine import Answer
 
 PROMPTS_PER_STEP = 8
 
@@ -25,10 +27,29 @@ def hashed_logprobs(prompt: np.ndarray) -> np.ndarray:
     return (-((mixed % np.uint64(8000)).astype(np.float32) + 1) / 1001).astype(np.float32)
 
 
+def hashed_topk(prompt: np.ndarray, logprobs: np.ndarray, vocab_size: int, top_k: int) -> Answer:
+    """The `top_k` most probable tokens of a distribution that has these `logprobs`, float32 [tokens - 1].
+
+    What a token leaves of the probability goes to the others of the vocabulary, from a place that its log-prob
+    chooses on: a half to the first of them, a quarter to the second and so on.
+    """
+    own_N1, others = prompt[1:, None].astype(np.int64), min(top_k, vocab_size - 1)
+    first_N1 = (-logprobs[:, None] * 1001).astype(np.int64)
+    ids_NW = (own_N1 + 1 + (first_N1 + np.arange(others)) % max(1, vocab_size - 1)) % vocab_size
+    rest_N1 = np.log1p(-np.exp(logprobs[:, None].astype(np.float64)))
+    logprobs_NW = (rest_N1 - np.log(2) * np.arange(1, others + 1)).astype(np.float32)
+    ids_NW = np.concatenate([own_N1, ids_NW], axis=1)
+    logprobs_NW = np.concatenate([logprobs[:, None], logprobs_NW], axis=1)
+    order_NK = np.lexsort((ids_NW, -logprobs_NW), axis=-1)[:, :top_k]
+    best = np.take_along_axis(ids_NW, order_NK, -1).astype(np.int32)
+    return Answer(logprobs, best, np.take_along_axis(logprobs_NW, order_NK, -1))
+
+
 class FakeEngine:
     """Answers eight prompts a step."""
 
-    def __init__(self) -> None:
+    def __init__(self, vocab_size: int, top_k: int = 0) -> None:
+        self._vocab_size, self._top_k = vocab_size, top_k
         self.description: dict[str, Any] = {"engine": "fake"}
         self._faults = json.loads(os.environ.get("REMIT_FAKE_ENGINE", "{}"))
         self._queue: list[tuple[str, np.ndarray]] = []
@@ -36,7 +57,7 @@ class FakeEngine:
     def add(self, key: str, prompt: np.ndarray) -> None:
         self._queue.append((key, prompt))
 
-    def step(self) -> list[tuple[str, np.ndarray]]:
+    def step(self) -> list[tuple[str, Answer]]:
         time.sleep(self._faults.get("seconds", 0))
         batch, self._queue = self._queue[:PROMPTS_PER_STEP], self._queue[PROMPTS_PER_STEP:]
         return [(key, self._answer(prompt)) for key, prompt in batch]
@@ -44,8 +65,11 @@ class FakeEngine:
     def forget(self) -> None:
         """Nothing is left behind."""
 
-    def _answer(self, prompt: np.ndarray) -> np.ndarray:
+    def _answer(self, prompt: np.ndarray) -> Answer:
         logprobs = hashed_logprobs(prompt)
+        answer = Answer(logprobs)
+        if self._top_k:
+            answer = hashed_topk(prompt, logprobs, self._vocab_size, self._top_k)
         for fault, tokens in self._faults.items():
             if fault in ("once", "seconds") or not np.isin(prompt, tokens).any() or not self._first_time():
                 continue
@@ -55,10 +79,13 @@ class FakeEngine:
                 time.sleep(3600)
             elif fault == "raise":
                 raise RuntimeError("the fake engine was told to fail")
+            elif fault == "topk":
+                assert answer.topk_ids is not None
+                answer.topk_ids[len(logprobs) // 3, -1] = answer.topk_ids[len(logprobs) // 3, 0]
             else:
                 values = {"nan": np.nan, "inf": -np.inf, "positive": 0.5, "zeros": 0.0}
                 logprobs[len(logprobs) // 3 if fault != "zeros" else 0 :] = values[fault]
-        return logprobs
+        return answer
 
     def _first_time(self) -> bool:
         if "once" not in self._faults:

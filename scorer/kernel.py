@@ -1,24 +1,58 @@
 """Log-probs of a prompt's tokens without the [tokens, vocabulary] passes that vLLM's own path makes.
 
 vLLM computes a float32 log-softmax of all logits of a chunk, then ranks each token against the whole vocabulary.
-Of both, one number a token is needed. Here the logits go through the log-softmax in blocks that stay in a core's
-cache, and no rank is computed. Worker processes load this class by name (vLLM's worker_extension_cls).
+Of both, one number a token is needed, or 1 + K of them. Here the logits go through the log-softmax in blocks that
+stay in a core's cache, and no rank is computed. Worker processes load this class by name (vLLM's
+worker_extension_cls).
+
+T = tokens, V = vocabulary, K = most probable tokens that are asked for, 0 or more.
 """
 
 from typing import Any
 
 
-def token_logprobs(logits_TV: Any, token_ids_T: Any, block_entries: int) -> Any:
-    """log softmax(logits)[token], float32 [T, 1]: T tokens, V vocabulary, at most block_entries logits at a time."""
+def token_logprobs(logits_TV: Any, token_ids_T: Any, top_k: int, block_entries: int) -> tuple[Any, Any]:
+    """Ids, int32, and log softmax(logits)[ids], float32, both [T, 1 + K]: the token itself, then the K best.
+
+    At most block_entries logits at a time are turned into log-probs.
+    """
     import torch
 
     tokens, vocabulary = logits_TV.shape
     rows = max(1, block_entries // vocabulary)
-    logprobs_T1 = torch.empty(tokens, 1, dtype=torch.float32, device=logits_TV.device)
+    ids_TW = torch.empty(tokens, 1 + top_k, dtype=torch.int32, device=logits_TV.device)
+    logprobs_TW = torch.empty(tokens, 1 + top_k, dtype=torch.float32, device=logits_TV.device)
+    ids_TW[:, 0] = token_ids_T
     for start in range(0, tokens, rows):
-        block = logits_TV[start : start + rows].log_softmax(dim=-1, dtype=torch.float32)
-        logprobs_T1[start : start + rows] = block.gather(-1, token_ids_T[start : start + rows, None])
-    return logprobs_T1
+        place = slice(start, start + rows)
+        block_TV = logits_TV[place].log_softmax(dim=-1, dtype=torch.float32)
+        logprobs_TW[place, :1] = block_TV.gather(-1, token_ids_T[place, None])
+        if top_k:
+            ids_TW[place, 1:], logprobs_TW[place, 1:] = most_probable(block_TV, top_k)
+    return ids_TW, logprobs_TW
+
+
+def most_probable(logprobs_TV: Any, top_k: int) -> tuple[Any, Any]:
+    """Ids, int64, and log-probs, float32, both [T, K], by descending log-prob, the lower id first where two are equal.
+
+    16-bit logits have many equal values. torch.topk leaves open which of those at the K-th place it takes, and that
+    differs between devices and releases; here the lowest ids are taken.
+    """
+    import torch
+
+    values_TK, ids_TK = logprobs_TV.topk(top_k, dim=-1)
+    last_T1 = values_TK[:, -1:]
+    equal_TV = logprobs_TV == last_T1
+    above_T = (values_TK > last_T1).sum(-1)  # the places of an entry that are not open
+    row, token = equal_TV.nonzero(as_tuple=True)  # rows ascending, and ids in each
+    counts_T = equal_TV.sum(-1)
+    first_T = counts_T.cumsum(0) - counts_T
+    place = above_T[row] + torch.arange(len(row), device=row.device) - first_T[row]
+    taken = place < top_k
+    ids_TK[row[taken], place[taken]] = token[taken]
+    ids_TK = ids_TK.sort(dim=-1).values
+    ordered = logprobs_TV.gather(-1, ids_TK).sort(dim=-1, descending=True, stable=True)
+    return ids_TK.gather(-1, ordered.indices), ordered.values
 
 
 def _zero(cache: Any) -> None:
@@ -55,11 +89,11 @@ class LogprobKernel:
         original = sampler.gather_logprobs, sampler.compute_logprobs
 
         def gather(logits_TV: Any, num_logprobs: int, token_ids_T: Any, *rest: Any, **named: Any) -> Any:
-            if num_logprobs or rest or named:
+            if num_logprobs < 0 or rest or named:
                 return original[0](original[1](logits_TV), num_logprobs, token_ids_T, *rest, **named)
-            logprobs_T1 = token_logprobs(logits_TV, token_ids_T, block_entries)
+            ids_TW, logprobs_TW = token_logprobs(logits_TV, token_ids_T, num_logprobs, block_entries)
             ranks_T = torch.zeros(len(token_ids_T), dtype=torch.int64, device=logits_TV.device)
-            return LogprobsTensors(token_ids_T[:, None].to(torch.int32), logprobs_T1, ranks_T)
+            return LogprobsTensors(ids_TW, logprobs_TW, ranks_T)
 
         sampler.compute_logprobs = lambda logits_TV, *rest, **named: logits_TV
         sampler.gather_logprobs = gather

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from scorer.engine import Engine
+from scorer.engine import Answer, Engine
 
 QUEUED_PROMPTS = 64
 IN_ENGINE_TOKENS = 1 << 15  # enough for the next steps; more would only hold memory
@@ -25,12 +25,12 @@ class EngineDied(RuntimeError):
 
 @dataclass
 class Job:
-    """Prompts of one part. values: log-probs by index, as they arrive.
+    """Prompts of one part. values: what the engine says of them by index, as it arrives.
 
     alone: each prompt has the engine for itself, with nothing left in it of another one.
     """
 
-    values: dict[int, np.ndarray] = field(default_factory=dict)
+    values: dict[int, Answer] = field(default_factory=dict)
     tokens_done: int = 0
     asked: int = 0
     alone: bool = False
@@ -121,10 +121,10 @@ class EngineLoop:
             if not finished:
                 continue
             with self._changed:
-                for key, values in finished:
+                for key, answer in finished:
                     job, index, length = running.pop(key)
-                    job.values[index] = values
-                    spoiled = spoiled or not np.isfinite(values).all()
+                    job.values[index] = answer
+                    spoiled = spoiled or not np.isfinite(answer.logprobs).all()
                     job.tokens_done += length
                     self.tokens_done += length
                     tokens -= length

@@ -49,8 +49,8 @@ def resolve_dtype(name: str, model_config: dict[str, Any], device: str) -> str:
 
 
 def provenance(config: ScoreConfig, reference: Reference, engine: EngineConfig) -> dict[str, Any]:
-    """What the manifest records of a reference."""
-    return {
+    """What the manifest records of a reference; top_k and the bound of its ids only where they are stored."""
+    entry = {
         "model": reference.name,
         "revision": reference.revision,
         "weights_sha256": engine.weights_sha256,
@@ -62,6 +62,17 @@ def provenance(config: ScoreConfig, reference: Reference, engine: EngineConfig) 
         "context": config.context,
         "logprob_step": config.logprob_step,
     }
+    if config.top_k:
+        entry |= {"top_k": config.top_k, "vocab_size": engine.vocab_size}
+    return entry
+
+
+def require_vocabulary(config: ScoreConfig, vocab_size: int) -> None:
+    """ValueError where more most probable tokens are asked for than the reference has tokens."""
+    if config.top_k > vocab_size:
+        raise ValueError(
+            f"--top-k is {config.top_k}, expected at most {vocab_size}, the size of the vocabulary of {config.model}"
+        )
 
 
 def engine_version() -> str:

@@ -15,7 +15,7 @@ from scorer.drive import Drive, PartsFailed, Progress
 from scorer.engine import EngineConfig
 from scorer.output import absolute, begin_output, clean, leave, require_empty
 from scorer.placement import engine_bundle
-from scorer.reference import Reference, check_reference, provenance, resolve_dtype
+from scorer.reference import Reference, check_reference, provenance, require_vocabulary, resolve_dtype
 from shards.crash import crash_point
 from shards.fingerprint import config_fingerprint, weights_fingerprint
 from shards.folder import ShardFolder
@@ -48,6 +48,7 @@ def score(
             f"{config.shards}: has log-probs of a reference named {config.name!r} already; choose another --name"
         )
     model_config = check_reference(shards, reference)
+    require_vocabulary(config, model_config["vocab_size"])
     out = open_store(config.out)
     if out.size(MANIFEST) is None:
         require_empty(out)
@@ -64,6 +65,7 @@ def score(
             device=device,
             max_num_batched_tokens=config.max_num_batched_tokens,
             kind=config.engine,
+            top_k=config.top_k,
         )
         manifest = replace(
             shards.manifest,

@@ -8,6 +8,7 @@ the corpus: nothing is expected of how a document goes on from one row to the ne
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,8 @@ from shards.folder import TOKENIZER, ShardFolder
 from shards.manifest import CorpusFile, PartPlan
 from shards.part import METADATA_KEY
 from shards.quarantine import failure_reason, read_quarantined_rows, rows_name
-from shards.schema import has_predecessor, list_lengths, logprobs_column
+from shards.schema import has_predecessor, list_lengths, logprobs_column, topk_columns
+from shards.topk import fault_of_topk, topk_values
 
 
 @dataclass
@@ -190,6 +192,8 @@ def _verify_batch(
         )
         step = reference["logprob_step"]
         expect(not step or np.all(values / step % 1 == 0), f"{name}_logprobs is not a multiple of {step}")
+        if reference.get("top_k"):
+            _verify_topk(batch, name, reference, row_lengths, present, ids[present], values, expect)
         report.logprobs[name] += len(values)
         report.quarantined[name] += int(quarantined[name].sum())
 
@@ -214,3 +218,34 @@ def _verify_batch(
         count.documents += len(documents) - continues
         count.last_document, count.last_token = int(documents[-1]), int(row_ids[-1])
         count.short_row = len(row_ids) < manifest.seq_len
+
+
+def _verify_topk(
+    batch: pa.RecordBatch,
+    name: str,
+    reference: dict[str, Any],
+    row_lengths: np.ndarray,
+    present: np.ndarray,
+    tokens_N: np.ndarray,
+    logprobs_N: np.ndarray,
+    expect: Callable[[object, str], None],
+) -> None:
+    """present: bool [tokens], where the main column has its N log-probs, those of tokens_N."""
+    entries = []
+    for column in topk_columns(name):
+        lists = batch.column(column)
+        expect(
+            np.array_equal(list_lengths(lists), row_lengths),
+            f"{column} and input_ids differ in length",
+        )
+        flat = lists.flatten()
+        expect(
+            np.array_equal(flat.is_valid().to_numpy(zero_copy_only=False), present),
+            f"{column} is null elsewhere than {name}_logprobs",
+        )
+        entries.append(topk_values(flat))
+    step = reference["logprob_step"]
+    topk_ids, topk_logprobs = entries
+    fault = fault_of_topk(tokens_N, logprobs_N, topk_ids, topk_logprobs, reference.get("vocab_size"), step)
+    expect(not fault, f"{name}_topk_ids, {name}_topk_logprobs: {fault}")
+    expect(not step or np.all(topk_logprobs / step % 1 == 0), f"{name}_topk_logprobs is not a multiple of {step}")

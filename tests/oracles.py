@@ -38,6 +38,15 @@ def row_logprobs(model: transformers.PreTrainedModel, row: dict, context: str) -
     return result
 
 
+def row_distributions(model: transformers.PreTrainedModel, row: dict, context: str) -> list[torch.Tensor | None]:
+    """float64 [vocabulary] log-probs at each place of a row; None where nothing precedes."""
+    result: list[torch.Tensor | None] = []
+    for start, end in contexts(row, context):
+        ids = torch.tensor([row["input_ids"][start:end]])
+        result += [None, *model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)]
+    return result
+
+
 def remit_step(
     model: transformers.PreTrainedModel, rows: list[dict], context: str, column: str | None, epsilon: float
 ) -> dict:

@@ -123,7 +123,7 @@ def score():
     engine.add("x", prompt)
     while True:
         for _, values in engine.step():
-            return values
+            return values.logprobs
 
 clean = score()
 engine._llm.collective_rpc(poison)

@@ -54,7 +54,7 @@ def write_folder(folder: Path, values: dict[str, list], documents: int = 3, **ma
     }  # fmt: skip
     plan = Manifest(**(settings | manifest))
     plan.write(folder)
-    schema = row_schema(("rl",))
+    schema = plan.schema
     for index, part in enumerate(plans):
         batch = pa.record_batch(
             [pa.array(values[field.name][2 * index : 2 * index + 2], field.type) for field in schema], schema=schema

@@ -1,0 +1,153 @@
+"""Altered most probable tokens are found on disk; the kernel's order and the fake engine's numbers by hand."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from conftest import VOCABULARY
+from test_verify import REFERENCE, rows, write_folder
+
+from scorer.drive import TOPK_BYTES_PER_ENTRY
+from scorer.engine import order_topk
+from scorer.fake import hashed_logprobs, hashed_topk
+from scorer.kernel import token_logprobs
+from shards import ShardFolder
+from shards.topk import fault_of_topk, topk_array
+from shards.verify import verify_folder
+
+
+def top_rows() -> dict[str, list]:
+    """Those of test_verify with the two best of every place: the row's own token first, and token 50."""
+    values: dict = copy.deepcopy(rows())
+    own = {-0.25: 0, 0.0: 0, -0.5: 0, -1.0: 0, -2.0: 1, -3.5: 1, -7.75: 1}  # its place
+    ids, logprobs = [], []
+    for row, tokens in zip(values["rl_logprobs"], values["input_ids"]):
+        ids.append([None if v is None else ([t, 50] if own[v] == 0 else [50, t]) for v, t in zip(row, tokens)])
+        others = [None if v is None else (min(-2.0, v - 1) if own[v] == 0 else -0.25) for v in row]
+        logprobs.append(
+            [None if v is None else sorted((v, other), reverse=True) for v, other in zip(row, others)]
+        )  # fmt: skip
+    return values | {"rl_topk_ids": ids, "rl_topk_logprobs": logprobs}
+
+
+TOP = {"rl": REFERENCE | {"top_k": 2, "vocab_size": 120}}
+
+
+def test_sound_entries_have_no_problems(tmp_path: Path) -> None:
+    values = top_rows()
+    values["rl_topk_ids"][0][1][1] = 119  # padded embedding rows: beyond the tokenizer's ids, not the reference's
+    report = verify_folder(write_folder(tmp_path, values, references=TOP))
+    assert report.problems == []
+    assert report.logprobs == {"rl": 10}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda ids, _: ids[0][1].__setitem__(1, 120), "an id is not in 0..119"),
+        (lambda ids, _: ids[0][1].__setitem__(1, -1), "an id is not in 0..119"),
+        (lambda ids, _: ids[0][1].__setitem__(1, 6), "a token stands twice"),
+        (lambda ids, _: ids[0].__setitem__(1, None), "rl_topk_ids is null elsewhere than rl_logprobs"),
+        (lambda ids, _: ids[0].__setitem__(0, [1, 2]), "rl_topk_ids is null elsewhere than rl_logprobs"),
+        (lambda ids, _: ids[0][1].__setitem__(1, None), "holds a null"),
+        (lambda ids, _: ids[0].pop(), "rl_topk_ids and input_ids differ in length"),
+        (lambda _, v: v[0].pop(), "rl_topk_logprobs and input_ids differ in length"),
+        (lambda _, v: v[0].__setitem__(2, None), "rl_topk_logprobs is null elsewhere"),
+        (lambda _, v: v[0][1].__setitem__(1, None), "holds a null"),
+        (lambda _, v: v[0][1].__setitem__(1, -2.1), "rl_topk_logprobs is not a multiple of 0.25"),
+        (lambda _, v: v[0][1].__setitem__(0, 0.25), "a log-prob is 0.25, expected at most 0"),
+        (lambda _, v: v[0][1].__setitem__(1, float("nan")), "a log-prob is not finite"),
+        (lambda _, v: v[0][1].__setitem__(1, float("-inf")), "a log-prob is not finite"),
+        (lambda _, v: v[0][1].__setitem__(1, -0.75), "do not descend"),
+        (lambda _, v: v[0][1].__setitem__(0, -0.5), "own token has another log-prob"),
+        (lambda _, v: v[0][3].__setitem__(1, -0.25), "of an entry sum to 1.77"),
+        (lambda ids, v: (ids[0][1].__setitem__(0, 7), v[0][1].__setitem__(0, -1.25)), "own token is more probable"),
+    ],
+)
+def test_altered_entries_are_named(tmp_path: Path, change: Callable, message: str) -> None:
+    """The part is written anew with its right hash."""
+    values = top_rows()
+    change(values["rl_topk_ids"], values["rl_topk_logprobs"])
+    problems = verify_folder(write_folder(tmp_path, values, references=TOP)).problems
+    assert any(message in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize(("key", "value"), [("top_k", -1), ("top_k", 1 << 40), ("top_k", "2"), ("vocab_size", None)])
+def test_manifest_is_checked(tmp_path: Path, key: str, value: object) -> None:
+    plan = write_folder(tmp_path / "a", top_rows(), references=TOP).manifest
+    (tmp_path / "b").mkdir()
+    replace(plan, references={"rl": TOP["rl"] | {key: value}}).write(tmp_path / "b")
+    with pytest.raises(ValueError, match=f"reference rl: {key} is {value!r}"):
+        ShardFolder(tmp_path / "b")
+
+
+# --- by hand --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("vocabulary", "top_k"), [(VOCABULARY, 0), (VOCABULARY, 1), (VOCABULARY, 32), (9, 9), (9, 8)])
+def test_kernel_takes_the_lowest_ids_of_equal_ones(dtype: torch.dtype, vocabulary: int, top_k: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(60, vocabulary, generator=generator) * 4).round().to(dtype) / 2
+    logits[3] = 0
+    logits[4, :7] = 9
+    tokens = torch.randint(0, vocabulary, (60,), generator=generator)
+    ids, logprobs = token_logprobs(logits, tokens, top_k, 7 * vocabulary)
+    # equal logits are equal log-probs, so the order is that of the logits; -0.0 equals 0.0
+    values = logits.double().numpy()
+    want = np.lexsort((np.broadcast_to(np.arange(vocabulary), values.shape), -values), axis=-1)[:, :top_k]
+    assert np.array_equal(ids.numpy(), np.concatenate([tokens[:, None].numpy(), want], axis=1))
+    full = logits.double().log_softmax(-1)
+    assert (logprobs.double() - full.gather(-1, ids.long())).abs().max() < 1e-5
+
+
+def test_order_of_another_path_by_hand() -> None:
+    """The token, then three best as vLLM gives them: equal ones in any order, the token's own from another pass."""
+    ids = np.array([[4, 9, 7, 4], [5, 1, 3, 2]], dtype=np.int32)
+    logprobs = np.array([[-1.0, -1.0, -1.0, -1.0001], [-5, -0.5, -2, -2]], dtype=np.float32)
+    order_topk(ids, logprobs)
+    assert ids.tolist() == [[4, 4, 7, 9], [5, 1, 2, 3]]
+    assert logprobs.tolist() == [[-1, -1, -1, -1], [-5, -0.5, -2, -2]]
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 5, 40])
+def test_fake_engine_gives_a_distribution(top_k: int) -> None:
+    prompt = np.random.default_rng(0).integers(0, 40, 500)
+    logprobs = hashed_logprobs(prompt)
+    _, ids, best = hashed_topk(prompt, logprobs, 40, top_k)
+    assert ids is not None
+    assert best is not None
+    assert ids.shape == best.shape == (499, top_k)
+    assert fault_of_topk(prompt[1:], logprobs, ids, best, 40) is None
+    assert np.all(np.exp(best.astype(np.float64)).sum(axis=1) <= 1 + 1e-6)
+    assert top_k < 40 or np.all(np.sort(ids, axis=1) == np.arange(40))
+
+
+FILE_BYTES = 1200  # of an Arrow file without rows, roughly
+
+
+def test_estimate_of_the_disk_counts_the_entries(tmp_path: Path) -> None:
+    """What the estimate takes for an entry is what ids and rounded log-probs of a large vocabulary need at most."""
+    rng = np.random.default_rng(0)
+    frequent = -1.05 * np.log(np.arange(1, 50_001) + 5)
+    for top_k in (1, 16):
+        ids = np.empty((600, top_k), np.int32)
+        logprobs = np.empty((600, top_k), np.float32)
+        for place in range(600):
+            logits = frequent + rng.normal(0, rng.uniform(0.5, 3), len(frequent))
+            best = np.argsort(-logits)[:top_k]
+            ids[place], logprobs[place] = best * 7919 % 50_000, logits[best] - np.log(np.exp(logits).sum())
+        for step, values in ((True, np.rint(logprobs * 64) / 64), (False, logprobs)):
+            arrays = [topk_array(array.copy(), np.ones(600, bool)) for array in (ids, values)]
+            batch = pa.record_batch(arrays, names=["ids", "logprobs"])
+            with pa.ipc.new_file(
+                tmp_path / "x", batch.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")
+            ) as writer:
+                writer.write_batch(batch)
+            bytes_per_entry = ((tmp_path / "x").stat().st_size - FILE_BYTES) / ids.size
+            assert 0.5 * TOPK_BYTES_PER_ENTRY[step] < bytes_per_entry < TOPK_BYTES_PER_ENTRY[step]
