@@ -228,19 +228,14 @@ class Manifest:
             logprobs_column(name)
             if reference.get("context") not in CONTEXTS:
                 raise ValueError(f"reference {name}: context is {reference.get('context')!r}")
-<<<<<<< HEAD
-            if not isinstance(reference.get("top_k", 0), int) or reference.get("top_k", 0) < 0:
-                raise ValueError(f"reference {name}: top_k is {reference['top_k']!r}")
-        kept = [selection["rows_kept"] for selection in self.selections]
-        read = [selection["rows_read"] for selection in self.selections]
-        if kept != [*read[1:], self.rows][: len(kept)]:
-            raise ValueError(f"selections kept {kept} rows, expected {[*read[1:], self.rows]}")
-=======
             for key in ("top_k", "vocab_size"):
                 value = reference.get(key, 0)
                 if not isinstance(value, int) or not 0 <= value < 1 << 31:  # the size of an Arrow list is an int32
                     raise ValueError(f"reference {name}: {key} is {value!r}")
->>>>>>> topk
+        kept = [selection["rows_kept"] for selection in self.selections]
+        read = [selection["rows_read"] for selection in self.selections]
+        if kept != [*read[1:], self.rows][: len(kept)]:
+            raise ValueError(f"selections kept {kept} rows, expected {[*read[1:], self.rows]}")
 
 
 def first_difference(ours: Any, theirs: Any, where: str = "") -> str | None:

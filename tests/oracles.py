@@ -84,16 +84,6 @@ def remit_step(
     }
 
 
-def row_distributions(model: transformers.PreTrainedModel, row: dict, context: str) -> list[torch.Tensor | None]:
-    """Natural log-probs over the vocabulary at each token of a row, float64 [V]; None where nothing precedes."""
-    result: list[torch.Tensor | None] = []
-    for start, end in contexts(row, context):
-        ids = torch.tensor([row["input_ids"][start:end]])
-        logprobs = model(input_ids=ids).logits[0].double().log_softmax(-1)
-        result += [None, *logprobs[:-1]]
-    return result
-
-
 def rho1_step(
     model: transformers.PreTrainedModel,
     rows: list[dict],

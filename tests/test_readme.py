@@ -31,8 +31,9 @@ def test_file_tree_is_complete() -> None:
     tree = next(block for block in blocks("") if block.startswith("shards/ "))
     for package in ("shards", "scorer", "trainer", "pipelines"):
         section = re.search(rf"^{package}/ .*?(?=^\S|\Z)", tree, re.DOTALL | re.MULTILINE).group()
-        listed = set(re.findall(r"^  (\w+\.py)", section, re.MULTILINE))
-        assert listed == {file.name for file in (ROOT / package).glob("*.py")} - {"__init__.py"}
+        listed = set(re.findall(r"^  (\w+(?:\.py|/))", section, re.MULTILINE))
+        folders = {f"{folder.parent.name}/" for folder in (ROOT / package).glob("*/__init__.py")}
+        assert listed == {file.name for file in (ROOT / package).glob("*.py")} - {"__init__.py"} | folders
 
 
 def test_make_targets_and_options_exist() -> None:

@@ -12,12 +12,12 @@ import pyarrow as pa
 
 from shards.folder import ShardFolder
 from shards.schema import has_predecessor, list_lengths, logprobs_column, topk_columns
+from shards.topk import SUM_TOLERANCE
 from trainer.batch import Row
 from trainer.order import WINDOW_BLOCKS, RowOrder
 
 OPEN_FILES = 256
 """Local parts that stay open; each came through its hash when it was opened."""
-MASS_TOLERANCE = 0.02  # above 1, of stored probabilities: rounding to 1/64 nat and bfloat16
 
 
 class RowReader:
@@ -46,6 +46,8 @@ class RowReader:
             self._names = {column: known[column] for column in columns}
             if "topk_ids" in columns:
                 folder.require_top_k(reference)
+            # probabilities sum to 1, but for bfloat16 and rounding
+            self._most_mass = (1 + SUM_TOLERANCE) * math.exp(folder.require_reference(reference)["logprob_step"] / 2)
         self.folder, self.context, self.reference, self.num_embeddings, self.columns = (
             folder,
             context,
@@ -150,7 +152,7 @@ class RowReader:
                     fault = f"that is not a token of the model (0..{self.num_embeddings - 1})"
             elif not np.all(np.isfinite(present) & (present <= 0)) or not np.all(np.isnan(values[~row.predicted])):
                 fault = "that is missing, not finite or positive"
-            elif column == "topk_logprobs" and np.any(np.exp(present).sum(-1) > 1 + MASS_TOLERANCE):
+            elif column == "topk_logprobs" and np.any(np.exp(present).sum(-1) > self._most_mass):
                 fault = "too much: the probabilities of a token sum to more than 1"
             if fault:
                 raise ValueError(
