@@ -16,7 +16,11 @@ import yaml
 
 from pipelines import commands
 from pipelines.commands import BAD_USAGE, FAILED, STOPPED
+<<<<<<< HEAD
 from pipelines.settings import InspectConfig, SelectConfig, VerifyConfig
+=======
+from pipelines.settings import InspectConfig, PlanConfig, VerifyConfig
+>>>>>>> plan
 from pipelines.signals import Stopped, StopRequest
 from scorer.config import PackConfig, ScoreConfig
 from trainer.config import TrainConfig
@@ -28,6 +32,7 @@ COMMANDS: dict[str, tuple[type, Any]] = {
     "train": (TrainConfig, commands.train),
     "verify": (VerifyConfig, commands.verify),
     "inspect": (InspectConfig, commands.inspect),
+    "plan": (PlanConfig, commands.plan),
 }
 DESCRIPTION = (
     "ReMiT mid-training without the reference in the training step: pack a corpus, score it once with the reference, "

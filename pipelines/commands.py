@@ -19,7 +19,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from pipelines.models import resolve_model
-from pipelines.settings import InspectConfig, SelectConfig, VerifyConfig
+from pipelines.settings import InspectConfig, PlanConfig, SelectConfig, VerifyConfig
 from scorer.config import PackConfig, ScoreConfig, Stopped
 from shards.folder import ShardFolder
 from shards.lease import Lease
@@ -297,4 +297,22 @@ def inspect(config: InspectConfig, should_stop: ShouldStop) -> int:
     from pipelines.inspect import show_row
 
     show_row(config)
+    return DONE
+
+
+def plan(config: PlanConfig, should_stop: ShouldStop) -> int:
+    from pipelines.plan_weights import plan_weights, show
+
+    folder = ShardFolder(config.shards or "")
+    began, total = monotonic(), folder.manifest.rows
+    with progress_bar(desc="plan", unit=" rows", total=min(config.rows or total, total)) as bar:
+
+        def progress(rows: int, tokens: int) -> None:
+            bar.set_postfix_str(f"{tokens / max(1e-9, monotonic() - began):,.0f} tokens/s", refresh=False)
+            bar.update(rows - bar.n)
+
+        figures = plan_weights(folder, config, progress)
+    show(figures, Console(file=sys.stdout, highlight=False))
+    if config.json is not None:
+        config.json.write_text(json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
     return DONE

@@ -52,8 +52,13 @@ def add_reference(
             column[start] = None
         row[f"{name}_logprobs"] = [None] * len(column) if index in quarantined else column
         if k:
-            row[f"{name}_topk_ids"] = [list(range(k))] * len(column)
-            row[f"{name}_topk_logprobs"] = [[-1.0 * index] * k] * len(column)
+            # the token itself is the most probable one, whatever it has
+            pairs = [
+                (None if value is None else token, value)
+                for token, value in zip(row["input_ids"], row[f"{name}_logprobs"])
+            ]
+            row[f"{name}_topk_ids"] = [t if t is None else [(t + 7 * j) % 101 for j in range(k)] for t, _ in pairs]
+            row[f"{name}_topk_logprobs"] = [v if v is None else [v - 8.0 * j for j in range(k)] for _, v in pairs]
 
 
 def write_rows(

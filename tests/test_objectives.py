@@ -10,9 +10,9 @@ import torch
 from oracles import kd_token
 
 from shards.selection import keep_count
-from trainer.objectives import ObjectiveSettings, Tokens, make_objective
+from trainer.objectives import ObjectiveSettings, make_objective
 from trainer.objectives.kd import kd_losses
-from trainer.objectives.objective import differentiable
+from trainer.objectives.objective import Tokens, differentiable
 from trainer.objectives.remit import remit_weights
 from trainer.objectives.rho1 import top_share
 from trainer.objectives.settings import OPTIONS, Name

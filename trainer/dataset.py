@@ -21,7 +21,8 @@ from shards.folder import ShardFolder
 from trainer.batch import Row, collate
 from trainer.data import RowReader
 from trainer.head import token_losses
-from trainer.objectives import ObjectiveSettings, Tokens, make_objective
+from trainer.objectives import ObjectiveSettings, make_objective
+from trainer.objectives.objective import Tokens
 from trainer.order import RowOrder
 
 READ_AHEAD_ROWS = 64

@@ -12,7 +12,7 @@ from torch import nn
 
 from trainer.batch import Row, collate
 from trainer.distributed import World
-from trainer.objectives import Objective, Tokens, Weighted
+from trainer.objectives.objective import Objective, Tokens, Weighted
 from trainer.statistics import StepStatistics
 
 WEIGHTS = "weights"

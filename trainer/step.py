@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from trainer.batch import MicroBatch
 from trainer.head import objective_loss
 from trainer.model import Base
-from trainer.objectives import Objective
+from trainer.objectives.objective import Objective
 from trainer.statistics import StepStatistics
 
 
