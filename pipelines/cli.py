@@ -16,11 +16,7 @@ import yaml
 
 from pipelines import commands
 from pipelines.commands import BAD_USAGE, FAILED, STOPPED
-<<<<<<< HEAD
-from pipelines.settings import InspectConfig, SelectConfig, VerifyConfig
-=======
-from pipelines.settings import InspectConfig, PlanConfig, VerifyConfig
->>>>>>> plan
+from pipelines.settings import InspectConfig, PlanConfig, SelectConfig, VerifyConfig
 from pipelines.signals import Stopped, StopRequest
 from scorer.config import PackConfig, ScoreConfig
 from trainer.config import TrainConfig
