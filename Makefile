@@ -36,7 +36,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
 .PHONY: help install sample score train verify inspect test test-slow lint clean bench bench-score bench-pack \
-	bench-scale bench-train bench-head gpu-check
+	bench-scale bench-train bench-head bench-topk gpu-check
 
 help: ## list targets and variables
 	@echo "targets:"
@@ -133,7 +133,10 @@ gpu-check: $(VENV)/.installed-dev ## the trainer on a GPU: correctness, then spe
 bench-head: $(VENV)/.installed-dev ## memory of the loss head as vocabulary and length grow
 	$(BIN)/python -m benchmarks.bench_head
 
-bench: bench-score bench-pack bench-scale bench-train bench-head ## all benchmarks
+bench-topk: $(VENV)/.installed-dev $(SAMPLE)/reference ## bytes per token of a reference's most probable tokens
+	$(BIN)/python -m benchmarks.bench_topk --sample $(SAMPLE)
+
+bench: bench-score bench-pack bench-scale bench-train bench-head bench-topk ## all benchmarks
 
 lint: $(VENV)/.installed-dev ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .

@@ -82,7 +82,7 @@ def measured(kind: str, *arguments: object) -> tuple[float, float]:
 
 def main() -> int:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=12, help="pairs of steps")
+    parser.add_argument("--steps", type=int, default=8, help="pairs of steps")
     parser.add_argument("--rounds", type=int, default=2, help="of the comparison with transformers' Trainer")
     parser.add_argument("--vocabulary", type=int, default=100_352)
     parser.add_argument("--rows", type=int, default=4, help="rows of 1024 tokens per step")

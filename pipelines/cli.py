@@ -14,8 +14,8 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 import tyro
 import yaml
 
-from pipelines import commands
-from pipelines.commands import BAD_USAGE, FAILED, STOPPED
+from pipelines import commands, tools
+from pipelines.console import BAD_USAGE, FAILED, STOPPED
 from pipelines.settings import InspectConfig, PlanConfig, SelectConfig, VerifyConfig
 from pipelines.signals import Stopped, StopRequest
 from scorer.config import PackConfig, ScoreConfig
@@ -26,9 +26,9 @@ COMMANDS: dict[str, tuple[type, Any]] = {
     "score": (ScoreConfig, commands.score),
     "select": (SelectConfig, commands.select),
     "train": (TrainConfig, commands.train),
-    "verify": (VerifyConfig, commands.verify),
-    "inspect": (InspectConfig, commands.inspect),
-    "plan": (PlanConfig, commands.plan),
+    "verify": (VerifyConfig, tools.verify),
+    "inspect": (InspectConfig, tools.inspect),
+    "plan": (PlanConfig, tools.plan),
 }
 DESCRIPTION = (
     "ReMiT mid-training without the reference in the training step: pack a corpus, score it once with the reference, "

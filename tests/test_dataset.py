@@ -101,6 +101,34 @@ def test_loss_of_rows_that_predict_nothing_and_of_several_gpus() -> None:
     assert loss(SimpleNamespace(logits=logits), labels).item() == pytest.approx(np.log(4))
 
 
+@pytest.mark.parametrize(("scope", "kept"), [("row", [(0, 1), (1, 2)]), ("micro", [(1, 1), (1, 2)])])
+def test_rho1_in_other_loops(scope: str, kept: list[tuple[int, int]]) -> None:
+    """By hand: two rows of two tokens, half of them kept; every loss is log 4, so the stored log-prob decides."""
+    logits = torch.zeros(2, 3, 4, requires_grad=True)
+    columns = {"logprobs": np.array([[0, -2, -3], [0, -1, -0.5]], np.float32)}
+    ids = np.array([3, 1, 2], np.int32)
+    predicted = np.array([False, True, True])
+    rows = [
+        Row("here", 0, ids, np.array([3], np.int32), predicted, {"logprobs": columns["logprobs"][row]})
+        for row in range(2)
+    ]
+    loss = TrainerLoss("rho1", keep_ratio=0.5, scope=scope)(
+        SimpleNamespace(logits=logits), Collator("packed")(rows)["labels"]
+    )
+    loss.backward()
+    assert loss.item() == pytest.approx(2 * np.log(4) / 0.5 / 4)
+    trained = logits.grad.abs().sum(-1).nonzero().tolist()
+    assert trained == [[row, position - 1] for row, position in kept]
+
+
+@pytest.mark.parametrize(
+    ("objective", "settings"), [("kd", {}), ("rho1", {"scope": "global"}), ("remit", {"centring": "document"})]
+)
+def test_what_labels_cannot_carry_is_refused(objective: str, settings: dict) -> None:
+    with pytest.raises(ValueError, match="needs more than the labels of one batch; use remit train"):
+        TrainerLoss(objective, **settings)
+
+
 @pytest.mark.parametrize("context", ["packed", "document"])
 @pytest.mark.parametrize("objective", ["remit", "ntp"])
 def test_transformers_trainer(

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from annotated import rows_of_step, run
+from annotated import annotate, by_model, rows_of_step, run, top_by_model
 from conftest import make_model
 from oracles import load, remit_step
 from safetensors.torch import load_file
@@ -72,6 +72,44 @@ def test_ranks_agree_with_one_process(
     assert got.keys() == want.keys()
     assert all((got[name] - want[name]).abs().max() < 1e-4 for name in want)
     load(tmp_path / "out" / "model")
+
+
+def chosen(metrics: list[dict]) -> list[dict]:
+    """How many tokens of which corpus file train at each step."""
+    return [{name: figures["weight_histogram"] for name, figures in line["sources"].items()} for line in metrics]
+
+
+@pytest.mark.parametrize("sharding", ["replicate", pytest.param("full", marks=pytest.mark.slow)])
+def test_rho1_ranks_the_whole_batch(
+    tmp_path: Path, annotated: dict[str, Path], models: dict[str, Path], sharding: str
+) -> None:
+    """Eight rows: one rank with eight micro-batches, two with four each, one with a single batch, three unequal ones."""
+    settings = {"objective": "rho1", "keep_ratio": 0.6, "max_steps": STEPS, "global_batch_size": 8}
+    shards, model = annotated["packed"], models["base"]
+    whole = run(tmp_path / "1x8", shards, model, micro_batch_size=8, **settings)
+    divided = run(tmp_path / "8x1", shards, model, micro_batch_size=1, **settings)
+    common = ("--objective", "rho1", "--keep-ratio", 0.6, "--global-batch-size", 8, "--sharding", sharding)
+    finish(launch(tmp_path / "2 ranks", shards, model, 2, *common, "--micro-batch-size", 1))
+    finish(launch(tmp_path / "3 ranks", shards, model, 3, *common, "--micro-batch-size", 2))
+    assert all(0.55 < line["weight_histogram"]["1.65"] / line["predicted_tokens"] < 0.65 for line in whole)
+    for other in (divided, metrics_of(tmp_path / "2 ranks"), metrics_of(tmp_path / "3 ranks")):
+        assert chosen(other) == chosen(whole)
+        assert_same(other, whole)
+    # and it is not what each micro-batch by itself would choose
+    local = run(tmp_path / "micro", shards, model, micro_batch_size=1, scope="micro", **settings)
+    assert abs(local[0]["loss"] - whole[0]["loss"]) > 1e-3
+
+
+def test_kd_on_ranks(tmp_path: Path, small: Path, models: dict[str, Path]) -> None:
+    model, top = models["reference"], top_by_model(models["reference"], "packed", 4, 1 / 64)
+    shards = annotate(small, tmp_path / "shards", by_model(model, "packed", 1 / 64), "packed", 1 / 64, top=top)
+    settings = {"objective": "kd", "max_steps": STEPS, "global_batch_size": 7}
+    one = run(tmp_path / "one", shards, models["base"], micro_batch_size=2, **settings)
+    finish(launch(tmp_path / "out", shards, models["base"], 2, "--objective", "kd", "--sharding", "full"))
+    assert_same(metrics_of(tmp_path / "out"), one)
+    for got, want in zip(metrics_of(tmp_path / "out"), one):
+        assert got["kd_loss"] == pytest.approx(want["kd_loss"], rel=1e-5)
+        assert got["missing_mass"] == pytest.approx(want["missing_mass"], rel=1e-5)
 
 
 def test_hybrid_over_two_machines(

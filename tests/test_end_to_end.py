@@ -10,7 +10,7 @@ import torch
 import transformers
 from annotated import rows_of_step
 from conftest import make_model
-from oracles import load, read_rows, remit_step, row_logprobs
+from oracles import kd_step, load, read_rows, remit_step, rho1_step, row_logprobs
 
 Remit = Callable[..., tuple[int, str, str]]
 
@@ -73,3 +73,68 @@ def test_family(
     # vLLM loads the export and agrees with transformers on it
     done(remit(*score, "--shards", packed, "--model", run / "model", "--out", tmp_path / "again", "--name", "trained"))
     check_scores(tmp_path / "again", run / "model", "trained", context)
+
+
+def test_every_objective_from_one_store(
+    tmp_path: Path, corpus_folder: Path, tokenizer_folder: Path, remit: Remit
+) -> None:
+    """Three references scored one after the other by real engines, then every method from that one folder."""
+    names = {"rl": 2, "base": 1, "sft": 3}
+    models = {name: make_model(tmp_path / name, seed=seed, positions=48) for name, seed in names.items()}
+    for folder in models.values():
+        shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
+    shards = tmp_path / "packed"
+    done(remit("pack", "--corpus", corpus_folder, "--tokenizer", models["base"], "--out", shards, "--seq-len", 48))
+    for name, model in models.items():
+        before, shards = shards, tmp_path / f"with-{name}"
+        options = ("--name", name, "--model", model, "--dtype", "float32", *(("--top-k", 8) if name == "rl" else ()))
+        done(remit("score", "--shards", before, "--out", shards, "--num-engines", 1, *options))
+    assert "OK" in done(remit("verify", "--shards", shards))
+    for name, model in models.items():
+        check_scores(shards, model, name, "packed")
+
+    rows = rows_of_step(shards, 0, 8, seed=7)
+    base = load(models["base"])
+    kd = {"kd_weight": 0.5, "temperature": 1.0, "missing_mass": "bucket"}
+    wanted = {
+        ("remit", "--reference", "sft"): remit_step(base, rows, "packed", "sft_logprobs", 0.2),
+        ("remit", "--epsilon", "inf"): remit_step(base, rows, "packed", "rl_logprobs", float("inf")),
+        ("rho1", "--keep-ratio", 0.7): rho1_step(base, rows, "packed", "rl_logprobs", [list(range(8))], 0.7),
+        ("kd",): kd_step(base, rows, "packed", "rl", kd),
+    }
+    common = ("--model", models["base"], "--max-steps", 1, "--seed", 7, "--global-batch-size", 8, "--dtype", "float32")
+    for index, (options, want) in enumerate(wanted.items()):
+        out = tmp_path / f"run-{index}"
+        output = done(remit("train", "--shards", shards, "--out", out, *common, "--objective", *options))
+        assert ("clipped low" in output) == (options[-1] == "sft")
+        metrics = json.loads((out / "metrics.jsonl").read_text())
+        for key in set(want) & set(metrics):
+            assert metrics[key] == pytest.approx(float(want[key]), abs=1e-4), (options, key)
+
+    output = done(remit("select", "--shards", shards, "--teacher", "rl", "--small", "base", "--keep-ratio", 0.5,
+                        "--out", tmp_path / "chosen"))  # fmt: skip
+    everything, kept = read_rows(shards), read_rows(tmp_path / "chosen")
+    scores = [
+        sum(a - b for a, b in zip(row["rl_logprobs"][1:], row["base_logprobs"][1:])) / max(1, len(row["input_ids"]) - 1)
+        if len(row["input_ids"]) > 1 else None
+        for row in everything
+    ]  # fmt: skip
+    ranked = sorted((n for n, score in enumerate(scores) if score is not None), key=lambda n: (-scores[n], n))
+    best = sorted(ranked[: int(len(ranked) * 0.5 + 0.5)])
+    assert kept == [everything[n] for n in best]
+    assert f"selected {len(best):,} of {len(ranked):,} rows" in output
+    assert "OK" in done(remit("verify", "--shards", tmp_path / "chosen"))
+    for objective in ("ntp", "kd"):
+        out = tmp_path / f"chosen-{objective}"
+        done(remit("train", "--shards", tmp_path / "chosen", "--out", out, *common, "--objective", objective))
+
+    figures = tmp_path / "figures.json"
+    plan = done(remit("plan", "--weights", "--shards", shards, "--rows", 0, "--json", figures))
+    assert "epsilon" in plan
+    whole = tmp_path / "whole"
+    done(remit("train", "--shards", shards, "--out", whole, *common, "--global-batch-size", len(everything)))
+    metrics = json.loads((whole / "metrics.jsonl").read_text())
+    line = json.loads(figures.read_text())["epsilons"]["0.2"]
+    # the stored log-probs of the base are rounded, the live ones are not
+    assert line["clipped_high"] == pytest.approx(metrics["clipped_high"], abs=0.01)
+    assert line["effective_share"] == pytest.approx(metrics["effective_tokens"] / metrics["predicted_tokens"], abs=1e-3)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from oracles import kd_token
 
 from trainer.batch import MicroBatch
 from trainer.head import objective_loss
@@ -139,6 +140,70 @@ def test_statistics_and_evaluation() -> None:
     assert sums["loss"] == pytest.approx(plain.item(), rel=1e-6)
     assert sums["objective_loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert 0 < sums["clipped_low"] < sums["tokens"]
+
+
+@pytest.mark.parametrize("scope", ["row", "micro"])
+@pytest.mark.parametrize("budget", [1 << 30, 4 * 101 * 7, 1])
+def test_rho1_equals_float64_autograd(scope: str, budget: int) -> None:
+    """Scopes whose logits are split into pieces choose the same tokens."""
+    hidden, weight, ids, predicted, reference = case(8, 5, 17, 16, 101, spread=3.0)
+    exact = [tensor.double().requires_grad_() for tensor in (hidden, weight)]
+    logprobs = torch.nn.functional.linear(*exact).log_softmax(-1)
+    tokens = [(r, t) for r, t in predicted.nonzero().tolist()]
+    losses = {(r, t): -logprobs[r, t - 1, ids[r, t]] for r, t in tokens}
+    groups = [tokens] if scope == "micro" else [[(r, t) for r, t in tokens if r == row] for row in range(5)]
+    total = 0.0
+    for group in groups:
+        best = sorted(group, key=lambda place: -(losses[place].item() + reference[place].item()))
+        total = total + sum(losses[place] for place in best[: max(1, int(0.4 * len(group) + 0.5))] if group)
+    (total / 0.4 / 30).backward()
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    objective = make_objective(ObjectiveSettings(objective="rho1", keep_ratio=0.4, scope=scope))
+    loss = objective_loss(
+        hidden, weight, batch_of(ids, predicted, reference), objective, 30.0, logits_budget_bytes=budget
+    )
+    loss.backward()
+    assert loss.item() == pytest.approx(total.item() / 0.4 / 30, rel=1e-5)
+    for got, want in zip((hidden, weight), exact):
+        torch.testing.assert_close(got.grad.double(), want.grad, rtol=2e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("missing_mass", ["bucket", "renormalise"])
+@pytest.mark.parametrize("budget", [1 << 30, 4 * 101 * 7, 1])
+@pytest.mark.parametrize("bias", [True, False])
+def test_kd_equals_float64_autograd(missing_mass: str, budget: int, bias: bool) -> None:
+    hidden, weight, ids, predicted, reference = case(8, 5, 17, 16, 101, spread=3.0)
+    g = torch.Generator().manual_seed(1)
+    bias_V = torch.randn(101, generator=g) if bias else None
+    stored, top = (3 * torch.randn(5, 17, 101, generator=g)).log_softmax(-1).topk(6)
+    exact = [tensor.double().requires_grad_() for tensor in (hidden, weight)]
+    logits = torch.nn.functional.linear(*exact, None if bias_V is None else bias_V.double())
+    total = 0.0
+    for r, t in predicted.nonzero().tolist():
+        logprobs_V = logits[r, t - 1].log_softmax(-1)
+        kl = kd_token(logprobs_V, top[r, t].tolist(), stored[r, t].tolist(), 1.0, missing_mass)
+        total = total - 0.5 * logprobs_V[ids[r, t]] + 0.5 * kl
+    (total / 30).backward()
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    columns = {"logprobs": reference, "topk_ids": top.int(), "topk_logprobs": stored}
+    objective = make_objective(ObjectiveSettings(objective="kd", missing_mass=missing_mass))
+    loss = objective_loss(
+        hidden, weight, MicroBatch(ids, predicted, columns), objective, 30.0, bias_V=bias_V,
+        logits_budget_bytes=budget, statistics=StepStatistics(figures=objective.figures),
+    )  # fmt: skip
+    (3 * loss).backward()
+    assert loss.item() == pytest.approx(total.item() / 30, rel=1e-5)
+    for got, want in zip((hidden, weight), exact):
+        torch.testing.assert_close(got.grad.double() / 3, want.grad, rtol=2e-4, atol=2e-6)
+
+
+def test_a_global_objective_is_not_weighed_by_micro_batch() -> None:
+    hidden, weight, ids, predicted, reference = case(3, 2, 9, 8, 50)
+    objective = make_objective(ObjectiveSettings(objective="rho1"))
+    with pytest.raises(ValueError, match="a micro-batch is not the global batch"):
+        objective_loss(hidden, weight, batch_of(ids, predicted, reference), objective, 1.0)
 
 
 def test_first_position_cannot_be_predicted() -> None:
