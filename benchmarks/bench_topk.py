@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 import transformers
+import zstandard
 
 from benchmarks.common import Claim, claim, make_shards, report
 from scorer.rowcheck import round_logprobs
@@ -35,11 +36,8 @@ def top_of_sample(sample: Path, rows: int, k: int) -> tuple[np.ndarray, np.ndarr
     """Ids and log-probs [rows * 255, k] of the sample's reference on rows of its own held-out text."""
     model = transformers.AutoModelForCausalLM.from_pretrained(sample / "reference", dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(sample / "reference")
-    texts = [
-        json.loads(line)["text"]
-        for file in sorted((sample / "heldout").glob("*.jsonl"))
-        for line in file.read_text("utf-8").splitlines()
-    ]
+    with zstandard.open(sample / "heldout" / "heldout.jsonl.zst", "rt", encoding="utf-8") as lines:
+        texts = [json.loads(line)["text"] for line in lines]
     ids = [token for text in texts for token in [*tokenizer(text).input_ids, tokenizer.eos_token_id]]
     rows = min(rows, len(ids) // 256)
     batch = torch.tensor(ids[: rows * 256]).reshape(rows, 256)
