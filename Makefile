@@ -35,7 +35,7 @@ OUT    ?= $(WORK)/run
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install sample score train verify inspect test test-slow lint clean bench bench-score bench-pack \
+.PHONY: help install sample score train verify inspect test test-slow docs lint clean bench bench-score bench-pack \
 	bench-scale bench-train bench-head bench-topk gpu-check
 
 help: ## list targets and variables
@@ -137,6 +137,9 @@ bench-topk: $(VENV)/.installed-dev $(SAMPLE)/reference ## bytes per token of a r
 	$(BIN)/python -m benchmarks.bench_topk --sample $(SAMPLE)
 
 bench: bench-score bench-pack bench-scale bench-train bench-head bench-topk ## all benchmarks
+
+docs: $(VENV)/.installed-dev ## build the documentation into docs/_build
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
 
 lint: $(VENV)/.installed-dev ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .

@@ -33,7 +33,7 @@ class PackConfig:
     num_workers: int | None = None
     """Corpus files tokenised at once; default: one per CPU of the Ray cluster."""
     special_tokens: Literal["parse", "text"] = "parse"
-    """Text that spells a special token, like <|endoftext|>: parse it to its id as transformers does, or
+    """Text that spells a special token, such as the end of text: parse it to its id as transformers does, or
     encode it as ordinary text."""
     on_bad_document: Literal["stop", "reject"] = "stop"
     """A document that is not valid JSON, lacks the field or is not Unicode: stop, or leave it out and count it."""

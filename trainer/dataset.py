@@ -1,9 +1,9 @@
-"""The rows of annotated shards for other people's training loops.
+"""The rows of annotated shards for other people's training loops::
 
     rows = RowDataset("shards", reference="rl", seed=0)
     loader = StatefulDataLoader(rows, batch_size=8, collate_fn=Collator(rows.context))   # of torchdata
     trainer = transformers.Trainer(model, args, train_dataset=rows, data_collator=Collator(rows.context),
-                                   compute_loss_func=TrainerLoss("remit", epsilon=0.2))
+        compute_loss_func=TrainerLoss("remit", epsilon=0.2))
 
 args needs remove_unused_columns=False, and max_steps, because an IterableDataset has no length; with several processes
 also accelerator_config={"dispatch_batches": False}, because batches are padded to different lengths.
