@@ -18,7 +18,7 @@ from scorer.canary import TOLERANCE
 from scorer.forward import load_forward
 from shards.fingerprint import refuse_code_and_pickles, weights_fingerprint
 from shards.folder import ShardFolder
-from shards.schema import logprobs_column
+from shards.schema import logprobs_column, topk_columns
 from trainer.objectives.remit import remit_weights
 
 WEIGHT_CHANGE = 0.02
@@ -30,7 +30,8 @@ class Numerics:
 
     weights_changed: by more than 0.02; clip_changed: clipped with the one log-prob and not with the other. Both
     with the losses of `base`; where none is given the reference stands in for it, which makes every weight as
-    sensitive as it can be. tolerance: largest mean that passes.
+    sensitive as it can be. tolerance: largest mean that passes. topk_mean: mean |difference| of the stored most probable
+    tokens, None where there are none.
     """
 
     reference: str
@@ -44,10 +45,11 @@ class Numerics:
     epsilon: float
     base: str | None
     tolerance: float
+    topk_mean: float | None = None
 
     @property
     def passes(self) -> bool:
-        return self.mean <= self.tolerance
+        return self.mean <= self.tolerance and (self.topk_mean is None or self.topk_mean <= self.tolerance)
 
 
 def choose_reference(folder: ShardFolder, model: Path, name: str | None) -> str:
@@ -91,9 +93,13 @@ def measure(
     base_forward = load_forward(base) if base else forward
     chosen = np.random.default_rng(seed).permutation(folder.manifest.rows)[:rows]
     differences: list[np.ndarray] = []
+    top_differences: list[np.ndarray] = []
     changed = clip_changed = used = 0
     for row in sorted(map(int, chosen)):
-        stored, again, losses = _row(read_row(folder, row), name, reference["context"], forward, base_forward)
+        values = read_row(folder, row)
+        stored, again, losses = _row(values, name, reference["context"], forward, base_forward)
+        if reference.get("top_k"):
+            top_differences.append(_top_row(values, name, reference["context"], forward))
         on_row()
         if not len(stored):
             continue
@@ -119,7 +125,22 @@ def measure(
         epsilon=epsilon,
         base=None if base is None else base.name,
         tolerance=TOLERANCE[reference["dtype"]] + reference["logprob_step"] / 2,
+        topk_mean=float(np.concatenate(top_differences).mean()) if top_differences else None,
     )
+
+
+def _top_row(row: dict[str, Any], name: str, context: str, forward: Callable) -> np.ndarray:
+    """|stored - rescored| of the most probable tokens of a row: the model's own log-probs of the stored ids."""
+    ids_column, logprobs_column_ = topk_columns(name)
+    found, start = [np.zeros(0)], 0
+    for length in [len(row["input_ids"])] if context == "packed" else row["doc_lengths"]:
+        here = slice(start + 1, start + length)
+        if length > 1 and row[ids_column][start + 1] is not None:
+            ids_NK, stored_NK = np.array(row[ids_column][here]), np.array(row[logprobs_column_][here])
+            again_NK = forward(np.array(row["input_ids"][start : start + length]), ids_NK=ids_NK)[1]
+            found.append(np.abs(stored_NK - again_NK).ravel())
+        start += length
+    return np.concatenate(found)
 
 
 def _row(
@@ -154,6 +175,8 @@ def show(numerics: Numerics, console: Console) -> None:
         "clipped in one only": f"{numerics.clip_changed:.3%}",
         "weights with the losses of": numerics.base or "the reference itself (no --base given)",
     }
+    if numerics.topk_mean is not None:
+        rows["mean |difference| of the top k"] = f"{numerics.topk_mean:.2e} nat"
     for key, value in rows.items():
         table.add_row(key, value)
     console.print(table)

@@ -72,7 +72,7 @@ def plan_weights(folder: ShardFolder, config: PlanConfig, progress: Callable[[in
         raise ValueError(
             f"{folder.path}: none of the {done:,} rows that were read has a token with log-probs of both; raise --rows"
         )
-    metrics = {epsilon: statistics[epsilon].metrics(Sources(()), True) for epsilon in objectives}
+    metrics = {epsilon: statistics[epsilon].metrics(Sources(())) for epsilon in objectives}
     some = metrics[config.show_epsilon]
     return {
         "sample": {

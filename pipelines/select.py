@@ -35,6 +35,7 @@ Progress = Callable[[str, int, int], None]
 """Called as progress("rank" or "write", tokens done, tokens in all)."""
 ShouldStop = Callable[[], bool]
 Result = TypeVar("Result")
+MAX_WORKERS = 8  # unless more are asked for: each holds a decompressed part
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def select(
         refuse_other_selection(out, shards.manifest, asked)  # another driver may have had the lease since we looked
         clean(out)
         if out.size(MANIFEST) is None or ShardFolder(out).missing_parts():
-            workers = config.num_workers or os.cpu_count() or 1
+            workers = config.num_workers or min(MAX_WORKERS, len(os.sched_getaffinity(0)))
             scores = score_rows(shards, config, workers, progress, should_stop)
             places, lowest = best_rows(scores, config.keep_ratio)
             counts = {

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from scorer.batch import Rows
-from scorer.canary import compare
+from scorer.canary import compare, compare_topk
 from scorer.cores import claim_cores
 from scorer.engine import Engine, EngineConfig, batched_tokens, device_memory, environment
 from scorer.loop import EngineDied, EngineLoop, Job
@@ -55,7 +55,7 @@ class ScoringActor:
         """Description of the engine, once it runs."""
         return self._loop.wait_ready() | {"pid": os.getpid()}
 
-    def canary(self, prompts: list[np.ndarray], expected: list[np.ndarray], dtype: str) -> dict[str, float]:
+    def canary(self, prompts: list[np.ndarray], expected: list[Any], dtype: str) -> dict[str, float]:
         """Score prompts whose log-probs transformers has computed; CanaryFailed where they are too far apart."""
         if not prompts:
             return {}
@@ -63,7 +63,11 @@ class ScoringActor:
         for index, prompt in enumerate(prompts):
             self._loop.submit(job, index, prompt)
         self._loop.wait(job)
-        return compare([job.values[index].logprobs for index in range(len(prompts))], expected, dtype)
+        answers = [job.values[index] for index in range(len(prompts))]
+        if not self._task.top_k:
+            return compare([answer.logprobs for answer in answers], expected, dtype)
+        result = compare([answer.logprobs for answer in answers], [entry[0] for entry in expected], dtype)
+        return result | compare_topk(answers, expected, dtype)
 
     def progress(self) -> tuple[int, dict[str, int]]:
         """Tokens done so far, by steps that finished something, and those of each part in work."""

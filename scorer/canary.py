@@ -4,9 +4,11 @@ A wrong kernel, wrong position scaling or wrong weights show here in the first s
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from scorer.engine import Answer
 from scorer.forward import forward_all, spans
 from shards.folder import ShardFolder
 from shards.schema import list_lengths
@@ -14,6 +16,8 @@ from shards.schema import list_lengths
 CANARY_TOKENS = (1024, 256, 256, 256)  # of each prompt at most; the first is long for the sake of the positions
 # Mean |difference| in nats that rounding explains; a wrong model is off by tenths at least. Measured: docs/log.md
 TOLERANCE = {"float32": 2e-3, "bfloat16": 0.1, "float16": 0.05}
+
+TOPK_ELSEWHERE = 0.02  # share of an engine's most probable tokens that may be far from transformers'
 
 
 class CanaryFailed(ValueError):
@@ -37,9 +41,39 @@ def canary_prompts(shards: ShardFolder, part: str, context: str, num_embeddings:
     return prompts
 
 
-def compute(model: Path, prompts: list[np.ndarray]) -> list[np.ndarray]:
-    """What transformers says of the prompts; a Ray task, because vLLM must not be in its process."""
-    return forward_all(model, prompts)
+def compute(model: Path, prompts: list[np.ndarray], top_k: int = 0) -> list[Any]:
+    """What transformers says of the prompts; a Ray task, because vLLM must not be in its process.
+
+    With top_k tuples, with more of the most probable tokens than that: the last ones of an engine in 16 bit may stand
+    further down here.
+    """
+    return forward_all(model, prompts, 4 * top_k + 16 if top_k else 0)
+
+
+def compare_topk(answers: list[Answer], expected: list[tuple], dtype: str) -> dict[str, float]:
+    """Differences of the engine's most probable tokens to transformers'; CanaryFailed where ids or log-probs are others.
+
+    expected: per prompt log-probs, ids [N, W], log-probs [N, W] of more tokens than the engine gives.
+    """
+    differences, missing, entries = [], 0, 0
+    for answer, (_, wide_ids, wide_logprobs) in zip(answers, expected):
+        assert answer.topk_ids is not None
+        assert answer.topk_logprobs is not None
+        for ids, logprobs, other_ids, other in zip(answer.topk_ids, answer.topk_logprobs, wide_ids, wide_logprobs):
+            known = dict(zip(other_ids.tolist(), other.tolist()))
+            found = np.array([known.get(token, np.nan) for token in ids.tolist()])
+            missing += int(np.isnan(found).sum())
+            entries += len(found)
+            differences.append(np.abs(found - logprobs)[~np.isnan(found)])
+    all_ = np.concatenate(differences)
+    mean, share = float(all_.mean()) if len(all_) else np.inf, missing / entries
+    if not mean <= TOLERANCE[dtype] or share > TOPK_ELSEWHERE:
+        raise CanaryFailed(
+            f"the engine's most probable tokens are not the model's: of {entries} entries {missing} are not among the first "
+            f"of a transformers forward, the others differ by {mean:.3g} nat in the mean, expected at most "
+            f"{TOPK_ELSEWHERE:.0%} and {TOLERANCE[dtype]:g} in {dtype}; try --dtype float32 or another vLLM release"
+        )
+    return {"topk_mean": mean, "topk_elsewhere": share}
 
 
 def compare(ours: list[np.ndarray], expected: list[np.ndarray], dtype: str) -> dict[str, float]:

@@ -102,7 +102,7 @@ class Drive:
                 self._canary = ([], [], self.engine.dtype)
                 return self._canary
             task: Any = ray.remote(compute).options(num_cpus=0, max_retries=2)
-            self._canary = [prompts, task.remote(self.engine.model, prompts)]
+            self._canary = [prompts, task.remote(self.engine.model, prompts, self.config.top_k)]
         prompts, reference = self._canary
         if not ray.wait([reference], timeout=0)[0]:
             return None

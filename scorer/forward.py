@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 
 
-def load_forward(model: Path | str) -> Callable[[np.ndarray], np.ndarray]:
+def load_forward(model: Path | str) -> Callable[..., Any]:
     """A function from a prompt, int [tokens], to the float32 [tokens - 1] log-probs of its tokens from the second on.
+
+    With ids_NK=ids, int [tokens - 1, K], also the log-probs of these ids; with best=K also ids and log-probs, [tokens -
+    1, K], of the most probable tokens.
 
     The model's weights are computed with in float32, whatever they are stored in.
     """
@@ -24,19 +27,25 @@ def load_forward(model: Path | str) -> Callable[[np.ndarray], np.ndarray]:
     network.eval()
 
     @torch.no_grad()
-    def forward(prompt: np.ndarray) -> np.ndarray:
+    def forward(prompt: np.ndarray, ids_NK: np.ndarray | None = None, best: int = 0) -> Any:
         ids_T = torch.from_numpy(prompt.astype(np.int64))
         logits_TV = network(input_ids=ids_T[None], use_cache=False).logits[0, :-1]
         logprobs_TV = logits_TV.float().log_softmax(-1)
-        return logprobs_TV.gather(-1, ids_T[1:, None])[:, 0].numpy()
+        own_N = logprobs_TV.gather(-1, ids_T[1:, None])[:, 0].numpy()
+        if ids_NK is not None:
+            return own_N, logprobs_TV.gather(-1, torch.from_numpy(ids_NK.astype(np.int64))).numpy()
+        if best:
+            top = logprobs_TV.topk(min(best, logprobs_TV.shape[-1]))
+            return own_N, top.indices.numpy(), top.values.numpy()
+        return own_N
 
     return forward
 
 
-def forward_all(model: Path | str, prompts: list[np.ndarray]) -> list[np.ndarray]:
-    """The log-probs of several prompts."""
+def forward_all(model: Path | str, prompts: list[np.ndarray], best: int = 0) -> list[Any]:
+    """The log-probs of several prompts; with best=K tuples with the most probable tokens."""
     forward = load_forward(model)
-    return [forward(prompt) for prompt in prompts]
+    return [forward(prompt, best=best) for prompt in prompts]
 
 
 def spans(row_lengths: np.ndarray, piece_lengths: np.ndarray, context: str) -> Iterator[tuple[int, int]]:

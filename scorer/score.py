@@ -71,6 +71,9 @@ def score(
             shards.manifest,
             references=shards.manifest.references | {config.name: provenance(config, reference, engine)},
         )
+        names = manifest.schema.names
+        if len(set(names)) < len(names):  # rl with --top-k beside a reference called rl_topk
+            raise ValueError(f"{config.shards}: --name {config.name} would give two columns one name; choose another")
         refuse_other_scoring(out, manifest)
         bundle = engine_bundle(config, device)
         lease = Lease(out).acquire(note)

@@ -232,6 +232,9 @@ class Manifest:
                 value = reference.get(key, 0)
                 if not isinstance(value, int) or not 0 <= value < 1 << 31:  # the size of an Arrow list is an int32
                     raise ValueError(f"reference {name}: {key} is {value!r}")
+        twice = [name for name in self.schema.names if self.schema.names.count(name) > 1]
+        if twice:
+            raise ValueError(f"two references have a column {twice[0]}")
         kept = [selection["rows_kept"] for selection in self.selections]
         read = [selection["rows_read"] for selection in self.selections]
         if kept != [*read[1:], self.rows][: len(kept)]:

@@ -129,6 +129,16 @@ def test_what_labels_cannot_carry_is_refused(objective: str, settings: dict) -> 
         TrainerLoss(objective, **settings)
 
 
+def test_an_objective_without_its_reference_is_refused(annotated: dict[str, Path]) -> None:
+    rows = list(islice(RowDataset(annotated["packed"], None), 4))
+    labels = Collator("packed")(rows)["labels"]
+    outputs = SimpleNamespace(logits=torch.zeros(*labels.shape, 600))
+    assert TrainerLoss("ntp")(outputs, labels).item() == pytest.approx(np.log(600))
+    for objective in ("remit", "rho1"):
+        with pytest.raises(ValueError, match="read without a reference"):
+            TrainerLoss(objective)(outputs, labels)
+
+
 @pytest.mark.parametrize("context", ["packed", "document"])
 @pytest.mark.parametrize("objective", ["remit", "ntp"])
 def test_transformers_trainer(

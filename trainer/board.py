@@ -25,6 +25,11 @@ class Board:
         if self._writer is not None:
             self._writer.close()
 
+    def flush(self) -> None:
+        """Bring to the disk what was added so far."""
+        if self._writer is not None:
+            self._writer.flush()
+
     def write(self, metrics: dict[str, Any]) -> None:
         """Add one step, as it stands in metrics.jsonl."""
         if self._writer is None:
@@ -49,10 +54,12 @@ class Board:
         assert self._writer is not None
         for share, value in (figures["delta_quantiles"] or {}).items():
             self._writer.add_scalar(f"{group}/delta_quantile_{share}", value, step)
-        bins = {float(centre): count for centre, count in figures["weight_histogram"].items()}
-        count = sum(bins.values())
+        counted = {round(float(centre) / WEIGHT_STEP): count for centre, count in figures["weight_histogram"].items()}
+        # a bucket reaches down to the limit of the one before it: empty ones must be there, and one below the first
+        bins = {index * WEIGHT_STEP: counted.get(index, 0) for index in range(min(counted) - 1, max(counted) + 1)}
         self._writer.add_histogram_raw(
-            f"{group}/weights", min=min(bins), max=max(bins), num=count,
-            sum=sum(centre * n for centre, n in bins.items()), sum_squares=sum(centre**2 * n for centre, n in bins.items()),
+            f"{group}/weights", min=(min(counted) - 0.5) * WEIGHT_STEP, max=(max(counted) + 0.5) * WEIGHT_STEP,
+            num=sum(bins.values()), sum=sum(centre * n for centre, n in bins.items()),
+            sum_squares=sum(centre**2 * n for centre, n in bins.items()),
             bucket_limits=[centre + WEIGHT_STEP / 2 for centre in bins], bucket_counts=list(bins.values()), global_step=step,
         )  # fmt: skip

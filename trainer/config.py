@@ -29,7 +29,7 @@ class TrainConfig(ObjectiveSettings):
     global_batch_size: int = 64
     """Rows per optimizer step."""
     micro_batch_size: int = 1
-    """Rows per forward pass; more is faster and takes more memory, the result is the same."""
+    """Rows per forward pass; more is faster and takes more memory, the result is the same (but for --scope micro)."""
     learning_rate: float = 3e-4
     """Peak of the learning rate."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"

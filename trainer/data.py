@@ -164,14 +164,14 @@ class RowReader:
 
 
 def _flat(column: pa.ListArray) -> np.ndarray:
-    """Entries of all lists of a column, one after the other: [T] or [T, K]; a null is NaN (0 for ids)."""
+    """Entries of all lists of a column, one after the other: [T] or [T, K]; a null is NaN (-1 for ids)."""
     flat = column.flatten()
     if not pa.types.is_fixed_size_list(flat.type):
         return flat.to_numpy(zero_copy_only=False)
     k = flat.type.list_size
     values = flat.values.slice(flat.offset * k, len(flat) * k).to_numpy(zero_copy_only=False).reshape(-1, k)
     if flat.null_count:  # what stands in the place of a null is undefined
-        missing = np.nan if values.dtype == np.float32 else 0
+        missing = np.nan if values.dtype == np.float32 else -1
         values = np.where(flat.is_valid().to_numpy(zero_copy_only=False)[:, None], values, missing)
     return values.astype(np.int32 if pa.types.is_integer(flat.type.value_type) else np.float32, copy=False)
 

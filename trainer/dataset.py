@@ -111,7 +111,8 @@ class Collator:
 
     def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
         batch = collate(rows, self.context, "cpu")
-        logprobs = batch.columns.get("logprobs", torch.zeros(batch.input_ids_BT.shape))
+        missing = torch.full(batch.input_ids_BT.shape, torch.nan)  # which TrainerLoss refuses where it needs them
+        logprobs = batch.columns.get("logprobs", missing)
         high = logprobs.contiguous().view(torch.int32).long() << 32
         labels = torch.where(batch.predicted_BT, high | batch.input_ids_BT, IGNORED)
         positions = {} if batch.position_ids_BT is None else {"position_ids": batch.position_ids_BT}
@@ -138,7 +139,13 @@ class TrainerLoss:
             settings = {"scope": "row"} | settings
         chosen = ObjectiveSettings(objective=objective, **settings)  # type: ignore[arg-type]
         self._objective = make_objective(chosen)
-        if self._objective.weigh is None or self._objective.scope == "global" or chosen.centring == "document":
+        unknown = set(self._objective.columns) - {"logprobs"}
+        if (
+            self._objective.weigh is None
+            or unknown
+            or self._objective.scope == "global"
+            or chosen.centring == "document"
+        ):
             raise ValueError(
                 f"objective {objective!r} with {settings}: needs more than the labels of one batch; use remit train"
             )
@@ -155,6 +162,8 @@ class TrainerLoss:
                 logits_NV = outputs.logits[row_N, position_N - 1].float()
                 losses_N = token_losses(logits_NV, ids_BT[row_N, position_N])[0]
                 columns = dict.fromkeys(self._objective.columns, logprobs_BT[row_N, position_N])
+                if any(bool(values.isnan().any()) for values in columns.values()):
+                    raise ValueError("the rows were read without a reference; give RowDataset the name of one")
                 tokens = Tokens(losses_N.detach(), inner_N, torch.zeros_like(inner_N), columns)
                 assert self._objective.weigh is not None
                 total = total + (self._objective.weigh(tokens).weights_N * losses_N).sum()

@@ -46,10 +46,18 @@ class World:
 
     def gather(self, values: Tensor) -> Tensor:
         """CPU tensors of all ranks, of any lengths, one after the other."""
-        everyones: list[Any] = [values] * self.size
-        if self.size > 1:
-            dist.all_gather_object(everyones, values)
-        return torch.cat(everyones)
+        if self.size == 1:
+            return values
+        lengths: list[Any] = [0] * self.size
+        dist.all_gather_object(lengths, (len(values), values.dtype, values.shape[1:]))
+        _, dtype, shape = max(lengths, key=lambda entry: entry[0])  # an empty rank may not know them
+        longest = max(length for length, *_ in lengths)
+        padded = torch.zeros((longest, *shape), dtype=dtype)
+        if len(values):
+            padded[: len(values)] = values
+        everyones = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(everyones, padded)
+        return torch.cat([entry[:length] for entry, (length, *_) in zip(everyones, lengths)])
 
     def from_first(self, value: Any) -> Any:
         """The object of rank 0, on all ranks."""

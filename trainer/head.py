@@ -8,6 +8,8 @@ at any time. A scope whose logits exceed `logits_budget_bytes` is split into pie
 second one computes the logits again piece by piece. A loss that a token's own logits decide needs no second pass.
 """
 
+import threading
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,20 +20,21 @@ from trainer.objectives.objective import Objective, Tokens
 from trainer.statistics import StepStatistics
 
 LOGITS_BUDGET_BYTES = 3 << 30
-_cpu_buffer = torch.empty(0)
-"""Kept from call to call: fresh memory for the logits costs a CPU up to a third of the product's time in page faults."""
+_kept = threading.local()
+"""A CPU's memory for logits, kept from call to call: fresh memory costs up to a third of the product's time in page
+faults."""
 
 
 def _buffer(positions: int, vocabulary: int, device: torch.device) -> Tensor:
     """float32 [positions, vocabulary], not initialised. A GPU's allocator keeps memory by itself."""
-    global _cpu_buffer
     entries = positions * vocabulary
     if device.type != "cpu":
         return torch.empty(positions, vocabulary, dtype=torch.float32, device=device)
-    if len(_cpu_buffer) < entries:
-        _cpu_buffer = torch.empty(0)  # give it back first
-        _cpu_buffer = torch.empty(entries, dtype=torch.float32)
-    return _cpu_buffer[:entries].view(positions, vocabulary)
+    if len(getattr(_kept, "buffer", ())) < entries:
+        _kept.buffer = None  # give it back first
+        with torch.inference_mode(False):  # what is made in inference mode can never be used outside of it
+            _kept.buffer = torch.empty(entries, dtype=torch.float32)
+    return _kept.buffer[:entries].view(positions, vocabulary)
 
 
 def token_losses(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,6 +156,8 @@ class _ObjectiveLoss(torch.autograd.Function):
             losses_N, sums_N = (torch.cat(parts) for parts in zip(*passes))
             document_N = torch.zeros_like(row_N) if batch.document_BT is None else batch.document_BT[row_N, position_N]
             weighted = objective.weigh(Tokens(losses_N, inner_N, document_N, columns))
+            if weighted.delta_N is None and "logprobs" in columns:
+                weighted = replace(weighted, delta_N=losses_N + columns["logprobs"])
             first = 0
             for row in scope:
                 own = slice(first, first + counts[row])

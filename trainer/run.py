@@ -44,12 +44,14 @@ class TrainResult:
     clipped_high: float
 
 
-def run_settings(config: TrainConfig, shards: ShardFolder, context: str) -> dict[str, Any]:
+def run_settings(config: TrainConfig, shards: ShardFolder, context: str, processes: int) -> dict[str, Any]:
     """All that decides the outcome of a run; a resume under other settings is refused."""
     settings = {name: value for name, value in asdict(config).items() if name not in NOT_SETTINGS}
     used = OPTIONS[config.objective]
     for name in {name for options in OPTIONS.values() for name in options} - {*used}:
         del settings[name]  # of other objectives
+    if config.objective == "rho1" and config.scope == "micro":  # what is ranked together depends on both
+        settings |= {"micro_batch_size": config.micro_batch_size, "processes": processes}
     settings = {name: str(value) if value == math.inf else value for name, value in settings.items()}
     return settings | {
         "context": context,
@@ -81,19 +83,20 @@ def keep_lines(path: Path, last_step: int) -> dict[str, Any]:
     """Cut a JSON-lines file after `last_step`, where a run resumes; returns the last object kept."""
     if not path.exists():
         return {}
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            break  # the line that was being written when the run died
-        if value["step"] > last_step:
-            break
-        kept.append(value)
+    last: dict[str, Any] = {}
     temporary = temporary_name(path)
-    temporary.write_text("".join(json.dumps(value) + "\n" for value in kept), encoding="utf-8")
+    with open(path, encoding="utf-8") as lines, open(temporary, "w", encoding="utf-8") as kept:
+        for line in lines:  # of a long run there are gigabytes
+            try:
+                value = json.loads(line)
+            except ValueError:
+                break  # the line that was being written when the run died
+            if value["step"] > last_step:
+                break
+            kept.write(json.dumps(value) + "\n")
+            last = value
     os.replace(temporary, path)
-    return kept[-1] if kept else {}
+    return last
 
 
 def export(base: Base, state: dict[str, Tensor], shards: ShardFolder, model: Path, final: Path) -> None:
@@ -122,9 +125,12 @@ def export(base: Base, state: dict[str, Tensor], shards: ShardFolder, model: Pat
 
 def run_result(out: Path) -> TrainResult:
     """Summary of a run from its metrics."""
-    lines = [json.loads(line) for line in (out / METRICS).read_text(encoding="utf-8").splitlines()]
-
-    def mean(key: str) -> float:
-        return sum(line[key] for line in lines) / len(lines)
-
-    return TrainResult(out, (out / MODEL).exists(), len(lines), mean("clipped_low"), mean("clipped_high"))
+    steps, sums = 0, {"clipped_low": 0.0, "clipped_high": 0.0}
+    with open(out / METRICS, encoding="utf-8") as lines:
+        for line in lines:
+            value = json.loads(line)
+            steps += 1
+            for key in sums:
+                sums[key] += value[key]
+    means = {key: value / max(1, steps) for key, value in sums.items()}
+    return TrainResult(out, (out / MODEL).exists(), steps, **means)

@@ -14,7 +14,17 @@ from torch import Tensor
 from shards.manifest import CorpusFile
 from trainer.objectives.objective import TokenLosses, Weighted
 
-SUMS = ("tokens", "loss", "weight", "weight_squared", "objective_loss", "delta", "clipped_low", "clipped_high")
+SUMS = (
+    "tokens",
+    "loss",
+    "weight",
+    "weight_squared",
+    "objective_loss",
+    "delta",
+    "deltas",
+    "clipped_low",
+    "clipped_high",
+)
 WEIGHT_STEP, WEIGHT_BINS = 0.05, 41  # bins centred on 0, 0.05, .. 2; the last one is also for what is above
 EXCESS_STEP, EXCESS_BINS = 1 / 32, 1025  # centred on -16 .. 16 nats; the outer ones are also for what is beyond
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -90,6 +100,7 @@ class StepStatistics:
     def _add(self, source: int, values: dict[str, Tensor | None], weights_N: Tensor, delta_N: Tensor | None) -> None:
         row_C = self.table[0 if self._group is None else self._group[source]]
         zero = row_C.new_zeros(())
+        values = values | {"deltas": None if delta_N is None else torch.ones_like(delta_N)}
         own = [values.get(name) for name in self._names[1:]]
         totals = [zero if value is None else value.sum(dtype=torch.float64) for value in own]
         row_C[: len(self._names)] += torch.stack([zero + len(weights_N), *totals])
@@ -103,15 +114,13 @@ class StepStatistics:
         """Over all groups, by name."""
         return dict(zip(self._names, self.table.sum(0).tolist()))
 
-    def metrics(self, sources: Sources, has_reference: bool) -> dict[str, Any]:
+    def metrics(self, sources: Sources) -> dict[str, Any]:
         """Figures over all predicted tokens, and under "sources" those of each group that has any."""
         table = self.table.cpu()
-        groups = {
-            name: self._figures(row_C, has_reference) for name, row_C in zip(sources.names, table) if row_C[0] > 0
-        }
-        return {**self._figures(table.sum(0), has_reference), "sources": groups}
+        groups = {name: self._figures(row_C) for name, row_C in zip(sources.names, table) if row_C[0] > 0}
+        return {**self._figures(table.sum(0)), "sources": groups}
 
-    def _figures(self, row_C: Tensor, has_reference: bool) -> dict[str, Any]:
+    def _figures(self, row_C: Tensor) -> dict[str, Any]:
         sums = dict(zip(self._names, row_C.tolist()))
         tokens = sums["tokens"]
         weight_mean = sums["weight"] / tokens
@@ -129,8 +138,8 @@ class StepStatistics:
             "weight_histogram": {
                 f"{index * WEIGHT_STEP:.2f}": count for index, count in enumerate(weight_counts) if count
             },
-            "delta_mean": sums["delta"] / tokens if has_reference else None,
-            "delta_quantiles": _quantiles(row_C[first + WEIGHT_BINS :]) if has_reference else None,
+            "delta_mean": sums["delta"] / sums["deltas"] if sums["deltas"] else None,
+            "delta_quantiles": _quantiles(row_C[first + WEIGHT_BINS :]) if sums["deltas"] else None,
             **{name: sums[name] / tokens for name in self._names[len(SUMS) :]},
         }
 

@@ -78,11 +78,11 @@ def train_in(world: World, config: TrainConfig, progress: Progress, should_stop:
     reference = config.reference if objective.columns else None
     context = choose_context(config, shards, reference)
 
-    settings = world.from_first(run_settings(config, shards, context) if world.first else None)
+    settings = world.from_first(run_settings(config, shards, context, world.size) if world.first else None)
     if world.first:
         prepare_out(config.out, settings)
     if world.from_first((config.out / MODEL).exists()):
-        return run_result(config.out)
+        return world.from_first(run_result(config.out) if world.first else None)
     base = load_base(Path(config.model), config.dtype, world.device, context)
     check_fits(base, Path(config.model), shards)
     if context == "document":
@@ -160,7 +160,7 @@ def train_in(world: World, config: TrainConfig, progress: Progress, should_stop:
 
             tokens += step_tokens
             seconds = perf_counter() - began + batch.data_wait_seconds
-            metrics = statistics.metrics(sources, reference is not None) | {
+            metrics = statistics.metrics(sources) | {
                 "grad_norm": grad_norm,
                 "lr": learning_rate,
                 "tokens_per_second": step_tokens / seconds,
@@ -177,6 +177,7 @@ def train_in(world: World, config: TrainConfig, progress: Progress, should_stop:
             stopping = bool(world.sum(torch.tensor(int(should_stop())))) and step < num_steps
             # after the last step too, so that an export that fails need not train again
             if stopping or (config.checkpoint_every and (step % config.checkpoint_every == 0 or step == num_steps)):
+                board.flush()  # a resume from this checkpoint does not write these steps again
                 checkpoints.save(step, step * config.global_batch_size)
             if world.first:
                 progress(step, num_steps, metrics)
@@ -186,8 +187,7 @@ def train_in(world: World, config: TrainConfig, progress: Progress, should_stop:
         state = whole_weights(loss_model)
         if world.first:
             export(base, state, shards, Path(config.model), config.out / MODEL)
-    world.barrier()
-    return run_result(config.out)
+    return world.from_first(run_result(config.out) if world.first else None)
 
 
 def where(rows: list[Row]) -> str:

@@ -15,25 +15,23 @@ from torch import Tensor
 from trainer.objectives.objective import Objective, TokenLosses
 from trainer.objectives.settings import ObjectiveSettings
 
-TINY = 1e-30  # probability below which a log is not taken
-BLOCK_ROWS = 64  # of a second set of logits, which only renormalise with a temperature needs
+BLOCK_TOKENS = 64  # at once where a second set of logits is needed: renormalise with a temperature
 
 
 def teacher(topk_logprobs_NK: Tensor, temperature: float, bucket: bool) -> tuple[Tensor, Tensor]:
     """Reference probabilities, [N, K + 1] with the bucket and [N, K] without, and the mass [N] outside of the top k."""
-    probabilities_NK = topk_logprobs_NK.exp()
-    total_N1 = probabilities_NK.sum(-1, keepdim=True)
-    probabilities_NK = probabilities_NK / total_N1.clamp(min=1)
-    missing_N1 = (1 - total_N1).clamp(min=0)
-    outcomes = torch.cat([probabilities_NK, missing_N1], dim=-1) if bucket else probabilities_NK
-    if temperature != 1:
-        outcomes = outcomes.pow(1 / temperature)
-    return outcomes / outcomes.sum(-1, keepdim=True), missing_N1[:, 0]
+    log_total_N1 = topk_logprobs_NK.logsumexp(-1, keepdim=True)
+    missing_N1 = -torch.expm1(log_total_N1.clamp(max=0))
+    log_NO = topk_logprobs_NK - log_total_N1.clamp(min=0)
+    if bucket:
+        log_NO = torch.cat([log_NO, missing_N1.log()], dim=-1)
+    # in logs, because a small probability to the power of 1 / temperature may be 0 in float32
+    return (log_NO / temperature).softmax(-1), missing_N1[:, 0]
 
 
 def kl(target: Tensor, log_student: Tensor) -> Tensor:
     """sum p (log p - log q) over the last dimension; 0 log 0 is 0."""
-    return (torch.xlogy(target, target) - target * log_student).sum(-1)
+    return (torch.xlogy(target, target) - target * log_student.clamp(min=-1e30)).sum(-1)
 
 
 def kd_losses(
@@ -46,48 +44,63 @@ def kd_losses(
     missing_mass: str,
 ) -> TokenLosses:
     """A LogitLoss: takes the logits, leaves the gradient in their place; one set of logits in memory."""
-    whole = ids_NK.shape[1] == logits_NV.shape[1]
-    bucket = missing_mass == "bucket" and not whole
-    teacher_NO, missing_N = teacher(topk_logprobs_NK, temperature, bucket)
-    scale = kd_weight * temperature**2
-    plain = 1 - kd_weight
+    bucket = missing_mass == "bucket" and ids_NK.shape[1] < logits_NV.shape[1]
+    length = len(logits_NV) if bucket or temperature == 1 else BLOCK_TOKENS
+    spans = [slice(start, start + length) for start in range(0, len(logits_NV), length)]
+    parts = [
+        _block(
+            logits_NV[span], targets_N[span], ids_NK[span], topk_logprobs_NK[span], kd_weight, temperature, bucket
+        )
+        for span in spans
+    ]  # fmt: skip
+    ntp, divergence, missing = zip(*parts)
+    ntp_N, kl_N = torch.cat(ntp), torch.cat(divergence)
+    losses_N = (1 - kd_weight) * ntp_N + kd_weight * temperature**2 * kl_N
+    return TokenLosses(losses_N, ntp_N, {"kd_loss": kl_N, "missing_mass": torch.cat(missing)})
 
+
+def _block(
+    logits_NV: Tensor,
+    targets_N: Tensor,
+    ids_NK: Tensor,
+    topk_logprobs_NK: Tensor,
+    kd_weight: float,
+    temperature: float,
+    bucket: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-log p of the targets, KL and missing mass of the reference, [N] each; the gradient in the logits' place."""
+    plain, scale = 1 - kd_weight, kd_weight * temperature  # temperature^2, once divided by it in the chain rule
+    teacher_NO, missing_N = teacher(topk_logprobs_NK, temperature, bucket)
     top_NK, target_N1 = logits_NV.gather(1, ids_NK), logits_NV.gather(1, targets_N[:, None])
-    largest_N1 = logits_NV.amax(-1, keepdim=True)
-    exp_NV = logits_NV.sub_(largest_N1).exp_()
+
     # the rest is summed by itself: 1 minus the top k would lose its digits where it is small
-    rest_N1 = exp_NV.scatter_(1, ids_NK, 0.0).sum(-1, keepdim=True)
-    exp_NK = (top_NK - largest_N1).exp()
-    normaliser_N1 = rest_N1 + exp_NK.sum(-1, keepdim=True)
-    log_normaliser_N1 = largest_N1 + normaliser_N1.log()
-    ntp_N = (log_normaliser_N1 - target_N1)[:, 0]
-    log_q_NK, q_NK, q_rest_N1 = top_NK - log_normaliser_N1, exp_NK / normaliser_N1, rest_N1 / normaliser_N1
+    rest_NV = logits_NV.scatter_(1, ids_NK, -torch.inf)
+    largest_N1 = rest_NV.amax(-1, keepdim=True).clamp(min=-1e30)  # -inf where the top k are the whole vocabulary
+    student_NV = ((rest_NV - largest_N1) / temperature).exp_() if not bucket and temperature != 1 else None
+    rest_N1 = rest_NV.sub_(largest_N1).exp_().sum(-1, keepdim=True)
+    log_rest_N1 = largest_N1 + rest_N1.log()
+    log_sum_N1 = torch.cat([top_NK, log_rest_N1], dim=-1).logsumexp(-1, keepdim=True)
+    plain_factor_N1 = plain * (largest_N1 - log_sum_N1).exp()
 
     if bucket:
-        log_q_NO = torch.cat([log_q_NK, q_rest_N1.clamp(min=TINY).log()], dim=-1) / temperature
-        log_q_NO = log_q_NO.log_softmax(-1) if temperature != 1 else log_q_NO
-        kl_N = kl(teacher_NO, log_q_NO)
-        gradient_NO = (log_q_NO.exp() - teacher_NO) / temperature  # by the log-probabilities of the outcomes
-        rest_factor_N1 = plain + scale * gradient_NO[:, -1:] / q_rest_N1.clamp(min=TINY)
-        exp_NV.mul_(rest_factor_N1 / normaliser_N1)
-        exp_NV.scatter_(1, ids_NK, plain * q_NK + scale * gradient_NO[:, :-1])
-    elif temperature == 1:
-        kl_N = kl(teacher_NO, log_q_NK)
-        exp_NV.div_(normaliser_N1).scatter_(1, ids_NK, q_NK - scale * teacher_NO)
+        log_q_NO = (torch.cat([top_NK, log_rest_N1], dim=-1) - log_sum_N1) / temperature
+        log_q_NO = log_q_NO.log_softmax(-1)
+        gradient_NO = scale * (log_q_NO.exp() - teacher_NO)  # by the log-probabilities of the outcomes
+        rest_NV.mul_(plain_factor_N1 + gradient_NO[:, -1:] / rest_N1)
+        gradient_NK = gradient_NO[:, :-1]
     else:
-        exp_NV.scatter_(1, ids_NK, exp_NK)
-        kl_N = torch.empty_like(ntp_N)
-        for start in range(0, len(exp_NV), BLOCK_ROWS):
-            rows = slice(start, start + BLOCK_ROWS)
-            student_nV = exp_NV[rows].pow(1 / temperature)
-            sum_n1 = student_nV.sum(-1, keepdim=True)
-            log_student_nK = (top_NK[rows] - largest_N1[rows]) / temperature - sum_n1.log()
-            kl_N[rows] = kl(teacher_NO[rows], log_student_nK)
-            student_nV.mul_(scale / temperature / sum_n1)
-            student_nV.scatter_add_(1, ids_NK[rows], -scale / temperature * teacher_NO[rows])
-            exp_NV[rows] = student_nV.add_(exp_NV[rows] * (plain / normaliser_N1[rows]))
-    exp_NV.scatter_add_(1, targets_N[:, None], exp_NV.new_full((1, 1), -plain).expand(len(targets_N), 1))
-    return TokenLosses(plain * ntp_N + scale * kl_N, ntp_N, {"kd_loss": kl_N, "missing_mass": missing_N})
+        log_q_NO, factor_N1 = top_NK - log_sum_N1, (largest_N1 - log_sum_N1).exp()
+        if student_NV is not None:
+            log_rest_N1 = largest_N1 / temperature + student_NV.sum(-1, keepdim=True).log()
+            log_sum_T_N1 = torch.cat([top_NK / temperature, log_rest_N1], dim=-1).logsumexp(-1, keepdim=True)
+            log_q_NO, factor_N1 = top_NK / temperature - log_sum_T_N1, (largest_N1 / temperature - log_sum_T_N1).exp()
+            rest_NV.mul_(plain_factor_N1).add_(student_NV.mul_(scale * factor_N1))
+        else:
+            rest_NV.mul_(plain_factor_N1 + scale * factor_N1)
+        gradient_NK = scale * (log_q_NO.exp() - teacher_NO)
+    rest_NV.scatter_(1, ids_NK, plain * (top_NK - log_sum_N1).exp() + gradient_NK)
+    rest_NV.scatter_add_(1, targets_N[:, None], rest_NV.new_full((1, 1), -plain).expand(len(targets_N), 1))
+    return (log_sum_N1 - target_N1)[:, 0], kl(teacher_NO, log_q_NO), missing_N
 
 
 def make(settings: ObjectiveSettings) -> Objective:
