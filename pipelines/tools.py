@@ -11,7 +11,8 @@ from rich.console import Console
 
 from pipelines.console import DONE, FAILED, ShouldStop, note, progress_bar, quiet_libraries
 from pipelines.models import resolve_model
-from pipelines.settings import InspectConfig, PlanConfig, VerifyConfig
+from pipelines.plan_settings import PlanConfig
+from pipelines.settings import InspectConfig, VerifyConfig
 from shards.folder import ShardFolder
 from shards.lease import Lease
 from shards.quarantine import QUARANTINE, take_out
