@@ -113,7 +113,7 @@ def shape_of(option: str, config: Any, name: str) -> ModelShape:
         hidden_size=hidden_size,
         tied=model.get_input_embeddings().weight is head,
         attention=_attention(text),
-        activation_width=_activation_width(text, chosen if experts > 1 else 1),
+        activation_width=_activation_width(model, text, chosen if experts > 1 else 1),
         max_position=getattr(text, "max_position_embeddings", None),
     )
 
@@ -134,23 +134,30 @@ def _attention(text: Any) -> tuple[Attention, ...]:
     return tuple(layers.get(kind, Attention(0, None)) for kind in kinds)  # others do not grow with the context
 
 
-def _activation_width(text: Any, chosen_experts: int) -> tuple[int, int]:
+def _activation_width(model: Any, text: Any, chosen_experts: int) -> tuple[int, int]:
     """Elements per token that a layer keeps: (those in float32 whatever the dtype, those in the compute dtype).
 
-    Two norms keep their input and its normalised form in float32 and feed the next product; attention keeps queries,
-    keys, values and its output; a gated MLP keeps gate, its activation, up, and their product.
+    A norm keeps its input and its normalised form in float32. Five products read the residual stream, each its own copy
+    under autocast; attention keeps queries, keys, values and its output; a gated MLP keeps gate, its activation, up, and
+    their product.
     """
     hidden, heads = text.hidden_size, text.num_attention_heads
     size = getattr(text, "head_dim", None) or hidden // heads
-    query, value, shared = heads * size, heads * size, (getattr(text, "num_key_value_heads", None) or heads) * size
-    keys = values = shared
+    shared = (getattr(text, "num_key_value_heads", None) or heads) * size
+    query, keys, values, output = heads * size, shared, shared, heads * size
     if getattr(text, "kv_lora_rank", None):
         query = keys = heads * (text.qk_nope_head_dim + text.qk_rope_head_dim)
-        value = values = heads * text.v_head_dim
+        values = output = heads * text.v_head_dim
     inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
     if chosen_experts > 1:
         inner = chosen_experts * (getattr(text, "moe_intermediate_size", None) or inner)
-    return 4 * hidden, 2 * hidden + query + keys + values + value + 4 * inner
+    norms = 0
+    for path, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if "norm" in type(module).__name__.lower() and weight is not None:
+            # a norm of each head has the weights of one
+            norms += {"q_norm": query, "k_norm": keys}.get(path.rpartition(".")[2], weight.numel())
+    return 2 * norms // text.num_hidden_layers, 5 * hidden + query + keys + values + output + 4 * inner
 
 
 def _reason(error: Exception) -> str:
