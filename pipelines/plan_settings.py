@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
+from pipelines.planner import GPUS
+
 WEIGHTS_ONLY = (*("shards", "epsilons", "show_epsilon", "centring", "weight_map", "rows", "top", "min_count", "seed"),)
 SHARED = ("weights", "base", "reference", "json", "debug")
 POSITIVE = (
@@ -184,6 +186,12 @@ class PlanConfig:
                 raise ValueError(f"{option} is {value:g}, expected a number above 0")
             if name in SHARES and value > 1:
                 raise ValueError(f"{option} is {value:g}, expected a share of at most 1, for instance 0.4")
+        described = self.measure or self.calibration is not None or (self.peak_tflops and self.gpu_memory_gb)
+        if self.gpu is not None and self.gpu not in GPUS and not described:
+            raise ValueError(
+                f"--gpu is {self.gpu!r}, expected one of {', '.join(GPUS)}; for another one give --peak-tflops and "
+                "--gpu-memory-gb too"
+            )
         if self.seq_len < 2:
             raise ValueError(f"--seq-len is {self.seq_len}, expected at least 2: nothing precedes a row's first token")
         if self.calibration is not None and not self.measure and not self.calibration.exists():
