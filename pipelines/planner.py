@@ -53,6 +53,11 @@ class Machine:
         return math.ceil(self.num_gpus / self.gpus_per_node)
 
     @property
+    def replicas(self) -> int:
+        """Machines that hybrid sharding replicates over: 1 where they have different numbers of GPUs."""
+        return 1 if self.num_gpus % self.gpus_per_node else self.nodes
+
+    @property
     def usable_bytes(self) -> float:
         return self.memory_bytes * self.memory_share
 
@@ -167,15 +172,14 @@ def default_sharding(base: ModelShape, machine: Machine) -> str:
 
     if machine.num_gpus == 1 or base.parameters <= DDP_PARAMETERS:
         return "replicate"
-    return "hybrid" if machine.nodes > 1 else "full"
+    return "hybrid" if machine.replicas > 1 else "full"
 
 
 def shards_of(sharding: str, machine: Machine) -> int:
     """Processes that share the weights."""
     if sharding == "replicate":
         return 1
-    hybrid = sharding == "hybrid" and machine.nodes > 1
-    return machine.gpus_per_node if hybrid else machine.num_gpus
+    return machine.num_gpus // machine.replicas if sharding == "hybrid" else machine.num_gpus
 
 
 @dataclass(frozen=True)
@@ -200,7 +204,8 @@ def propose(
     shardings = [sharding]
     if sharding == "auto":
         first = default_sharding(base, machine)
-        shardings = [first] + [more for more in ("hybrid", "full") if machine.num_gpus > 1 and more != first]
+        more = ["hybrid"] * (machine.replicas > 1) + ["full"] * (machine.num_gpus > 1)
+        shardings = list(dict.fromkeys([first, *more]))
     rows_per_gpu = max(1, math.ceil(job.global_batch_size / machine.num_gpus))
     sizes = [micro_batch_size] if micro_batch_size else powers_down(min(rows_per_gpu, LARGEST_MICRO_BATCH))
     leanest: Proposal | None = None
