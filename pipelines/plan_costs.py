@@ -81,7 +81,7 @@ def assume(
         memory_bytes=1e9 * notes.take("gpu_memory_gb", known.memory_gb, "GB per GPU", f"{name}: {known.source}"),
         memory_share=notes.take("memory_share", None, "of it", "allocator, kernels, communication take the rest"),
     )
-    usual = "usual for dense models of 1 to 70B on GPUs (the Llama 3 report has 0.38 to 0.43); measure yours"
+    usual = "usual on GPUs (0.38 to 0.43 in the Llama 3 report); measure yours"
     mfu_train = notes.take("mfu_train", 0.4, "of the peak", usual)
     rates = Rates(
         mfu_score=notes.take("mfu_score", 0.4, "of the peak", "a guess for prefill with log-probs; measure yours"),
