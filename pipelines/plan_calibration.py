@@ -19,6 +19,8 @@ def write_calibration(path: Path, calibration: dict[str, Any]) -> None:
 def read_calibration(path: Path) -> dict[str, Any]:
     """A calibration that write_calibration has kept; ValueError where it is none."""
     remedy = "; write it again with remit plan --measure"
+    if not path.exists():
+        raise ValueError(f"--calibration {path}: no such file; write it with remit plan --measure --calibration {path}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -194,8 +194,6 @@ class PlanConfig:
             )
         if self.seq_len < 2:
             raise ValueError(f"--seq-len is {self.seq_len}, expected at least 2: nothing precedes a row's first token")
-        if self.calibration is not None and not self.measure and not self.calibration.exists():
-            raise ValueError(f"--calibration {self.calibration}: no such file; write it with --measure")
 
     @property
     def num_tokens(self) -> int:

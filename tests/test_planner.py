@@ -284,7 +284,6 @@ def test_numbers_of_tokens(text: str, tokens: int) -> None:
         (("--epochs", "inf"), "--epochs is inf"),
         (("--update-seconds", "-1"), "--update-seconds is -1, expected 0 or more"),
         (("--seq-len", "1"), "--seq-len is 1, expected at least 2"),
-        (("--calibration", "none.json"), "--calibration none.json: no such file; write it with --measure"),
         (("--json", "no-such-folder/x.json"), "its folder does not exist"),
         (("--epsilons", "0.1"), "--epsilons belongs to --weights"),
         (("--shards", "x"), "--shards belongs to --weights"),
@@ -413,6 +412,8 @@ def test_measured_rates_are_kept_and_used(remit: Remit, folder: Path, tmp_path: 
         (tmp_path / "bad.json").write_text(json.dumps(kept | change))
         _, _, error = plan(remit, folder, "--calibration", tmp_path / "bad.json", code=1)
         assert message in error
+    none = tmp_path / "none.json"
+    assert f"{none}: no such file; write it with" in plan(remit, folder, "--calibration", none, code=1)[2]
     (tmp_path / "bad.json").write_text("{")
     assert "cannot be read" in plan(remit, folder, "--calibration", tmp_path / "bad.json", code=1)[2]
 
