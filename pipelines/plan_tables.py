@@ -27,7 +27,7 @@ def show(figures: dict[str, Any], console: Console) -> None:
     ]
     _table(console, "Models", ["", "name", "parameters", "FLOPs/token forward", "with backward"], lines)
     lines = [
-        [name, _time(cost["wall_seconds"]), f"{cost['gpu_hours']:,.4g}", f"{cost['tokens_per_second']:,.0f}"]
+        [name, _time(cost["wall_seconds"]), _hours(cost["gpu_hours"]), f"{cost['tokens_per_second']:,.0f}"]
         for name, cost in figures["costs"].items()
     ]
     _table(console, "Costs", ["", "wall time", "GPU-hours", "tokens/s"], lines)
@@ -35,12 +35,12 @@ def show(figures: dict[str, Any], console: Console) -> None:
     console.print(
         Text(
             f"Scoring has paid for itself against a reference online after {even['epochs']:.2f} epochs, that is with run or "
-            f"ablation number {even['runs']:,}; each further epoch saves {even['gpu_hours_saved_per_epoch']:,.4g} GPU-hours."
+            f"ablation number {even['runs']:,}; each further epoch saves {_hours(even['gpu_hours_saved_per_epoch'])} GPU-hours."
         ),
         soft_wrap=True,
     )
     lines = [
-        [f"{total['runs']}", f"{total['stored_gpu_hours']:,.4g}", f"{total['online_gpu_hours']:,.4g}"]
+        [f"{total['runs']}", _hours(total["stored_gpu_hours"]), _hours(total["online_gpu_hours"])]
         for total in even["totals"]
     ]
     _table(console, "GPU-hours in all", ["runs", "scored once", "reference online"], lines)
@@ -71,6 +71,10 @@ def show(figures: dict[str, Any], console: Console) -> None:
         _table(console, "Measured on this machine", headers, lines)
     for line in figures["warnings"]:
         console.print(Text(f"warning: {line}", style="yellow"), soft_wrap=True)
+
+
+def _hours(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _time(seconds: float) -> str:
