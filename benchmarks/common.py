@@ -10,11 +10,9 @@ from pathlib import Path
 from statistics import median
 from time import sleep
 
-import numpy as np
-import pyarrow as pa
+from pipelines.random_shards import make_shards, write_tokenizer
 
-from shards import CorpusFile, Manifest, PartPlan, ShardFolder, row_schema, write_part
-from shards.manifest import part_name
+__all__ = ["Claim", "PeakMemory", "claim", "machine", "make_model", "make_shards", "report", "write_tokenizer"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -114,34 +112,3 @@ def make_model(folder: Path, vocabulary: int, hidden: int = 256, layers: int = 4
     )  # fmt: skip
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     return folder
-
-
-def write_tokenizer(folder: Path) -> None:
-    """An empty tokenizer, which a shard folder without text needs too."""
-    (folder / "_tokenizer").mkdir()
-    (folder / "_tokenizer" / "tokenizer.json").write_text('{"model": {"vocab": {}, "merges": []}}')
-
-
-def make_shards(folder: Path, vocabulary: int, parts: int, rows_per_part: int, seq_len: int) -> ShardFolder:
-    """Rows of random tokens, one document each, as remit pack would write them."""
-    rng = np.random.default_rng(0)
-    rows = parts * rows_per_part
-    source = CorpusFile("random", rows, "0" * 64, rows, rows, 0, 0, rows, rows * seq_len)
-    tokenizer = {"fingerprint": "0" * 64, "eos_token_id": 0, "vocab_size": vocabulary, "special_tokens": "parse"}
-    plans = tuple(PartPlan(part_name(index), rows_per_part, rows_per_part * seq_len) for index in range(parts))
-    manifest = Manifest(seq_len, rows_per_part, rows_per_part, tokenizer, (source,), plans)
-    manifest.write(folder)
-    write_tokenizer(folder)
-    for index, plan in enumerate(plans):
-        ids = rng.integers(1, vocabulary, (rows_per_part, seq_len)).astype(np.int32)
-        ids[:, -1] = 0
-        first = index * rows_per_part
-        columns = [
-            pa.array(list(ids), pa.list_(pa.int32())),
-            pa.array([[seq_len]] * rows_per_part, pa.list_(pa.int32())),
-            pa.array([[first + row] for row in range(rows_per_part)], pa.list_(pa.int64())),
-            pa.array([0] * rows_per_part, pa.int32()),
-        ]
-        batch = pa.record_batch(columns, schema=row_schema())
-        write_part(folder, plan.name, row_schema(), manifest.part_metadata(index), [batch])
-    return ShardFolder(folder)

@@ -16,7 +16,8 @@ import yaml
 
 from pipelines import commands, tools
 from pipelines.console import BAD_USAGE, FAILED, STOPPED
-from pipelines.settings import InspectConfig, PlanConfig, SelectConfig, VerifyConfig
+from pipelines.plan_settings import PlanConfig
+from pipelines.settings import InspectConfig, SelectConfig, VerifyConfig
 from pipelines.signals import Stopped, StopRequest
 from scorer.config import PackConfig, ScoreConfig
 from trainer.config import TrainConfig

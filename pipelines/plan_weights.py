@@ -18,7 +18,7 @@ from rich.text import Text
 
 from pipelines.inspect import token_strings
 from pipelines.plan_rows import choose_context, choose_rows, read_batches
-from pipelines.settings import PlanConfig
+from pipelines.plan_settings import PlanConfig
 from shards.folder import ShardFolder
 from trainer.objectives.objective import Tokens
 from trainer.objectives.remit import make

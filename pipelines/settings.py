@@ -1,9 +1,6 @@
 """Settings of the commands that belong to no stage."""
 
-import math
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -84,77 +81,3 @@ class InspectConfig:
     def __post_init__(self) -> None:
         if self.tokens < 0:
             raise ValueError(f"--tokens is {self.tokens}, expected 0 (all) or more")
-
-
-@dataclass(frozen=True)
-class PlanConfig:
-    """Tell before training what ReMiT would do; with --weights, to the tokens of a scored corpus, without a model."""
-
-    weights: bool = False
-    """Tabulate weights, clipped shares and tokens from the stored log-probs of a reference and of the base."""
-    shards: str | None = None
-    """Shard folder with the log-probs of both: remit score, once with each of them."""
-    reference: str = "rl"
-    """Name of the reference's log-probs (--name of remit score)."""
-    base: str = "base"
-    """Name of the base's log-probs."""
-    epsilons: str = "0.05,0.1,0.2,0.3,0.5,inf"
-    """Clips to compare, with commas between; inf: no clip."""
-    show_epsilon: float = 0.2
-    """Clip at which the tokens of the vocabulary are ranked."""
-    centring: Literal["row", "document", "none"] = "row"
-    """As for remit train."""
-    weight_map: Literal["sigmoid", "exp", "linear"] = "sigmoid"
-    """As for remit train."""
-    rows: int = 10_000
-    """Random rows to read; 0: all."""
-    top: int = 20
-    """Tokens to show, of the most up-weighted and of the most down-weighted."""
-    min_count: int = 20
-    """Tokens that occur less often in the rows are not ranked."""
-    seed: int = 0
-    """Decides which rows are read."""
-    json: Path | None = None
-    """File to write the figures to, as JSON."""
-    debug: bool = field(default=False, repr=False)
-    """Show tracebacks."""
-
-    def __post_init__(self) -> None:
-        if not self.weights:
-            raise ValueError("nothing to plan: give --weights, with --shards DIR")
-        if self.shards is None:
-            raise ValueError("--shards is not given, expected a folder with log-probs of the reference and of the base")
-        if self.reference == self.base:
-            raise ValueError(
-                f"--reference and --base are both {self.base!r}, expected the names of two columns; score the folder "
-                "with the other model too, under another --name"
-            )
-        for name, least in (("rows", 0), ("top", 1), ("min_count", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                what = f"{least} (all) or more" if name == "rows" else f"at least {least}"
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected {what}")
-        _check_epsilon("--show-epsilon", self.show_epsilon)
-        _ = self.epsilon_values
-        if self.json is not None and not self.json.absolute().parent.is_dir():
-            raise ValueError(f"--json {self.json}: its folder does not exist; create it")
-        if self.json is not None and self.json.is_dir():
-            raise ValueError(f"--json {self.json}: is a folder, expected a file")
-
-    @property
-    def epsilon_values(self) -> tuple[float, ...]:
-        """Those of --epsilons, in its order, each once."""
-        values = []
-        for text in self.epsilons.split(","):
-            try:
-                values.append(float(text))
-            except ValueError:
-                raise ValueError(
-                    f"--epsilons is {self.epsilons!r}, expected numbers with commas between, for instance 0.1,0.2,inf"
-                ) from None
-            _check_epsilon("--epsilons", values[-1])
-        return tuple(dict.fromkeys(values))
-
-
-def _check_epsilon(option: str, value: float) -> None:
-    if not (0 < value < 1 or value == math.inf):
-        raise ValueError(f"{option} has {value:g}, expected numbers between 0 and 1, or inf for no clip")

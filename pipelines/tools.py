@@ -6,12 +6,14 @@ Heavy imports (torch, transformers) happen inside, so that --help answers at onc
 import json
 import sys
 from time import monotonic
+from typing import Any
 
 from rich.console import Console
 
 from pipelines.console import DONE, FAILED, ShouldStop, note, progress_bar, quiet_libraries
 from pipelines.models import resolve_model
-from pipelines.settings import InspectConfig, PlanConfig, VerifyConfig
+from pipelines.plan_settings import PlanConfig
+from pipelines.settings import InspectConfig, VerifyConfig
 from shards.folder import ShardFolder
 from shards.lease import Lease
 from shards.quarantine import QUARANTINE, take_out
@@ -84,6 +86,15 @@ def inspect(config: InspectConfig, should_stop: ShouldStop) -> int:
 
 
 def plan(config: PlanConfig, should_stop: ShouldStop) -> int:
+    console = Console(file=sys.stdout, highlight=False)
+    figures = plan_of_weights(config, console) if config.weights else plan_of_costs(config, console)
+    if config.json is not None:
+        config.json.write_text(json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+    return DONE
+
+
+def plan_of_weights(config: PlanConfig, console: Console) -> dict[str, Any]:
+    """remit plan --weights: print the tables; returns the figures."""
     from pipelines.plan_weights import plan_weights, show
 
     folder = ShardFolder(config.shards or "")
@@ -95,7 +106,41 @@ def plan(config: PlanConfig, should_stop: ShouldStop) -> int:
             bar.update(rows - bar.n)
 
         figures = plan_weights(folder, config, progress)
-    show(figures, Console(file=sys.stdout, highlight=False))
-    if config.json is not None:
-        config.json.write_text(json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
-    return DONE
+    show(figures, console)
+    return figures
+
+
+def plan_of_costs(config: PlanConfig, console: Console) -> dict[str, Any]:
+    """remit plan with --base, --reference and --tokens: print the tables; returns the figures."""
+    from pipelines.plan_calibration import read_calibration, write_calibration
+    from pipelines.plan_costs import plan_costs
+    from pipelines.plan_model import read_config, shape_of
+    from pipelines.plan_tables import show
+
+    quiet_libraries()
+    folders = [resolve_model(f"--{role}", getattr(config, role), weights=False) for role in ("base", "reference")]
+    configs = [read_config(f"--{role}", folder.path) for role, folder in zip(("base", "reference"), folders)]
+    base, reference = (
+        shape_of(f"--{role}", settings, folder.name)
+        for role, settings, folder in zip(("base", "reference"), configs, folders)
+    )
+    calibration: dict[str, Any] = {}
+    if config.measure:
+        from pipelines.measure import measure
+
+        with progress_bar(desc="measure", unit=" rounds") as bar:
+
+            def tick(what: str) -> None:
+                if what:
+                    bar.set_description(what)
+                else:
+                    bar.update()
+
+            calibration = measure(config, (configs[0], configs[1]), (base, reference), tick)
+        if config.calibration is not None:
+            write_calibration(config.calibration, calibration)
+    elif config.calibration is not None:
+        calibration = read_calibration(config.calibration)
+    figures = plan_costs(config, base, reference, calibration)
+    show(figures, console)
+    return figures

@@ -59,13 +59,28 @@ def test_engine_of_another_model_is_refused(
     other = make_model(tmp_path / "other", seed=77)
     monkeypatch.setattr(
         "scorer.drive.compute",
-        lambda model, prompts: __import__("scorer.forward").forward.forward_all(other, prompts),
+        lambda model, prompts, top_k: __import__("scorer.forward").forward.forward_all(other, prompts),
     )
     with pytest.raises(CanaryFailed, match="log-probs are not the model's"):
         score_to(tmp_path / "out", packed, reference_model)
     assert not list((tmp_path / "out").glob("*.arrow"))
     assert not list((tmp_path / "out").rglob(".*tmp"))
     assert not (tmp_path / "out" / "_lease").exists()
+
+
+def test_most_probable_tokens_of_another_model_are_refused() -> None:
+    """By hand: ids that transformers has far down, log-probs that are others; places that swap in 16 bit are fine."""
+    wide_ids, wide = np.array([[7, 3, 9, 1, 4]]), np.array([[-0.5, -1.5, -2.5, -4.0, -5.0]], np.float32)
+    expected = [(np.zeros(1), wide_ids, wide)]
+
+    def answer(ids: list[int], logprobs: list[float]) -> Answer:
+        return Answer(np.zeros(1, np.float32), np.array([ids], np.int32), np.array([logprobs], np.float32))
+
+    good = compare_topk([answer([7, 9], [-0.5, -2.4])], expected, "bfloat16")
+    assert good == {"topk_mean": pytest.approx(0.05), "topk_elsewhere": 0}
+    for wrong in (answer([7, 8], [-0.5, -1.5]), answer([3, 7], [-0.5, -1.5])):
+        with pytest.raises(CanaryFailed, match="most probable tokens are not the model's"):
+            compare_topk([wrong], expected, "bfloat16")
 
 
 def test_a_token_that_breaks_the_model(tmp_path: Path, packed: Path, reference_model: Path) -> None:

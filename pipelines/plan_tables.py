@@ -1,0 +1,106 @@
+"""The tables of remit plan: the JSON object of pipelines/plan_costs.py, for a terminal."""
+
+import math
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+
+def show(figures: dict[str, Any], console: Console) -> None:
+    """The tables, for 100 columns."""
+    job, machine, proposal = figures["job"], figures["machine"], figures["proposal"]
+    console.print(
+        Text(
+            f"{job['tokens']:,} tokens, {job['epochs']:g} epoch(s), {job['steps']:,} steps of {job['global_batch_size']} rows "
+            f"of {job['seq_len']:,}; {machine['num_gpus']} x {machine['gpu']}, {machine['dtype']}"
+        ),
+        soft_wrap=True,
+    )
+    lines = [
+        [
+            *(role, model["name"], f"{model['parameters']:,}{' (tied)' if model['tied'] else ''}"),
+            *(_si(model["forward_flops_per_token"]), _si(model["train_flops_per_token"])),
+        ]
+        for role, model in figures["models"].items()
+    ]
+    _table(console, "Models", ["", "name", "parameters", "FLOPs/token forward", "with backward"], lines)
+    lines = [
+        [name, _time(cost["wall_seconds"]), _hours(cost["gpu_hours"]), f"{cost['tokens_per_second']:,.0f}"]
+        for name, cost in figures["costs"].items()
+    ]
+    _table(console, "Costs", ["", "wall time", "GPU-hours", "tokens/s"], lines)
+    even = figures["break_even"]
+    console.print(
+        Text(
+            f"Scoring has paid for itself against a reference online after {even['epochs']:.2f} epochs, that is with run or "
+            f"ablation number {even['runs']:,}; each further epoch saves {_hours(even['gpu_hours_saved_per_epoch'])} GPU-hours."
+        ),
+        soft_wrap=True,
+    )
+    lines = [
+        [f"{total['runs']}", _hours(total["stored_gpu_hours"]), _hours(total["online_gpu_hours"])]
+        for total in even["totals"]
+    ]
+    _table(console, "GPU-hours in all", ["runs", "scored once", "reference online"], lines)
+    lines = [[name, in_bytes(value)] for name, value in figures["disk_bytes"].items() if value]
+    _table(console, "Disk", ["", "bytes"], lines)
+    lines = [[name, in_bytes(value)] for name, value in figures["memory_bytes"].items()]
+    _table(console, f"Training memory per GPU, of {in_bytes(proposal['usable_bytes'])} usable", ["", "bytes"], lines)
+    command = f"--sharding {proposal['sharding']} --micro-batch-size {proposal['micro_batch_size']}"
+    command += " --activation-checkpointing" * proposal["activation_checkpointing"]
+    engine = f"; remit score --tensor-parallel-size {proposal['engine_gpus']}" if proposal["engine_gpus"] else ""
+    verdict = "fits" if proposal["fits"] else "does not fit"
+    console.print(Text(f"{verdict}: remit train {command}{engine}"), soft_wrap=True)
+    lines = [
+        [entry["option"], f"{entry['value']:.4g} {entry['unit']}", entry["source"]] for entry in figures["assumptions"]
+    ]
+    _table(console, "Assumptions; each option replaces its value", ["option", "value", "from"], lines, left=True)
+    if figures["measured"]:
+        lines = [
+            [
+                entry["what"],
+                _time(entry["measured_seconds"]),
+                _time(entry["predicted_seconds"]),
+                f"{entry['ratio']:.2f}",
+            ]
+            for entry in figures["measured"]
+        ]
+        headers = ["", "measured", "predicted without", "measured / predicted"]
+        _table(console, "Measured on this machine", headers, lines)
+    for line in figures["warnings"]:
+        console.print(Text(f"warning: {line}", style="yellow"), soft_wrap=True)
+
+
+def _hours(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def _time(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:.0f} s"
+
+
+def in_bytes(value: float) -> str:
+    """A readable number of bytes."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if value >= size:
+            return f"{value / size:,.2f} {unit}"
+    return f"{value / 1e3:,.1f} kB"
+
+
+def _si(value: float) -> str:
+    power = max(0, min(4, int(math.log10(max(1, value)) // 3)))
+    return f"{value / 1000**power:.3g} {['', 'k', 'M', 'G', 'T'][power]}"
+
+
+def _table(console: Console, title: str, headers: list[str], lines: list[list[str]], left: bool = False) -> None:
+    table = Table(show_edge=False, pad_edge=False, header_style="bold")
+    for index, header in enumerate(headers):
+        table.add_column(header, justify="left" if left or index == 0 else "right", overflow="fold")
+    for line in lines:
+        table.add_row(*(Text(cell) for cell in line))
+    console.print("", Text(title, style="bold"), table, sep="\n")
