@@ -23,6 +23,8 @@ const NAMED = { "\n": "↵", "\r": "␍", "\t": "⇥", "\u007f": "␡" };
 const PARTS = /( +)|([\u0000-\u001f\u007f-\u009f\u00ad\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff])/;
 const RIGHT_TO_LEFT = /[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc\u{10800}-\u{10fff}\u{1e800}-\u{1efff}]/u;
 const LEFT_TO_RIGHT = /\p{L}/u;
+const NUMBER = /^\p{N}+$/u; // runs from left to right within text that does not
+const IN_NUMBER = /^[.,:/]$/;
 
 function mark(character) {
   const code = character.codePointAt(0);
@@ -59,6 +61,14 @@ function endOfRun(directions, first, boundaries) {
   return last;
 }
 
+/** A run of groups of one direction, at the end of `parent`. */
+function child(parent, dir) {
+  const made = element("span", "r");
+  made.dir = dir;
+  parent.append(made);
+  return made;
+}
+
 function token(row, index) {
   const made = element("span", "t");
   made.dataset.i = index;
@@ -74,7 +84,7 @@ function group(row, first, count, text) {
     return made;
   }
   const made = element("span", "g");
-  made.style.minWidth = 9 * count + "px"; // so that each can be pointed at
+  made.style.minWidth = 7 * count + "px"; // so that each can be pointed at
   const over = element("span", "over");
   const under = element("span", "under");
   write(over, text);
@@ -105,6 +115,7 @@ function draw(row, place) {
   });
   let run = null;
   let runEnd = -1;
+  let number = null;
   row.groups.forEach(([count, shown], index) => {
     for (const id of documents.get(index) || []) {
       const made = element("span", "d");
@@ -115,11 +126,13 @@ function draw(row, place) {
     }
     if (index > runEnd && directions[index] === "rtl") {
       runEnd = endOfRun(directions, index, documents);
-      run = element("span", "r");
-      run.dir = "rtl";
-      text.append(run);
+      run = child(text, "rtl");
+      number = null;
     }
-    (index <= runEnd ? run : text).append(group(row, starts[index], count, shown));
+    const after = index < runEnd ? row.groups[index + 1][1] : "";
+    const numeric = NUMBER.test(shown) || (number && IN_NUMBER.test(shown) && NUMBER.test(after));
+    number = index <= runEnd && numeric ? number || child(run, "ltr") : null;
+    (number || (index <= runEnd ? run : text)).append(group(row, starts[index], count, shown));
   });
   section.append(text);
   return section;

@@ -83,5 +83,7 @@ def token_figures(row: dict[str, Any], reference: str, base: Base, epsilon: floa
         delta_T[both_T] = weighted.delta_N.numpy()
         centred_T[both_T] = (weighted.delta_N - weighted.delta_N.mean()).numpy()
         weight_T[both_T] = weighted.weights_N.numpy()
-        clipped_T[both_T] = weighted.clipped_high_N.numpy().astype(np.int8) - weighted.clipped_low_N.numpy()
+        assert weighted.clipped_low_N is not None
+        assert weighted.clipped_high_N is not None
+        clipped_T[both_T] = (weighted.clipped_high_N.int() - weighted.clipped_low_N.int()).numpy()
     return TokenFigures(reference_T, base_T, delta_T, centred_T, weight_T, clipped_T)
