@@ -23,8 +23,10 @@ const NAMED = { "\n": "↵", "\r": "␍", "\t": "⇥", "\u007f": "␡" };
 const PARTS = /( +)|([\u0000-\u001f\u007f-\u009f\u00ad\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff])/;
 const RIGHT_TO_LEFT = /[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc\u{10800}-\u{10fff}\u{1e800}-\u{1efff}]/u;
 const LEFT_TO_RIGHT = /\p{L}/u;
-const NUMBER = /^\p{N}+$/u; // runs from left to right within text that does not
-const IN_NUMBER = /^[.,:/]$/;
+// digits run from left to right within text that does not; the space of a token " 1" goes with them
+const NUMBER_BEGINS = /^ *\p{N}+$/u;
+const DIGITS = /^[.,:/]?\p{N}+$/u;
+const WITHIN_NUMBER = /^[.,:/]$/;
 
 function mark(character) {
   const code = character.codePointAt(0);
@@ -129,9 +131,12 @@ function draw(row, place) {
       run = child(text, "rtl");
       number = null;
     }
-    const after = index < runEnd ? row.groups[index + 1][1] : "";
-    const numeric = NUMBER.test(shown) || (number && IN_NUMBER.test(shown) && NUMBER.test(after));
-    number = index <= runEnd && numeric ? number || child(run, "ltr") : null;
+    const goesOn = (at) => {
+      const [now, then] = [at, at + 1].map((place) => (place <= runEnd ? row.groups[place][1] : ""));
+      return DIGITS.test(now) || (WITHIN_NUMBER.test(now) && DIGITS.test(then));
+    };
+    if (number && !goesOn(index)) number = null;
+    if (!number && index <= runEnd && NUMBER_BEGINS.test(shown) && goesOn(index + 1)) number = child(run, "ltr");
     (number || (index <= runEnd ? run : text)).append(group(row, starts[index], count, shown));
   });
   section.append(text);
@@ -218,6 +223,8 @@ function describe(made) {
     return value === null ? "none" : (sign ? signed(value, digits) : value.toFixed(digits)) + (name === "weight" ? "" : " nat");
   };
   const lines = [["token id", id], ["position", index], [`log p ${data.reference}`, one("reference", 4)]];
+  const pieces = made.parentElement.matches(".under") ? [...made.parentElement.children] : [];
+  if (pieces.length) lines.push(["piece", `${pieces.indexOf(made) + 1} of ${pieces.length}`]);
   if (data.base !== null) {
     const clipped = { "-1": "low, to " + +(1 - span).toFixed(4), 0: "no", 1: "high, to " + +(1 + span).toFixed(4) };
     lines.push([`log p ${data.base}`, one("base", 4)], ["delta", one("delta", 4, true)]);
@@ -237,13 +244,14 @@ function describe(made) {
 // one listener for all tokens of the page
 const rows = document.getElementById("rows");
 const tokenAt = (event) => (event.target instanceof Element ? event.target.closest("#rows .t") : null);
-const describeFocused = () => {
-  const focused = document.activeElement;
-  if (focused && focused.matches("#rows .t")) describe(focused);
+/** Of the token under the pointer, else of the one that has the focus. */
+function describeCurrent() {
+  const made = rows.querySelector(".t:hover") || rows.querySelector(".t:focus");
+  if (made) describe(made);
   else detail.hidden = true;
-};
-rows.addEventListener("mouseover", (event) => (tokenAt(event) ? describe(tokenAt(event)) : describeFocused()));
-rows.addEventListener("mouseleave", describeFocused);
+}
+rows.addEventListener("mouseover", describeCurrent);
+rows.addEventListener("mouseleave", describeCurrent);
 rows.addEventListener("focusin", (event) => {
   const made = tokenAt(event);
   if (!made) return;
@@ -252,8 +260,8 @@ rows.addEventListener("focusin", (event) => {
   made.tabIndex = 0;
   describe(made);
 });
-rows.addEventListener("focusout", () => (detail.hidden = true));
-addEventListener("scroll", describeFocused, { passive: true });
+rows.addEventListener("focusout", describeCurrent);
+addEventListener("scroll", describeCurrent, { passive: true });
 addEventListener("keydown", (event) => {
   if (event.key === "Escape") detail.hidden = true;
   const made = tokenAt(event);

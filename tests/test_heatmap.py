@@ -28,7 +28,7 @@ Open = Callable[..., "Page"]
 # the base's log-prob is -6 everywhere; position t of a row has delta DELTAS[t % 10]
 DELTAS = [0.05, -0.05, 0.1, -0.1, 1.0, -1.0, 2.0, -2.0, 5.0, -5.0]
 ATTACK = "</script><script>document.title='pwned'</script><img src=http://192.0.2.1/x onerror=alert(1)>&amp;"
-HEBREW = "שלום, זה עם 123 מספרים"
+HEBREW = "שלום, זה עם 123.45 מספרים"
 TEXTS = [
     "x",
     "漢字かな交じり文 你好",
@@ -170,7 +170,9 @@ def test_what_a_token_says(shards: Path, open_page: Open, tokenizer: AutoTokeniz
     for t in (1, 4, 5, 8, 9, 30):
         d, w = delta[t - 1], weights[t - 1]
         raw = 2 / (1 + np.exp(-(d - delta.mean())))
-        assert hover(page, 1, t) == {
+        said = hover(page, 1, t)
+        said.pop("piece", None)
+        assert said == {
             "token": tokenizer.convert_ids_to_tokens(row["input_ids"][t]),
             "token id": str(row["input_ids"][t]),
             "position": str(t),
@@ -212,12 +214,15 @@ def test_pieces_of_a_character_can_be_pointed_at(shards: Path, open_page: Open, 
     assert len(symbols) == 3
     groups.scroll_into_view_if_needed()
     said = []
+    pieces = []
     for place in range(3):
         box = groups.locator(".t").nth(place).bounding_box()
         assert box["width"] > 4
         page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
         said.append(page.locator("#detail .name").inner_text())
+        pieces.append(page.locator("#detail dd").nth(3).inner_text())
     assert said == symbols
+    assert pieces == ["1 of 3", "2 of 3", "3 of 3"]
 
 
 def test_invisible_characters_are_marked_and_lines_break(shards: Path, open_page: Open) -> None:
@@ -243,12 +248,12 @@ def test_right_to_left_text_reads_right_to_left(shards: Path, open_page: Open) -
     letters = {}
     for shown in page.locator(".r[dir=rtl] > .t, .r[dir=rtl] > .g, .r[dir=ltr] > .t").all():
         box, text = shown.bounding_box(), shown.evaluate("shown => shown.textContent")
-        letters.setdefault(text, box["x"])
+        letters.setdefault(text.strip(), box["x"] + box["width"])
         assert shown.evaluate("shown => getComputedStyle(shown).unicodeBidi") == "isolate"
     # of "עם 123 מספרים", in the order of reading
     first, number, last = letters["ע"], letters["1"], letters["פ"]
     assert first > number > last
-    assert letters["1"] < letters["2"] < letters["3"]
+    assert letters["1"] < letters["2"] < letters["3"] < letters["4"] < letters["5"]
 
 
 @pytest.mark.parametrize("width", [1280, 400])
@@ -464,7 +469,7 @@ def test_what_is_refused(
 ) -> None:
     found, _, error = remit("inspect", "--shards", shards, *(str(option).format(tmp=tmp_path) for option in options))
     assert found == code, error
-    assert message in error
+    assert message in " ".join(error.replace("│", " ").split())  # bad usage comes in a box
     assert not list(tmp_path.glob("*.html"))
 
 
