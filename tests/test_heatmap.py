@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,8 +15,11 @@ from annotated import annotate, by_model
 from conftest import EOS, make_model, make_tokenizer, source_texts, write_corpus
 from oracles import read_rows
 from test_plan_weights import annotate_several
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
 from transformers import AutoTokenizer
 
+from pipelines.token_text import TokenText
 from scorer.config import PackConfig
 from scorer.pack import pack
 
@@ -34,7 +38,7 @@ TEXTS = [
     "漢字かな交じり文 你好",
     "emoji 😀👩‍👩‍👧 e\u0301",
     f"The word שלום means\n{HEBREW}\r\nالسلام\n\n\tend  of  it ",
-    "null \x00 \u202eturned\u2069 \ufeff\u200b",
+    "null \x00 \u202e\u202eturned\u2069\u2069 \ufeff\u200b",
     ATTACK,
     "needle in a row",
 ]
@@ -202,7 +206,7 @@ def test_text_is_the_decoded_row(shards: Path, open_page: Open, tokenizer: AutoT
     assert cut
     assert pieces > 20
     assert {len(row["input_ids"]) for row in rows} >= {31, 1}
-    assert "b<b>.jsonl" in page.locator(f"#row-{len(rows) - 1} .facts").inner_text()
+    assert "b<b>.jsonl" in page.locator(f"#row-{len(rows) - 1} .facts").text_content()
     assert page.title() == "rl against base, token by token"
 
 
@@ -346,7 +350,7 @@ def test_without_a_base(shards: Path, open_page: Open) -> None:
     # log p is -5 at t = 4: 5 / 8 of (217, 164, 65)
     assert colours[4] == pytest.approx(255 + 5 / 8 * (np.array([217, 164, 65]) - 255), abs=1)
     assert colours[9] == pytest.approx((217, 164, 65), abs=1)  # -11
-    assert set(hover(page, 0, 4)) == {"token", "token id", "position", "log p rl"}
+    assert set(hover(page, 0, 4)) - {"piece"} == {"token", "token id", "position", "log p rl"}
     named = open_page("--shards", shards, "--row", 0, "--reference", "base")
     assert named.locator(".no-base").count() == 1
 
@@ -407,6 +411,25 @@ def test_long_row(tmp_path: Path, tokenizer_folder: Path, open_page: Open, token
     page.keyboard.press("End")
     assert page.locator("#detail dd").nth(1).inner_text() == "4095"
     assert page.evaluate("() => document.scrollingElement.scrollWidth <= innerWidth")
+
+
+@pytest.mark.parametrize(
+    ("decoder", "vocabulary", "expected"),
+    [
+        (decoders.Metaspace(), ["▁a", "b", "▁c"], ([(1, "a"), (1, "b"), (1, " c")], True)),
+        (decoders.WordPiece(), ["a", "##b", "."], ([(1, "a"), (1, "b"), (1, ".")], True)),
+        (decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()]), ["a", "<0xC3>", "<0xA9>"], ([(1, "a"), (2, "é")], True)),
+        # text that changes across tokens: none of them has a text of its own
+        (decoders.Sequence([decoders.Fuse(), decoders.Replace("ab", "x")]), ["a", "b", "c"], ([(1, "a"), (1, "b"), (1, "c")], False)),
+    ],
+)  # fmt: skip
+def test_other_tokenizers(decoder: decoders.Decoder, vocabulary: list[str], expected: tuple) -> None:
+    tokenizer = Tokenizer(BPE(vocab={token: index for index, token in enumerate(vocabulary)}, merges=[]))
+    tokenizer.decoder = decoder
+    folder = SimpleNamespace(tokenizer_json=lambda: json.loads(tokenizer.to_str()))
+    groups, exact = TokenText(folder).groups([0, 1, 2])
+    assert (groups, exact) == expected
+    assert not exact or "".join(text for _, text in groups) == tokenizer.decode([0, 1, 2])
 
 
 # --- which rows ------------------------------------------------------------------------------------------
