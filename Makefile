@@ -71,7 +71,16 @@ endif
 
 $(VENV)/.installed-dev: $(VENV)/.installed-$(EXTRA)
 	$(BIN)/pip install -q -e '.[dev]'
+	@$(BROWSER)
 	touch $@
+
+# The tests look at pages in Chromium. Its packages come from the system: installed where apt-get may be used.
+APT_GET = $$(test "$$(id -u)" = 0 || echo "sudo -n") apt-get
+BROWSER = { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null || { \
+	echo "installing chromium for the tests, with apt-get"; \
+	command -v apt-get >/dev/null && timeout 300 $(APT_GET) update -qq && \
+	timeout 600 $(APT_GET) install -qq -y chromium >/dev/null; } || \
+	echo "no Chromium could be installed: tests of pages are skipped until there is one" >&2
 
 sample: $(SAMPLE)/reference ## build the sample project: corpus, tokenizer, tiny base and reference
 
@@ -106,8 +115,8 @@ endif
 verify: install ## check every byte and count of SHARDS
 	$(BIN)/remit verify --shards $(SHARDS) $(VERIFY_ARGS)
 
-inspect: install ## show what SHARDS holds, or one row of it: make inspect ROW=3
-	$(BIN)/remit inspect --shards $(SHARDS) $(if $(ROW),--row $(ROW))
+inspect: install ## show what SHARDS holds, or one row of it: make inspect ROW=3; as a page: HTML=row.html
+	$(BIN)/remit inspect --shards $(SHARDS) $(if $(ROW),--row $(ROW)) $(if $(HTML),--html $(HTML)) $(INSPECT_ARGS)
 
 test: $(VENV)/.installed-dev ## run the tests
 	$(BIN)/python -m pytest

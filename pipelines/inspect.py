@@ -1,4 +1,4 @@
-"""remit inspect: what a shard folder is, and a readable view of one row in the terminal."""
+"""remit inspect: what a shard folder is, and a readable view of its rows in the terminal."""
 
 import json
 import sys
@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pipelines.find_rows import read_rows
 from pipelines.settings import InspectConfig
 from shards.folder import ShardFolder
 from shards.schema import logprobs_column
@@ -16,13 +17,7 @@ from shards.schema import logprobs_column
 
 def read_row(folder: ShardFolder, row: int) -> dict[str, Any]:
     """Row `row` of a folder, counted over all parts, as plain Python values; its part is verified first."""
-    manifest = folder.manifest
-    if not 0 <= row < manifest.rows:
-        raise ValueError(f"--row is {row}, {folder.path} has rows 0..{manifest.rows - 1}")
-    part, row_of_part = divmod(row, manifest.rows_per_part)
-    reader = folder.open_part(manifest.parts[part].name)
-    batch, row_of_batch = divmod(row_of_part, manifest.rows_per_batch)
-    return reader.get_batch(batch).slice(row_of_batch, 1).to_pylist()[0]
+    return next(read_rows(folder, [row]))
 
 
 def token_strings(folder: ShardFolder, input_ids: list[int]) -> list[str]:
@@ -37,19 +32,22 @@ def token_strings(folder: ShardFolder, input_ids: list[int]) -> list[str]:
     return strings
 
 
-def show_row(config: InspectConfig) -> None:
-    """Print the folder's provenance, or the row that is asked for."""
-    folder = ShardFolder(config.shards)
+def show(folder: ShardFolder, config: InspectConfig, rows: list[int]) -> None:
+    """Print the rows, or the folder's provenance where there are none."""
     console = Console(file=sys.stdout, highlight=False)
-    if config.row is None:
+    if not rows:
         _show_folder(folder, console)
-        return
-    row = read_row(folder, config.row)
-    part = folder.manifest.parts[config.row // folder.manifest.rows_per_part].name
+    for number, row in zip(rows, read_rows(folder, rows)):
+        _show_row(folder, number, row, config.tokens, console)
+
+
+def _show_row(folder: ShardFolder, number: int, row: dict[str, Any], tokens: int, console: Console) -> None:
+    """tokens: how many to show, 0 for all."""
+    part = folder.manifest.parts[number // folder.manifest.rows_per_part].name
     corpus_file = folder.manifest.corpus[row["source"]].path
     console.print(
         Text(
-            f"row {config.row} ({part}): {len(row['input_ids'])} tokens, "
+            f"row {number} ({part}): {len(row['input_ids'])} tokens, "
             f"{len(row['doc_lengths'])} document pieces, from {corpus_file}"
         )
     )
@@ -63,7 +61,7 @@ def show_row(config: InspectConfig) -> None:
         table.add_column("", width=12, no_wrap=True)
     documents = np.repeat(row["doc_ids"], row["doc_lengths"]).tolist()
     piece_starts = set((np.cumsum(row["doc_lengths"]) - row["doc_lengths"]).tolist())
-    shown = len(strings) if config.tokens == 0 else min(config.tokens, len(strings))
+    shown = len(strings) if tokens == 0 else min(tokens, len(strings))
     for position in range(shown):
         cells = [
             Text(str(position)),

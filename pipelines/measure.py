@@ -253,7 +253,7 @@ def time_steps(
     def train(name: str) -> None:
         statistics = StepStatistics(device, figures=objectives[name].figures)
         model(batch, objectives[name], rows * (job.seq_len - 1), 1, statistics).backward()
-        _ = statistics.metrics(Sources(()), name == "remit")  # once per step in training, and it is little
+        _ = statistics.metrics(Sources(()))  # once per step in training, and it is little
 
     def update() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

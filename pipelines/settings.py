@@ -1,6 +1,9 @@
 """Settings of the commands that belong to no stage."""
 
+import math
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -67,17 +70,85 @@ class VerifyConfig:
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """Show what a shard folder is, or one of its rows: tokens, log-probs, document boundaries."""
+    """Show what a shard folder is, or some of its rows: in the terminal, or as a page that colours each token."""
 
     shards: str
     """Shard folder."""
     row: int | None = None
-    """Row to show, counted over all parts; without it, the folder's provenance."""
+    """Row to show, counted over all parts; without it and the next three, the folder's provenance."""
+    rows: str | None = None
+    """Rows to show, first and last with two dots between: 8..11."""
+    doc: int | None = None
+    """Document whose rows to show, by its ordinal in its corpus file."""
+    search: str | None = None
+    """Show the first rows whose decoded text has this in it."""
+    source: int | None = None
+    """Corpus file that --doc or --search looks in, by its number in the folder's provenance."""
+    limit: int = 20
+    """Rows that --doc and --search show at most."""
     tokens: int = 64
-    """Tokens of the row to show; 0: all."""
+    """Tokens of each row to show in the terminal; 0: all."""
+    html: Path | None = None
+    """File to write the rows to as one page: tokens coloured by log p(reference) - log p(base), or by ReMiT weight."""
+    reference: str = "rl"
+    """Name of the reference whose log-probs the page compares with the base's."""
+    base: str | None = None
+    """Name of the base's stored log-probs, for the page; default: base, where the folder has it."""
+    model: str | None = None
+    """Base model that computes its log-probs of the rows now, instead of stored ones; folder or hub id."""
+    epsilon: float = 0.2
+    """Clip of the ReMiT weights on the page; inf: no clip."""
     debug: bool = field(default=False, repr=False)
     """Show tracebacks."""
 
     def __post_init__(self) -> None:
+        chosen = [f"--{name}" for name in ("row", "rows", "doc", "search") if getattr(self, name) is not None]
+        if len(chosen) > 1:
+            raise ValueError(f"{' and '.join(chosen)} are given, expected one of them")
+        if self.html is not None and not chosen:
+            raise ValueError("--html is given without rows, expected --row, --rows, --doc or --search beside it")
+        if self.html is None and (self.base is not None or self.model is not None):
+            raise ValueError("--base and --model are for the page; give --html FILE too")
+        if self.base is not None and self.model is not None:
+            raise ValueError(
+                "--base and --model are both given, expected one: a stored column, or a model that runs now"
+            )
+        if self.base is not None and self.base == self.reference:
+            raise ValueError(f"--reference and --base are both {self.base!r}, expected the names of two columns")
+        if self.search == "":
+            raise ValueError("--search is empty, expected text to look for")
+        if self.source is not None and self.doc is None and self.search is None:
+            raise ValueError("--source is given without --doc or --search, which it narrows")
+        for name, least in (("row", 0), ("doc", 0), ("source", 0), ("limit", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name} is {value}, expected at least {least}")
         if self.tokens < 0:
             raise ValueError(f"--tokens is {self.tokens}, expected 0 (all) or more")
+        _check_epsilon("--epsilon", self.epsilon)
+        if self.html is not None:
+            check_output_file("--html", self.html)
+        _ = self.row_range
+
+    @property
+    def row_range(self) -> tuple[int, int] | None:
+        """First and last row of --row or --rows."""
+        if self.rows is None:
+            return None if self.row is None else (self.row, self.row)
+        match = re.fullmatch(r"([0-9]{1,18})\.\.([0-9]{1,18})", self.rows)
+        if match is None or int(match[1]) > int(match[2]):
+            raise ValueError(f"--rows is {self.rows!r}, expected the first and the last row, for instance 8..11")
+        return int(match[1]), int(match[2])
+
+
+def _check_epsilon(option: str, value: float) -> None:
+    if not (0 < value < 1 or value == math.inf):
+        raise ValueError(f"{option} has {value:g}, expected numbers between 0 and 1, or inf for no clip")
+
+
+def check_output_file(option: str, file: Path) -> None:
+    """ValueError unless `file` can be written as far as its place is concerned."""
+    if not file.absolute().parent.is_dir():
+        raise ValueError(f"{option} {file}: its folder does not exist; create it")
+    if file.is_dir():
+        raise ValueError(f"{option} {file}: is a folder, expected a file")

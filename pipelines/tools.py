@@ -79,9 +79,44 @@ def rescore(config: VerifyConfig, folder: ShardFolder) -> bool:
 
 
 def inspect(config: InspectConfig, should_stop: ShouldStop) -> int:
-    from pipelines.inspect import show_row
+    from pipelines.find_rows import find_rows
+    from pipelines.inspect import show
 
-    show_row(config)
+    folder = ShardFolder(config.shards)
+    if config.row_range is None and config.doc is None and config.search is None:
+        show(folder, config, [])
+        return DONE
+    with progress_bar(desc="look for rows", unit=" rows", leave=False, disable=config.row_range is not None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        rows = find_rows(folder, config, progress)
+    if config.html is None:
+        show(folder, config, rows)
+        return DONE
+    return write_page(config, folder, rows)
+
+
+def write_page(config: InspectConfig, folder: ShardFolder, rows: list[int]) -> int:
+    """remit inspect --html: the rows as one page."""
+    from pipelines.heatmap import heatmap
+
+    quiet_libraries()
+    assert config.html is not None
+    model = resolve_model("--model", config.model).path if config.model else None
+    with progress_bar(desc="rows", unit=" rows", leave=False) as bar:
+
+        def progress(what: str, done: int, total: int) -> None:
+            bar.set_description(what, refresh=False)
+            bar.total = total
+            bar.update(done - bar.n)
+
+        page = heatmap(folder, config, rows, model, progress)
+    config.html.write_text(page, encoding="utf-8", newline="")
+    which = f"row {rows[0]}" if len(rows) == 1 else f"{len(rows):,} rows, {rows[0]} to {rows[-1]}"
+    print(f"wrote {which} -> {config.html}")
     return DONE
 
 

@@ -13,7 +13,8 @@ import safetensors.torch
 from conftest import make_model, score_to
 from oracles import load, read_rows, row_logprobs
 
-from scorer.canary import CanaryFailed, canary_prompts, compare
+from scorer.canary import CanaryFailed, canary_prompts, compare, compare_topk
+from scorer.engine import Answer
 from shards import ShardFolder
 from shards.verify import verify_folder
 

@@ -1,0 +1,89 @@
+"""What ReMiT makes of each token of some rows: log-probs of reference and base, their difference, the weight.
+
+In: rows of a folder, the base's log-probs as a stored column or from a model. Out: the figures of every token, NaN
+where nothing precedes it. T = tokens of a row, N = those of them with log-probs of both. Nats.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipelines.plan_rows import choose_context
+from scorer.forward import load_forward, spans
+from shards.folder import ShardFolder
+from shards.schema import logprobs_column
+from trainer.objectives.remit import remit_weights
+
+Forward = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Base:
+    """Whose losses the reference is compared with: a stored column, or a model's forward; neither: nobody's.
+
+    name: for the page. context: that both were, or are, scored in.
+    """
+
+    name: str | None
+    context: str
+    column: str | None = None
+    forward: Forward | None = None
+
+
+@dataclass(frozen=True)
+class TokenFigures:
+    """Of a row, float32 [T]: log-probs, delta = log p(reference) - log p(base), delta minus its mean over the row,
+    ReMiT weight. clipped_T, int8: -1 where the weight was raised to 1 - epsilon, 1 where it was cut to 1 + epsilon."""
+
+    reference_T: np.ndarray
+    base_T: np.ndarray
+    delta_T: np.ndarray
+    centred_T: np.ndarray
+    weight_T: np.ndarray
+    clipped_T: np.ndarray
+
+
+def choose_base(folder: ShardFolder, reference: str, base: str | None, model: Path | None) -> Base:
+    """Where the base's log-probs come from: `model`, else the column `base`, else the column called base if there is one.
+
+    ValueError where a column is missing, the two were scored in different contexts, or the model does not fit the rows.
+    """
+    context = folder.require_reference(reference)["context"]
+    if model is not None:
+        from scorer.reference import Reference, check_reference
+
+        check_reference(folder, Reference(model, model.name))
+        return Base(model.resolve().name, context, forward=load_forward(model))
+    if base is None and ("base" not in folder.manifest.references or reference == "base"):
+        return Base(None, context)
+    name = base or "base"
+    return Base(name, choose_context(folder, reference, name), column=logprobs_column(name))
+
+
+def token_figures(row: dict[str, Any], reference: str, base: Base, epsilon: float) -> TokenFigures:
+    """The figures of one row; all NaN of a model whose column the row was left out of (quarantine)."""
+    reference_T = np.array(row[logprobs_column(reference)], dtype=np.float32)  # None becomes NaN
+    base_T = np.full_like(reference_T, np.nan)
+    if base.column is not None:
+        base_T = np.array(row[base.column], dtype=np.float32)
+    elif base.forward is not None:
+        for start, end in spans(np.array([len(base_T)]), np.array(row["doc_lengths"]), base.context):
+            base_T[start + 1 : end] = base.forward(np.array(row["input_ids"][start:end]))
+    both_T = np.isfinite(reference_T) & np.isfinite(base_T)
+    delta_T, centred_T, weight_T = (np.full_like(reference_T, np.nan) for _ in range(3))
+    clipped_T = np.zeros(len(reference_T), dtype=np.int8)
+    if both_T.any():
+        losses_N, logprobs_N = torch.from_numpy(-base_T[both_T]), torch.from_numpy(reference_T[both_T])
+        weighted = remit_weights(losses_N, logprobs_N, epsilon)
+        assert weighted.delta_N is not None
+        delta_T[both_T] = weighted.delta_N.numpy()
+        centred_T[both_T] = (weighted.delta_N - weighted.delta_N.mean()).numpy()
+        weight_T[both_T] = weighted.weights_N.numpy()
+        assert weighted.clipped_low_N is not None
+        assert weighted.clipped_high_N is not None
+        clipped_T[both_T] = (weighted.clipped_high_N.int() - weighted.clipped_low_N.int()).numpy()
+    return TokenFigures(reference_T, base_T, delta_T, centred_T, weight_T, clipped_T)
