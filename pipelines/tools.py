@@ -11,7 +11,7 @@ from rich.console import Console
 
 from pipelines.console import DONE, FAILED, ShouldStop, note, progress_bar, quiet_libraries
 from pipelines.models import resolve_model
-from pipelines.settings import InspectConfig, PlanConfig, VerifyConfig
+from pipelines.settings import InspectConfig, PlanConfig, ReportConfig, VerifyConfig
 from shards.folder import ShardFolder
 from shards.lease import Lease
 from shards.quarantine import QUARANTINE, take_out
@@ -98,4 +98,15 @@ def plan(config: PlanConfig, should_stop: ShouldStop) -> int:
     show(figures, Console(file=sys.stdout, highlight=False))
     if config.json is not None:
         config.json.write_text(json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+    return DONE
+
+
+def report(config: ReportConfig, should_stop: ShouldStop) -> int:
+    from pipelines.report import write_report
+
+    sizes = [(folder / "metrics.jsonl").stat().st_size for folder in config.runs if (folder / "metrics.jsonl").exists()]
+    with progress_bar(desc="report", unit="B", unit_scale=True, total=sum(sizes)) as bar:
+        runs = write_report(config, bar.update)
+    names = ", ".join(f"{run.name} ({run.num_steps:,} steps{'' if run.finished else ', not finished'})" for run in runs)
+    print(f"report of {names} -> {config.out} ({config.out.stat().st_size / 1e6:.1f} MB)")
     return DONE

@@ -5,10 +5,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from trainer.statistics import WEIGHT_STEP
-
-DETAILS_EVERY = 10  # steps between histograms and the figures of each source
-NOT_SHOWN = ("step", "sources", "weight_histogram", "delta_quantiles")
+from trainer.figures import WeightHistogram, step_groups
 
 
 class Board:
@@ -29,30 +26,17 @@ class Board:
         """Add one step, as it stands in metrics.jsonl."""
         if self._writer is None:
             return
-        step = metrics["step"]
-        self._scalars("train", metrics, step)
-        if step != 1 and step % DETAILS_EVERY:
-            return
-        self._details("train", metrics, step)
-        if len(metrics["sources"]) > 1:
-            for name, figures in metrics["sources"].items():
-                self._scalars(f"source {name}", figures, step)
-                self._details(f"source {name}", figures, step)
+        for group in step_groups(metrics):
+            for name, value in group.scalars.items():
+                self._writer.add_scalar(f"{group.name}/{name}", value, metrics["step"])
+            if group.weights is not None:
+                self._histogram(f"{group.name}/weights", group.weights, metrics["step"])
 
-    def _scalars(self, group: str, figures: dict[str, Any], step: int) -> None:
+    def _histogram(self, tag: str, weights: WeightHistogram, step: int) -> None:
         assert self._writer is not None
-        for name, value in figures.items():
-            if name not in NOT_SHOWN and value is not None:
-                self._writer.add_scalar(f"{group}/{name}", value, step)
-
-    def _details(self, group: str, figures: dict[str, Any], step: int) -> None:
-        assert self._writer is not None
-        for share, value in (figures["delta_quantiles"] or {}).items():
-            self._writer.add_scalar(f"{group}/delta_quantile_{share}", value, step)
-        bins = {float(centre): count for centre, count in figures["weight_histogram"].items()}
-        count = sum(bins.values())
+        pairs = list(zip(weights.centres, weights.counts))
         self._writer.add_histogram_raw(
-            f"{group}/weights", min=min(bins), max=max(bins), num=count,
-            sum=sum(centre * n for centre, n in bins.items()), sum_squares=sum(centre**2 * n for centre, n in bins.items()),
-            bucket_limits=[centre + WEIGHT_STEP / 2 for centre in bins], bucket_counts=list(bins.values()), global_step=step,
+            tag, min=weights.centres[0], max=weights.centres[-1], num=sum(weights.counts),
+            sum=sum(centre * n for centre, n in pairs), sum_squares=sum(centre**2 * n for centre, n in pairs),
+            bucket_limits=weights.upper_edges, bucket_counts=weights.counts, global_step=step,
         )  # fmt: skip
