@@ -46,8 +46,7 @@ function band(plot) {
 
 function heat(plot) {
   const run = DATA.runs[plot.lines[0].run].heat;
-  const low = DARK.matches ? variable("--panel") : "#ffffff";
-  const high = DARK.matches ? "#ffd166" : "#7a1fa2";
+  const [none, few, many] = DARK.matches ? [variable("--panel"), "#8a6a2a", "#ffd166"] : ["#ffffff", "#c9a0dc", "#5b0f86"];
   const first = Number(run.centres[0]);
   const last = Number(run.centres[run.centres.length - 1]);
   const bins = Math.round((last - first) / 0.05) + 1;
@@ -59,7 +58,7 @@ function heat(plot) {
     y: Array.from({ length: bins + 1 }, (_, index) => first + (index - 0.5) * 0.05),
     z: rows,
     type: "heatmap",
-    colorscale: [[0, low], [1, high]],
+    colorscale: [[0, none], [0.2, few], [1, many]], // rare weights show beside the many near 1
     colorbar: { thickness: 10, tickformat: ".0%", tickfont: { color: variable("--ink") }, outlinewidth: 0 },
     hovertemplate: "weight %{y:.2f}: %{z:.2%} of the tokens<extra></extra>",
   }];
@@ -70,22 +69,41 @@ function traces(plot) {
   return plot.kind === "band" ? band(plot) : plot.lines.map((line) => curve(plot, line));
 }
 
-function layout(plot) {
+// pixels that the legend takes in a box of that width
+function legendHeight(plot, width) {
+  if (plot.kind === "heat" || plot.lines.length < 2) return 0;
+  const widest = Math.max(...plot.lines.map((line) => short(line.label).length)) * 7 + 50;
+  return 20 * Math.ceil(plot.lines.length / Math.max(1, Math.floor((width - 20) / widest))) + 8;
+}
+
+function tickFormat(plot) {
+  if (plot.kind === "heat") return ".2f";
+  return plot.format.includes("%") ? ".2~%" : plot.format.includes(",") ? "~s" : undefined;
+}
+
+function layout(plot, legend) {
   const ink = variable("--ink");
   const axis = {
     gridcolor: variable("--line"), linecolor: variable("--line"), zerolinecolor: variable("--line"), automargin: true,
   };
+  const isShare = plot.kind === "lines" && plot.format.includes("%");
   return {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { color: ink, size: 12, family: "system-ui, sans-serif" },
-    margin: { l: 10, r: 10, t: 10, b: 10 },
-    xaxis: { ...axis, title: { text: state.axis === "step" ? "step" : "tokens" }, hoverformat: state.axis === "step" ? ",d" : ".4s" },
-    yaxis: { ...axis, title: { text: plot.unit }, tickformat: plot.format.includes("%") ? ".2~%" : undefined, exponentformat: "power" },
+    margin: { l: 10, r: 10, t: 10, b: 45 + legend },
+    xaxis: {
+      ...axis, title: { text: state.axis === "step" ? "step" : "tokens", standoff: 6 },
+      hoverformat: state.axis === "step" ? ",d" : ".4s",
+    },
+    yaxis: {
+      ...axis, title: { text: plot.unit }, tickformat: tickFormat(plot), exponentformat: "power",
+      ...(isShare ? { minallowed: 0, maxallowed: 1 } : {}),
+    },
     hovermode: plot.kind === "heat" ? "closest" : "x unified",
     hoverlabel: { bgcolor: variable("--paper"), bordercolor: variable("--line"), font: { color: ink } },
-    showlegend: plot.kind !== "heat" && plot.lines.length > 1,
-    legend: { orientation: "h", x: 0, y: -0.25, yanchor: "top", bgcolor: "rgba(0,0,0,0)" },
-    uirevision: state.axis,
+    showlegend: legend > 0,
+    legend: { orientation: "h", x: 0, yref: "container", y: 0, yanchor: "bottom", bgcolor: "rgba(0,0,0,0)" },
+    uirevision: state.axis, // a zoom outlives a change of the runs or colours
   };
 }
 
@@ -95,7 +113,9 @@ function draw() {
     const figure = box.closest("figure");
     figure.hidden = figure.dataset.run !== undefined && !state.shown[Number(figure.dataset.run)];
     if (figure.hidden) continue;
-    Plotly.react(box, traces(plot), layout(plot), {
+    const legend = legendHeight(plot, box.clientWidth);
+    box.style.height = `${300 + legend}px`;
+    Plotly.react(box, traces(plot), layout(plot, legend), {
       responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
     });
   }
@@ -113,4 +133,12 @@ for (const radio of document.querySelectorAll("input[name=axis]")) {
   radio.addEventListener("change", () => { state.axis = radio.value; draw(); });
 }
 DARK.addEventListener("change", draw);
+let waiting;
+let width = window.innerWidth;
+window.addEventListener("resize", () => {
+  if (window.innerWidth === width) return; // a phone that hides its address bar
+  width = window.innerWidth;
+  clearTimeout(waiting);
+  waiting = setTimeout(draw, 200);
+});
 draw();

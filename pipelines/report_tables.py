@@ -41,7 +41,11 @@ def make_tables(runs: Sequence[Run]) -> list[ReportTable]:
             totals.setdefault(label, []).append(value)
     settings = [{key: value for key, value in run.settings.items() if not _is_provenance(key)} for run in runs]
     return [
-        ReportTable("Totals", [TableRow(label, cells) for label, cells in totals.items()], marks=False),
+        ReportTable(
+            "Totals",
+            [TableRow(label, cells) for label, cells in totals.items() if set(cells) != {ABSENT}],
+            marks=False,
+        ),
         ReportTable("Settings", _rows(settings)),
         ReportTable("Provenance", _rows([provenance(run.settings) for run in runs])),
     ]
@@ -61,8 +65,7 @@ def run_totals(run: Run) -> dict[str, str]:
         "next-token loss, last step": _figure(run.last.get("ntp_loss"), ".4f"),
         "held-out loss, last": ABSENT if held_out is None else f"{held_out[2]:.4f} (step {held_out[0]:,})",
         "peak memory": ABSENT if peak is None else f"{peak / 2**30:.2f} GiB",
-        "steps per point of a curve": f"{run.window:,}",
-        "notes": run.damaged or ABSENT,
+        "left out": run.damaged or ABSENT,
     }
 
 
@@ -78,23 +81,25 @@ def provenance(settings: dict[str, Any]) -> dict[str, Any]:
     """What a run was made from, flat: shards, tokenizer, references, base."""
     shards = settings.get("shards")
     shards = dict(shards) if isinstance(shards, dict) else {}
+    first = {"base_weights_sha256": settings.get("base_weights_sha256")}
+    # what tells runs apart before what describes the folder
+    first |= {key: shards.pop(key) for key in ("tokenizer", "references") if key in shards}
     corpus = shards.pop("corpus", None)
-    flat: dict[str, Any] = {"base_weights_sha256": settings.get("base_weights_sha256")}
+    rest: dict[str, Any] = {}
     if isinstance(corpus, list):
         files = [file for file in corpus if isinstance(file, dict)]
-        flat["corpus files"] = len(files)
-        flat["corpus tokens"] = sum(file["tokens"] for file in files if isinstance(file.get("tokens"), int))
-        # too many for a table, and equal only where all of their bytes are
-        flat["corpus sha256"] = [str(file.get("sha256"))[:12] for file in files]
-    return flat | flatten(shards)
+        rest["corpus files"] = len(files)
+        rest["corpus tokens"] = sum(file["tokens"] for file in files if isinstance(file.get("tokens"), int))
+        rest["corpus sha256"] = [str(file.get("sha256"))[:12] for file in files]
+    return flatten(first) | rest | flatten(shards)
 
 
 def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested object as one of dotted names: {"a": {"b": 1}} as {"a.b": 1}."""
+    """A nested object as one of long names: {"a": {"b": 1}} as {"a › b": 1}."""
     flat: dict[str, Any] = {}
     for key, entry in value.items():
         name = f"{prefix}{key}"
-        flat |= flatten(entry, f"{name}.") if isinstance(entry, dict) and entry else {name: entry}
+        flat |= flatten(entry, f"{name} › ") if isinstance(entry, dict) and entry else {name: entry}
     return flat
 
 
@@ -111,8 +116,9 @@ def _rows(columns: Sequence[dict[str, Any]]) -> list[TableRow]:
 def _text(value: Any) -> str:
     if isinstance(value, str):
         return value
-    if isinstance(value, list) and len(value) > 8:
-        value = [*value[:8], f"... {len(value)} in all, together {_short_hash(value)}"]
+    if isinstance(value, list) and value and all(isinstance(entry, str) for entry in value):
+        more = f", ... {len(value)} in all, together {_short_hash(value)}" if len(value) > 8 else ""
+        return ", ".join(value[:8]) + more
     if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000:
         return f"{value:,}"
     return json.dumps(value, ensure_ascii=False)

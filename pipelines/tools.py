@@ -106,7 +106,11 @@ def report(config: ReportConfig, should_stop: ShouldStop) -> int:
 
     sizes = [(folder / "metrics.jsonl").stat().st_size for folder in config.runs if (folder / "metrics.jsonl").exists()]
     with progress_bar(desc="report", unit="B", unit_scale=True, total=sum(sizes)) as bar:
-        runs = write_report(config, bar.update)
+
+        def progress(size: int) -> None:
+            bar.update(size)
+
+        runs = write_report(config, progress)
     names = ", ".join(f"{run.name} ({run.num_steps:,} steps{'' if run.finished else ', not finished'})" for run in runs)
     print(f"report of {names} -> {config.out} ({config.out.stat().st_size / 1e6:.1f} MB)")
     return DONE
