@@ -97,7 +97,7 @@ function layout(plot, legend) {
     },
     yaxis: {
       ...axis, title: { text: plot.unit }, tickformat: tickFormat(plot), exponentformat: "power",
-      ...(isShare ? { minallowed: 0, maxallowed: 1 } : {}),
+      ...(isShare ? { minallowed: -0.01, maxallowed: 1.01 } : {}), // else a constant gets a whole unit on both sides
     },
     hovermode: plot.kind === "heat" ? "closest" : "x unified",
     hoverlabel: { bgcolor: variable("--paper"), bordercolor: variable("--line"), font: { color: ink } },
