@@ -1,5 +1,6 @@
 """remit train --wandb-project in offline mode: what the library keeps in OUT/wandb against metrics.jsonl."""
 
+import itertools
 import json
 import struct
 import sys
@@ -105,7 +106,7 @@ def test_offline_and_resumed(
         names = {key.split("/")[0] for key in before[step] if key.startswith("source ")}
         assert names == {f"source {name}" for name in lines[step]["sources"]}
         edges, values = before[step]["train/weights/bins"], before[step]["train/weights/values"]
-        centres = [(low + high) / 2 for low, high in zip(edges, edges[1:])]
+        centres = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
         counts = {f"{centre:.2f}": count for centre, count in zip(centres, values, strict=True) if count}
         assert counts == lines[step]["weight_histogram"]
 
