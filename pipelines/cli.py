@@ -17,7 +17,7 @@ import yaml
 from pipelines import commands, tools
 from pipelines.console import BAD_USAGE, FAILED, STOPPED
 from pipelines.plan_settings import PlanConfig
-from pipelines.settings import InspectConfig, SelectConfig, VerifyConfig
+from pipelines.settings import InspectConfig, ReportConfig, SelectConfig, VerifyConfig
 from pipelines.signals import Stopped, StopRequest
 from scorer.config import PackConfig, ScoreConfig
 from trainer.config import TrainConfig
@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[type, Any]] = {
     "verify": (VerifyConfig, tools.verify),
     "inspect": (InspectConfig, tools.inspect),
     "plan": (PlanConfig, tools.plan),
+    "report": (ReportConfig, tools.report),
 }
 DESCRIPTION = (
     "ReMiT mid-training without the reference in the training step: pack a corpus, score it once with the reference, "

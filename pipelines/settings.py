@@ -4,6 +4,9 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,37 @@ class InspectConfig:
         if match is None or int(match[1]) > int(match[2]):
             raise ValueError(f"--rows is {self.rows!r}, expected the first and the last row, for instance 8..11")
         return int(match[1]), int(match[2])
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Show training runs, one or several side by side, in one HTML page that needs no network."""
+
+    run: Annotated[list[list[Path]], tyro.conf.UseAppendAction] = field(default_factory=list)
+    """Folder of a run (--out of remit train), finished or not."""
+    out: Path = Path("report.html")
+    """Page to write; one that is there is replaced."""
+    debug: bool = field(default=False, repr=False)
+    """Show tracebacks."""
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ValueError("--run is not given, expected the folder of a run (--out of remit train)")
+        resolved = [folder.resolve() for folder in self.runs]
+        for index, folder in enumerate(resolved):
+            if folder in resolved[:index]:
+                raise ValueError(f"--run {self.runs[index]} is given twice, expected different folders")
+        if self.out.suffix.lower() not in (".html", ".htm"):
+            raise ValueError(f"--out is {self.out}, expected the name of a page, for instance report.html")
+        if self.out.is_dir():
+            raise ValueError(f"--out {self.out}: is a folder, expected a file")
+        if not self.out.absolute().parent.is_dir():
+            raise ValueError(f"--out {self.out}: its folder does not exist; create it")
+
+    @property
+    def runs(self) -> list[Path]:
+        """Those of all --run options, in their order."""
+        return [folder for folders in self.run for folder in folders]
 
 
 def _check_epsilon(option: str, value: float) -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from pipelines.console import DONE, FAILED, ShouldStop, note, progress_bar, quiet_libraries
 from pipelines.models import resolve_model
 from pipelines.plan_settings import PlanConfig
-from pipelines.settings import InspectConfig, VerifyConfig
+from pipelines.settings import InspectConfig, ReportConfig, VerifyConfig
 from shards.folder import ShardFolder
 from shards.lease import Lease
 from shards.quarantine import QUARANTINE, take_out
@@ -179,3 +179,18 @@ def plan_of_costs(config: PlanConfig, console: Console) -> dict[str, Any]:
     figures = plan_costs(config, base, reference, calibration)
     show(figures, console)
     return figures
+
+
+def report(config: ReportConfig, should_stop: ShouldStop) -> int:
+    from pipelines.report import write_report
+
+    sizes = [(folder / "metrics.jsonl").stat().st_size for folder in config.runs if (folder / "metrics.jsonl").exists()]
+    with progress_bar(desc="report", unit="B", unit_scale=True, total=sum(sizes)) as bar:
+
+        def progress(size: int) -> None:
+            bar.update(size)
+
+        runs = write_report(config, progress)
+    names = ", ".join(f"{run.name} ({run.num_steps:,} steps{'' if run.finished else ', not finished'})" for run in runs)
+    print(f"report of {names} -> {config.out} ({config.out.stat().st_size / 1e6:.1f} MB)")
+    return DONE

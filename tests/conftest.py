@@ -242,7 +242,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> 
     return Faulty(tmp_path_factory.mktemp("faulty"), tokenizer_folder)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator["Browser"]:
     """A Chromium without a window that the system has installed; it reaches for no network of its own accord."""
     from playwright.sync_api import sync_playwright

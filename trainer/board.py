@@ -5,10 +5,8 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from trainer.figures import WeightHistogram, step_groups
 from trainer.statistics import WEIGHT_STEP
-
-DETAILS_EVERY = 10  # steps between histograms and the figures of each source
-NOT_SHOWN = ("step", "sources", "weight_histogram", "delta_quantiles")
 
 
 class Board:
@@ -34,31 +32,19 @@ class Board:
         """Add one step, as it stands in metrics.jsonl."""
         if self._writer is None:
             return
-        step = metrics["step"]
-        self._scalars("train", metrics, step)
-        if step != 1 and step % DETAILS_EVERY:
-            return
-        self._details("train", metrics, step)
-        if len(metrics["sources"]) > 1:
-            for name, figures in metrics["sources"].items():
-                self._scalars(f"source {name}", figures, step)
-                self._details(f"source {name}", figures, step)
+        for group in step_groups(metrics):
+            for name, value in group.scalars.items():
+                self._writer.add_scalar(f"{group.name}/{name}", value, metrics["step"])
+            if group.weights is not None:
+                self._histogram(f"{group.name}/weights", group.weights, metrics["step"])
 
-    def _scalars(self, group: str, figures: dict[str, Any], step: int) -> None:
+    def _histogram(self, tag: str, weights: WeightHistogram, step: int) -> None:
         assert self._writer is not None
-        for name, value in figures.items():
-            if name not in NOT_SHOWN and value is not None:
-                self._writer.add_scalar(f"{group}/{name}", value, step)
-
-    def _details(self, group: str, figures: dict[str, Any], step: int) -> None:
-        assert self._writer is not None
-        for share, value in (figures["delta_quantiles"] or {}).items():
-            self._writer.add_scalar(f"{group}/delta_quantile_{share}", value, step)
-        counted = {round(float(centre) / WEIGHT_STEP): count for centre, count in figures["weight_histogram"].items()}
+        counted = {round(centre / WEIGHT_STEP): count for centre, count in zip(weights.centres, weights.counts)}
         # a bucket reaches down to the limit of the one before it: empty ones must be there, and one below the first
         bins = {index * WEIGHT_STEP: counted.get(index, 0) for index in range(min(counted) - 1, max(counted) + 1)}
         self._writer.add_histogram_raw(
-            f"{group}/weights", min=(min(counted) - 0.5) * WEIGHT_STEP, max=(max(counted) + 0.5) * WEIGHT_STEP,
+            tag, min=(min(counted) - 0.5) * WEIGHT_STEP, max=(max(counted) + 0.5) * WEIGHT_STEP,
             num=sum(bins.values()), sum=sum(centre * n for centre, n in bins.items()),
             sum_squares=sum(centre**2 * n for centre, n in bins.items()),
             bucket_limits=[centre + WEIGHT_STEP / 2 for centre in bins], bucket_counts=list(bins.values()), global_step=step,

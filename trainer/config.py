@@ -70,6 +70,8 @@ class TrainConfig(ObjectiveSettings):
     """Held-out shard folder, whose mean loss goes to evaluation.jsonl."""
     eval_every: int = 0
     """Steps between evaluations; 0: only before the first and after the last step, if --eval-shards is given."""
+    wandb_project: str | None = None
+    """Also log to this project of Weights & Biases (pip install 'remit[wandb]'); WANDB_MODE=offline: to OUT/wandb."""
     debug: bool = field(default=False, repr=False)
     """Show tracebacks."""
 
@@ -92,6 +94,8 @@ class TrainConfig(ObjectiveSettings):
             raise ValueError(f"--max-steps is {self.max_steps}, expected at least 1")
         if self.warmup_steps is not None and self.warmup_steps < 0:
             raise ValueError(f"--warmup-steps is {self.warmup_steps}, expected 0 or more")
+        if self.wandb_project is not None and not self.wandb_project.strip():
+            raise ValueError(f"--wandb-project is {self.wandb_project!r}, expected the name of a project")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"--min-learning-rate is {self.min_learning_rate}, expected at most --learning-rate ({self.learning_rate})"

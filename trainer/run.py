@@ -27,7 +27,7 @@ TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
 NOT_SETTINGS = (
     *("out", "debug", "shards", "model", "eval_shards", "checkpoint_every", "keep_checkpoints", "timeout_seconds"),
-    "ray_workers",
+    *("ray_workers", "wandb_project"),
     # these change the machine's work and the last digits, not what is computed
     *("micro_batch_size", "sharding", "activation_checkpointing", "compile"),
 )

@@ -48,6 +48,7 @@ from trainer.run import (
 )
 from trainer.statistics import Sources, StepStatistics
 from trainer.step import LossModel, peak_memory_bytes
+from trainer.wandb_run import WandbRun, require_wandb
 
 Progress = Callable[[int, int, dict[str, Any]], None]
 """Called as progress(steps done, steps in all, metrics of the step)."""
@@ -71,6 +72,8 @@ def train(
 
 def train_in(world: World, config: TrainConfig, progress: Progress, should_stop: Callable[[], bool]) -> TrainResult:
     """`train` as one of the processes of `world`; all of them read the same folders and return the same."""
+    if config.wandb_project is not None:
+        require_wandb()  # before minutes of loading
     torch.manual_seed(config.seed)
     shards = ShardFolder(config.shards)
     shards.require_complete()
@@ -120,7 +123,8 @@ def train_in(world: World, config: TrainConfig, progress: Progress, should_stop:
     )  # fmt: skip
     lines = config.out / METRICS if world.first else os.devnull
     board = Board(config.out / TENSORBOARD if world.first else None, first_step)
-    with open(lines, "a", encoding="utf-8") as metrics_file, board, checkpoints:
+    wandb_run = WandbRun(config.wandb_project if world.first else None, config.out, settings)
+    with open(lines, "a", encoding="utf-8") as metrics_file, board, wandb_run, checkpoints:
         for step, batch in enumerate(batches, start=first_step + 1):
             began = perf_counter()
             learning_rate = learning_rate_at(step, config, num_steps)
@@ -171,6 +175,7 @@ def train_in(world: World, config: TrainConfig, progress: Progress, should_stop:
             metrics_file.write(json.dumps(metrics) + "\n")
             metrics_file.flush()
             board.write(metrics)
+            wandb_run.write(metrics)
             if evaluate and (step == num_steps or (config.eval_every and step % config.eval_every == 0)):
                 evaluate(step)
             # a signal may have come to one rank alone
