@@ -40,7 +40,7 @@ def plan_weights(folder: ShardFolder, config: PlanConfig, progress: Callable[[in
     statistics = {epsilon: StepStatistics() for epsilon in objectives}
     manifest = folder.manifest
     sums_3V = np.zeros((3, manifest.tokenizer["vocab_size"]))  # occurrences, weights, excess losses
-    chosen = choose_rows(manifest.rows, config.rows, config.seed)
+    chosen = choose_rows(manifest, config.rows, config.seed)
     done = used = tokens = 0
     for rows in read_batches(folder, context, config.reference, config.base, chosen):
         ids, weights, deltas = [np.zeros(0, dtype=np.int64)], [np.zeros(0)], [np.zeros(0)]

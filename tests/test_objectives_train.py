@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ from oracles import kd_step, load, remit_step, rho1_step, row_logprobs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from shards.manifest import CorpusFile, Manifest
+from trainer.objectives.objective import Objective, Weighted
 from trainer.objectives.settings import ObjectiveSettings
 from trainer.statistics import Sources
 from trainer.train import train as train_run
@@ -222,6 +225,92 @@ def test_sources_in_a_run(tmp_path: Path, scored_rl: Path) -> None:
         assert mean / metrics["predicted_tokens"] == pytest.approx(metrics[key], rel=1e-9)
 
 
+def test_figures_of_several_sources(tmp_path: Path, scored_rl: Path) -> None:
+    """Each source's histogram, clip shares, effective tokens and quantiles against float64 over its own rows."""
+    make_model(tmp_path / "base", seed=5)
+    manifest = Manifest.read(scored_rl)
+    metrics = run(tmp_path / "out", scored_rl, tmp_path / "base", seed=4, global_batch_size=24, micro_batch_size=5)[0]
+    base, by_file = load(tmp_path / "base"), {}
+    with torch.no_grad():
+        for row in rows_of_step(scored_rl, 0, 24, seed=4):
+            losses = [-float(value) for value in row_logprobs(base, row, "packed")[1:]]
+            excess = np.array([a + b for a, b in zip(losses, row["rl_logprobs"][1:])])
+            if len(excess):
+                raw = 2 / (1 + np.exp(excess.mean() - excess))
+                by_file.setdefault(manifest.corpus[row["source"]].path, []).append((excess, raw))
+    assert len(by_file) > 1
+    assert set(metrics["sources"]) == set(by_file)
+    for name, rows in by_file.items():
+        figures = metrics["sources"][name]
+        excess, raw = (np.concatenate([row[part] for row in rows]) for part in (0, 1))
+        weights = raw.clip(0.8, 1.2)
+        assert figures["predicted_tokens"] == len(weights)
+        assert figures["effective_tokens"] == pytest.approx(weights.sum() ** 2 / (weights**2).sum(), rel=1e-5)
+        assert figures["clipped_low"] == pytest.approx((raw < 0.8).mean(), abs=2 / len(raw))
+        assert figures["clipped_high"] == pytest.approx((raw > 1.2).mean(), abs=2 / len(raw))
+        assert figures["delta_mean"] == pytest.approx(excess.mean(), abs=1e-4)
+        bins = Counter(f"{round(weight / 0.05) * 0.05:.2f}" for weight in weights)
+        counted = figures["weight_histogram"]
+        assert sum(abs(counted.get(key, 0) - bins[key]) for key in {*bins, *counted}) <= 4
+        for share, value in figures["delta_quantiles"].items():
+            exact = sorted(excess)[max(0, math.ceil(float(share) * len(excess)) - 1)]
+            assert abs(value - exact) <= 1 / 64 + 1e-3, (name, share)
+
+
+def test_the_division_of_scope_micro_is_a_setting(
+    tmp_path: Path, several: dict[str, Path], models: dict[str, Path]
+) -> None:
+    settings = {"objective": "rho1", "scope": "micro"}
+    run(tmp_path / "out", several["packed"], models["base"], micro_batch_size=4, **settings)
+    with pytest.raises(ValueError, match="micro_batch_size is 4 there, 2 asked for now"):
+        run(tmp_path / "out", several["packed"], models["base"], micro_batch_size=2, **settings)
+
+
+def test_excess_loss_where_an_objective_does_not_give_it(
+    tmp_path: Path, several: dict[str, Path], models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A weight function that only returns weights: the excess loss is known all the same; without a column it is None."""
+    for columns in (("logprobs",), ()):
+        monkeypatch.setattr(
+            "trainer.objectives.ntp.make",
+            lambda settings, columns=columns: Objective(
+                lambda t: Weighted(torch.ones_like(t.losses_N)), columns=columns
+            ),
+        )
+        metrics = run(tmp_path / f"{len(columns)}", several["packed"], models["base"], objective="ntp", seed=4)[0]
+        if columns:
+            rows = rows_of_step(several["packed"], 0, 8, seed=4)
+            want = remit_step(load(models["base"]), rows, "packed", "rl_logprobs", 0.2)["delta_mean"]
+            assert metrics["delta_mean"] == pytest.approx(want, abs=1e-4)
+            assert metrics["delta_quantiles"]["0.01"] > -16
+        else:
+            assert metrics["delta_mean"] is None
+            assert metrics["delta_quantiles"] is None
+
+
+KILLED_RUN = """
+import os, sys
+from pathlib import Path
+from trainer.config import TrainConfig
+from trainer.train import train
+shards, model, out = sys.argv[1:]
+config = TrainConfig(shards, model, Path(out), max_steps=40, global_batch_size=2, checkpoint_every=10, dtype="float32")
+train(config, lambda done, total, metrics: os._exit(9) if done == 31 else None)
+"""
+
+
+def test_tensorboard_of_a_killed_run_has_every_step(
+    tmp_path: Path, several: dict[str, Path], models: dict[str, Path]
+) -> None:
+    """Killed after step 31 without a chance to flush: what the checkpoint of step 30 covers is on the disk."""
+    arguments = [str(several["packed"]), str(models["base"]), str(tmp_path / "out")]
+    root = Path(__file__).parent.parent
+    assert subprocess.run([sys.executable, "-c", KILLED_RUN, *arguments], cwd=root).returncode == 9
+    subprocess.run([sys.executable, "-c", KILLED_RUN.replace("31", "99"), *arguments], cwd=root, check=True)
+    scalars = EventAccumulator(str(tmp_path / "out/tensorboard")).Reload().Scalars("train/loss")
+    assert [event.step for event in scalars] == list(range(1, 41))
+
+
 def test_tensorboard_of_a_resumed_run(tmp_path: Path, several: dict[str, Path], models: dict[str, Path]) -> None:
     """Stopped after step 3 with a checkpoint of step 2: every step once, as in metrics.jsonl."""
     from trainer.config import TrainConfig
@@ -252,6 +341,10 @@ def test_tensorboard_of_a_resumed_run(tmp_path: Path, several: dict[str, Path], 
         assert [event.value for event in scalars] == pytest.approx([line[key] for line in lines], rel=1e-5)
     (histogram,) = [event.histogram_value for event in events.Histograms("train/weights") if event.step == 1][:1]
     assert sum(histogram.bucket) == lines[0]["predicted_tokens"]
+    # TensorBoard spreads a bucket from the limit before it to its own: none may reach over weights that nobody has
+    limits = [histogram.min, *histogram.bucket_limit]
+    filled = [(low, high) for low, high, n in zip(limits, limits[1:], histogram.bucket) if n]
+    assert [tuple(round(edge, 3) for edge in edges) for edges in filled] == [(-0.025, 0.025), (1.225, 1.275)]
 
 
 def test_bad_options_are_named(remit: Remit, tmp_path: Path, several: dict[str, Path], models: dict[str, Path]) -> None:

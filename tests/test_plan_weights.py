@@ -16,10 +16,11 @@ from conftest import write_corpus
 from oracles import contexts, read_rows
 
 from pipelines.cli import parse
+from pipelines.plan_rows import choose_rows
 from scorer.config import PackConfig
 from scorer.pack import pack
-from shards import ShardFolder, row_schema, write_part
-from shards.manifest import Manifest
+from shards import PartPlan, ShardFolder, row_schema, write_part
+from shards.manifest import Manifest, part_name
 
 Remit = Callable[..., tuple[int, str, str]]
 Values = Callable[[dict], list]
@@ -392,3 +393,17 @@ def test_a_log_prob_that_cannot_be_is_refused(tiny: Path, tmp_path: Path, remit:
     code, _, error = remit("plan", "--weights", "--shards", annotate_several(tiny, tmp_path / "both", columns))
     assert code == 1
     assert "part-00000.arrow row 0: a log-prob is missing, not finite or positive" in error
+
+
+def test_a_large_folder_is_sampled_from_some_of_its_parts() -> None:
+    """Each part that is touched is hashed whole: 200 of 50,000 rows come from at most 64 of 5,000 parts."""
+    plans = tuple(PartPlan(part_name(index), 10, 100) for index in range(5000))
+    manifest = Manifest(10, 10, 10, {}, (), plans)
+    chosen = choose_rows(manifest, 200, seed=1)
+    assert len(np.unique(chosen)) == 200
+    assert np.all(np.diff(chosen) > 0)
+    assert 30 < len(np.unique(chosen // 10)) <= 64
+    assert np.array_equal(chosen, choose_rows(manifest, 200, seed=1))
+    assert not np.array_equal(chosen, choose_rows(manifest, 200, seed=2))
+    assert len(choose_rows(manifest, 2000, seed=1)) == 2000  # as many parts as it takes
+    assert len(choose_rows(manifest, 0, seed=1)) == 50_000

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from test_score import ExactCorpora
 
 from scorer.config import PackConfig
 from scorer.pack import pack
-from shards import ShardFolder
+from shards import ShardFolder, write_part
 from shards.verify import verify_folder
 
 Remit = Callable[..., tuple[int, str, str]]
@@ -189,10 +190,37 @@ def test_settings_that_do_not_fit(
         (("--out", tmp_path / "o", "--top-k", -1), 2, "--top-k is -1, expected 0"),
         (("--out", scored_rl, "--top-k", 5), 1, "references.rl.top_k is None there, 5 asked for now"),
         (("--out", exact, "--top-k", 4, "--logprob-step", 0), 1, "references.rl.top_k is 5 there, 4 asked for now"),
+        (("--shards", exact, "--out", tmp_path / "o", "--name", "rl_topk"), 1, "would give two columns one name"),
     ):
         got, _, error = remit(*base, *arguments)
         assert (got, message in " ".join(error.replace("│", " ").split())) == (code, True), error
     assert not (tmp_path / "o").exists()
+
+
+def test_ids_of_other_tokens_do_not_pass_a_rescoring(
+    tmp_path: Path, exact: Path, reference_model: Path, remit: Remit
+) -> None:
+    """The last id of each entry is another token's: nothing in the folder contradicts it, the model does."""
+    folder, out = ShardFolder(exact), tmp_path / "forged"
+    shutil.copytree(exact / "_tokenizer", out / "_tokenizer")
+    folder.manifest.write(out)
+    for plan in folder.manifest.parts:
+        table = pa.ipc.open_file(exact / plan.name).read_all().replace_schema_metadata(None)
+        rows = []
+        for row in table.to_pylist():
+            for token, entry in zip(row["input_ids"], row["rl_topk_ids"]):
+                if entry is not None and token not in entry:
+                    entry[-1] = next(other for other in range(VOCABULARY) if other not in (*entry, token))
+            rows.append(row["rl_topk_ids"])
+        place = table.schema.get_field_index("rl_topk_ids")
+        altered = table.set_column(place, table.schema.field(place), pa.array(rows, table.schema.field(place).type))
+        batches = altered.combine_chunks().to_batches(max_chunksize=folder.manifest.rows_per_batch)
+        write_part(out, plan.name, folder.manifest.schema, folder.part_metadata(plan.name), batches)
+    assert verify_folder(ShardFolder(out)).problems == []
+    code, output, _ = remit("verify", "--shards", exact, "--model", reference_model, "--rows", 4)
+    assert (code, "mean |difference| of the top k" in output) == (0, True)
+    code, output, _ = remit("verify", "--shards", out, "--model", reference_model, "--rows", 4)
+    assert (code, output.strip().splitlines()[-1]) == (1, "FAILED")
 
 
 # --- rows that come out wrong ---------------------------------------------------------------------------
