@@ -208,7 +208,7 @@ def test_other_objectives_in_bfloat16(settings: dict) -> None:
     objective = make_objective(ObjectiveSettings(**settings))
     results = []
     for dtype in (torch.float32, torch.bfloat16):
-        states, master = hidden.to(dtype).requires_grad_(), weight.clone().requires_grad_()
+        states, master = hidden.detach().clone().to(dtype).requires_grad_(), weight.clone().requires_grad_()
         statistics = StepStatistics(figures=objective.figures)
         loss = objective_loss(states, master, batch, objective, 50.0, statistics=statistics)
         loss.backward()
