@@ -16,6 +16,7 @@ import yaml
 
 from pipelines import commands, tools
 from pipelines.console import BAD_USAGE, FAILED, STOPPED
+from pipelines.eval_settings import EvalConfig
 from pipelines.plan_settings import PlanConfig
 from pipelines.settings import InspectConfig, ReportConfig, SelectConfig, VerifyConfig
 from pipelines.signals import Stopped, StopRequest
@@ -31,6 +32,7 @@ COMMANDS: dict[str, tuple[type, Any]] = {
     "inspect": (InspectConfig, tools.inspect),
     "plan": (PlanConfig, tools.plan),
     "report": (ReportConfig, tools.report),
+    "eval": (EvalConfig, tools.evaluate),
 }
 DESCRIPTION = (
     "ReMiT mid-training without the reference in the training step: pack a corpus, score it once with the reference, "

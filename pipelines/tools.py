@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from pipelines.console import DONE, FAILED, ShouldStop, note, progress_bar, quiet_libraries
+from pipelines.eval_settings import EvalConfig
 from pipelines.models import resolve_model
 from pipelines.plan_settings import PlanConfig
 from pipelines.settings import InspectConfig, ReportConfig, VerifyConfig
@@ -193,4 +194,15 @@ def report(config: ReportConfig, should_stop: ShouldStop) -> int:
         runs = write_report(config, progress)
     names = ", ".join(f"{run.name} ({run.num_steps:,} steps{'' if run.finished else ', not finished'})" for run in runs)
     print(f"report of {names} -> {config.out} ({config.out.stat().st_size / 1e6:.1f} MB)")
+    return DONE
+
+
+def evaluate(config: EvalConfig, should_stop: ShouldStop) -> int:
+    from pipelines.eval_tables import show
+    from pipelines.evaluation import evaluate as run
+
+    values = run(config, note)
+    show(values, Console(file=sys.stdout, highlight=False))
+    for results in values["results"].values():
+        print(f"results of {results['model']['name']} -> {results['folder']}/results.json")
     return DONE

@@ -1,0 +1,81 @@
+"""Differences between two evaluated models, with their standard errors: results in, figures out.
+
+A difference is claimed only where it is more than 1.96 standard errors, never where its error is not known.
+"""
+
+import math
+from statistics import fmean, stdev
+from typing import Any
+
+CONFIDENCE = 1.96  # standard errors: 95 % of a normal distribution
+MUST_AGREE = ("limit", "chat_template", "num_fewshot", "seed", "task_files", "max_length")  # or the questions differ
+
+
+def compare(name: str, other: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """`ours` minus `other`, task by task and in the mean; both as pipelines.evaluation writes results.json.
+
+    name: of the other. Each task has difference, stderr (None: not known), paired, num_questions and claim: higher,
+    lower or none; or only not_compared, the reason. tasks_alone: those that just one of them has.
+    """
+    both = [task for task in ours["tasks"] if task in other["tasks"]]
+    rows = {task: compare_task(other["tasks"][task], ours["tasks"][task]) for task in both}
+    compared = [row for row in rows.values() if "difference" in row]
+    values: dict[str, Any] = {"other": name, "tasks": rows, "mean": None}
+    values["tasks_alone"] = sorted(set(ours["tasks"]) ^ set(other["tasks"]))
+    if compared:
+        errors = [row["stderr"] for row in compared]
+        stderr = None if None in errors else math.sqrt(sum(error**2 for error in errors)) / len(errors)
+        difference = fmean(row["difference"] for row in compared)
+        values["mean"] = {"difference": difference, "stderr": stderr, "claim": claim(difference, stderr)}
+        values["mean"]["num_tasks"] = len(compared)
+    return values
+
+
+def compare_task(other: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """One task's entry of `compare`."""
+    for key in ("metric", "shots", "task_versions"):
+        if other[key] != ours[key]:
+            return {"not_compared": f"{key} is {ours[key]} and {other[key]}"}
+    for key in MUST_AGREE:
+        if other["settings"].get(key) != ours["settings"].get(key):
+            return {"not_compared": f"{key} is {ours['settings'].get(key)} and {other['settings'].get(key)}"}
+    difference = ours["value"] - other["value"]
+    pairs = paired_differences(other, ours)
+    # the mean over questions is the metric of nearly all tasks; where it is not, the pairs say nothing about it
+    if pairs and math.isclose(fmean(pairs), difference, abs_tol=1e-9):
+        stderr = paired_stderr(pairs)
+        return {"difference": difference, "stderr": stderr, "paired": True, "num_questions": len(pairs)} | {
+            "claim": claim(difference, stderr)
+        }
+    unpaired = None
+    if other["stderr"] is not None and ours["stderr"] is not None:
+        unpaired = math.hypot(other["stderr"], ours["stderr"])
+    number = sum(ours["num_samples"].values())
+    return {"difference": difference, "stderr": unpaired, "paired": False, "num_questions": number} | {
+        "claim": claim(difference, unpaired)
+    }
+
+
+def paired_differences(other: dict[str, Any], ours: dict[str, Any]) -> list[float]:
+    """Ours minus other for each question; empty where the two did not answer the same ones in the same order."""
+    if other["samples"].keys() != ours["samples"].keys():
+        return []
+    differences = []
+    for task, rows in ours["samples"].items():
+        others = other["samples"][task]
+        if [key for key, _ in rows] != [key for key, _ in others]:
+            return []
+        differences += [value - before for (_, value), (_, before) in zip(rows, others)]
+    return differences
+
+
+def paired_stderr(differences: list[float]) -> float | None:
+    """Standard error of their mean, sd / sqrt(n) with n - 1 in the sd; None with fewer than two."""
+    return stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else None
+
+
+def claim(difference: float, stderr: float | None) -> str:
+    """higher, lower, or none. An error of zero is that of too few questions: nothing is claimed from it."""
+    if not stderr or abs(difference) <= CONFIDENCE * stderr:
+        return "none"
+    return "higher" if difference > 0 else "lower"

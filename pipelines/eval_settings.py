@@ -1,0 +1,100 @@
+"""Settings of remit eval."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from pipelines.suites import SUITES
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluate models on the paper's ten tasks, or on tasks of your own, with lm-evaluation-harness.
+
+    Each finished task is kept in --out: the same command again evaluates only what is missing, or was evaluated with
+    other weights or settings.
+    """
+
+    model: str
+    """Model to evaluate: a Hugging Face folder (OUT/model of remit train) or a hub id. No remote code is run."""
+    suite: Literal["paper", "paper-zero-shot"] | None = None
+    """The paper's tasks with its shots, for base models, or without examples, for post-trained ones. Default: paper,
+    unless --tasks is given."""
+    tasks: str | None = None
+    """Instead of a suite: names of the harness' tasks or of your own, with commas between."""
+    num_fewshot: int | None = None
+    """With --tasks: examples in front of each question; default: what each task defines."""
+    task_dir: Path | None = None
+    """With --tasks: folder with the YAML files of your own tasks. Python that their !function entries name is run."""
+    skip: str = ""
+    """With a suite: tasks to leave out, by the harness' names, with commas between."""
+    allow_code_execution: bool = False
+    """Run the programs that the model writes, as HumanEval and MBPP (and other tasks that say so) need it. They run on
+    this machine, with your rights and without a sandbox, scored by a metric script that the evaluate library fetches
+    from the hub: use a container or a machine of its own. Without this, suites leave those tasks out, by name."""
+    backend: Literal["hf", "vllm"] = "hf"
+    """What runs the model: transformers, or vLLM where it is installed."""
+    compare: list[str] = field(default_factory=list)
+    """Other models to evaluate likewise, or results.json files of earlier runs, and to compare --model with."""
+    limit: int | None = None
+    """Questions of each task, the first ones; default: all. For a try: such values compare with nobody else's."""
+    out: Path = Path("results")
+    """Folder for the results: NAME-FINGERPRINT/TASK.json, NAME-FINGERPRINT/results.json, compare.json."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the weights; auto: as they are stored."""
+    batch_size: int = 8
+    """Sequences at once with hf; vllm decides for itself."""
+    max_length: int | None = None
+    """Longest sequence, in tokens; questions that are longer are cut at their beginning. Default: the model's own."""
+    chat_template: bool = False
+    """Wrap the questions into the model's chat template, for post-trained models."""
+    seed: int = 1234
+    """Decides which examples stand in front of a question; 1234 is the harness' own."""
+    debug: bool = field(default=False, repr=False)
+    """Show tracebacks."""
+
+    def __post_init__(self) -> None:
+        if self.suite is not None and self.tasks is not None:
+            raise ValueError("--suite and --tasks are both given, expected one of them")
+        for option, value in (("--num-fewshot", self.num_fewshot), ("--task-dir", self.task_dir)):
+            if value is not None and self.tasks is None:
+                raise ValueError(f"{option} is given without --tasks, which it belongs to; a suite has its own shots")
+        if self.tasks is not None:
+            if not self.task_names:
+                raise ValueError(
+                    f"--tasks is {self.tasks!r}, expected names with commas between, for instance gsm8k,bbh"
+                )
+            if len(set(self.task_names)) < len(self.task_names):
+                raise ValueError(f"--tasks is {self.tasks!r}, expected each name once")
+            for name in self.task_names:
+                if "/" in name or name.startswith("."):
+                    raise ValueError(f"--tasks has {name!r}, expected the name of a task; --task-dir says where it is")
+            if self.skip:
+                raise ValueError("--skip is given with --tasks, expected it with a suite; name fewer tasks instead")
+        known = [task.task for task in SUITES[self.suite or "paper"]]
+        for name in self.skipped:
+            if name not in known:
+                raise ValueError(f"--skip has {name!r}, expected names out of {', '.join(known)}")
+        for option, number, least in (
+            ("--num-fewshot", self.num_fewshot, 0), ("--limit", self.limit, 1), ("--batch-size", self.batch_size, 1),
+            ("--max-length", self.max_length, 2), ("--seed", self.seed, 0),
+        ):  # fmt: skip
+            if number is not None and number < least:
+                raise ValueError(f"{option} is {number}, expected at least {least}")
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"--out {self.out}: is a file, expected a folder")
+        for other in self.compare:
+            if other.endswith(".json") and not Path(other).is_file():
+                raise ValueError(
+                    f"--compare {other}: no such file, expected results.json of an earlier run, or a model"
+                )
+
+    @property
+    def task_names(self) -> list[str]:
+        """Those of --tasks."""
+        return [name.strip() for name in (self.tasks or "").split(",") if name.strip()]
+
+    @property
+    def skipped(self) -> list[str]:
+        """Those of --skip."""
+        return [name.strip() for name in self.skip.split(",") if name.strip()]

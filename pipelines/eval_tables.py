@@ -1,0 +1,130 @@
+"""The results of remit eval in a terminal, beside the paper's averages."""
+
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from pipelines.suites import MODELS, REPORTED, SOURCE, SUITES
+
+
+def show(values: dict[str, Any], console: Console) -> None:
+    """Print what pipelines.evaluation.evaluate returned."""
+    results = {title(name, found): found for name, found in (values["results"] | values["others"]).items()}
+    show_values(results, console)
+    suite = next(iter(values["results"].values()))["suite"]
+    if suite is not None:
+        show_reported(suite, results, console)
+    for comparison in values["comparisons"]:
+        names = next(iter(results)), title(comparison["other"], values["others"][comparison["other"]])
+        show_comparison(names, comparison, scale(suite), console)
+
+
+def title(name: str, values: dict[str, Any]) -> str:
+    """For a model or results.json as it was given: the folder of its results, a short name that tells it from others."""
+    if name.endswith(".json"):
+        return Path(name).resolve().parent.name
+    return Path(values["folder"]).name if "folder" in values else name
+
+
+def scale(suite: str | None) -> int:
+    """The suites are shares of right answers, shown in per cent; a task of one's own may be anything."""
+    return 1 if suite is None else 100
+
+
+def with_error(value: float, stderr: float | None, factor: int, sign: str = "") -> str:
+    digits = 2 if factor == 100 else 4
+    error = "?" if stderr is None else f"{factor * stderr:.{digits}f}"
+    return f"{factor * value:{sign}.{digits}f} ± {error}"
+
+
+def show_values(results: dict[str, dict[str, Any]], console: Console) -> None:
+    """One line for each task, one column for each model."""
+    first = next(iter(results.values()))
+    factor = scale(first["suite"])
+    table = Table(box=None)
+    for column in ("task", "metric", "shots"):
+        table.add_column(column)
+    for name in results:
+        table.add_column(escape(name), justify="right", overflow="fold")
+    for task in first["tasks"]:
+        record = first["tasks"][task]
+        cells = []
+        for other in results.values():
+            entry = other["tasks"].get(task)
+            cells.append(with_error(entry["value"], entry["stderr"], factor) if entry else "-")
+        table.add_row(escape(record["label"]), escape(record["metric"]), shots(record), *cells)
+    console.print(table)
+    for name, values in results.items():
+        limit = values["settings"]["limit"]
+        if limit is not None:
+            console.print(f"{name}: the first {limit} questions of each task only", markup=False, soft_wrap=True)
+        if values["left_out"]:
+            console.print(f"{name}: left out: {', '.join(values['left_out'])}", markup=False, soft_wrap=True)
+
+
+def shots(record: dict[str, Any]) -> str:
+    """Those that the harness used and, where it is another number, those asked for."""
+    used = sorted(set(record["shots"].values()))
+    text = ", ".join(map(str, used))
+    asked = record["settings"]["num_fewshot"]
+    return text if asked is None or used == [asked] else f"{text} ({asked} asked)"
+
+
+def show_reported(suite: str, results: dict[str, dict[str, Any]], console: Console) -> None:
+    """The averages over the ten tasks that the paper reports, and ours where all ten are there."""
+    table = Table(box=None, title=f"average over the ten tasks, {SOURCE}", title_justify="left")
+    table.add_column("")
+    for model in MODELS:
+        table.add_column(model, justify="right")
+    for name, numbers in REPORTED[suite].items():
+        table.add_row(name, *("-" if number is None else f"{number:.2f}" for number in numbers))
+    console.print(table)
+    for name, values in results.items():
+        if values["suite"] != suite:
+            continue
+        mean = 100 * fmean(record["value"] for record in values["tasks"].values())
+        line = f"{name}: average over {len(values['tasks'])} tasks {mean:.2f}"
+        whole = len(values["tasks"]) == len(SUITES[suite]) and values["settings"]["limit"] is None
+        console.print(
+            line + ("" if whole else ", not to be compared with the paper's: not all of it"),
+            markup=False,
+            soft_wrap=True,
+        )
+    console.print(
+        "The paper's values of single tasks are not known here, nor its variants and metrics of a task: its rows show "
+        "the size of the gains, they are no target for another setup.",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def show_comparison(names: tuple[str, str], comparison: dict[str, Any], factor: int, console: Console) -> None:
+    """The first of `names` minus the other, with what may be said of it."""
+    table = Table(box=None, title=escape(" - ".join(names)), title_justify="left")
+    for column in ("task", "difference", "questions", "error", "at 95 %"):
+        table.add_column(column)
+    for task, row in comparison["tasks"].items():
+        if "not_compared" in row:
+            table.add_row(escape(task), "-", "-", "-", escape(f"not compared: {row['not_compared']}"))
+            continue
+        error = "paired" if row["paired"] else "not paired"
+        difference = with_error(row["difference"], row["stderr"], factor, "+")
+        table.add_row(escape(task), difference, f"{row['num_questions']:,}", error, verdict(row))
+    mean = comparison["mean"]
+    if mean is not None and mean["num_tasks"] > 1:
+        difference = with_error(mean["difference"], mean["stderr"], factor, "+")
+        table.add_row("mean", difference, f"{mean['num_tasks']} tasks", "", verdict(mean))
+    console.print(table)
+    if comparison["tasks_alone"]:
+        console.print(f"only one of them has: {', '.join(comparison['tasks_alone'])}", markup=False, soft_wrap=True)
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """In words, where an error of zero comes from too few questions."""
+    if row["claim"] != "none":
+        return row["claim"]
+    return "no difference beyond its error" if row["stderr"] else "too few questions to tell"

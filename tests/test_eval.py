@@ -1,0 +1,469 @@
+"""remit eval: the harness' numbers against transformers in float64, resuming, comparing, refusals."""
+
+import json
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import yaml
+from annotated import run
+from lm_eval.tasks import TaskManager
+from rich.console import Console
+
+from pipelines.cli import parse
+from pipelines.eval_compare import claim, compare
+from pipelines.eval_settings import EvalConfig
+from pipelines.eval_tables import show
+from pipelines.eval_worker import TaskError, leaves, load_task, to_record
+from pipelines.evaluation import plan_tasks
+from pipelines.suites import SUITES, SuiteTask
+
+Remit = Callable[..., tuple[int, str, str]]
+
+QUESTIONS = [
+    ("The sum of two and three is", ["five", "seven", "a banana"], 0),
+    ("Öl auf Wasser — was schwimmt?", ["das Öl", "nichts"], 0),
+    ("for i in range(", ["10):", "))", "import", "class Ünïcode"], 0),
+    ("def f(x): return", ["x", "None of these at all"], 1),
+    ("x", ["=", "😀👩‍👩‍👧", "y"], 1),
+    ("שלום", ["עולם", "self"], 0),
+    ("import", ["os", "json", "numpy as np"], 2),
+]
+NEW_TOKENS = 6
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, annotated: dict[str, Path], models: dict[str, Path]) -> Path:
+    out = tmp_path_factory.mktemp("run") / "trained"
+    run(out, annotated["packed"], models["base"], max_steps=3, learning_rate=1e-3)
+    return out / "model"
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory, annotated: dict[str, Path], models: dict[str, Path]) -> Path:
+    out = tmp_path_factory.mktemp("run") / "other"
+    run(out, annotated["packed"], models["reference"], max_steps=2, learning_rate=1e-3)
+    return out / "model"
+
+
+class Oracle:
+    """A model in float64 by transformers alone."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+
+    @torch.no_grad()
+    def loglikelihood(self, question: str, answer: str) -> float:
+        start = len(self.tokenizer(question, add_special_tokens=False).input_ids)
+        ids = torch.tensor([self.tokenizer(f"{question} {answer}", add_special_tokens=False).input_ids])
+        logprobs = self.model(ids).logits[0, :-1].log_softmax(-1)
+        return logprobs.gather(1, ids[0, 1:, None])[start - 1 :].sum().item()
+
+    @torch.no_grad()
+    def continuation(self, question: str) -> str:
+        ids = self.tokenizer(question, add_special_tokens=False).input_ids
+        start = len(ids)
+        for _ in range(NEW_TOKENS):
+            ids.append(int(self.model(torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] == self.tokenizer.eos_token_id:
+                break
+        return self.tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+    def right_choices(self) -> list[float]:
+        right = []
+        for question, choices, answer in QUESTIONS:
+            scores = [self.loglikelihood(question, choice) for choice in choices]
+            right.append(float(scores.index(max(scores)) == answer))
+        return right
+
+
+@pytest.fixture(scope="module")
+def oracle(exported: Path) -> Oracle:
+    return Oracle(exported)
+
+
+@pytest.fixture(scope="module")
+def task_dir(tmp_path_factory: pytest.TempPathFactory, oracle: Oracle) -> Path:
+    """Three tasks. The first answer, asked for as text, is the model's own for every other question, else a wrong one."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = []
+    for index, (question, choices, answer) in enumerate(QUESTIONS):
+        own = oracle.continuation(question)
+        rows.append({"q": question, "choices": choices, "answer": answer, "first": choices[0]})
+        rows[-1]["text"] = own if index % 2 == 0 else own + "!"
+    data = folder / "questions.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    common = {
+        "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test",
+        "doc_to_text": "{{q}}",
+    }  # fmt: skip
+    tasks: dict[str, dict[str, Any]] = {
+        "own_choice": {
+            "output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "answer",
+            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+        },
+        "own_loglikelihood": {
+            "output_type": "loglikelihood", "doc_to_target": "{{' ' + first}}", "metric_list": [{"metric": "perplexity"}],
+        },
+        "own_text": {
+            "output_type": "generate_until", "doc_to_target": "text", "metric_list": [{"metric": "exact_match"}],
+            "generation_kwargs": {"until": ["\u2603"], "do_sample": False, "max_gen_toks": NEW_TOKENS},
+        },
+    }  # fmt: skip
+    for name, task in tasks.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name} | common | task))
+    return folder
+
+
+def record(out: Path, task: str) -> dict[str, Any]:
+    (file,) = out.glob(f"*/{task}.json")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def values(found: dict[str, Any]) -> list[float]:
+    (rows,) = found["samples"].values()
+    return [value for _, value in rows]
+
+
+def check_numbers(out: Path, oracle: Oracle) -> None:
+    """What is in `out` against float64: choices, log-likelihoods, greedy texts."""
+    choice, loglikelihood, text = (record(out, f"own_{task}") for task in ("choice", "loglikelihood", "text"))
+    right = oracle.right_choices()
+    assert 0 < sum(right) < len(right)
+    assert values(choice) == right
+    assert (choice["metric"], choice["value"]) == ("acc,none", pytest.approx(sum(right) / len(right)))
+    expected = [oracle.loglikelihood(question, choices[0]) for question, choices, _ in QUESTIONS]
+    assert values(loglikelihood) == pytest.approx(expected, abs=1e-3)
+    assert loglikelihood["value"] == pytest.approx(math.exp(-sum(expected) / len(expected)), rel=1e-4)
+    assert values(text) == [float(index % 2 == 0) for index in range(len(QUESTIONS))]
+
+
+def test_own_tasks_and_resume(tmp_path: Path, exported: Path, oracle: Oracle, task_dir: Path, remit: Remit) -> None:
+    command = ["eval", "--model", exported, "--task-dir", task_dir, "--out", tmp_path, "--dtype", "float32"]
+    names = "own_choice,own_loglikelihood,own_text"
+    code, output, error = remit(*command, "--tasks", names)
+    assert code == 0, error
+    check_numbers(tmp_path, oracle)
+    choice = record(tmp_path, "own_choice")
+    assert f"{choice['value']:.4f} ± {choice['stderr']:.4f}" in output
+    (folder,) = tmp_path.iterdir()
+    assert folder.name == f"trained-{choice['settings']['model']['weights'][:8]}"
+    assert set(choice["settings"]["versions"]) == {"lm_eval", "transformers", "torch", "datasets"}
+    assert (choice["shots"], choice["settings"]["seed"]) == ({"own_choice": 0}, 1234)
+    assert list(json.loads((folder / "results.json").read_text())["tasks"]) == names.split(",")
+
+    before = {file.name: file.stat().st_mtime_ns for file in folder.glob("own_*.json")}
+    code, _, error = remit(*command, "--tasks", names)
+    assert (code, "3 of 3 tasks were evaluated before" in error) == (0, True)
+    (folder / "own_text.json").unlink()
+    (folder / "own_choice.json").write_text("{}")
+    code, _, error = remit(*command, "--tasks", names)
+    assert (code, "own_choice: evaluated before with a result that cannot be read" in error) == (0, True)
+    after = {file.name: file.stat().st_mtime_ns for file in folder.glob("own_*.json")}
+    assert [name for name in before if before[name] == after[name]] == ["own_loglikelihood.json"]
+    check_numbers(tmp_path, oracle)
+
+    code, output, error = remit(*command, "--tasks", "own_choice", "--limit", 3)
+    assert code == 0, error
+    assert "own_choice: evaluated before with other settings (limit)" in error
+    assert "the first 3 questions of each task only" in output
+    assert values(record(tmp_path, "own_choice")) == oracle.right_choices()[:3]
+
+
+def test_vllm(tmp_path: Path, exported: Path, oracle: Oracle, task_dir: Path, remit: Remit) -> None:
+    code, _, error = remit(
+        "eval", "--model", exported, "--task-dir", task_dir, "--out", tmp_path, "--dtype", "float32", "--backend",
+        "vllm", "--tasks", "own_choice,own_loglikelihood,own_text",
+    )  # fmt: skip
+    assert code == 0, error
+    check_numbers(tmp_path, oracle)
+    assert "vllm" in record(tmp_path, "own_text")["settings"]["versions"]
+
+
+def test_compare_models_and_files(
+    tmp_path: Path, exported: Path, other: Path, oracle: Oracle, task_dir: Path, remit: Remit
+) -> None:
+    command = ["eval", "--task-dir", task_dir, "--out", tmp_path, "--tasks", "own_choice,own_loglikelihood"]
+    code, output, error = remit(*command, "--model", exported, "--compare", other)
+    assert code == 0, error
+    assert "own_choice" in output
+    differences = [a - b for a, b in zip(oracle.right_choices(), Oracle(other).right_choices(), strict=True)]
+    mean = sum(differences) / len(differences)
+    stderr = math.sqrt(sum((d - mean) ** 2 for d in differences) / (len(differences) - 1) / len(differences))
+    (comparison,) = json.loads((tmp_path / "compare.json").read_text())
+    found = comparison["tasks"]["own_choice"]
+    assert (found["paired"], found["num_questions"]) == (True, len(QUESTIONS))
+    assert (found["difference"], found["stderr"]) == (pytest.approx(mean), pytest.approx(stderr))
+    # a perplexity is no mean over the questions, so that the pairs say nothing about its error
+    records = [json.loads(file.read_text()) for file in sorted(tmp_path.glob("*/own_loglikelihood.json"))]
+    unpaired = comparison["tasks"]["own_loglikelihood"]
+    assert not unpaired["paired"]
+    assert unpaired["stderr"] == pytest.approx(math.hypot(*(entry["stderr"] for entry in records)))
+
+    (file,) = tmp_path.glob("other-*/results.json")
+    code, _, error = remit(*command, "--model", exported, "--compare", file)
+    assert (code, "loading the data" in error) == (0, False)
+    (again,) = json.loads((tmp_path / "compare.json").read_text())
+    assert again["tasks"] == comparison["tasks"]
+
+
+def processes_of(model: Path) -> list[int]:
+    """Those whose parent was given `model` on its command line, and it itself."""
+    found = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(None, 2) for line in found.splitlines()[1:]]
+    parents = {int(pid) for pid, _, arguments in rows if str(model) in arguments and "pipelines.cli" in arguments}
+    return [int(pid) for pid, parent, _ in rows if int(pid) in parents or int(parent) in parents]
+
+
+def test_resume_after_a_kill(tmp_path: Path, exported: Path, oracle: Oracle, task_dir: Path, remit: Remit) -> None:
+    command = ["eval", "--model", exported, "--task-dir", task_dir, "--out", tmp_path / "out", "--dtype", "float32"]
+    command += ["--tasks", "own_choice,own_loglikelihood,own_text", "--batch-size", "1"]
+    words = [sys.executable, "-m", "pipelines.cli", *map(str, command)]
+    process = subprocess.Popen(words, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not list(tmp_path.glob("out/*/own_choice.json")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    family = processes_of(exported)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    while any(Path(f"/proc/{pid}").exists() for pid in family):  # the worker does not outlive the command
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    (file,) = tmp_path.glob("out/*/own_choice.json")
+    before = file.stat().st_mtime_ns
+    assert not list(tmp_path.glob("out/*/own_text.json"))
+    code, _, error = remit(*command)
+    assert code == 0, error
+    assert file.stat().st_mtime_ns == before
+    check_numbers(tmp_path / "out", oracle)
+
+
+def test_a_hub_task_without_network_is_one_line(tmp_path: Path, exported: Path) -> None:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+    command = [
+        sys.executable,
+        "-m",
+        "pipelines.cli",
+        "eval",
+        "--model",
+        exported,
+        "--tasks",
+        "gsm8k",
+        "--out",
+        tmp_path,
+    ]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "error" in line]
+    assert line.startswith("remit eval: error: gsm8k: its data set openai/gsm8k cannot be loaded (")
+    assert "access to the Hugging Face hub" in line
+
+
+@pytest.fixture(scope="module")
+def harness() -> TaskManager:
+    return TaskManager()
+
+
+def tasks_of(harness: TaskManager, name: str) -> list[dict[str, Any]]:
+    found = leaves(harness, name)
+    assert found, name
+    return found
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_suites_are_tasks_of_the_installed_harness(harness: TaskManager, suite: str) -> None:
+    assert len(SUITES[suite]) == 10
+    for task in SUITES[suite]:
+        metric, filter_name = task.metric.split(",")
+        for config in tasks_of(harness, task.task):
+            assert bool(config.get("unsafe_code")) is task.runs_code, task
+            # functions of a task file are unresolved here: .../utils.pass_at_k gives pass@1 for k: [1]
+            names = [Path(entry["metric"]).name for entry in config["metric_list"]]
+            functions = {"pass@1": "utils.pass_at_k", "pass_at_1": "utils.pass_at_1"}
+            assert functions.get(metric, metric) in names, task
+            filters = [entry["name"] for entry in config.get("filter_list") or [{"name": "none"}]]
+            assert filter_name in filters, task
+            # a task that is defined with 0 shots ignores the number that is asked for
+            assert (config.get("num_fewshot") == 0) is (task.fixed_shots == 0), task
+        entry = harness.task_index[task.task]
+        if entry.kind.name == "GROUP":
+            aggregated = {item["metric"]: item for item in entry.cfg["aggregate_metric_list"]}
+            assert aggregated[metric]["weight_by_size"], task
+            assert aggregated[metric].get("filter_list", "none") == filter_name, task
+
+
+def test_shots_are_the_papers() -> None:
+    shots = {task.label: task.shots for task in SUITES["paper"]}
+    assert shots == {
+        "GSM8K": 8, "Minerva Math": 4, "GPQA": 5, "BBH": 3, "IFEval": 3, "HumanEval": 0, "MBPP": 3, "TruthfulQA": 3,
+        "ARC-Challenge": 25, "MMLU-Pro": 5,
+    }  # fmt: skip
+    assert [task.label for task in SUITES["paper-zero-shot"]] == list(shots)
+    assert not any(task.shots for task in SUITES["paper-zero-shot"])
+
+
+def test_code_runs_only_when_allowed(harness: TaskManager) -> None:
+    tasks, left_out = plan_tasks(EvalConfig("m"))
+    assert (len(tasks), left_out) == (8, ["HumanEval", "MBPP"])
+    tasks, left_out = plan_tasks(EvalConfig("m", allow_code_execution=True, skip="gpqa_main_n_shot"))
+    assert (len(tasks), left_out) == (9, ["GPQA"])
+    for name in ("humaneval", "mbpp"):
+        with pytest.raises(
+            TaskError, match=f"^{name}: runs the programs that the model writes.*--allow-code-execution"
+        ):
+            load_task(harness, name, False)
+
+
+def test_tasks_that_cannot_be_loaded(tmp_path: Path, harness: TaskManager) -> None:
+    with pytest.raises(TaskError, match="no_such_task: no such task in the installed lm-eval"):
+        load_task(harness, "no_such_task", False)
+    with pytest.raises(TaskError, match=r"ai2_arc: is a tag of several tasks, expected .* arc_challenge"):
+        load_task(harness, "ai2_arc", False)
+    task = {"task": "no_data", "dataset_path": "json", "dataset_kwargs": {"data_files": "gone.jsonl"}}
+    (tmp_path / "no_data.yaml").write_text(yaml.safe_dump(task | {"output_type": "multiple_choice"}))
+    own = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    with pytest.raises(TaskError, match=r"no_data: its files cannot be loaded \(FileNotFoundError: .*correct its YAML"):
+        load_task(own, "no_data", False)
+    with pytest.raises(TaskError, match="a: the harness gives acc,none, expected em,none"):
+        to_record("a", "em,none", {"results": {"a": {"acc,none": 0.5}}, "samples": {}})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--suite", "paper", "--tasks", "a"), "--suite and --tasks are both given"),
+        (("--num-fewshot", 3), "--num-fewshot is given without --tasks"),
+        (("--tasks", ","), "--tasks is ',', expected names"),
+        (("--tasks", "a,a"), "expected each name once"),
+        (("--tasks", "../a"), "expected the name of a task"),
+        (("--tasks", "a", "--skip", "b"), "--skip is given with --tasks"),
+        (("--skip", "gpqa"), "--skip has 'gpqa', expected names out of gsm8k, "),
+        (("--limit", 0), "--limit is 0, expected at least 1"),
+        (("--batch-size", 0), "--batch-size is 0, expected at least 1"),
+        (("--compare", "none.json"), "--compare none.json: no such file"),
+        (("--suite", "other"), "other"),
+    ],
+)
+def test_wrong_arguments(remit: Remit, arguments: tuple, message: str) -> None:
+    code, _, error = remit("eval", "--model", "m", *arguments)
+    assert (code, message in " ".join(error.replace("│", " ").split())) == (2, True), error
+
+
+def test_inputs_that_are_refused(tmp_path: Path, remit: Remit, models: dict[str, Path]) -> None:
+    code, _, error = remit("eval", "--model", tmp_path / "none", "--out", tmp_path / "out")
+    assert (code, "no such folder" in error) == (1, True)
+    code, _, error = remit("eval", "--model", models["base"], "--tasks", "a", "--task-dir", tmp_path / "none")
+    assert (code, f"--task-dir {tmp_path}/none: no such folder" in error) == (1, True)
+    scripted = tmp_path / "scripted"
+    scripted.mkdir()
+    (scripted / "modeling.py").write_text("raise SystemExit\n")
+    code, _, error = remit("eval", "--model", scripted, "--out", tmp_path / "out")
+    assert (code, "Python code in a model folder" in error) == (1, True)
+    (tmp_path / "old.json").write_text("[]")
+    code, _, error = remit("eval", "--model", models["base"], "--compare", tmp_path / "old.json")
+    assert (code, "is no result of remit eval" in error) == (1, True)
+
+
+def results_of(rows: dict[str, list[float]], suite: str | None = None, **changes: object) -> dict[str, Any]:
+    """Results as evaluate writes them, from the value of each question."""
+    settings: dict[str, Any] = {"limit": None, "num_fewshot": 0, "seed": 1, "chat_template": False} | changes
+    tasks = {}
+    for task, numbers in rows.items():
+        tasks[task] = {
+            "label": task, "task": task, "metric": "acc,none", "value": sum(numbers) / len(numbers), "stderr": 0.1,
+            "samples": {task: [[f"{task}{index}", number] for index, number in enumerate(numbers)]},
+            "shots": {task: 0}, "task_versions": {task: "1"}, "num_samples": {task: len(numbers)}, "settings": settings,
+        }  # fmt: skip
+    return {"suite": suite, "left_out": [], "settings": settings, "tasks": tasks}
+
+
+def test_paired_standard_error_by_hand() -> None:
+    ours = results_of({"a": [1, 1, 0, 1], "b": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0]})
+    other = results_of({"a": [0, 1, 1, 0], "b": [0, 0, 0, 0, 0, 0, 0, 0, 1, 0]})
+    found = compare("other", other, ours)
+    # a: differences 1, 0, -1, 1: mean 1/4, squares about it 9/16 + 1/16 + 25/16 + 9/16 = 44/16, / 3 / 4
+    assert found["tasks"]["a"] == {
+        "difference": 0.25, "stderr": pytest.approx(math.sqrt(44 / 16 / 3 / 4)), "paired": True, "num_questions": 4,
+        "claim": "none",
+    }  # fmt: skip
+    # b: eight times 1, twice 0: mean 0.8, squares about it 8 * 0.04 + 2 * 0.64 = 1.6, / 9 / 10
+    assert found["tasks"]["b"]["stderr"] == pytest.approx(math.sqrt(1.6 / 90))
+    assert found["tasks"]["b"]["claim"] == "higher"
+    assert compare("ours", ours, other)["tasks"]["b"]["claim"] == "lower"
+    assert found["mean"]["difference"] == pytest.approx((0.25 + 0.8) / 2)
+    assert found["mean"]["stderr"] == pytest.approx(math.sqrt(44 / 16 / 12 + 1.6 / 90) / 2)
+    assert found["mean"]["claim"] == "higher"  # 0.525 is more than 1.96 * 0.248
+
+
+def test_what_is_not_paired_or_not_compared() -> None:
+    ours = results_of({"a": [1, 0], "b": [1, 1]})
+    other = results_of({"a": [0, 0], "c": [1, 1]})
+    other["tasks"]["a"]["samples"]["a"][1][0] = "another question"
+    found = compare("other", other, ours)
+    assert found["tasks_alone"] == ["b", "c"]
+    assert (found["tasks"]["a"]["paired"], found["tasks"]["a"]["stderr"]) == (False, pytest.approx(math.sqrt(0.02)))
+    other["tasks"]["a"]["stderr"] = None
+    assert compare("other", other, ours)["mean"] == {
+        "difference": 0.5, "stderr": None, "claim": "none", "num_tasks": 1,
+    }  # fmt: skip
+    limited = compare("other", results_of({"a": [0, 0]}, limit=2), ours)
+    assert limited["tasks"]["a"] == {"not_compared": "limit is None and 2"}
+    assert limited["mean"] is None
+
+
+def test_nothing_is_claimed_inside_the_error() -> None:
+    assert [claim(d, 0.1) for d in (0.19, 0.2, -0.19, -0.2)] == ["none", "higher", "none", "lower"]
+    assert [claim(0.5, None), claim(0.5, 0.0), claim(0.0, 0.1)] == ["none"] * 3
+    one = compare("other", results_of({"a": [0.0]}), results_of({"a": [1.0]}))["tasks"]["a"]
+    assert (one["stderr"], one["claim"]) == (None, "none")
+
+
+def test_commands_of_the_documentation_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that need the hub stand in blocks that are not run with the other pages."""
+    page = Path(__file__).parent.parent / "docs" / "evaluation.md"
+    lines = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("remit eval")]
+    assert len(lines) == 6
+    monkeypatch.chdir(tmp_path)
+    for line in lines:
+        words = shlex.split(line)
+        for word in words:
+            if word.endswith(".json"):
+                Path(word).parent.mkdir(parents=True, exist_ok=True)
+                Path(word).write_text("{}")
+        assert isinstance(parse(words[1:]), EvalConfig)
+
+
+@pytest.fixture
+def console() -> Iterator[Console]:
+    with Path(os.devnull).open("w") as file:
+        yield Console(file=file, record=True, width=160, highlight=False)
+
+
+def test_tables_beside_the_papers_rows(console: Console) -> None:
+    suite: tuple[SuiteTask, ...] = SUITES["paper"]
+    ours = results_of({task.task: [1, 0] for task in suite}, "paper", num_fewshot=3)
+    other = results_of({task.task: [1, 1] for task in suite[:4]}, "paper", num_fewshot=3)
+    comparisons = [compare("b[red]", other, ours)]
+    show({"results": {"a[/b]": ours}, "others": {"b[red]": other}, "comparisons": comparisons}, console)
+    text = console.export_text()
+    assert "arXiv 2602.03075" in text
+    assert "27.56" in text
+    assert "a[/b]: average over 10 tasks 50.00\n" in text
+    assert "b[red]: average over 4 tasks 100.00, not to be compared with the paper's" in text
+    assert "values of single tasks are not known" in text
+    assert "0 (3 asked)" in text
+    assert "no difference beyond its error" in text
