@@ -12,6 +12,7 @@ from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from annotated import run
@@ -460,7 +461,9 @@ def server() -> Iterator[S3Server]:
         "AWS_ENDPOINT_URL": server.endpoint, "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y",
         "AWS_DEFAULT_REGION": REGION, "AWS_EC2_METADATA_DISABLED": "true", "REMIT_STORE_RETRY_SECONDS": "20",
     }  # fmt: skip
+    fsspec.filesystem("s3").clear_instance_cache()  # of tests before this one, with their servers
     yield server
+    fsspec.filesystem("s3").clear_instance_cache()
     os.environ.clear()
     os.environ.update(before)
     server.close()
