@@ -145,19 +145,21 @@ def test_other_pages_run(workspace: Path) -> None:
 
 
 @pytest.mark.slow
-def test_readme_commands_run(workspace: Path) -> None:
+def test_readme_commands_run(workspace: Path, tmp_path: Path) -> None:
     """The commands for one's own corpus and models; the sample project is the README's first block and a test of its own."""
+    for name in ("data", "path"):  # a folder of its own: the pages have other folders called packed and scored
+        (tmp_path / name).symlink_to(workspace / name)
     for name in ("pyproject.toml", "Makefile"):
-        shutil.copy2(ROOT / name, workspace / name)
-    (workspace / ".venv").symlink_to(Path(sys.executable).parent.parent)
+        shutil.copy2(ROOT / name, tmp_path / name)
+    (tmp_path / ".venv").symlink_to(Path(sys.executable).parent.parent)
     shell = [block for language, block in blocks(ROOT / "README.md", "bash") if "score train" not in block]
     assert len(shell) == 2
     for block in shell:
-        (workspace / "page.md").write_text(
+        (tmp_path / "page.md").write_text(
             f"```bash\n{block.replace('make ', 'make EXTRA=cpu -o .venv/.installed-cpu ')}```\n", encoding="utf-8"
         )
-        execute(workspace / "page.md", workspace)
-    assert (workspace / "big" / "run" / "model").exists()
+        execute(tmp_path / "page.md", tmp_path)
+    assert (tmp_path / "big" / "run" / "model").exists()
 
 
 def focal(logprobs_V: torch.Tensor, target: int) -> torch.Tensor:
