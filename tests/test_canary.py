@@ -79,6 +79,13 @@ def test_most_probable_tokens_of_another_model_are_refused() -> None:
 
     good = compare_topk([answer([7, 9], [-0.5, -2.4])], expected, "bfloat16")
     assert good == {"topk_mean": pytest.approx(0.05), "topk_elsewhere": 0}
+    # a place for which neither has a number says nothing, one for which the engine alone has none does
+    broken = Answer(np.zeros(2, np.float32), np.array([[7, 9]] * 2, np.int32), np.array([[-0.5, -2.5], [np.nan] * 2]))
+    wide_broken = np.array([wide[0], np.full(5, np.nan)])
+    ids = np.concatenate([wide_ids, wide_ids])
+    assert compare_topk([broken], [(np.zeros(2), ids, wide_broken)], "float32")["topk_mean"] == 0
+    with pytest.raises(CanaryFailed):
+        compare_topk([broken], [(np.zeros(2), ids, np.concatenate([wide, wide]))], "float32")
     for wrong in (answer([7, 8], [-0.5, -1.5]), answer([3, 7], [-0.5, -1.5])):
         with pytest.raises(CanaryFailed, match="most probable tokens are not the model's"):
             compare_topk([wrong], expected, "bfloat16")
