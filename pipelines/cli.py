@@ -16,8 +16,8 @@ import yaml
 
 from pipelines import commands, tools
 from pipelines.console import BAD_USAGE, FAILED, STOPPED
-from pipelines.eval_settings import EvalConfig
-from pipelines.plan_settings import PlanConfig
+from pipelines.evaluation.settings import EvalConfig
+from pipelines.plan.settings import PlanConfig
 from pipelines.settings import InspectConfig, ReportConfig, SelectConfig, VerifyConfig
 from pipelines.signals import Stopped, StopRequest
 from scorer.config import PackConfig, ScoreConfig

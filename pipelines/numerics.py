@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.inspect import read_row
+from pipelines.inspect.terminal import read_row
 from scorer.canary import TOLERANCE
 from scorer.forward import load_forward
 from shards.fingerprint import refuse_code_and_pickles, weights_fingerprint

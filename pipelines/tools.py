@@ -11,9 +11,9 @@ from typing import Any
 from rich.console import Console
 
 from pipelines.console import DONE, FAILED, ShouldStop, note, progress_bar, quiet_libraries
-from pipelines.eval_settings import EvalConfig
+from pipelines.evaluation.settings import EvalConfig
 from pipelines.models import resolve_model
-from pipelines.plan_settings import PlanConfig
+from pipelines.plan.settings import PlanConfig
 from pipelines.settings import InspectConfig, ReportConfig, VerifyConfig
 from shards.folder import ShardFolder
 from shards.lease import Lease
@@ -80,8 +80,8 @@ def rescore(config: VerifyConfig, folder: ShardFolder) -> bool:
 
 
 def inspect(config: InspectConfig, should_stop: ShouldStop) -> int:
-    from pipelines.find_rows import find_rows
-    from pipelines.inspect import show
+    from pipelines.inspect.find_rows import find_rows
+    from pipelines.inspect.terminal import show
 
     folder = ShardFolder(config.shards)
     if config.row_range is None and config.doc is None and config.search is None:
@@ -102,7 +102,7 @@ def inspect(config: InspectConfig, should_stop: ShouldStop) -> int:
 
 def write_page(config: InspectConfig, folder: ShardFolder, rows: list[int]) -> int:
     """remit inspect --html: the rows as one page."""
-    from pipelines.heatmap import heatmap
+    from pipelines.inspect.heatmap import heatmap
 
     quiet_libraries()
     assert config.html is not None
@@ -131,7 +131,7 @@ def plan(config: PlanConfig, should_stop: ShouldStop) -> int:
 
 def plan_of_weights(config: PlanConfig, console: Console) -> dict[str, Any]:
     """remit plan --weights: print the tables; returns the figures."""
-    from pipelines.plan_weights import plan_weights, show
+    from pipelines.plan.weights import plan_weights, show
 
     folder = ShardFolder(config.shards or "")
     began, total = monotonic(), folder.manifest.rows
@@ -148,10 +148,10 @@ def plan_of_weights(config: PlanConfig, console: Console) -> dict[str, Any]:
 
 def plan_of_costs(config: PlanConfig, console: Console) -> dict[str, Any]:
     """remit plan with --base, --reference and --tokens: print the tables; returns the figures."""
-    from pipelines.plan_calibration import read_calibration, write_calibration
-    from pipelines.plan_costs import plan_costs
-    from pipelines.plan_model import read_config, shape_of
-    from pipelines.plan_tables import show
+    from pipelines.plan.calibration import read_calibration, write_calibration
+    from pipelines.plan.costs import plan_costs
+    from pipelines.plan.model import read_config, shape_of
+    from pipelines.plan.tables import show
 
     quiet_libraries()
     folders = [resolve_model(f"--{role}", getattr(config, role), weights=False) for role in ("base", "reference")]
@@ -162,7 +162,7 @@ def plan_of_costs(config: PlanConfig, console: Console) -> dict[str, Any]:
     )
     calibration: dict[str, Any] = {}
     if config.measure:
-        from pipelines.measure import measure
+        from pipelines.plan.measure import measure
 
         with progress_bar(desc="measure", unit=" rounds") as bar:
 
@@ -183,7 +183,7 @@ def plan_of_costs(config: PlanConfig, console: Console) -> dict[str, Any]:
 
 
 def report(config: ReportConfig, should_stop: ShouldStop) -> int:
-    from pipelines.report import write_report
+    from pipelines.report.page import write_report
 
     sizes = [(folder / "metrics.jsonl").stat().st_size for folder in config.runs if (folder / "metrics.jsonl").exists()]
     with progress_bar(desc="report", unit="B", unit_scale=True, total=sum(sizes)) as bar:
@@ -198,8 +198,8 @@ def report(config: ReportConfig, should_stop: ShouldStop) -> int:
 
 
 def evaluate(config: EvalConfig, should_stop: ShouldStop) -> int:
-    from pipelines.eval_tables import show
-    from pipelines.evaluation import evaluate as run
+    from pipelines.evaluation.run import evaluate as run
+    from pipelines.evaluation.tables import show
 
     values = run(config, note)
     show(values, Console(file=sys.stdout, highlight=False))

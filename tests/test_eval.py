@@ -21,12 +21,12 @@ from lm_eval.tasks import TaskManager
 from rich.console import Console
 
 from pipelines.cli import parse
-from pipelines.eval_compare import claim, compare
-from pipelines.eval_settings import EvalConfig
-from pipelines.eval_tables import show
-from pipelines.eval_worker import TaskError, leaves, load_task, to_record
-from pipelines.evaluation import plan_tasks
-from pipelines.suites import SUITES, SuiteTask
+from pipelines.evaluation.compare import claim, compare
+from pipelines.evaluation.run import plan_tasks
+from pipelines.evaluation.settings import EvalConfig
+from pipelines.evaluation.suites import SUITES, SuiteTask
+from pipelines.evaluation.tables import show
+from pipelines.evaluation.worker import TaskError, leaves, load_task, to_record
 
 Remit = Callable[..., tuple[int, str, str]]
 

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from transformers import AutoTokenizer
 
-from pipelines.token_text import TokenText
+from pipelines.inspect.token_text import TokenText
 from scorer.config import PackConfig
 from scorer.pack import pack
 

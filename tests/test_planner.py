@@ -16,10 +16,10 @@ from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipelines.cli import parse
-from pipelines.measure_score import time_scoring
-from pipelines.plan_costs import plan_costs
-from pipelines.plan_model import Attention, ModelShape, mean_context, read_config, read_shape, reduced, shape_of
-from pipelines.planner import (
+from pipelines.plan.costs import plan_costs
+from pipelines.plan.measure_score import time_scoring
+from pipelines.plan.model import Attention, ModelShape, mean_context, read_config, read_shape, reduced, shape_of
+from pipelines.plan.planner import (
     Job,
     Layout,
     Machine,
@@ -419,7 +419,7 @@ def test_measured_rates_are_kept_and_used(remit: Remit, folder: Path, tmp_path: 
 
 
 def test_a_deep_model_is_timed_at_two_depths(folder: Path) -> None:
-    from pipelines.measure import Times, cut, fitting
+    from pipelines.plan.measure import Times, cut, fitting
 
     few, many = Times(1.0, 2.0, 3.0, 0.5), Times(1.5, 2.5, 3.25, 0.5)  # at 2 and 4 layers
     assert many.line_through(few, 4, 2, 32) == Times(8.5, 9.5, 6.75, 0.5)

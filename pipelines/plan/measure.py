@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from pipelines.measure_score import PARTS, time_scoring
-from pipelines.plan_calibration import VERSION
-from pipelines.plan_costs import assume
-from pipelines.plan_model import ModelShape, reduced
-from pipelines.plan_settings import PlanConfig
-from pipelines.planner import GPUS, Job, Layout, Machine, memory, propose
+from pipelines.plan.calibration import VERSION
+from pipelines.plan.costs import assume
+from pipelines.plan.measure_score import PARTS, time_scoring
+from pipelines.plan.model import ModelShape, reduced
+from pipelines.plan.planner import GPUS, Job, Layout, Machine, memory, propose
+from pipelines.plan.settings import PlanConfig
 from trainer.batch import MicroBatch
 from trainer.config import TrainConfig
 from trainer.head import token_losses

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipelines.plan_model import reduced
-from pipelines.random_shards import make_shards
+from pipelines.plan.model import reduced
+from pipelines.plan.random_shards import make_shards
 from scorer.config import ScoreConfig
 from scorer.reference import Reference
 from scorer.score import score

@@ -1,4 +1,4 @@
-"""The tables of remit plan: the JSON object of pipelines/plan_costs.py, for a terminal."""
+"""The tables of remit plan: the JSON object of pipelines/plan/costs.py, for a terminal."""
 
 import math
 from typing import Any

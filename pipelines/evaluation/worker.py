@@ -18,7 +18,7 @@ class TaskError(ValueError):
 
 
 def work(job: dict[str, Any], connection: Connection) -> None:
-    """Evaluate the tasks of `job` (pipelines.evaluation.run_worker) in their order.
+    """Evaluate the tasks of `job` (pipelines.evaluation.run.run_worker) in their order.
 
     Sends {"note": line}, {"record": result} for each task, or {"error": line, "traceback": text} as the last.
     """

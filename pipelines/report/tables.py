@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.report_data import Run
+from pipelines.report.data import Run
 
 ABSENT = "–"
 

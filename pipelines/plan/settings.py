@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from pipelines.planner import GPUS
+from pipelines.plan.planner import GPUS
 
 WEIGHTS_ONLY = (*("shards", "epsilons", "show_epsilon", "centring", "weight_map", "rows", "top", "min_count", "seed"),)
 SHARED = ("weights", "base", "reference", "json", "debug")

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.find_rows import read_rows
+from pipelines.inspect.find_rows import read_rows
 from pipelines.settings import InspectConfig
 from shards.folder import ShardFolder
 from shards.schema import logprobs_column

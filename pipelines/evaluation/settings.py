@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from pipelines.suites import SUITES
+from pipelines.evaluation.suites import SUITES
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.inspect import token_strings
-from pipelines.plan_rows import choose_context, choose_rows, read_batches
-from pipelines.plan_settings import PlanConfig
+from pipelines.inspect.terminal import token_strings
+from pipelines.plan.rows import choose_context, choose_rows, read_batches
+from pipelines.plan.settings import PlanConfig
 from shards.folder import ShardFolder
 from trainer.objectives.objective import Tokens
 from trainer.objectives.remit import make

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines.plan_rows import choose_context
+from pipelines.plan.rows import choose_context
 from scorer.forward import load_forward, spans
 from shards.folder import ShardFolder
 from shards.schema import logprobs_column

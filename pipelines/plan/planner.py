@@ -8,7 +8,7 @@ that share the weights.
 import math
 from dataclasses import dataclass
 
-from pipelines.plan_model import ModelShape, steps_of
+from pipelines.plan.model import ModelShape, steps_of
 
 LOGITS_BYTES = 3 << 30  # trainer/head.py, LOGITS_BUDGET_BYTES
 LARGEST_MICRO_BATCH = 64

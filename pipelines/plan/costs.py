@@ -1,15 +1,13 @@
 """remit plan: what a project costs, from two configs and a table of assumptions, each of which an option replaces.
 
-In: PlanConfig, shapes of base and reference, a calibration. Out: one JSON object; pipelines/plan_tables.py prints it.
+In: PlanConfig, shapes of base and reference, a calibration. Out: one JSON object; pipelines/plan/tables.py prints it.
 """
 
 from dataclasses import asdict
 from typing import Any
 
-from pipelines.plan_model import ModelShape, steps_of
-from pipelines.plan_settings import PlanConfig
-from pipelines.plan_tables import in_bytes
-from pipelines.planner import (
+from pipelines.plan.model import ModelShape, steps_of
+from pipelines.plan.planner import (
     GPU,
     GPUS,
     Job,
@@ -24,6 +22,8 @@ from pipelines.planner import (
     propose,
     runs_until_paid,
 )
+from pipelines.plan.settings import PlanConfig
+from pipelines.plan.tables import in_bytes
 
 RUNS = (1, 2, 3, 5, 10)
 LOGPROB_BYTES, EXACT_LOGPROB_BYTES = 1.4, 3.8
@@ -129,7 +129,7 @@ def _custom(name: str, config: PlanConfig, calibration: dict[str, Any]) -> GPU:
 def plan_costs(
     config: PlanConfig, base: ModelShape, reference: ModelShape, calibration: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The figures, as --json writes them. calibration: what pipelines/measure.py found, or {}."""
+    """The figures, as --json writes them. calibration: what pipelines/plan/measure.py found, or {}."""
     machine, rates, job, per_token, notes = assume(config, calibration or {})
     proposal = propose(
         base, machine, job, config.sharding, config.micro_batch_size, config.activation_checkpointing

@@ -12,7 +12,7 @@ MUST_AGREE = ("limit", "chat_template", "num_fewshot", "seed", "task_files", "ma
 
 
 def compare(name: str, other: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
-    """`ours` minus `other`, task by task and in the mean; both as pipelines.evaluation writes results.json.
+    """`ours` minus `other`, task by task and in the mean; both as pipelines.evaluation.run writes results.json.
 
     name: of the other. Each task has difference, stderr (None: not known), paired, num_questions and claim: higher,
     lower or none; or only not_compared, the reason. tasks_alone: those that just one of them has.

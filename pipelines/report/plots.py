@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pipelines.report_data import Run
+from pipelines.report.data import Run
 
 Kind = Literal["lines", "held-out", "heat", "band"]
 DASHES = ("solid", "dot", "dash", "dashdot")

@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipelines.suites import MODELS, REPORTED, SOURCE, SUITES
+from pipelines.evaluation.suites import MODELS, REPORTED, SOURCE, SUITES
 
 
 def show(values: dict[str, Any], console: Console) -> None:
-    """Print what pipelines.evaluation.evaluate returned."""
+    """Print what pipelines.evaluation.run.evaluate returned."""
     results = {title(name, found): found for name, found in (values["results"] | values["others"]).items()}
     show_values(results, console)
     suite = next(iter(values["results"].values()))["suite"]

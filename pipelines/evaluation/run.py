@@ -2,7 +2,7 @@
 
 Each model is evaluated in a process of its own: vLLM patches the transformers classes of the process that it is in,
 and the switches for code execution must not outlive the command. Here stands what this process does; the other one
-is in pipelines/eval_worker.py.
+is in pipelines/evaluation/worker.py.
 """
 
 import hashlib
@@ -17,10 +17,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pipelines.eval_compare import compare
-from pipelines.eval_settings import EvalConfig
+from pipelines.evaluation.compare import compare
+from pipelines.evaluation.settings import EvalConfig
+from pipelines.evaluation.suites import SUITES, SuiteTask
 from pipelines.models import LocalModel, resolve_model
-from pipelines.suites import SUITES, SuiteTask
 from shards.fingerprint import (
     config_fingerprint,
     parse_tokenizer_json,
@@ -208,7 +208,7 @@ def run_worker(
     note: Note,
 ) -> None:
     """Evaluate `tasks` in a process of its own; `keep` gets each result as it comes."""
-    from pipelines.eval_worker import work
+    from pipelines.evaluation.worker import work
 
     job = {
         "model": str(model.path),

@@ -14,9 +14,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from pipelines.report_data import MAX_POINTS, Run, name_runs, read_run
-from pipelines.report_plots import make_plots
-from pipelines.report_tables import make_tables
+from pipelines.report.data import MAX_POINTS, Run, name_runs, read_run
+from pipelines.report.plots import make_plots
+from pipelines.report.tables import make_tables
 from pipelines.settings import ReportConfig
 from shards.store import temporary_name
 

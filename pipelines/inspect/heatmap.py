@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from pipelines.find_rows import read_rows
-from pipelines.inspect import token_strings
-from pipelines.plan_settings import PlanConfig
-from pipelines.plan_weights import plan_weights
+from pipelines.inspect.find_rows import read_rows
+from pipelines.inspect.terminal import token_strings
+from pipelines.inspect.token_deltas import Base, TokenFigures, choose_base, token_figures
+from pipelines.inspect.token_text import TokenText
+from pipelines.plan.settings import PlanConfig
+from pipelines.plan.weights import plan_weights
 from pipelines.settings import InspectConfig
-from pipelines.token_deltas import Base, TokenFigures, choose_base, token_figures
-from pipelines.token_text import TokenText
 from shards.folder import ShardFolder
 
 MAX_TOKENS = 500_000  # of a page: about 40 MB, and seconds until a browser has laid it out

@@ -1,0 +1,1 @@
+"""Tasks of lm-evaluation-harness on checkpoints, kept, compared, beside the paper."""

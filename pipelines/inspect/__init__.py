@@ -1,0 +1,1 @@
+"""Rows of a folder, in the terminal and as a page."""
