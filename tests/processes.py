@@ -85,7 +85,7 @@ class Command:
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
-    def finish(self, seconds: float = 90) -> int:
+    def finish(self, seconds: float = 600) -> int:
         """Exit code, negative for a signal."""
         self.process.join(seconds)
         if self.process.exitcode is None:
@@ -94,7 +94,7 @@ class Command:
             raise AssertionError(f"does not end: {self.errors}")
         return self.process.exitcode
 
-    def until(self, condition: Callable[[], object], seconds: float = 60) -> None:
+    def until(self, condition: Callable[[], object], seconds: float = 300) -> None:
         """Wait for the condition; the command must not end before."""
         deadline = time.monotonic() + seconds
         while not condition():

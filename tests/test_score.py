@@ -83,6 +83,7 @@ def test_rounded_column_is_plain_float32_and_small(scored: Path) -> None:
     assert not np.signbit(values[values == 0]).any()
 
 
+@pytest.mark.slow  # with other engines test_numerics and test_cluster show it
 def test_rerun_scores_what_is_missing(scored_rl: Path, packed: Path, reference_model: Path) -> None:
     folder = scored_rl
     record = folder / "_commits" / "part-00002.json"

@@ -93,7 +93,7 @@ def test_full_rows_equal_transformers(exact: Path, reference_model: Path) -> Non
 @pytest.mark.parametrize(
     ("context", "top_k", "step", "settings"),
     [
-        ("packed", 1, 1 / 64, {}),
+        pytest.param("packed", 1, 1 / 64, {}, marks=pytest.mark.slow),
         ("document", VOCABULARY, 0.0, {}),
         ("packed", VOCABULARY, 1 / 64, {"dtype": "float32", "max_num_batched_tokens": 32}),
         pytest.param("document", 5, 0.0, {"tensor_parallel_size": 2}, marks=pytest.mark.slow),
