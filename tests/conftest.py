@@ -209,6 +209,13 @@ def scored(scored_rl: Path, reference_model: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def exact(tmp_path_factory: pytest.TempPathFactory, packed: Path, reference_model: Path) -> Path:
+    """The packed folder with rl_logprobs and the five most probable tokens of each place, not rounded."""
+    out = tmp_path_factory.mktemp("topk") / "exact"
+    return score_to(out, packed, reference_model, top_k=5, logprob_step=0.0).path
+
+
+@pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
     """About a hundred rows of at most 24 tokens, several of them short."""
     folder = tmp_path_factory.mktemp("small")
