@@ -3,11 +3,13 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -237,43 +239,76 @@ def test_reward_of_ones_own(tmp_path: Path, speaker: Path, monkeypatch: pytest.M
             load_reward(name)
 
 
+def without_times(out: Path) -> list[dict]:
+    return [{name: value for name, value in entry.items() if "time" not in name} for entry in metrics(out)]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert without_times(one) == without_times(other)
+    weights_one, weights_other = weights(one / "model"), weights(other / "model")
+    assert all(torch.equal(weights_one[name], weights_other[name]) for name in weights_one)
+
+
 def test_killed_and_stopped_runs_go_on_as_if_nothing_had_been(tmp_path: Path, speaker: Path) -> None:
     prompts = [{"prompt": f"Which digit?{' ' * index}\n", "answer": str(index % 4)} for index in range(24)]
-    data = write(tmp_path / "data.jsonl", prompts)
-    assert rl(rl_config(speaker, data, tmp_path / "whole", checkpoint_every=2), never) == DONE
+    data = write(tmp_path / "data.jsonl", prompts)  # an epoch has six steps
+    killed = tmp_path / "killed"
+    config = rl_config(speaker, data, killed, max_steps=14, checkpoint_every=2)
+    assert rl(replace(config, out=tmp_path / "whole"), never) == DONE
 
     options = [
-        *("--model", speaker, "--data", data, "--out", tmp_path / "killed", "--batch-size", 32, "--num-generations", 8),
-        *("--max-completion-length", 8, "--learning-rate", 1e-3, "--schedule", "constant", "--max-steps", 12),
+        *("--model", speaker, "--data", data, "--out", killed, "--batch-size", 32, "--num-generations", 8),
+        *("--max-completion-length", 8, "--learning-rate", 1e-3, "--schedule", "constant", "--max-steps", 14),
         *("--checkpoint-every", 2),
     ]
     command = [sys.executable, "-m", "pipelines.posttrain", "rl", *map(str, options)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent)
-    log = tmp_path / "killed" / "metrics.jsonl"
+    log = killed / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (log.exists() and log.read_text().count("\n") >= 5) and time.monotonic() < deadline:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    checkpoints = tmp_path / "killed" / "checkpoints"
-    assert any((folder / "complete").exists() for folder in checkpoints.iterdir())
-    (checkpoints / "checkpoint-11").mkdir()  # one that was being written
-    (checkpoints / "checkpoint-11" / "model.safetensors").write_bytes(b"half")
+    whole = sorted(int(folder.parent.name[11:]) for folder in killed.glob("checkpoints/*/complete"))
+    assert whole
+    assert whole[-1] < 14
+    half = killed / "checkpoints" / "checkpoint-13"  # one that was being written
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
 
-    asked = iter([False, True])
-    killed = rl_config(speaker, data, tmp_path / "killed", checkpoint_every=2)
-    assert rl(killed, lambda: next(asked)) == STOPPED
-    assert not (tmp_path / "killed" / "model").exists()
-    assert rl(killed, never) == DONE
+    def run_to(step: int) -> None:
+        """Go on, and be asked to stop at the end of `step`, as by SIGTERM."""
+        assert rl(config, lambda: metrics(killed)[-1]["step"] >= step) == STOPPED
+        assert metrics(killed)[-1]["step"] == step
+        assert not (killed / "model").exists()
 
-    def without_times(out: Path) -> list[dict]:
-        return [{name: value for name, value in entry.items() if "time" not in name} for entry in metrics(out)]
+    if whole[-1] < 6:
+        run_to(6)  # where an epoch ends
+    run_to(max(whole[-1] + 1, 9))  # in the middle of one, between two checkpoints
+    assert rl(config, never) == DONE
+    assert_same_run(killed, tmp_path / "whole")
+    assert sorted(os.listdir(killed)) == ["metrics.jsonl", "model", "run.json"]
 
-    assert without_times(tmp_path / "killed") == without_times(tmp_path / "whole")
-    whole, after = weights(tmp_path / "whole" / "model"), weights(tmp_path / "killed" / "model")
-    assert all(torch.equal(whole[name], after[name]) for name in whole)
-    assert sorted(os.listdir(tmp_path / "killed")) == ["metrics.jsonl", "model", "run.json"]
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_stopped_runs_go_on_likewise(tmp_path: Path, start: Path, stage: str) -> None:
+    examples = [{"prompt": p, "completion": g, "chosen": g, "rejected": b} for p, g, b in [*PAIRS, *PAIRS[:3]]]
+    settings: dict = {"model": str(start), "data": write(tmp_path / "data.jsonl", examples), "epochs": 3, "batch_size": 2}
+    settings |= {"learning_rate": 1e-3, "log_every": 2, "warmup_steps": 3}
+
+    def run(name: str, should_stop: Callable[[], bool] = never) -> int:
+        if stage == "sft":
+            return sft(SftConfig(**settings, out=tmp_path / name), should_stop)
+        return dpo(DpoConfig(**settings, out=tmp_path / name), should_stop)
+
+    assert run("whole") == DONE
+    assert [entry["step"] for entry in metrics(tmp_path / "whole")] == [2, 4, 6, 8, 10, 12]
+    for steps in (2, 1, 3):  # stops come with a line: in an epoch, at the end of one, in the next
+        asked = iter([False] * (steps - 1) + [True] * 2)
+        assert run("stopped", asked.__next__) == STOPPED
+    assert run("stopped") == DONE
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
 def test_long_examples_are_left_out(tmp_path: Path, start: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -325,6 +360,7 @@ def test_bad_data_is_one_line(tmp_path: Path, start: Path, posttrain: Callable, 
     [
         (["sft", "--batch-size", "0"], 2, "--batch-size is 0, expected at least 1"),
         (["sft", "--batch-size", "8", "--micro-batch-size", "3"], 2, "expected a divisor of --batch-size (8)"),
+        (["sft", "--checkpoint-every", "5", "--log-every", "2"], 2, "expected a multiple of --log-every (2)"),
         (["sft", "--trainer-arg", "adam_beta2"], 2, "expected KEY=VALUE"),
         (["sft", "--trainer-arg", "output_dir=x"], 2, "is decided by an option of this command"),
         (["sft", "--trainer-arg", "adam_beta3=0.9"], 1, "has no such setting; did you mean adam_beta"),
@@ -346,8 +382,9 @@ def test_bad_options_are_one_line(
     required = ["--model", start, "--data", data, "--out", tmp_path / "out"]
     found, error = posttrain(arguments[0], *required, *arguments[1:])
     assert found == code, error
-    assert message in error
-    assert error.count("\n") == 1
+    assert message in " ".join(re.sub("[│╭╮╰╯─]", " ", error).split())  # bad usage is in a box
+    assert "Traceback" not in error
+    assert code == 2 or error.count("\n") == 1
 
 
 def test_without_trl(tmp_path: Path, start: Path, posttrain: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

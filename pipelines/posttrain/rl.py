@@ -25,6 +25,16 @@ def rl(config: RlConfig, should_stop: ShouldStop) -> int:
         unseen = patch("trl.import_utils.is_vllm_available", return_value=False)
         with nullcontext() if config.use_vllm else unseen:
             from trl import GRPOConfig, GRPOTrainer
+
+        class Trainer(GRPOTrainer):
+            def _get_train_sampler(self, dataset: Any = None) -> Any:
+                sampler = super()._get_train_sampler(dataset)
+                if sampler.shuffle:
+                    # TRL's draws each epoch's order after the one before: a run that resumes in the second epoch would
+                    # see the first one's again. transformers says which epoch it is to samplers that ask.
+                    sampler.set_epoch = lambda epoch: sampler.generator.manual_seed(self.args.seed + epoch)
+                return sampler
+
         options = {
             "beta": config.beta,
             "num_generations": config.num_generations,
@@ -32,7 +42,7 @@ def rl(config: RlConfig, should_stop: ShouldStop) -> int:
             "temperature": config.temperature,
             "use_vllm": config.use_vllm,
         }
-        return GRPOTrainer(
+        return Trainer(
             job.base.model,
             reward_funcs=reward,
             args=trl_config(GRPOConfig, job.arguments, options, config.trainer_args()),
