@@ -5,7 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipelines.lab.report.claims import (
-    CONTRADICTED, MISSING, ONE_SEED, REPRODUCED, UNDECIDED, WORDS, Finding, Kind,
+    CONTRADICTED,
+    MISSING,
+    ONE_SEED,
+    REPRODUCED,
+    UNDECIDED,
+    WORDS,
+    Finding,
+    Kind,
 )  # fmt: skip
 from pipelines.lab.report.data import Results
 from pipelines.lab.report.statistics import Estimate, estimate, paired
@@ -14,9 +21,9 @@ ABSENT = "–"
 STAGES = ("pretrained", "mid", "sft", "dpo", "rl")
 STAGE_NAMES = {"pretrained": "pre-training", "mid": "mid-training", "sft": "SFT", "dpo": "DPO", "rl": "RL"}
 ARM_NAMES = {
-    "base": "pre-trained", "ntp": "NTP", "remit": "ReMiT", "remit2": "ReMiT²", "ntp-guided": "NTP-guided (control)",
-    "sft-guided": "SFT-guided", "rho1": "RHO-1", "miniplm": "MiniPLM", "kd": "KD", "no-clip": "ReMiT without clip",
-    "remit-rl10": "ReMiT, reference of 10 % of RL", "ntp-rl10": "NTP, 10 % of RL",
+    "base": "pre-trained", "ntp": "NTP", "remit": "ReMiT", "remit2": "ReMiT²", "ntp-guided": "NTP-guided",
+    "sft-guided": "SFT-guided", "rho1": "RHO-1", "miniplm": "MiniPLM", "kd": "KD", "no-clip": "ReMiT, no clip",
+    "remit-rl10": "ReMiT, 10 % of RL", "ntp-rl10": "NTP, 10 % of RL",
 }  # fmt: skip
 METRIC_NAMES = {
     "greedy_easy": "easy, %", "greedy_hard": "hard, %", "greedy_all": "both, %", "sampled_easy": "easy, sampled, %",
@@ -80,6 +87,8 @@ def claims_table(findings: Sequence[Finding], kind: Kind) -> Table:
         verdict = WORDS[kind].get(finding.verdict, finding.verdict)
         if finding.survives:
             verdict += " *"
+        if claim.figure is not None and finding.estimate is not None and finding.estimate.low is not None:
+            verdict += f"; {claim.figure:g} lies {_side(claim.figure, finding.estimate)} the interval"
         num = len(finding.values)
         row = [f"{claim.text}; {claim.note}" if claim.note else claim.text]
         row += [claim.paper] if kind == "paper" else []
@@ -106,6 +115,14 @@ def claims_table(findings: Sequence[Finding], kind: Kind) -> Table:
     }
     columns = ["claim", *(["paper"] if kind == "paper" else []), "found here", "seeds on that side", "verdict"]
     return Table(*titles[kind], columns, rows)
+
+
+def _side(figure: float, found: Estimate) -> str:
+    """Where a ratio lies, against the interval of its logarithm."""
+    value = math.log(figure)
+    if found.low is not None and found.high is not None and found.low <= value <= found.high:
+        return "inside"
+    return "above" if value > found.mean else "below"
 
 
 def means_table(results: Results) -> Table:
