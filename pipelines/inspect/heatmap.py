@@ -4,7 +4,6 @@ In: rows with the log-probs of a reference and, stored or computed now, of the b
 style and script are in it, it loads nothing, and what comes from the corpus is data that the script writes as text.
 """
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Callable
@@ -83,9 +82,7 @@ def render(**values: Any) -> str:
         (HERE / name).read_text(encoding="utf-8") for name in ("heatmap.css", "heatmap_text.js", "heatmap.js")
     )
     script = "\n".join(scripts)
-    hashes = {
-        f"{name}_hash": content_hash(content) for name, content in (("style", style), ("script", script))
-    }
+    hashes = {f"{name}_hash": content_hash(content) for name, content in (("style", style), ("script", script))}
     return environment.get_template("heatmap.html").render(style=style, script=script, **hashes, **values)
 
 

@@ -84,7 +84,9 @@ ENTRIES = (
 def make_plots(runs: Sequence[Run]) -> tuple[list[Plot], list[str]]:
     """Plots, and the titles of those that are left out because no run has their figures."""
     shared = {entry.title: _shared(entry, runs) for entry in ENTRIES}
-    held_out = [Line(index, "held_out", run.name, index, _dash(index)) for index, run in enumerate(runs) if run.held_out]
+    held_out = [
+        Line(index, "held_out", run.name, index, _dash(index)) for index, run in enumerate(runs) if run.held_out
+    ]
     heat = [_heat(index, run) for index, run in enumerate(runs) if len(run.heat) > 1]
     bands = [_band(index, run) for index, run in enumerate(runs) if _quantiles(run)]
     groups: dict[str, list[Plot]] = {}
