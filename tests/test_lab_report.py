@@ -154,7 +154,12 @@ def test_verdicts(ours: list[float], theirs: list[float], verdict: str, text: st
 
 def test_lead_that_is_lost() -> None:
     results = results_of(
-        {("kd", "mid"): [0.6, 0.7], ("remit", "mid"): [0.5, 0.5], ("kd", "sft"): [0.6, 0.6], ("remit", "sft"): [0.6, 0.7]}
+        {
+            ("kd", "mid"): [0.6, 0.7],
+            ("remit", "mid"): [0.5, 0.5],
+            ("kd", "sft"): [0.6, 0.6],
+            ("remit", "sft"): [0.6, 0.7],
+        }
     )
     assert lost_lead(results) == pytest.approx({0: 10.0, 1: 30.0})
 
@@ -184,7 +189,9 @@ def test_tokens_saved() -> None:
     assert saved == pytest.approx({0: math.log(6), 1: math.log(3), 2: 0.0})
     claim = next(claim for claim in CLAIMS if claim.figure == 6)
     assert found_text(judge(claim, results)).startswith("× 2.62 (")  # cube root of 18
-    table = next(table for table in make_tables(results, [judge(claim, results)]) if table.title.startswith("The paper"))
+    table = next(
+        table for table in make_tables(results, [judge(claim, results)]) if table.title.startswith("The paper")
+    )
     assert table.rows[0][-1] == "not decided; 6 lies inside the interval"
 
 
