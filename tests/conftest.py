@@ -2,11 +2,14 @@
 
 import gzip
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # models of these sizes only wait for a second thread
 
 import pyarrow as pa
 import pyarrow.parquet
