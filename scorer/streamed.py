@@ -65,7 +65,9 @@ def find_shards(entry: str) -> list[tuple[Shard, str | None]]:
     if revision:
         return [(shard, None) for shard in shards]
     if len(files) != count:  # without files, nothing would tell a change of the corpus
-        raise ValueError(f"{entry}: `datasets` makes {count} shards of {len(files)} files, expected as many; name the files")
+        raise ValueError(
+            f"{entry}: `datasets` makes {count} shards of {len(files)} files, expected as many; name the files"
+        )
     return [(shard, file if Path(file).is_file() else None) for shard, file in zip(shards, files)]
 
 
@@ -121,4 +123,6 @@ def read_rows(shard: Shard, text_field: str) -> Iterator[dict[str, Any]]:
             "command again where it was the network"
         ) from None
     if text_field not in columns:
-        raise ValueError(f"{shard.name}: has no column {text_field!r}, only {', '.join(columns)[:80]}; set --text-field")
+        raise ValueError(
+            f"{shard.name}: has no column {text_field!r}, only {', '.join(columns)[:80]}; set --text-field"
+        )

@@ -75,7 +75,9 @@ def test_hub_datasets_are_streamed(tmp_path: Path, hub: Hub, tokenizer_folder: P
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment(hub, home))
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith(expected)
-        assert f"from {sum(map(len, TRAIN)) + len(GERMAN) - 4} documents (4 empty" in done.stdout  # source_texts has a ""
+        assert (
+            f"from {sum(map(len, TRAIN)) + len(GERMAN) - 4} documents (4 empty" in done.stdout
+        )  # source_texts has a ""
     names = [f"hf://org/plain@{REVISION}::train#{index:05d}-of-00003" for index in range(3)]
     names.append(f"hf://org/configs@{REVISION}:de:validation")
     assert [file.path for file in Manifest.read(out).corpus] == names
@@ -151,7 +153,10 @@ def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "zipped").mkdir()
     with zipfile.ZipFile(folder / "zipped" / "train.zip", "w") as file:
         file.writestr("a.jsonl", '{"text": "seven"}\n')
-    saved = {"train": datasets.Dataset.from_dict({"text": ["eight"]}), "test": datasets.Dataset.from_dict({"text": ["9"]})}
+    saved = {
+        "train": datasets.Dataset.from_dict({"text": ["eight"]}),
+        "test": datasets.Dataset.from_dict({"text": ["9"]}),
+    }
     datasets.DatasetDict(saved).save_to_disk(folder / "saved")
     saved["train"].save_to_disk(folder / "saved-alone")
     monkeypatch.chdir(folder)
@@ -203,7 +208,10 @@ def test_files_of_a_local_dataset_are_told_apart(local: Path, tokenizer_folder: 
         ("configs:fr", "BuilderConfig 'fr' not found. Available: ['en', 'de']"),
         ("splits::dev", "Bad split: dev. Available splits: ["),
         ("scripted:", "cannot be opened as a dataset (RuntimeError: Dataset scripts are no longer supported"),
-        ("saved", "saved: folder without corpus files; expected some of .jsonl, .jsonl.gz, .jsonl.zst, .parquet, or saved:"),
+        (
+            "saved",
+            "saved: folder without corpus files; expected some of .jsonl, .jsonl.gz, .jsonl.zst, .parquet, or saved:",
+        ),
         ("nowhere/else:en", "neither a local file nor a dataset that the Hugging Face hub answers for"),
     ],
 )
