@@ -429,7 +429,7 @@ def test_pointing_at_curves(tmp_path: Path, browser: Browser, remit: Remit) -> N
             # the axis goes from 1 to 101
             opened.page.mouse.move(box["x"] + box["width"] * 30 / 100, box["y"] + box["height"] / 2)
             texts = "[...document.querySelectorAll('.hoverlayer text')].map(text => text.textContent)"
-            until(lambda page=opened.page: len(page.evaluate(texts)) == 3)
+            until(lambda page=opened.page, texts=texts: len(page.evaluate(texts)) == 3)
             title, *lines = opened.page.evaluate(texts)
             assert title == "31"
             for line, run, suffix in zip(lines, runs, suffixes, strict=True):
