@@ -1,0 +1,1 @@
+"""The laboratory: the paper's comparisons on tiny models, from corpora to a table of results."""
