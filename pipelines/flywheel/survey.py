@@ -1,0 +1,59 @@
+"""What is done of a graph, and what is not: reads the folder and what the user gave, writes nothing."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipelines.flywheel.fingerprint import Known, fingerprint, read_files
+from pipelines.flywheel.records import KNOWN, Places, Record
+from pipelines.flywheel.stage import Stage, check_graph, stage_key
+
+
+@dataclass
+class Look:
+    """What is known of a stage before it runs. key: None while something that it reads is not done."""
+
+    stage: Stage
+    key: str | None = None
+    record: Record | None = None
+    change: str = ""
+    waits_for: list[str] = field(default_factory=list)
+    inputs: dict[str, tuple[Path, str]] = field(default_factory=dict)
+    """Path and fingerprint of each input's result, by its name."""
+
+
+def look(stage: Stage, places: Places, done: Mapping[str, Record], known: Known) -> Look:
+    """Key and record of a stage as far as they can be known; reads what the user gave, writes nothing."""
+    found = Look(stage)
+    for name, source in stage.inputs.items():
+        if isinstance(source, Path):
+            try:
+                files = read_files(source, known)
+            except ValueError as error:
+                raise ValueError(f"stage {stage.name}, input {name}: {error}") from None
+            found.inputs[name] = (source.absolute(), fingerprint(files))
+        elif source.name in done:
+            record = done[source.name]
+            found.inputs[name] = (places.result(record), record["fingerprint"])
+        else:
+            found.waits_for.append(source.name)
+    if not found.waits_for:
+        found.key = stage_key(stage, {name: value for name, (_, value) in found.inputs.items()})
+        found.record = places.read(found.key)
+        if found.record is not None:
+            found.change = places.change(found.record)
+    return found
+
+
+def survey(stages: Sequence[Stage], folder: Path) -> list[Look]:
+    """What `run_stages` would find now. A stage is done where it has a record and no change."""
+    check_graph(stages)
+    places, known = Places(folder), Known(folder / KNOWN)
+    done: dict[str, Record] = {}
+    looks = []
+    for stage in stages:
+        found = look(stage, places, done, known)
+        if found.record is not None and not found.change:
+            done[stage.name] = found.record
+        looks.append(found)
+    return looks
