@@ -1,0 +1,190 @@
+"""What the three stages share: load, train with TRL so that a kill costs little, write the model whole.
+
+OUT/run.json holds the settings, OUT/metrics.jsonl TRL's log with one object per logged step, OUT/checkpoints what is
+needed to go on, OUT/model the result: the start's folder with other weights. A checkpoint counts once its file
+`complete` is there.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.console import DONE, STOPPED, ShouldStop, note, quiet_libraries
+from pipelines.models import resolve_model
+from pipelines.posttrain.data import Example, keep_short, read_examples
+from pipelines.posttrain.settings import PostTrainConfig
+from shards.fingerprint import weights_fingerprint
+from shards.manifest import first_difference
+from shards.part import encode_json, publish_json, sha256_file
+from shards.store import fsync_folder, open_store, temporary_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from trainer.model import Base
+
+RUN, METRICS, CHECKPOINTS, MODEL = "run.json", "metrics.jsonl", "checkpoints", "model"
+# where things are, what is shown, and what changes the machine's work but not what is computed
+NOT_SETTINGS = ("model", "data", "out", "debug", "checkpoint_every", "micro_batch_size", "gradient_checkpointing")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What tells a stage from the others.
+
+    fields: texts that each example has; pairs: those of them that follow the prompt in a row; reserve: tokens that stay
+    free after a prompt; trainer: TRL's trainer for a job.
+    """
+
+    fields: tuple[str, ...]
+    pairs: tuple[str, ...]
+    reserve: int
+    trainer: "Callable[[Job], Any]"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a stage gives to its trainer. examples: those that are short enough; arguments: for TRL's config class."""
+
+    base: "Base"
+    tokenizer: "PreTrainedTokenizerBase"
+    examples: list[Example]
+    arguments: dict[str, Any]
+
+
+def post_train(config: PostTrainConfig, stage: Stage, should_stop: ShouldStop) -> int:
+    """Train and write OUT/model; returns DONE or STOPPED. Raises ValueError for data, models and folders of no use."""
+    if find_spec("trl") is None or find_spec("accelerate") is None:
+        raise ValueError("post-training needs TRL, which is not installed; pip install 'remit[flywheel]'")
+    quiet_libraries()
+    folder = resolve_model("--model", config.model).path
+    examples = read_examples(config.data, stage.fields)
+    base, tokenizer = load(folder)
+    settings = run_settings(config, folder)
+    prepare_out(config.out, settings)
+    final = config.out / MODEL
+    if final.exists():
+        print(f"nothing to do, trained before: {final}")
+        return DONE
+    limit = row_limit(config, base) - stage.reserve
+    short = keep_short(examples, lambda texts: [len(ids) for ids in tokenizer(texts)["input_ids"]], stage.pairs, limit)
+    if not short:
+        raise ValueError(f"--data {config.data}: no example is short enough, expected some of at most {limit} tokens")
+    if len(short) < len(examples):
+        note(f"left out: {len(examples) - len(short):,} of {len(examples):,} examples, longer than {limit} tokens")
+
+    from pipelines.posttrain.loop import run_trainer, trainer_arguments
+
+    open_run(config.out, settings)
+    padding = base.model.config.pad_token_id, base.model.generation_config.pad_token_id
+    trainer = stage.trainer(Job(base, tokenizer, short, trainer_arguments(config)))
+    if not run_trainer(config, trainer, should_stop):
+        return STOPPED
+    if trainer.is_world_process_zero():
+        # TRL tells the model which token it pads with; the folder says what the one of the start says
+        base.model.config.pad_token_id, base.model.generation_config.pad_token_id = padding
+        export(base, folder, final)
+        shutil.rmtree(config.out / CHECKPOINTS, ignore_errors=True)
+        print(f"trained {trainer.state.global_step:,} steps on {len(short):,} examples -> {final}")
+    return DONE
+
+
+def load(folder: Path) -> "tuple[Base, PreTrainedTokenizerBase]":
+    """Model, with float32 weights on the CPU, and tokenizer; ValueError where the latter cannot end a text."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from trainer.model import load_base
+
+    base = load_base(folder, "float32", torch.device("cpu"))
+    if not (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
+        raise ValueError(f"--model {folder}: has no tokenizer, expected tokenizer.json beside the weights")
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"--model {folder}: its tokenizer has no end token (eos_token), expected one to end texts with"
+        )
+    if tokenizer.eos_token_id >= base.num_embeddings:
+        raise ValueError(
+            f"--model {folder}: its end token has id {tokenizer.eos_token_id}, expected one below {base.num_embeddings}, "
+            "the number of embeddings"
+        )
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= base.num_embeddings:
+        # TRL masks by length, not by token, so that the end token is still learned where it ends a text
+        tokenizer.pad_token = tokenizer.eos_token
+    return base, tokenizer
+
+
+def row_limit(config: PostTrainConfig, base: "Base") -> int:
+    """Longest row in tokens; ValueError where --max-length is more than the model's positions."""
+    positions = base.max_position
+    if config.max_length is not None and positions is not None and config.max_length > positions:
+        raise ValueError(f"--max-length is {config.max_length}, expected at most {positions}, the model's positions")
+    return config.max_length or positions or 1 << 30
+
+
+def run_settings(config: PostTrainConfig, folder: Path) -> dict[str, Any]:
+    """All that decides the outcome of a run; a resume under other settings is refused."""
+    return {
+        "stage": type(config).__name__.removesuffix("Config").lower(),
+        **{name: value for name, value in asdict(config).items() if name not in NOT_SETTINGS},
+        "data_sha256": sha256_file(config.data),
+        "weights_sha256": weights_fingerprint(folder),
+    }
+
+
+def prepare_out(out: Path, settings: dict[str, Any]) -> None:
+    """ValueError where `out` holds another run or something else."""
+    if (out / RUN).exists():
+        difference = first_difference(settings, json.loads((out / RUN).read_text(encoding="utf-8")))
+        if difference:
+            raise ValueError(
+                f"{out}: holds another run: {difference}; choose another --out, or delete it to start over"
+            )
+    elif out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out}: is not empty and holds no run of post-training; choose another --out or empty it")
+
+
+def open_run(out: Path, settings: dict[str, Any]) -> None:
+    """Write the settings down, once, before the first step."""
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / RUN).exists():
+        publish_json(open_store(out), RUN, encode_json(settings), "")
+
+
+def trl_config(kind: type, arguments: dict[str, Any], options: dict[str, Any], extra: dict[str, Any]) -> Any:
+    """An object of TRL's config class; ValueError for a --trainer-arg (`extra`) that it does not have or accept."""
+    names = set(kind.__dataclass_fields__)  # type: ignore[attr-defined]
+    for name in extra:
+        if name not in names:
+            near = get_close_matches(name, names, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"--trainer-arg {name}: {kind.__name__} of TRL has no such setting{hint}")
+    try:
+        return kind(**arguments, **options, **extra)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"TRL's {kind.__name__} refuses the settings: {error}") from None
+
+
+def export(base: "Base", start: Path, final: Path) -> None:
+    """Write the model beside the tokenizer files of `start`, whole or not at all."""
+    for leftover in final.parent.glob(f".{final.name}.*.tmp"):
+        shutil.rmtree(leftover)  # of an export that was cut off
+    temporary = temporary_name(final)
+    base.export(temporary, {name: tensor.cpu() for name, tensor in base.model.state_dict().items()})
+    for file in sorted(start.iterdir()):
+        is_tokenizer = any(word in file.name for word in ("token", "vocab", "merges", "chat_template"))
+        if file.suffix in (".json", ".model", ".txt", ".jinja") and is_tokenizer:
+            shutil.copyfile(file, temporary / file.name)
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+    os.rename(temporary, final)
+    fsync_folder(final.parent)
