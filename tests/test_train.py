@@ -147,6 +147,32 @@ def test_resume_is_bit_equal_also_over_an_epoch(
     assert train(config).steps == settings["max_steps"]  # a finished run is not trained again
 
 
+def test_exports_in_mid_run_are_the_models_of_shorter_runs(
+    tmp_path: Path, annotated: dict[str, Path], models: dict[str, Path]
+) -> None:
+    settings: dict = {"schedule": "constant", "warmup_steps": 0, "objective": "remit"}
+    shards = annotated["packed"]
+    config = TrainConfig(
+        str(shards), str(models["base"]), tmp_path / "cut", max_steps=5, global_batch_size=8, dtype="float32",
+        checkpoint_every=3, export_every=2, **settings,
+    )  # fmt: skip
+
+    def kill(done: int, total: int, metrics: dict) -> None:
+        if done == 4:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(config, kill)
+    train(config)  # from step 3: step 4 is exported already
+    exports = tmp_path / "cut" / "exports"
+    assert sorted(path.name for path in exports.iterdir()) == ["step-000002", "step-000004"]
+    for step in (2, 4):
+        run(tmp_path / f"{step}", shards, models["base"], max_steps=step, micro_batch_size=1, **settings)
+        for name in ("model.safetensors", "config.json", "tokenizer.json"):
+            written = (exports / f"step-{step:06d}" / name).read_bytes()
+            assert written == (tmp_path / f"{step}" / "model" / name).read_bytes(), name
+
+
 def test_epochs_visit_every_row_and_end_short(
     tmp_path: Path, annotated: dict[str, Path], models: dict[str, Path]
 ) -> None:

@@ -62,6 +62,8 @@ class TrainConfig(ObjectiveSettings):
     """Steps between checkpoints, and one after the last step; 0: none."""
     keep_checkpoints: int = 2
     """The newest so many checkpoints are kept."""
+    export_every: int = 0
+    """Steps between models in mid-run, OUT/exports/step-000100 and so on, as Hugging Face folders; 0: only OUT/model."""
     ray_workers: int = 0
     """Have Ray Train start so many processes, on the cluster of RAY_ADDRESS; 0: this process, or those of torchrun."""
     timeout_seconds: float = 600.0
@@ -83,7 +85,15 @@ class TrainConfig(ObjectiveSettings):
         for name in ("learning_rate", "max_grad_norm", "epochs", "timeout_seconds"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected a number above 0")
-        for name in ("min_learning_rate", "weight_decay", "checkpoint_every", "eval_every", "seed", "ray_workers"):
+        for name in (
+            "min_learning_rate",
+            "weight_decay",
+            "checkpoint_every",
+            "export_every",
+            "eval_every",
+            "seed",
+            "ray_workers",
+        ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 0 or more")
         if not 0 < self.decay_fraction <= 1:

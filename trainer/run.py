@@ -23,11 +23,12 @@ RUN = "run.json"
 METRICS = "metrics.jsonl"
 EVALUATION = "evaluation.jsonl"
 MODEL = "model"
+EXPORTS = "exports"
 TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
 NOT_SETTINGS = (
     *("out", "debug", "shards", "model", "eval_shards", "checkpoint_every", "keep_checkpoints", "timeout_seconds"),
-    *("ray_workers", "wandb_project"),
+    *("export_every", "ray_workers", "wandb_project"),
     # these change the machine's work and the last digits, not what is computed
     *("micro_batch_size", "sharding", "activation_checkpointing", "compile"),
 )
@@ -102,7 +103,8 @@ def keep_lines(path: Path, last_step: int) -> dict[str, Any]:
 def export(base: Base, state: dict[str, Tensor], shards: ShardFolder, model: Path, final: Path) -> None:
     """Write the model with its tokenizer (the base's own, else the one of the shards) to `final`."""
     if final.exists():
-        return
+        return  # before a kill: the same steps give the same weights
+    final.parent.mkdir(parents=True, exist_ok=True)
     for leftover in final.parent.glob(f".{final.name}.*.tmp"):
         shutil.rmtree(leftover)  # of an export that was cut off
     temporary = temporary_name(final)

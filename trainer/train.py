@@ -1,8 +1,9 @@
 """remit train: mid-train a base model from annotated shards.
 
 In: a complete shard folder and a base model folder. Out: OUT/metrics.jsonl (one object per step),
-OUT/tensorboard/, OUT/checkpoints/ and, at the end, OUT/model, a Hugging Face folder. The reference model is not loaded: its
-log-probs come from the shards. The same command again goes on from the newest valid checkpoint.
+OUT/tensorboard/, OUT/checkpoints/ and, at the end, OUT/model, a Hugging Face folder (with --export-every some in
+OUT/exports before). The reference model is not loaded: its log-probs come from the shards. The same command again goes on
+from the newest valid checkpoint.
 """
 
 import contextlib
@@ -34,6 +35,7 @@ from trainer.order import RowOrder
 from trainer.run import (
     CHECKPOINTS,
     EVALUATION,
+    EXPORTS,
     METRICS,
     MODEL,
     RUN,
@@ -117,6 +119,11 @@ def train_in(world: World, config: TrainConfig, progress: Progress, should_stop:
     if first_step == 0 and evaluate:
         evaluate(0)
 
+    def export_model(final: Path) -> None:
+        state = whole_weights(loss_model)  # all ranks take part
+        if world.first:
+            export(base, state, shards, Path(config.model), final)
+
     stopping = False
     batches = global_batches(
         reader, order, config.global_batch_size, first_step, num_steps, last_row, world.rank, world.size
@@ -178,6 +185,8 @@ def train_in(world: World, config: TrainConfig, progress: Progress, should_stop:
             wandb_run.write(metrics)
             if evaluate and (step == num_steps or (config.eval_every and step % config.eval_every == 0)):
                 evaluate(step)
+            if config.export_every and step % config.export_every == 0 and step < num_steps:
+                export_model(config.out / EXPORTS / f"step-{step:06d}")
             # a signal may have come to one rank alone
             stopping = bool(world.sum(torch.tensor(int(should_stop())))) and step < num_steps
             # after the last step too, so that an export that fails need not train again
@@ -189,9 +198,7 @@ def train_in(world: World, config: TrainConfig, progress: Progress, should_stop:
             if stopping:
                 break
     if not stopping:
-        state = whole_weights(loss_model)
-        if world.first:
-            export(base, state, shards, Path(config.model), config.out / MODEL)
+        export_model(config.out / MODEL)
     return world.from_first(run_result(config.out) if world.first else None)
 
 
