@@ -95,7 +95,9 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.update(state.global_step - self.bar.n)
-        if self.should_stop() and state.global_step < state.max_steps:
+        # a line of the metrics has the mean over its steps, which a checkpoint does not bring along
+        whole_line = state.global_step % args.logging_steps == 0
+        if self.should_stop() and whole_line and state.global_step < state.max_steps:
             self.stopped = control.should_save = control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:

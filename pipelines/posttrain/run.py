@@ -73,6 +73,11 @@ def post_train(config: PostTrainConfig, stage: Stage, should_stop: ShouldStop) -
         print(f"nothing to do, trained before: {final}")
         return DONE
     limit = row_limit(config, base) - stage.reserve
+    if limit < 1:
+        raise ValueError(
+            f"--max-completion-length is {stage.reserve}, expected fewer than {limit + stage.reserve} tokens, the longest "
+            "row, prompt included"
+        )
     short = keep_short(examples, lambda texts: [len(ids) for ids in tokenizer(texts)["input_ids"]], stage.pairs, limit)
     if not short:
         raise ValueError(f"--data {config.data}: no example is short enough, expected some of at most {limit} tokens")

@@ -57,9 +57,9 @@ class PostTrainConfig:
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: slower, and much less memory."""
     log_every: int = 1
-    """Steps between lines of OUT/metrics.jsonl."""
+    """Steps between lines of OUT/metrics.jsonl, which hold means over them."""
     checkpoint_every: int = 100
-    """Steps between checkpoints; 0: none, and an interrupted run begins again."""
+    """Steps between checkpoints, a multiple of --log-every; 0: none, and a killed run begins again."""
     trainer_arg: list[str] = field(default_factory=list)
     """Other settings of TRL's trainer, KEY=VALUE with the names of its config class, for instance adam_beta2=0.95."""
     debug: bool = field(default=False, repr=False)
@@ -79,6 +79,10 @@ class PostTrainConfig:
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"--micro-batch-size is {self.micro_batch_size}, expected a divisor of --batch-size ({self.batch_size})"
+            )
+        if self.checkpoint_every % self.log_every:
+            raise ValueError(
+                f"--checkpoint-every is {self.checkpoint_every}, expected a multiple of --log-every ({self.log_every})"
             )
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"--out {self.out}: is a file, expected a folder")
