@@ -17,6 +17,7 @@ from pipelines.sample_corpus import NAMES, PLACES, TIMES, plain_text
 Level = Literal["easy", "hard"]
 LEVELS: tuple[Level, ...] = ("easy", "hard")
 HELD_OUT_SHARE = 0.1  # of all computations
+LARGEST = 50  # number in a right solution
 THINGS = ["apples", "books", "coins", "eggs", "pens", "shells", "stones", "tickets"]
 GAINS = ["buys {n} more", "finds {n} more", "gets {n} from a friend", "wins {n} in a game"]
 LOSSES = ["gives {n} away", "loses {n} on the way", "sells {n}", "lends {n} to a neighbour"]
@@ -77,19 +78,20 @@ def _off(rng: random.Random, result: int) -> int:
 def problem(rng: random.Random, level: Level, held_out: bool) -> Problem:
     """A random problem of a level, among the held-out computations or among the others.
 
-    easy: two changes by 1 to 9 from a start of 2 to 30. hard: three or four by up to 29, or doubling, from up to 60.
+    easy: two changes by 1 to 9 from a start of 2 to 20. hard: three or four by up to 12, or doubling, from up to 30;
+    no number is above 50.
     """
     while True:
         name, thing = rng.choice(NAMES), rng.choice(THINGS)
-        value = start = rng.randint(2, 30) if level == "easy" else rng.randint(5, 60)
+        value = start = rng.randint(2, 20) if level == "easy" else rng.randint(5, 30)
         changes: list[tuple[str, int]] = []
         sentences: list[str] = []
         for _ in range(2 if level == "easy" else rng.randint(3, 4)):
-            number = rng.randint(1, 9 if level == "easy" else 29)
+            number = rng.randint(1, 9 if level == "easy" else 12)
             kind = rng.random()
-            if level == "hard" and kind < 0.15 and value < 50:
+            if level == "hard" and kind < 0.15 and value <= LARGEST // 2:
                 sign, number, sentence = "*", 2, rng.choice(DOUBLES)
-            elif kind < 0.55 or value < number:
+            elif value < number or (kind < 0.55 and value + number <= LARGEST):
                 sign, sentence = "+", rng.choice(GAINS).format(n=number)
             else:
                 sign, sentence = "-", rng.choice(LOSSES).format(n=number)
@@ -105,7 +107,7 @@ def equations(rng: random.Random, wrong_steps: float) -> str:
     """A list of sums, some of them wrong."""
     lines = []
     for _ in range(rng.randint(4, 8)):
-        one, other = rng.randint(0, 60), rng.randint(1, 29)
+        one, other = rng.randint(0, LARGEST - 12), rng.randint(1, 12)
         sign = "-" if one >= other and rng.random() < 0.5 else "+"
         result = _apply(one, sign, other)
         if rng.random() < wrong_steps:

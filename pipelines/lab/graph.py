@@ -17,6 +17,7 @@ from pipelines.lab.recipe import RECIPES, Size
 NTP, REMIT = "ntp", "remit"
 FULL_RL, SHORT_RL = "rl", "rl10"
 SHORT_RL_SHARE = 0.1
+CURVES = (NTP, REMIT, "ntp-guided")  # arms that are measured in mid-run too
 CONTEXT = ("--context", "document")  # as the problems are posed later: nothing before them
 
 
@@ -55,6 +56,8 @@ class Seed:
         self.models: dict[tuple[str, str], Stage] = {}
         """Models that are measured, by arm and by what was done last (pretrained, mid, sft, dpo, rl)."""
         self.measured: dict[tuple[str, str], Stage] = {}
+        self.curves: dict[str, Stage] = {}
+        """Measurements of the models that an arm's mid-training wrote on its way."""
         self.columns: dict[str, Stage] = {}
         self._build()
 
@@ -119,7 +122,7 @@ class Seed:
 
     def train(
         self, path: str, start: Stage, sub: str, rows: str, arm: Arm, steps: int, learning_rate: float,
-        shards: Stage | None = None, evaluations: int = 0,
+        shards: Stage | None = None, evaluations: int = 0, exports: int = 0,
     ) -> Stage:  # fmt: skip
         """A run of remit train. start/sub: model; rows: packed corpus, unless `shards` are given."""
         recipe = self.recipe
@@ -136,8 +139,10 @@ class Seed:
             "--checkpoint-every", str(max(1, steps // 4)),
         )  # fmt: skip
         if evaluations:
-            words += ("--eval-shards", Input("data", "packed/heldout"), "--eval-every", str(steps // evaluations))
-        return self.add(path, "pipelines.cli", words, inputs, result="", resumes=True)
+            words += ("--eval-shards", Input("data", "packed/heldout"), "--eval-every", str(max(1, steps // evaluations)))
+        if exports:
+            words += ("--export-every", str(steps // exports))
+        return self.add(path, "pipelines.cli", words, inputs, result="model", resumes=True)
 
     def arm(self, name: str) -> Stage:
         """The mid-training of an arm."""
@@ -151,8 +156,8 @@ class Seed:
         elif arm.reference is not None:
             shards = self.columns[f"{arm.reference}-top" if arm.top_k else arm.reference]
         stage = self.train(
-            f"mid/{name}", self.base, "model", "midtraining", arm, self.recipe.midtraining_steps,
-            self.recipe.midtraining_learning_rate, shards, self.recipe.evaluations,
+            f"mid/{name}", self.base, "", "midtraining", arm, self.recipe.midtraining_steps,
+            self.recipe.midtraining_learning_rate, shards, self.recipe.evaluations, self.recipe.exports if name in CURVES else 0,
         )  # fmt: skip
         self.models[name, "mid"] = stage
         return stage
@@ -167,7 +172,7 @@ class Seed:
             inputs["scored"] = self.columns[on]
             folder = Input("scored")
         words = (
-            "score", "--shards", folder, "--model", Input("model", "model"), "--name", name, "--out", Output(),
+            "score", "--shards", folder, "--model", Input("model"), "--name", name, "--out", Output(),
             "--num-engines", "1", "--dtype", "float32", *CONTEXT, *(("--top-k", str(top_k)) if top_k else ()),
         )  # fmt: skip
         key = f"{name}-top" if top_k else name
@@ -195,19 +200,29 @@ class Seed:
 
     def post(self, path: str, kind: str, model: Stage, options: tuple[str, ...]) -> Stage:
         words = (
-            kind, "--model", Input("model", "model"), "--data", Input("data", f"posttrain/{kind}.jsonl"),
+            kind, "--model", Input("model"), "--data", Input("data", f"posttrain/{kind}.jsonl"),
             "--out", Output(), "--seed", str(self.seed), "--dtype", "float32", *options,
         )  # fmt: skip
-        return self.add(f"post/{path}", "pipelines.posttrain", words, {"model": model, "data": self.data}, resumes=True)
+        inputs: dict[str, Stage | Path] = {"model": model, "data": self.data}
+        return self.add(f"post/{path}", "pipelines.posttrain", words, inputs, result="model", resumes=True)
 
     def measure_all(self, reference: Stage) -> None:
         """Measure every model, those first that are there first."""
         recipe = self.recipe
         for (arm, what), model in self.models.items():
             words = (
-                "--model", Input("model", "model"), "--reference", Input("reference", "model"),
+                "--model", Input("model"), "--reference", Input("reference"),
                 "--data", Input("data", "heldout"), "--out", Output(), "--sampled", str(recipe.sampled),
                 "--seed", str(self.seed),
             )  # fmt: skip
             inputs: dict[str, Stage | Path] = {"model": model, "reference": reference, "data": self.data}
             self.measured[arm, what] = self.add(f"measure/{arm}/{what}", "pipelines.lab.measure", words, inputs)
+        for arm in CURVES if recipe.exports else ():
+            if (arm, "mid") in self.models:
+                # beside the model that the stage's result is; from the same run, so that its key says enough
+                words = (
+                    "--exports", Input("model", "../exports"), "--data", Input("data", "heldout"), "--out", Output(),
+                    "--problems", str(recipe.curve_problems), "--sampled", "0",
+                )  # fmt: skip
+                inputs = {"model": self.models[arm, "mid"], "data": self.data}
+                self.curves[arm] = self.add(f"curve/{arm}", "pipelines.lab.measure", words, inputs)

@@ -21,12 +21,14 @@ RESULT = "measurements.json"
 class MeasureConfig:
     """Measure a model on the laboratory's held-out data."""
 
-    model: Path
-    """Model folder."""
     data: Path
     """Folder of the held-out data."""
     out: Path
     """Folder to write measurements.json into."""
+    model: Path | None = None
+    """Model folder."""
+    exports: Path | None = None
+    """Or a folder of models in mid-run, step-000100 and so on; measurements.json then has metrics by step."""
     reference: Path | None = None
     """Model that the KL divergence is measured from."""
     problems: int | None = None
@@ -41,6 +43,10 @@ class MeasureConfig:
     """Of the sampling."""
     debug: bool = field(default=False, repr=False)
     """Show tracebacks."""
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.exports is None):
+            raise ValueError("expected one of --model and --exports")
 
 
 def solve(model: Any, tokenizer: Any, prompts: Sequence[str], config: MeasureConfig, sample: bool) -> list[str]:
@@ -140,14 +146,14 @@ def mean_kl(model: Any, reference: Any, rows: Sequence[list[int]], skip: Sequenc
     return total / count
 
 
-def measure(config: MeasureConfig) -> dict[str, float]:
-    """All metrics of `config.model`."""
+def measure(config: MeasureConfig, folder: Path) -> dict[str, float]:
+    """All metrics of the model in `folder`."""
     import transformers
 
-    def load(folder: Path) -> Any:
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+    def load(path: Path) -> Any:
+        return transformers.AutoModelForCausalLM.from_pretrained(path, dtype="float32").eval()
 
-    model, tokenizer = load(config.model), transformers.AutoTokenizer.from_pretrained(config.model)
+    model, tokenizer = load(folder), transformers.AutoTokenizer.from_pretrained(folder)
     problems = first_of_each(read_lines(config.data / "problems.jsonl"), config.problems)
     metrics = accuracies(
         problems, solve(model, tokenizer, [p["prompt"] for p in problems], config, sample=False), "greedy"
@@ -167,7 +173,7 @@ def measure(config: MeasureConfig) -> dict[str, float]:
         metrics["kl_reference"] = mean_kl(model, load(config.reference), rows, prompt_lengths)
     for name, value in metrics.items():
         if not math.isfinite(value):
-            raise ValueError(f"{config.model}: {name} is {value}, expected a number; the model is broken")
+            raise ValueError(f"{folder}: {name} is {value}, expected a number; the model is broken")
     return metrics
 
 
@@ -195,10 +201,17 @@ def read_lines(path: Path) -> list[dict[str, str]]:
 
 
 def run(config: MeasureConfig) -> int:
-    metrics = measure(config)
+    if config.model is not None:
+        result: Any = measure(config, config.model)
+        print(", ".join(f"{name} {value:.4f}" for name, value in result.items()))
+    else:
+        assert config.exports is not None
+        folders = sorted(config.exports.glob("step-*"))
+        if not folders:
+            raise ValueError(f"--exports {config.exports}: has no folder step-*, expected models in mid-run")
+        result = {str(int(folder.name.removeprefix("step-"))): measure(config, folder) for folder in folders}
     config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / RESULT).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
-    print(", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    (config.out / RESULT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

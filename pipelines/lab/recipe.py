@@ -28,7 +28,7 @@ class Recipe:
     """Of the reference for RHO-1, which is trained on right solutions alone."""
     evaluations: int = 10
     """Times that the loss on held-out solutions is measured within a mid-training."""
-    exports: int = 4
+    exports: int = 8
     """Times that a model is written within a mid-training, to see how many tokens an arm needs."""
 
     sft_examples: int = 2000
@@ -46,6 +46,8 @@ class Recipe:
     """Held-out problems of each level."""
     sampled: int = 500
     """Of them those that are also solved by sampling."""
+    curve_problems: int = 300
+    """The same, of models in mid-run."""
     texts: int = 200
     """Held-out documents of each general text."""
     arms: tuple[str, ...] = (
