@@ -15,8 +15,9 @@ import tyro
 import yaml
 
 from pipelines import commands, tools
-from pipelines.console import BAD_USAGE, FAILED, STOPPED
+from pipelines.console import BAD_USAGE, FAILED, STOPPED, BadUsage
 from pipelines.evaluation.settings import EvalConfig
+from pipelines.flywheel.settings import FlywheelOptions
 from pipelines.plan.settings import PlanConfig
 from pipelines.settings import InspectConfig, ReportConfig, SelectConfig, VerifyConfig
 from pipelines.signals import Stopped, StopRequest
@@ -33,6 +34,7 @@ COMMANDS: dict[str, tuple[type, Any]] = {
     "plan": (PlanConfig, tools.plan),
     "report": (ReportConfig, tools.report),
     "eval": (EvalConfig, tools.evaluate),
+    "flywheel": (FlywheelOptions, commands.flywheel),
 }
 DESCRIPTION = (
     "ReMiT mid-training without the reference in the training step: pack a corpus, score it once with the reference, "
@@ -46,6 +48,8 @@ def expand_config_file(arguments: list[str]) -> list[str]:
 
     Raises ValueError for a file that is missing or no mapping of options to values.
     """
+    if arguments[:1] == ["flywheel"]:  # its file describes a loop and is no list of options
+        return arguments
     rest: list[str] = []
     options: list[str] = []
     iterator = iter(arguments)
@@ -96,14 +100,16 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         fail(command, BAD_USAGE, str(error))
 
-    # these end what they are at: a step and a checkpoint, the parts in work
-    stop = StopRequest(graceful=command in ("pack", "score", "select", "train"))
+    # these end what they are at: a step and a checkpoint, the parts in work, what the stages are at
+    stop = StopRequest(graceful=command in ("pack", "score", "select", "train", "flywheel"))
     stop.install()
     try:
         run = next(run for settings, run in COMMANDS.values() if settings is type(config))
         code = run(config, stop.requested)
     except Stopped:
         code = STOPPED
+    except BadUsage as error:
+        fail(command, BAD_USAGE, str(error))
     except Exception as error:
         if config.debug:
             traceback.print_exc()

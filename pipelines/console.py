@@ -34,3 +34,7 @@ def progress_bar(**options: Any) -> Iterator[tqdm]:
 def note(line: str) -> None:
     """A line that does not break a progress bar."""
     tqdm.write(line, file=sys.stderr)
+
+
+class BadUsage(ValueError):
+    """What the user asks for cannot be meant: exit code 2, before anything has begun."""

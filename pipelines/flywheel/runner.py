@@ -19,15 +19,15 @@ from pipelines.flywheel import records
 from pipelines.flywheel.fingerprint import Known, fingerprint, read_files, to_json
 from pipelines.flywheel.process import Process
 from pipelines.flywheel.records import Places, Record
-from pipelines.flywheel.stage import Input, Output, Stage, State, Word, check_graph
+from pipelines.flywheel.stage import Input, Output, Stage, State, Unkeyed, Word, check_graph
 from pipelines.flywheel.survey import Look, look
 
 STOPPED = 3  # exit code of a command that a signal has stopped and that can go on
 Watch = Callable[[str, Stage, Record], None]
-"""watch("done before" | "changed" | "started" | "finished" | "running", stage, facts), in the caller's thread.
+"""watch("done before" | "changed" | "reading" | "started" | "finished" | "running", stage, facts), in this thread.
 
-facts: the record of a done stage; {"log": path, "output": path} of one that starts; {"change", "aside"} of one whose
-result was changed; {"log", "seconds", "stopping"} of those that are running, some times per second.
+facts: the record of a done stage; {"log", "output"} of one that starts; {"change", "aside"} of one whose result was
+changed; {"log", "seconds"} of those that are running, some times per second; {} of one whose inputs or result are read.
 """
 
 
@@ -89,22 +89,26 @@ class Driver:
     def run(self, should_stop: Callable[[], bool], stop_seconds: float) -> Outcome:
         failure: StageFailed | None = None
         stopped_at: float | None = None
+        changed = True  # since the stages were looked at
         try:
             while True:
                 stopping = failure is not None or stopped_at is not None
-                if not stopping:
+                if not stopping and changed:
                     self.begin_what_can()
+                    changed = False
                 if not self.running:
                     break
                 time.sleep(0.05)
                 for name in list(self.running):
                     process, _ = self.running[name]
-                    self.watch("running", process.stage, self.facts(process) | {"stopping": stopped_at is not None})
+                    facts = {"log": str(process.log), "seconds": process.seconds}
+                    self.watch("running", process.stage, facts)
                     code = process.poll()
                     if code is None:
                         continue
+                    changed = True
                     try:
-                        self.end(name, code)
+                        self.end(name, code, stopped_at is not None)
                     except StageFailed as error:
                         failure = failure or error
                     else:
@@ -135,6 +139,7 @@ class Driver:
                     continue
                 if any(isinstance(source, Stage) and source.name not in self.done for source in stage.inputs.values()):
                     continue
+                self.watch("reading", stage, {})
                 found = look(stage, self.places, self.done, self.known)
                 if any(found.key == process.key for process, _ in self.running.values()):
                     continue  # the same work under another name: its record will do
@@ -179,7 +184,7 @@ class Driver:
             if isinstance(word, State):
                 (state / word.sub).mkdir(parents=True, exist_ok=True)
                 return str(state / word.sub) if word.sub else str(state)
-            return word
+            return word.text if isinstance(word, Unkeyed) else word
 
         command = [*stage.launcher, *map(absolute, stage.command)]
         environment = {name: absolute(word) for name, word in stage.environment.items()}
@@ -191,14 +196,17 @@ class Driver:
         self.running[stage.name] = (process, found)
         process.start(self.lock)
 
-    def end(self, name: str, code: int) -> None:
-        """Record a stage whose process has ended; StageFailed where it did not do its work."""
+    def end(self, name: str, code: int, stopping: bool) -> None:
+        """Record a stage whose process has ended; StageFailed where it did not do its work.
+
+        stopping: it was asked to end, so that any exit code but 0 says that it has more to do.
+        """
         process, found = self.running.pop(name)
         process.kill()  # closes our end of its pipe
         self.free = sorted([*self.free, *(process.cores or self.cores)])
         stage, key = process.stage, process.key
         attempts = records.ended(self.places, key, process.seconds)
-        if code == STOPPED:
+        if code == STOPPED or (stopping and code != 0):
             return
         tail = process.tail()
         if code != 0:
@@ -208,6 +216,7 @@ class Driver:
                 f"stage {stage.name} {how}: {said} (log: {process.log}); the same command again goes on from here", tail
             )
         result = process.folder / stage.result if stage.result else process.folder
+        self.watch("reading", stage, {})
         try:
             files = read_files(result)
             if stage.check is not None:
@@ -268,9 +277,6 @@ class Driver:
         for process, _ in self.running.values():
             with contextlib.suppress(ProcessLookupError):
                 process.stop()
-
-    def facts(self, process: Process) -> Record:
-        return {"log": str(process.log), "seconds": process.seconds}
 
     def write_overview(self) -> None:
         def states() -> Iterator[tuple[Stage, str, Record | None]]:

@@ -37,7 +37,14 @@ class Input:
     sub: str = ""
 
 
-Word = Union[str, Output, State, Input]  # noqa: UP007
+@dataclass(frozen=True)
+class Unkeyed:
+    """A word that says where or how fast and not what: it may differ from run to run."""
+
+    text: str
+
+
+Word = str | Output | State | Input | Unkeyed
 Check = Callable[[Path, Mapping[str, Path]], None]
 """Called as check(result, paths of the inputs) once the command has ended well; ValueError refuses the result."""
 
@@ -94,7 +101,7 @@ def remit_version() -> str:
         return "unknown"
 
 
-def canonical(word: Word) -> str | list[str]:
+def canonical(word: str | Output | State | Input) -> str | list[str]:
     """A word of a command as it enters the key."""
     if isinstance(word, Input):
         return ["input", word.name, word.sub]
@@ -108,8 +115,10 @@ def canonical(word: Word) -> str | list[str]:
 def stage_key(stage: Stage, fingerprints: Mapping[str, str]) -> str:
     """sha256 over all that decides the result. fingerprints: of the content of each input, by its name."""
     content = {
-        "command": [canonical(word) for word in stage.command],
-        "environment": {name: canonical(word) for name, word in stage.environment.items()},
+        "command": [canonical(word) for word in stage.command if not isinstance(word, Unkeyed)],
+        "environment": {
+            name: canonical(word) for name, word in stage.environment.items() if not isinstance(word, Unkeyed)
+        },
         "inputs": {name: fingerprints[name] for name in stage.inputs},
         "remit": remit_version(),
         "result": stage.result,

@@ -48,6 +48,9 @@ def look(stage: Stage, places: Places, done: Mapping[str, Record], known: Known)
 def survey(stages: Sequence[Stage], folder: Path) -> list[Look]:
     """What `run_stages` would find now. A stage is done where it has a record and no change."""
     check_graph(stages)
+    if not any((folder / "records").glob("*.json")):  # nothing is done: no need to read what the user gave
+        sources = [[source.name for source in stage.inputs.values() if isinstance(source, Stage)] for stage in stages]
+        return [Look(stage, waits_for=names) for stage, names in zip(stages, sources, strict=True)]
     places, known = Places(folder), Known(folder / KNOWN)
     done: dict[str, Record] = {}
     looks = []

@@ -1,0 +1,235 @@
+"""Settings of remit flywheel: the options of the command, and the YAML file that describes the loop, checked once."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from pipelines.console import BadUsage
+from pipelines.flywheel.sections import SECTIONS, check_options
+
+POSTTRAIN = ("sft", "dpo", "rl", "command")
+RESERVED = ("score", "train", "evaluate-midtrained", "evaluate-posttrained")
+
+
+@dataclass(frozen=True)
+class FlywheelOptions:
+    """Run the loop of a YAML file: mid-train, post-train, score with the result, mid-train the base again with ReMiT.
+
+    Stages whose result is there already, made of the same, are left alone; so the same command goes on after a kill, and
+    after a change of the file it repeats what depends on the change.
+    """
+
+    config: Path
+    """YAML file with the loop: base, corpus, posttrain and so on; the documentation has an example and all keys."""
+    out: Path | None = None
+    """Folder for all stages; default: the file's `out`."""
+    dry_run: bool = False
+    """Only show which stages are done and which would run, with their commands; nothing is written."""
+    jobs: int = 1
+    """Stages at once, where they do not depend on each other; each gets its share of the cores."""
+    debug: bool = field(default=False, repr=False)
+    """Show tracebacks."""
+
+    def __post_init__(self) -> None:
+        if self.jobs < 1:
+            raise ValueError(f"--jobs is {self.jobs}, expected at least 1")
+
+
+@dataclass(frozen=True)
+class PostTrain:
+    """One stage of post-training. kind: sft, dpo, rl with `options`, or command with `command` and `inputs`."""
+
+    name: str
+    kind: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    command: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FlywheelConfig:
+    """The loop, as the YAML file describes it. Every field is a key of the file."""
+
+    base: str
+    """Base model that every round's mid-training starts from: a Hugging Face folder or a hub id."""
+    corpus: tuple[str, ...]
+    """Mid-training corpus, as --corpus of remit pack takes it."""
+    out: Path
+    """Folder for all stages."""
+    posttrain: tuple[PostTrain, ...]
+    """Stages of post-training, each from the model of the one before."""
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer; default: the base's."""
+    seq_len: int = 4096
+    """Tokens per row."""
+    rounds: int = 1
+    """ReMiT rounds; round 0, plain next-token prediction, comes before them unless `reference` is given."""
+    reference: str | None = None
+    """Post-trained model that exists already: it scores for round 1, and round 0 is left out."""
+    heldout: tuple[str, ...] = ()
+    """Held-out documents, as --corpus takes them: packed, and given to every training as --eval-shards."""
+    seed: int = 0
+    """Seed of every stage that has one."""
+    pack: Mapping[str, Any] = field(default_factory=dict)
+    """Options of remit pack."""
+    score: Mapping[str, Any] = field(default_factory=dict)
+    """Options of remit score."""
+    train: Mapping[str, Any] = field(default_factory=dict)
+    """Options of remit train; round 0 takes those that are not of an objective."""
+    launch: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Words that start a Python module in place of `python -m`, by section: {train: [torchrun, ..., -m]}."""
+    evaluate: Mapping[str, Any] | None = None
+    """Options of remit eval for the mid-trained and the post-trained model of each round; default: no evaluation."""
+
+
+KEYS = tuple(FlywheelConfig.__dataclass_fields__)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a key that stands twice in one mapping, where plain YAML forgets the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                raise yaml.YAMLError(f"line {node.value[index][0].start_mark.line + 1}: {key!r} stands twice")
+        return super().construct_mapping(node, deep)
+
+
+class _File:
+    """The content of the file, with messages that name file and key."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+            raise BadUsage(f"--config {path}: cannot be read ({' '.join(str(error).split())})") from None
+        if not isinstance(self.values, dict):
+            raise BadUsage(f"--config {path}: expected a mapping of keys to values, for instance base: path/to/model")
+
+    def fail(self, key: str, value: Any, expected: str) -> NoReturn:
+        raise BadUsage(f"{self.path}: {key} is {value!r}, expected {expected}")
+
+    def known(self, where: str, keys: Any, names: tuple[str, ...], decided: Mapping[str, str] | None = None) -> None:
+        """BadUsage for a key that is not in `names`, nor in `decided`, about which more is said later."""
+        for key in keys:
+            if key not in names and key not in (decided or {}):
+                near = get_close_matches(str(key), names, 1)
+                hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(names)}"
+                raise BadUsage(f"{self.path}: {where}{key} is no key; {hint}")
+
+    def text(self, key: str, value: Any) -> str:
+        if not isinstance(value, str) or not value.strip():
+            self.fail(key, value, "a text")
+        return value
+
+    def texts(self, key: str, value: Any, least: int = 1) -> tuple[str, ...]:
+        """A list of words; a single one may stand without brackets. Numbers are words too."""
+        entries = value if isinstance(value, list) else [value]
+        whole = all(isinstance(entry, str | int | float) and not isinstance(entry, bool) for entry in entries)
+        if not whole or len(entries) < least or not all(str(entry).strip() for entry in entries):
+            self.fail(key, value, "a list of words")
+        return tuple(map(str, entries))
+
+    def whole(self, key: str, value: Any, least: int) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            self.fail(key, value, f"a whole number from {least} on")
+        return value
+
+    def mapping(self, key: str, value: Any, expected: str) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            self.fail(key, value, expected)
+        return {str(name).replace("-", "_"): entry for name, entry in value.items()}
+
+
+def read_config(path: Path, out: Path | None = None) -> FlywheelConfig:
+    """The loop that a YAML file describes. out: takes the place of the file's. BadUsage for anything wrong in it."""
+    file = _File(path)
+    values = {key: value for key, value in file.mapping("", file.values, "").items() if value is not None}
+    file.known("", values, KEYS)
+    if out is not None:
+        values["out"] = str(out)
+    for key in ("base", "corpus", "out"):
+        if key not in values:
+            raise BadUsage(f"{path}: {key} is missing; it needs base, corpus, out and posttrain")
+    if "posttrain" not in values:
+        raise BadUsage(
+            f"{path}: posttrain is missing, expected a list such as [rl: {{data: prompts.jsonl}}]; [] scores with the "
+            "mid-trained model itself"
+        )
+    reference = values.get("reference")
+    seq_len = file.whole("seq_len", values.get("seq_len", FlywheelConfig.seq_len), 2)
+    found: dict[str, Any] = {"posttrain": read_posttrain(file, values["posttrain"])}
+    readers: dict[str, Callable[[str, Any], Any]] = {
+        **dict.fromkeys(("base", "tokenizer", "reference"), file.text),
+        **dict.fromkeys(("corpus", "heldout"), file.texts),
+        "out": lambda key, value: Path(file.text(key, value)),
+        "seq_len": lambda key, value: seq_len,
+        "rounds": lambda key, value: file.whole(key, value, 0 if reference is None else 1),
+        "seed": lambda key, value: file.whole(key, value, 0),
+        "pack": lambda key, value: read_section(file, key, key, value, {"seq_len": seq_len}),
+        **dict.fromkeys(("score", "train", "evaluate"), lambda key, value: read_section(file, key, key, value)),
+        "launch": lambda key, value: read_launch(file, value),
+    }
+    for key, value in values.items():
+        if key != "posttrain":
+            found[key] = readers[key](key, value)
+    if found.get("train", {}).get("objective") == "ntp":
+        file.fail("train.objective", "ntp", "an objective with a reference; round 0 is the one that trains with ntp")
+    if "eval_shards" in found.get("train", {}) and "heldout" in found:
+        raise BadUsage(f"{path}: heldout and train.eval_shards are both given, expected one of them")
+    return FlywheelConfig(**found)
+
+
+def read_section(
+    file: _File, where: str, section: str, value: Any, beside: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The options of a stage, checked by the stage's own settings together with those `beside` them."""
+    options = file.mapping(where, value, f"a mapping of options of {SECTIONS[section].title}")
+    file.known(f"{where}.", options, tuple(SECTIONS[section].options()), SECTIONS[section].decided)
+    check_options(str(file.path), where, section, options, beside or {})
+    return options
+
+
+def read_launch(file: _File, value: Any) -> dict[str, tuple[str, ...]]:
+    launch = file.mapping(
+        "launch", value, "a mapping such as {train: [torchrun, --standalone, --nproc-per-node, 8, -m]}"
+    )
+    file.known("launch.", launch, tuple(SECTIONS))
+    return {section: file.texts(f"launch.{section}", words) for section, words in launch.items()}
+
+
+def read_posttrain(file: _File, value: Any) -> tuple[PostTrain, ...]:
+    if not isinstance(value, list):
+        file.fail("posttrain", value, "a list such as [sft: {data: sft.jsonl}, rl: {data: prompts.jsonl}]")
+    stages: list[PostTrain] = []
+    for number, entry in enumerate(value, 1):
+        where = f"posttrain[{number}]"
+        entry = file.mapping(where, entry, "a mapping such as sft: {data: sft.jsonl}")
+        kinds = [kind for kind in POSTTRAIN if kind in entry]
+        if len(kinds) != 1:
+            file.known(f"{where}.", entry, (*POSTTRAIN, "name", "inputs"))
+            file.fail(where, entry, f"exactly one of {', '.join(POSTTRAIN)}")
+        kind = kinds[0]
+        file.known(f"{where}.", entry, (kind, "name", *(["inputs"] if kind == "command" else [])))
+        name = file.text(f"{where}.name", entry.get("name", kind))
+        if not name.replace("-", "").replace("_", "").isalnum() or not name.isascii() or name in RESERVED:
+            file.fail(f"{where}.name", name, f"letters, digits, - and _, and not one of {', '.join(RESERVED)}")
+        if name in [stage.name for stage in stages]:
+            file.fail(f"{where}.name", name, "a name that no other stage of posttrain has")
+        if kind == "command":
+            command = file.texts(f"{where}.command", entry["command"])
+            inputs = file.texts(f"{where}.inputs", entry.get("inputs") or [], least=0)
+            for path in inputs:
+                if not Path(path).exists():
+                    file.fail(f"{where}.inputs", path, "a file or folder that is there")
+            stages.append(PostTrain(name, kind, command=command, inputs=inputs))
+        else:
+            options = read_section(file, f"{where}.{kind}", kind, entry[kind] or {})
+            stages.append(PostTrain(name, kind, options))
+    return tuple(stages)
