@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.lab.documents import CURATED, LEVELS, MIDTRAINING, PRETRAINING, Problem, mixed, notes, problems
+from pipelines.lab.measure import first_of_each
 from pipelines.lab.recipe import RECIPES, Recipe, Size
 from pipelines.sample_corpus import plain_text
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 TOKENIZER_DOCUMENTS = 4_000  # of each mix
-LEAST_TOKENS_PER_DOCUMENT = 50  # documents have 55 to 65 on average; what is too much is not trained on
+TOKENS_PER_DOCUMENT = {"pretraining": 55, "midtraining": 60, "curated": 62}  # a little below what they have on average
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,15 @@ class DataConfig:
 def corpora(recipe: Recipe, seed: int) -> dict[str, Iterator[str]]:
     """Documents of each corpus, as many as its steps read."""
 
-    def count(steps: int) -> int:
-        return steps * recipe.batch_rows * recipe.seq_len // LEAST_TOKENS_PER_DOCUMENT
-
+    mixes = {
+        "pretraining": (recipe.pretraining_steps, PRETRAINING),
+        "midtraining": (recipe.midtraining_steps, MIDTRAINING),
+        "curated": (recipe.curated_steps, CURATED),
+    }
+    tokens_per_step = recipe.batch_rows * recipe.seq_len
     return {
-        "pretraining": mixed(f"{seed}/pretraining", count(recipe.pretraining_steps), PRETRAINING),
-        "midtraining": mixed(f"{seed}/midtraining", count(recipe.midtraining_steps), MIDTRAINING),
-        "curated": mixed(f"{seed}/curated", count(recipe.curated_steps), CURATED),
+        name: mixed(f"{seed}/{name}", 1 + steps * tokens_per_step // TOKENS_PER_DOCUMENT[name], mix)
+        for name, (steps, mix) in mixes.items()
     }
 
 
@@ -164,15 +167,19 @@ def build(config: DataConfig) -> None:
         texts = list(documents)
         write_lines(out / "corpus" / f"{name}.jsonl", ({"text": text} for text in texts))
         sample += texts[:TOKENIZER_DOCUMENTS] if name != "curated" else []
-    for name, rows in heldout_data(recipe, seed).items():
+    heldout = heldout_data(recipe, seed)
+    for name, rows in heldout.items():
         write_lines(out / "heldout" / f"{name}.jsonl", rows)
     for name, rows in post_training_data(recipe, seed).items():
         write_lines(out / "posttrain" / f"{name}.jsonl", rows)
     write_start(out / "start", recipe, seed)
     write_tokenizer(out / "start", sample, recipe.vocab_size)
     sources = {name: out / "corpus" / f"{name}.jsonl" for name in ("pretraining", "midtraining", "curated")}
+    # the loss is measured within each run, on fewer problems than a finished model is
+    some = first_of_each(heldout["problems"], recipe.curve_problems)
+    write_lines(out / "corpus" / "heldout.jsonl", some)
     with ray_cluster(config.debug):  # one Ray session for all packing
-        for name, path in (sources | {"heldout": out / "heldout" / "problems.jsonl"}).items():
+        for name, path in (sources | {"heldout": out / "corpus" / "heldout.jsonl"}).items():
             packed = out / "packed" / name
             pack(PackConfig([str(path)], str(out / "start"), str(packed), recipe.seq_len, debug=config.debug))
 

@@ -77,8 +77,8 @@ class Seed:
 
     def _build(self) -> None:
         recipe, arms = self.recipe, self.recipe.arms
-        words = ("--size", self.size, "--seed", str(self.seed), "--out", Output())
-        self.data = self.add("data", "pipelines.lab.data", words)
+        words: tuple[Word, ...] = ("--size", self.size, "--seed", str(self.seed), "--out", Output())
+        self.data = self.add("data", "pipelines.lab.data", words, {})
         self.base = self.train(
             "pretrain", self.data, "start", "pretraining", ARMS[NTP], recipe.pretraining_steps,
             recipe.pretraining_learning_rate,

@@ -16,12 +16,12 @@ class Recipe:
     heads: int = 4
     vocab_size: int = 768
     seq_len: int = 256
-    batch_rows: int = 8
+    batch_rows: int = 4
     """Rows per optimizer step, in pre-training and mid-training."""
 
-    pretraining_steps: int = 600
+    pretraining_steps: int = 1200
     pretraining_learning_rate: float = 3e-3
-    midtraining_steps: int = 900
+    midtraining_steps: int = 1000
     midtraining_learning_rate: float = 2e-3
     """Of every arm: from one sweep over the NTP arm, written down in docs/lab.md."""
     curated_steps: int = 200
@@ -35,8 +35,8 @@ class Recipe:
     sft_learning_rate: float = 3e-4
     dpo_examples: int = 1000
     dpo_learning_rate: float = 3e-5
-    rl_steps: int = 200
-    rl_batch: int = 128
+    rl_steps: int = 150
+    rl_batch: int = 64
     rl_generations: int = 8
     rl_learning_rate: float = 1e-4
     top_k: int = 16
@@ -60,4 +60,14 @@ class Recipe:
 
 RECIPES: dict[Size, Recipe] = {
     "full": Recipe(),
-}
+    "small": Recipe(
+        hidden_size=64, intermediate_size=128, layers=2, heads=2, pretraining_steps=80, midtraining_steps=80,
+        curated_steps=20, evaluations=2, exports=2, sft_examples=128, dpo_examples=64, rl_steps=10, rl_batch=32,
+        problems=50, sampled=20, curve_problems=20, texts=30,
+    ),
+    "tiny": Recipe(
+        hidden_size=64, intermediate_size=64, layers=1, heads=2, pretraining_steps=10, midtraining_steps=10,
+        curated_steps=2, evaluations=2, exports=2, sft_examples=32, dpo_examples=32, rl_steps=2, rl_batch=16, problems=8,
+        sampled=4, curve_problems=4, texts=5, arms=("remit", "ntp-guided"), post_trained=(),
+    ),
+}  # fmt: skip
