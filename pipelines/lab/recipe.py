@@ -62,8 +62,9 @@ RECIPES: dict[Size, Recipe] = {
     "full": Recipe(),
     "small": Recipe(
         hidden_size=64, intermediate_size=128, layers=2, heads=2, pretraining_steps=80, midtraining_steps=80,
-        curated_steps=20, evaluations=2, exports=2, sft_examples=128, dpo_examples=64, rl_steps=10, rl_batch=32,
-        problems=50, sampled=20, curve_problems=20, texts=30,
+        curated_steps=20, evaluations=2, exports=0, sft_examples=128, dpo_examples=64, rl_steps=10, rl_batch=32,
+        problems=50, sampled=20, curve_problems=20, texts=30, post_trained=(),
+        arms=("remit", "ntp-guided", "sft-guided", "rho1", "miniplm", "kd", "no-clip"),
     ),
     "tiny": Recipe(
         hidden_size=64, intermediate_size=64, layers=1, heads=2, pretraining_steps=10, midtraining_steps=10,
