@@ -61,7 +61,8 @@ def trainer_arguments(config: PostTrainConfig) -> dict[str, Any]:
 class Watch(TrainerCallback):
     """Writes the metrics, shows progress, marks checkpoints, and stops where a signal asked for it."""
 
-    def __init__(self, out: Path, bar: tqdm, should_stop: ShouldStop) -> None:
+    def __init__(self, trainer: Any, out: Path, bar: tqdm, should_stop: ShouldStop) -> None:
+        self.trainer = trainer
         self.metrics = out / METRICS
         self.bar = bar
         self.should_stop = should_stop
@@ -70,6 +71,9 @@ class Watch(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.reset(state.max_steps)
         self.bar.initial = self.bar.n = state.global_step
+        # TRL's count of tokens is the one thing that its checkpoints do not bring along
+        counts = [entry["num_tokens"] for entry in state.log_history if "num_tokens" in entry]
+        self.trainer._total_train_tokens = int(counts[-1]) if counts else 0
         if not state.is_world_process_zero:
             return
         # a checkpoint brings the log up to its step along; what was logged after it is logged again
@@ -133,7 +137,7 @@ def run_trainer(config: PostTrainConfig, trainer: Trainer, should_stop: ShouldSt
     trainer.remove_callback(PrinterCallback)
     checkpoint = newest_checkpoint(config.out / CHECKPOINTS)
     with progress_bar(desc="train", unit=" steps", disable=not trainer.is_world_process_zero()) as bar:
-        watch = Watch(config.out, bar, should_stop)
+        watch = Watch(trainer, config.out, bar, should_stop)
         trainer.add_callback(watch)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return not watch.stopped

@@ -15,7 +15,7 @@ def rl(config: RlConfig, should_stop: ShouldStop) -> int:
     """As post_train; also raises ValueError for a --reward that cannot be found, or --use-vllm without vLLM."""
     if config.use_vllm and find_spec("vllm") is None:
         raise ValueError("--use-vllm needs vLLM, which is not installed; pip install 'remit[gpu]', or leave it out")
-    reward = load_reward(config.reward)
+    reward: Any = load_reward(config.reward)
     fields = ("prompt", "answer") if config.reward == "answer" else ("prompt",)
 
     def trainer(job: Job) -> Any:
@@ -28,7 +28,7 @@ def rl(config: RlConfig, should_stop: ShouldStop) -> int:
 
         class Trainer(GRPOTrainer):
             def _get_train_sampler(self, dataset: Any = None) -> Any:
-                sampler = super()._get_train_sampler(dataset)
+                sampler: Any = super()._get_train_sampler(dataset)
                 if sampler.shuffle:
                     # TRL's draws each epoch's order after the one before: a run that resumes in the second epoch would
                     # see the first one's again. transformers says which epoch it is to samplers that ask.

@@ -1,0 +1,189 @@
+"""What the paper claims, as quantities that the laboratory measures, and what is found of each.
+
+Every quantity is one number per seed and is positive, or above `null`, where the claim holds. The rule of the verdict
+is fixed here, before any run: greedy accuracy over both levels, a paired 95 % interval over seeds, nothing else.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pipelines.lab.report.data import Results
+from pipelines.lab.report.statistics import Estimate, estimate, holm, paired, probability
+
+ACCURACY = "greedy_all"
+Values = dict[int, float]
+Kind = Literal["paper", "control", "check"]
+REPRODUCED, CONTRADICTED, UNDECIDED, MISSING = "reproduced", "contradicted", "not decided", "not measured"
+ONE_SEED = "not decided (one seed)"
+WORDS: dict[Kind, dict[str, str]] = {
+    "paper": {},
+    "control": {REPRODUCED: "yes", CONTRADICTED: "no, the other way round"},
+    "check": {REPRODUCED: "yes", CONTRADICTED: "no, the other way round"},
+}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """unit: of the quantity; "ratio": `values` gives its logarithm. null: what the interval has to exclude."""
+
+    text: str
+    paper: str
+    values: Callable[[Results], Values]
+    unit: Literal["points", "nats", "ratio"] = "points"
+    null: float = 0.0
+    kind: Kind = "paper"
+    note: str = ""
+    figure: float | None = None
+    """The paper's, where it compares with the quantity."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """agree: seeds whose value is on the claimed side. p: two-sided. survives: Holm's correction over all findings."""
+
+    claim: Claim
+    values: Values
+    estimate: Estimate | None
+    agree: int
+    p: float | None
+    verdict: str
+    survives: bool = False
+
+
+def difference(ours: tuple[str, str], theirs: tuple[str, str], metric: str = ACCURACY) -> Callable[[Results], Values]:
+    """A metric of one arm at a stage minus that of another, by seed; accuracies in percentage points."""
+    scale = 100.0 if metric.startswith(("greedy", "sampled")) else 1.0
+
+    def values(results: Results) -> Values:
+        pairs = paired(results.get(*ours, metric), results.get(*theirs, metric))
+        return {seed: scale * value for seed, value in pairs.items()}
+
+    return values
+
+
+def lost_lead(results: Results) -> Values:
+    """KD's lead over ReMiT after mid-training minus that after SFT."""
+    return paired(
+        difference(("kd", "mid"), ("remit", "mid"))(results), difference(("kd", "sft"), ("remit", "sft"))(results)
+    )
+
+
+def first_step(curve: Sequence[tuple[int, float]], target: float, rising: bool) -> float | None:
+    """Where the lines between the points first reach `target`; the first point where that one does, None for never."""
+    sign = 1 if rising else -1
+    for index, (step, value) in enumerate(curve):
+        if sign * (value - target) >= 0:
+            if index == 0:
+                return float(step)
+            before, old = curve[index - 1]
+            return before + (step - before) * (target - old) / (value - old)
+    return None
+
+
+def tokens_saved(metric: str, rising: bool) -> Callable[[Results], Values]:
+    """ln(steps of NTP / steps of ReMiT) until the value that NTP ends with is first reached.
+
+    Both runs are read by the same rule, since a noisy curve passes its own end before it. Each step has as many tokens.
+    A ReMiT run that never gets there counts with all its steps.
+    """
+
+    def values(results: Results) -> Values:
+        ntp, remit = results.curve("ntp", "mid", metric), results.curve("remit", "mid", metric)
+        found = {}
+        for seed in sorted(ntp.keys() & remit.keys()):
+            target = ntp[seed][-1][1]
+            theirs = first_step(ntp[seed], target, rising)
+            ours = first_step(remit[seed], target, rising) or remit[seed][-1][0]
+            if theirs and ours:
+                found[seed] = math.log(theirs / ours)
+        return found
+
+    return values
+
+
+def collapsed_norm(results: Results) -> Values:
+    """ln(gradient norm of ReMiT / that without the clip), of their means over the last quarter of the steps."""
+
+    def ends(arm: str) -> Values:
+        means = {}
+        for seed, curve in results.curve(arm, "mid", "grad_norm").items():
+            last = [value for step, value in curve if step > 0.75 * curve[-1][0]]
+            if min(last) > 0:
+                means[seed] = math.log(sum(last) / len(last))
+        return means
+
+    return paired(ends("remit"), ends("no-clip"))
+
+
+MID, SFT, DPO, RL = ("mid", "sft", "dpo", "rl")
+CLAIMS: tuple[Claim, ...] = (
+    Claim("ReMiT is above NTP after mid-training", "27.56 and 22.35; 42.97 and 41.13; 38.58 and 36.80",
+          difference(("remit", MID), ("ntp", MID))),
+    Claim("ReMiT is above SFT-guided", "27.56 and 23.72; 38.58 and 35.37", difference(("remit", MID), ("sft-guided", MID))),
+    Claim("ReMiT is above RHO-1", "27.56 and 23.10; 42.97 and 39.80; 38.58 and 32.24",
+          difference(("remit", MID), ("rho1", MID))),
+    Claim("ReMiT is above MiniPLM", "27.56 and 22.41; 42.97 and 40.65; 38.58 and 36.69",
+          difference(("remit", MID), ("miniplm", MID))),
+    Claim("KD is above ReMiT right after mid-training", "29.78 and 27.56; 38.67 and 38.58",
+          difference(("kd", MID), ("remit", MID))),
+    Claim("KD's lead over ReMiT is smaller after SFT", "from 2.22 to 0.54", lost_lead),
+    Claim("ReMiT is above KD after DPO", "30.87 and 29.37", difference(("remit", DPO), ("kd", DPO))),
+    Claim("ReMiT is above KD after RL", "32.92 and 31.00", difference(("remit", RL), ("kd", RL))),
+    Claim("ReMiT is above NTP after SFT", "30.02 and 27.45", difference(("remit", SFT), ("ntp", SFT))),
+    Claim("ReMiT is above NTP after DPO", "30.87 and 29.43", difference(("remit", DPO), ("ntp", DPO))),
+    Claim("ReMiT is above NTP after RL", "32.92 and 29.57", difference(("remit", RL), ("ntp", RL))),
+    Claim("ReMiT² is above ReMiT", "above, by a figure", difference(("remit2", MID), ("remit", MID))),
+    Claim("A reference of 10 % of the RL steps is still above NTP", "above, by a figure",
+          difference(("remit-rl10", MID), ("ntp", MID))),
+    Claim("The full reference is above the one of 10 %", "above, by a figure",
+          difference(("remit", MID), ("remit-rl10", MID))),
+    Claim("Without the clip the gradient norm collapses", "collapses, by a figure", collapsed_norm, "ratio", math.log(2),
+          note="taken as: below half of that with the clip, over the last quarter of the steps"),
+    Claim("ReMiT needs fewer tokens to the accuracy of NTP", "about 6 times fewer", tokens_saved(ACCURACY, True), "ratio", figure=6.0),
+    Claim("KD is nearer to the reference than ReMiT", "KD low, ReMiT moderate",
+          difference(("remit", MID), ("kd", MID), "kl_reference"), "nats"),
+    Claim("ReMiT is nearer to the reference than NTP", "KD low, ReMiT moderate",
+          difference(("ntp", MID), ("remit", MID), "kl_reference"), "nats"),
+    Claim("The reference has to come from RL: ReMiT is above NTP-guided", "not in the paper",
+          difference(("remit", MID), ("ntp-guided", MID)), kind="control"),
+    Claim("Any later model helps: NTP-guided is above NTP", "not in the paper",
+          difference(("ntp-guided", MID), ("ntp", MID)), kind="control"),
+    Claim("ReMiT needs fewer tokens to the held-out loss of NTP", "not in the paper",
+          tokens_saved("loss_heldout", False), "ratio", kind="control", note="less noisy than accuracy"),
+    Claim("Mid-training raises accuracy: NTP above the pre-trained model", "",
+          difference(("ntp", MID), ("base", "pretrained")), kind="check"),
+    Claim("The reference is above the model that it was made from", "",
+          difference(("ntp", RL), ("ntp", MID)), kind="check"),
+    Claim("RL itself raises accuracy: above the model before it", "", difference(("ntp", RL), ("ntp", DPO)), kind="check"),
+    Claim("The full reference is above the one of 10 % of the steps", "",
+          difference(("ntp", RL), ("ntp-rl10", RL)), kind="check"),
+)  # fmt: skip
+
+
+def judge(claim: Claim, results: Results) -> Finding:
+    """The finding of one claim, before any correction for how many there are."""
+    values = claim.values(results)
+    if not values:
+        return Finding(claim, {}, None, 0, None, MISSING)
+    numbers = list(values.values())
+    found = estimate(numbers)
+    agree = sum(value > claim.null for value in numbers)
+    verdict = ONE_SEED if len(numbers) == 1 else UNDECIDED
+    if found.low is not None and found.high is not None:
+        if found.low > claim.null:
+            verdict = REPRODUCED
+        elif found.high < claim.null:
+            verdict = CONTRADICTED
+    return Finding(claim, values, found, agree, probability(numbers, claim.null), verdict)
+
+
+def judge_all(results: Results, claims: Sequence[Claim] = CLAIMS) -> list[Finding]:
+    """All findings. Checks of the set-up are no claims and do not count in Holm's correction."""
+    findings = [judge(claim, results) for claim in claims]
+    counted = [finding.p if finding.claim.kind != "check" else None for finding in findings]
+    return [
+        Finding(**{**vars(finding), "survives": survives})
+        for finding, survives in zip(findings, holm(counted), strict=True)
+    ]
