@@ -117,7 +117,9 @@ def test_preferences_differ_and_the_chosen_one_is_right() -> None:
     for row in post_training_data(RECIPES["tiny"], 0)["dpo"]:
         assert final(row["chosen"]) == computed(row["prompt"])[0]
         steps = STEP.findall(row["rejected"])
-        assert any({"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[s] != int(r) for a, s, b, r in steps)
+        assert any(
+            {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[s] != int(r) for a, s, b, r in steps
+        )
 
 
 @pytest.fixture(scope="module")
@@ -196,9 +198,7 @@ def test_losses_and_divergence_against_float64(tiny_model: Path, tmp_path: Path)
     for ids, length in zip(rows, lengths, strict=True):
         assert tokenizer.decode(ids[:length]) in [row["prompt"] for row in rows_of()]
         with torch.no_grad():
-            p, q = (
-                net.double()(torch.tensor([ids])).logits[0].softmax(-1) for net in (model.double(), other.double())
-            )
+            p, q = (net.double()(torch.tensor([ids])).logits[0].softmax(-1) for net in (model.double(), other.double()))
         for place in range(1, len(ids)):
             loss = -math.log(float(p[place - 1, ids[place]]))
             all_losses.append(loss)
@@ -313,7 +313,9 @@ def test_tiny_laboratory(tmp_path: Path) -> None:
     ran = lab("--size", "tiny", "--out", str(out))
     assert ran.returncode == 0, ran.stderr[-3000:]
     found = check_results(out, "tiny")
-    assert {row["step"] for row in found["measurements"] if row["metric"] == "greedy_all" and row["arm"] == "remit"} > {5}
+    assert {row["step"] for row in found["measurements"] if row["metric"] == "greedy_all" and row["arm"] == "remit"} > {
+        5
+    }
     again = lab("--size", "tiny", "--out", str(out))
     assert again.returncode == 0
     assert "started" not in again.stderr

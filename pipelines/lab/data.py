@@ -62,7 +62,7 @@ def heldout_problems(recipe: Recipe, seed: int) -> list[tuple[str, Problem]]:
 
 
 def post_training_data(recipe: Recipe, seed: int) -> dict[str, list[dict[str, str]]]:
-    """Examples of each stage of post-training. Rejected solutions have a wrong step; prompts of RL are used once."""
+    """Examples of each stage of post-training. Rejected solutions have a wrong step."""
     rng = random.Random(f"{seed}/rejected")
 
     def rejected(problem: Problem) -> str:
@@ -71,7 +71,6 @@ def post_training_data(recipe: Recipe, seed: int) -> dict[str, list[dict[str, st
             if solution != problem.solution():
                 return solution
 
-    prompts = recipe.rl_steps * recipe.rl_batch // recipe.rl_generations
     return {
         "sft": [
             {"prompt": problem.prompt, "completion": problem.solution()}
@@ -83,7 +82,7 @@ def post_training_data(recipe: Recipe, seed: int) -> dict[str, list[dict[str, st
         ],
         "rl": [
             {"prompt": problem.prompt, "answer": str(problem.answer)}
-            for problem in problems(f"{seed}/rl", prompts, held_out=False)
+            for problem in problems(f"{seed}/rl", recipe.rl_prompts, held_out=False)
         ],
     }
 

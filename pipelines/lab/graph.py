@@ -8,8 +8,9 @@ differs. `Arm` says what an arm trains with.
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from pipelines.flywheel.stage import Input, Output, Stage, Word
 from pipelines.lab.recipe import RECIPES, Size
@@ -66,11 +67,18 @@ class Seed:
 
     def add(
         self, path: str, module: str, words: tuple[Word, ...], inputs: Mapping[str, Stage | Path], result: str = "",
-        resumes: bool = False,
+        resumes: bool = False, settings: Mapping[str, Any] | None = None,
     ) -> Stage:  # fmt: skip
         command = (sys.executable, "-m", module, *words)
         stage = Stage(
-            self.name(path), command, dict(inputs), result=result, seed=self.seed, resumes=resumes, threads=1
+            self.name(path),
+            command,
+            dict(inputs),
+            result=result,
+            seed=self.seed,
+            settings=settings or {},
+            resumes=resumes,
+            threads=1,
         )
         self.stages.append(stage)
         return stage
@@ -78,7 +86,7 @@ class Seed:
     def _build(self) -> None:
         recipe, arms = self.recipe, self.recipe.arms
         words: tuple[Word, ...] = ("--size", self.size, "--seed", str(self.seed), "--out", Output())
-        self.data = self.add("data", "pipelines.lab.data", words, {})
+        self.data = self.add("data", "pipelines.lab.data", words, {}, settings=asdict(recipe))
         self.base = self.train(
             "pretrain", self.data, "start", "pretraining", ARMS[NTP], recipe.pretraining_steps,
             recipe.pretraining_learning_rate,
@@ -139,7 +147,12 @@ class Seed:
             "--checkpoint-every", str(max(1, steps // 4)),
         )  # fmt: skip
         if evaluations:
-            words += ("--eval-shards", Input("data", "packed/heldout"), "--eval-every", str(max(1, steps // evaluations)))
+            words += (
+                "--eval-shards",
+                Input("data", "packed/heldout"),
+                "--eval-every",
+                str(max(1, steps // evaluations)),
+            )
         if exports:
             words += ("--export-every", str(steps // exports))
         return self.add(path, "pipelines.cli", words, inputs, result="model", resumes=True)
