@@ -43,9 +43,9 @@ class Recipe:
     top_k: int = 16
     """Tokens of the reference's distribution that distillation sees."""
 
-    problems: int = 1000
+    problems: int = 800
     """Held-out problems of each level."""
-    sampled: int = 500
+    sampled: int = 300
     """Of them those that are also solved by sampling."""
     curve_problems: int = 200
     """The same, of models in mid-run."""
