@@ -208,7 +208,7 @@ class Seed:
             path, "rl", model,
             ("--max-steps", str(steps), "--batch-size", str(recipe.rl_batch), "--learning-rate",
              str(recipe.rl_learning_rate), "--num-generations", str(recipe.rl_generations), "--max-completion-length",
-             "64", "--schedule", "constant"),
+             "56", "--schedule", "linear", "--warmup-steps", str(steps // 15)),
         )  # fmt: skip
 
     def post(self, path: str, kind: str, model: Stage, options: tuple[str, ...]) -> Stage:

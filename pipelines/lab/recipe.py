@@ -37,9 +37,9 @@ class Recipe:
     dpo_learning_rate: float = 3e-5
     rl_prompts: int = 2000
     rl_steps: int = 150
-    rl_batch: int = 64
+    rl_batch: int = 128
     rl_generations: int = 8
-    rl_learning_rate: float = 1e-4
+    rl_learning_rate: float = 2e-4
     top_k: int = 16
     """Tokens of the reference's distribution that distillation sees."""
 
