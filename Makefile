@@ -10,6 +10,7 @@ EXTRA  ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 SAMPLE := .cache/sample
 WORK   ?= work
 NAME   ?= rl
+SAMPLE_ARGS ?=
 PACK_ARGS  ?=
 SCORE_ARGS ?=
 TRAIN_ARGS ?=
@@ -47,6 +48,7 @@ help: ## list targets and variables
 	@echo "  REF        reference model, folder or hub id            NAME       name of the reference (now: $(NAME))"
 	@echo "  SEQ_LEN    tokens per row (now: $(SEQ_LEN))                 PACKED     packed shards (now: $(PACKED))"
 	@echo "  SHARDS     annotated shards (now: $(SHARDS))       PACK_ARGS, SCORE_ARGS  more options"
+	@echo "  SAMPLE_ARGS more options for building the sample project"
 	@echo "variables of make train:"
 	@echo "  BASE       base model, folder or hub id                 SHARDS     annotated shards"
 	@echo "  OUT        folder of the run (now: $(OUT))           TRAIN_ARGS more options"
@@ -85,7 +87,7 @@ BROWSER = { command -v chromium || command -v chromium-browser || command -v goo
 sample: $(SAMPLE)/reference ## build the sample project: corpus, tokenizer, tiny base and reference
 
 $(SAMPLE)/reference: | $(VENV)/.installed-$(EXTRA)
-	$(BIN)/python -m pipelines.sample --out $(SAMPLE)
+	$(BIN)/python -m pipelines.sample --out $(SAMPLE) $(SAMPLE_ARGS)
 
 score: install $(SAMPLE_STAMP) ## pack CORPUS and annotate it with REF's log-probs
 	$(BIN)/remit pack --corpus $(CORPUS) --tokenizer $(TOKENIZER) --out $(PACKED) --seq-len $(SEQ_LEN) \

@@ -94,6 +94,7 @@ def fail(command: str, code: int, message: str) -> NoReturn:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the console script."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names of files may be no Unicode
     command = arguments[0] if arguments else ""
     try:
         config = parse(expand_config_file(arguments))

@@ -130,7 +130,7 @@ class InspectConfig:
             raise ValueError(f"--tokens is {self.tokens}, expected 0 (all) or more")
         _check_epsilon("--epsilon", self.epsilon)
         if self.html is not None:
-            check_output_file("--html", self.html)
+            check_page("--html", self.html)
         _ = self.row_range
 
     @property
@@ -162,12 +162,7 @@ class ReportConfig:
         for index, folder in enumerate(resolved):
             if folder in resolved[:index]:
                 raise ValueError(f"--run {self.runs[index]} is given twice, expected different folders")
-        if self.out.suffix.lower() not in (".html", ".htm"):
-            raise ValueError(f"--out is {self.out}, expected the name of a page, for instance report.html")
-        if self.out.is_dir():
-            raise ValueError(f"--out {self.out}: is a folder, expected a file")
-        if not self.out.absolute().parent.is_dir():
-            raise ValueError(f"--out {self.out}: its folder does not exist; create it")
+        check_page("--out", self.out)
 
     @property
     def runs(self) -> list[Path]:
@@ -178,6 +173,13 @@ class ReportConfig:
 def _check_epsilon(option: str, value: float) -> None:
     if not (0 < value < 1 or value == math.inf):
         raise ValueError(f"{option} has {value:g}, expected numbers between 0 and 1, or inf for no clip")
+
+
+def check_page(option: str, file: Path) -> None:
+    """ValueError unless `file` can be written, and is called a page: what it replaces should be one."""
+    check_output_file(option, file)
+    if file.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"{option} is {file}, expected the name of a page, for instance page.html")
 
 
 def check_output_file(option: str, file: Path) -> None:

@@ -6,19 +6,23 @@ Heavy imports (torch, transformers) happen inside, so that --help answers at onc
 import json
 import sys
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from pipelines.console import DONE, FAILED, ShouldStop, note, progress_bar, quiet_libraries
 from pipelines.evaluation.settings import EvalConfig
 from pipelines.models import resolve_model
+from pipelines.pages import write_page
 from pipelines.plan.settings import PlanConfig
 from pipelines.settings import InspectConfig, ReportConfig, VerifyConfig
 from shards.folder import ShardFolder
 from shards.lease import Lease
 from shards.quarantine import QUARANTINE, take_out
 from shards.verify import verify_folder
+
+if TYPE_CHECKING:
+    from pipelines.inspect.find_rows import Found
 
 
 def verify(config: VerifyConfig, should_stop: ShouldStop) -> int:
@@ -93,14 +97,17 @@ def inspect(config: InspectConfig, should_stop: ShouldStop) -> int:
             bar.total = total
             bar.update(done - bar.n)
 
-        rows = find_rows(folder, config, progress)
+        found = find_rows(folder, config, progress)
     if config.html is None:
-        show(folder, config, rows)
-        return DONE
-    return write_page(config, folder, rows)
+        show(folder, config, found.rows)
+    else:
+        write_heatmap(config, folder, found)
+    for remark in found.remarks:
+        note(remark)
+    return DONE
 
 
-def write_page(config: InspectConfig, folder: ShardFolder, rows: list[int]) -> int:
+def write_heatmap(config: InspectConfig, folder: ShardFolder, found: "Found") -> None:
     """remit inspect --html: the rows as one page."""
     from pipelines.inspect.heatmap import heatmap
 
@@ -114,11 +121,11 @@ def write_page(config: InspectConfig, folder: ShardFolder, rows: list[int]) -> i
             bar.total = total
             bar.update(done - bar.n)
 
-        page = heatmap(folder, config, rows, model, progress)
-    config.html.write_text(page, encoding="utf-8", newline="")
+        page = heatmap(folder, config, found, model, progress)
+    write_page(config.html, page)
+    rows = found.rows
     which = f"row {rows[0]}" if len(rows) == 1 else f"{len(rows):,} rows, {rows[0]} to {rows[-1]}"
     print(f"wrote {which} -> {config.html}")
-    return DONE
 
 
 def plan(config: PlanConfig, should_stop: ShouldStop) -> int:

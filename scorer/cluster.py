@@ -45,6 +45,9 @@ def ray_cluster(debug: bool = False) -> Iterator[None]:
                 "correct the address, give its token in RAY_AUTH_TOKEN, or unset RAY_ADDRESS to use this machine alone"
             ) from error
     else:
+        # a worker that a busy machine starts later than this is given up, and ray.init then waits for it for ever;
+        # Ray's own limit is a minute
+        os.environ.setdefault("RAY_worker_register_timeout_seconds", "900")
         with loopback():
             ray.init(address="local", log_to_driver=debug, logging_level=level, include_dashboard=False)
     if threading.current_thread() is threading.main_thread():

@@ -18,8 +18,8 @@ class PackConfig:
     """Tokenise a corpus and cut it into rows of seq_len tokens."""
 
     corpus: list[str]
-    """Files, globs or folders (.jsonl, .jsonl.gz, .jsonl.zst, .parquet), or a Hugging Face dataset as
-    NAME[:CONFIG[:SPLIT]]."""
+    """Files, globs or folders (.jsonl, .jsonl.gz, .jsonl.zst, .parquet); or datasets: of the Hugging Face hub as
+    NAME[@REVISION][:CONFIG[:SPLIT]], of a local folder as FOLDER:[CONFIG][:SPLIT]. The split is train unless named."""
     tokenizer: str
     """Folder of the model's fast tokenizer, or its hub id."""
     out: str

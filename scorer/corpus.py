@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -10,7 +10,8 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet
 
-from scorer.sources import HUB, Source
+from scorer.sources import Source
+from scorer.streamed import Shard, read_rows
 from shards.store import StoreSilent
 
 BATCH_DOCUMENTS = 1024
@@ -26,12 +27,12 @@ class BadDocument(ValueError):
 def read_documents(source: Source, text_field: str) -> Iterator[tuple[list[str | BadDocument], int]]:
     """Batches of the documents of one source, in order; a bad one stands as a BadDocument in its place.
 
-    With each batch comes the number of bytes of the file that were read so far (0 for a hub dataset).
+    With each batch comes the number of bytes of the file that were read so far (0 for a dataset).
     Raises ValueError where the file itself cannot be read to its end: truncated, not what its suffix says.
     """
-    if source.location is None:
-        values = _hub_values(source, text_field)
-    elif source.location.endswith(".parquet"):
+    if source.shard is not None:
+        values = _streamed_values(source.shard, text_field)
+    elif str(source.location).endswith(".parquet"):
         values = _parquet_values(source, text_field)
     else:
         values = _jsonl_values(source, text_field)
@@ -114,9 +115,7 @@ def _json_field(where: str, line: bytes, text_field: str) -> Any:
             f"{where}: is a JSON {type(value).__name__}, expected an object with {text_field!r}; {remedy}"
         )
     if text_field not in value:
-        return BadDocument(
-            f"{where}: has no field {text_field!r}, only {', '.join(value)[:80]}; set --text-field, or leave such documents out with --on-bad-document reject"
-        )
+        return _no_field(where, text_field, value)
     return value[text_field]
 
 
@@ -166,19 +165,14 @@ def _column_values(column: pa.Array) -> Iterator[Any]:
             yield scalar.as_buffer().to_pybytes()  # not a string, so it is reported as such
 
 
-def _hub_values(source: Source, text_field: str) -> Iterator[tuple[str, Any, int]]:
-    import datasets
+def _streamed_values(shard: Shard, text_field: str) -> Iterator[tuple[str, Any, int]]:
+    for number, row in enumerate(read_rows(shard, text_field)):
+        where = f"{shard.name}: row {number}"
+        yield where, row[text_field] if text_field in row else _no_field(where, text_field, row), 0
 
-    name, _, rest = source.name.removeprefix(HUB).partition("@")
-    revision, _, rest = rest.partition(":")
-    config, _, split = rest.partition(":")
-    rows = datasets.load_dataset(name, config or None, split=split or "train", revision=revision, streaming=True)
-    for number, row in enumerate(rows):
-        where = f"{source.name}: row {number}"
-        if text_field not in row:
-            bad = BadDocument(
-                f"{where}: has no field {text_field!r}, only {', '.join(row)[:80]}; set --text-field, or leave such documents out with --on-bad-document reject"
-            )
-            yield where, bad, 0
-        else:
-            yield where, row[text_field], 0
+
+def _no_field(where: str, text_field: str, names: Iterable[str]) -> BadDocument:
+    return BadDocument(
+        f"{where}: has no field {text_field!r}, only {', '.join(names)[:80]}; set --text-field, or leave such documents "
+        "out with --on-bad-document reject"
+    )

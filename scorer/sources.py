@@ -2,27 +2,30 @@
 
 import glob
 import hashlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 
+from scorer.streamed import HUB, Shard, find_shards
 from shards.store import is_remote, open_store
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-HUB = "hf://"
 
 
 @dataclass(frozen=True)
 class Source:
-    """One corpus file. location: its path or URL, or None for a hub dataset; name: what the manifest calls it.
+    """One corpus file. location: its path or URL, or None where it is the hub's; name: what the manifest calls it.
 
-    listed_size: as an object store listed it, which saves a request for each of many files.
+    listed_size: as an object store listed it, which saves a request for each of many files. shard: what `datasets`
+    reads; None for a file that is read by itself.
     """
 
     name: str
     location: str | None
     listed_size: int | None = None
+    shard: Shard | None = None
 
     def open(self) -> pa.NativeFile:
         """The file's bytes, to read from front to back or at any place."""
@@ -33,14 +36,14 @@ class Source:
         return pa.OSFile(self.location)
 
     def size(self) -> int | None:
-        """Bytes of the file; None for a hub dataset."""
+        """Bytes of the file; None for one of the hub."""
         if self.location is None or self.listed_size is not None:
             return self.listed_size
         with self.open() as file:
             return file.size()
 
     def sha256(self) -> str | None:
-        """sha256 of the file's bytes; None for a hub dataset."""
+        """sha256 of the file's bytes; None for one of the hub."""
         if self.location is None:
             return None
         digest = hashlib.sha256()
@@ -66,7 +69,7 @@ def find_sources(corpus: list[str]) -> list[Source]:
     """
     found: list[str] = []
     sizes: dict[str, int] = {}
-    hub: list[Source] = []
+    streamed: list[Source] = []
     for entry in corpus:
         matches: list[str] | None
         if is_remote(entry):
@@ -76,22 +79,23 @@ def find_sources(corpus: list[str]) -> list[Source]:
         else:
             matches = _files(entry)
         if matches is None:
-            hub.append(_hub_source(entry))
+            streamed += [Source(shard.name, location, shard=shard) for shard, location in find_shards(entry)]
         found += matches or []
     for location in found:
         if not location.endswith(SUFFIXES):
             raise ValueError(f"{location}: not a corpus file; expected one of {', '.join(SUFFIXES)}")
-    for index, location in enumerate(found):
+    for location in found:
         if location not in sizes:
             Source("", location).open().close()  # an unreadable file is better found now than after hours
-        if location in found[:index]:
-            raise ValueError(f"{location}: is in the corpus twice; name it once")
+    named = Counter(found + [source.location or source.name for source in streamed])
+    if named and max(named.values()) > 1:
+        raise ValueError(f"{max(named, key=lambda name: named[name])}: is in the corpus twice; name it once")
     root = _common_folder(found)
-    return [Source(location[len(root) :].lstrip("/"), location, sizes.get(location)) for location in found] + hub
+    return [Source(location[len(root) :].lstrip("/"), location, sizes.get(location)) for location in found] + streamed
 
 
 def _files(entry: str) -> list[str] | None:
-    """Absolute paths that an entry of --corpus stands for, or None where it must be a dataset name."""
+    """Absolute paths that an entry of --corpus stands for, or None where it must be a dataset."""
     path = Path(entry)
     if entry.startswith(HUB):
         return None
@@ -99,10 +103,15 @@ def _files(entry: str) -> list[str] | None:
         found = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
         found = [file for file in found if not any(p.startswith((".", "_")) for p in file.relative_to(path).parts)]
         if not found:
-            raise ValueError(f"{entry}: folder without corpus files; expected some of {', '.join(SUFFIXES)}")
+            raise ValueError(
+                f"{entry}: folder without corpus files; expected some of {', '.join(SUFFIXES)}, or {entry}:CONFIG:SPLIT "
+                "for one that `datasets` opens"
+            )
         return [str(file.resolve()) for file in found]
     if path.exists():
         return [str(path.resolve())]
+    if Path(entry.partition(":")[0]).is_dir():  # with a config or split: what `datasets` finds in the folder
+        return None
     if glob.has_magic(entry):
         matches = sorted(Path(match) for match in glob.glob(entry, recursive=True))
         if not matches:
@@ -142,19 +151,3 @@ def _common_folder(locations: list[str]) -> str:
     while folder and not all(location.startswith(folder + "/") for location in locations):
         folder = folder.rpartition("/")[0]
     return folder
-
-
-def _hub_source(entry: str) -> Source:
-    """A dataset `[hf://]NAME[:CONFIG[:SPLIT]]`, pinned to the revision that the hub has now."""
-    from huggingface_hub import HfApi
-
-    name, _, rest = entry.removeprefix(HUB).partition(":")
-    try:
-        revision = HfApi().dataset_info(name).sha
-    except Exception as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{entry}: neither a local file nor a dataset that the Hugging Face hub answers for ({reason}); "
-            "check --corpus"
-        ) from None
-    return Source(f"{HUB}{name}@{revision}:{rest}", None)

@@ -35,7 +35,8 @@ def part_name(index: int) -> str:
 class CorpusFile:
     """One corpus file as it was packed.
 
-    path: relative to the corpus, or `hf://name@revision` for a hub dataset, which has no size and sha256.
+    path: relative to the corpus; of a dataset NAME:CONFIG:SPLIT#SHARD-of-COUNT, which of the hub is hf://NAME@REVISION
+    and has no size and sha256.
     documents_read = documents_packed + documents_empty + documents_rejected.
     """
 

@@ -184,7 +184,9 @@ def packed(tmp_path_factory: pytest.TempPathFactory, corpus_folder: Path, tokeni
 
 
 def score_to(out: Path, shards: Path, model: Path, **settings: object) -> ShardFolder:
-    config = ScoreConfig(shards, str(model), out, **({"num_engines": 1, "dtype": "float32"} | settings))
+    """Score in this process, without the canary unless asked: what comes out is compared with transformers anyway."""
+    defaults = {"num_engines": 1, "dtype": "float32", "canary": False}
+    config = ScoreConfig(shards, str(model), out, **(defaults | settings))
     return score(config, Reference(model, model.name))
 
 
@@ -206,6 +208,13 @@ def scored(scored_rl: Path, reference_model: Path) -> Path:
     """A second column on top of it: sft_logprobs in document context, not rounded."""
     out = scored_rl.parent / "both"
     return score_to(out, scored_rl, reference_model, name="sft", context="document", logprob_step=0.0).path
+
+
+@pytest.fixture(scope="session")
+def exact(tmp_path_factory: pytest.TempPathFactory, packed: Path, reference_model: Path) -> Path:
+    """The packed folder with rl_logprobs and the five most probable tokens of each place, not rounded."""
+    out = tmp_path_factory.mktemp("topk") / "exact"
+    return score_to(out, packed, reference_model, top_k=5, logprob_step=0.0).path
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from collections import defaultdict
@@ -18,7 +19,10 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-MODULES = ["scorer.score", "scorer.pack", "pipelines.cli", "pipelines.commands", "datasets", "transformers", "torch"]
+MODULES = [
+    "scorer.score", "scorer.pack", "trainer.train", "pipelines.cli", "pipelines.commands", "datasets", "transformers",
+    "torch", "transformers.models.llama.modeling_llama", "transformers.models.olmo2.modeling_olmo2",
+]  # fmt: skip
 FORKS: Any = multiprocessing.get_context("forkserver")
 
 
@@ -44,6 +48,10 @@ def _main(arguments: list[str], environment: dict[str, str], output: Path) -> No
     for name in [name for name in os.environ if name.startswith("REMIT_")]:
         del os.environ[name]
     os.environ.update(environment)
+    if "OMP_NUM_THREADS" in environment:  # torch has read its own long ago
+        import torch
+
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     sys.argv = ["remit", *arguments]
     from pipelines.cli import main
 
@@ -77,7 +85,7 @@ class Command:
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
-    def finish(self, seconds: float = 90) -> int:
+    def finish(self, seconds: float = 600) -> int:
         """Exit code, negative for a signal."""
         self.process.join(seconds)
         if self.process.exitcode is None:
@@ -86,13 +94,64 @@ class Command:
             raise AssertionError(f"does not end: {self.errors}")
         return self.process.exitcode
 
-    def until(self, condition: Callable[[], object], seconds: float = 60) -> None:
+    def until(self, condition: Callable[[], object], seconds: float = 300) -> None:
         """Wait for the condition; the command must not end before."""
         deadline = time.monotonic() + seconds
         while not condition():
             assert self.process.is_alive(), self.errors
             assert time.monotonic() < deadline, self.errors
             time.sleep(0.01)
+
+
+class Ranks:
+    """A remit train on several ranks without a launcher: each is a `Command` with the variables that torchrun sets.
+
+    machines: the ranks are spread over so many, as far as they can tell. What is asked of it is what a
+    subprocess.Popen of torchrun is asked.
+    """
+
+    def __init__(self, folder: Path, arguments: list[object], ranks: int, machines: int = 1) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        local = ranks // machines
+        everyones = {
+            "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(local), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
+        }  # fmt: skip
+        self._commands = [
+            Command(folder, *arguments, private=True, RANK=str(rank), LOCAL_RANK=str(rank % local), **everyones)
+            for rank in range(ranks)
+        ]
+
+    def poll(self) -> int | None:
+        """None while all that have ended have ended well and some have not; else the first bad exit code, or 0."""
+        codes = [command.process.exitcode for command in self._commands]
+        return next((code for code in codes if code), None if None in codes else 0)
+
+    returncode = property(poll)
+
+    def communicate(self, timeout: float = 300) -> tuple[str, None]:
+        """Wait for the end; where a rank fails the others are ended. What all have written."""
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                self.kill()
+                raise AssertionError(f"does not end: {self._output()}")
+            time.sleep(0.01)
+        self.kill()
+        return self._output(), None
+
+    def kill(self) -> None:
+        """kill -9 of the ranks that are left."""
+        for command in self._commands:
+            command.process.kill()
+        for command in self._commands:
+            command.process.join()
+
+    def _output(self) -> str:
+        files = [command.output.with_suffix(suffix) for command in self._commands for suffix in (".out", ".err")]
+        return "\n".join(file.read_text() for file in files if file.exists())
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -14,6 +14,7 @@ import pytest
 from annotated import annotate, by_model, rows_of_step, run, top_by_model
 from conftest import make_model
 from oracles import load, remit_step
+from processes import Ranks
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
@@ -22,22 +23,33 @@ Remit = Callable[..., tuple[int, str, str]]
 VOLATILE = ("tokens_per_second", "data_wait_seconds", "peak_memory_bytes")
 
 
-def launch(
+def arguments(out: Path, shards: Path, model: Path, options: tuple[object, ...]) -> list[object]:
+    return [
+        "train", "--shards", shards, "--model", model, "--out", out, "--dtype", "float32", "--global-batch-size", 7,
+        "--micro-batch-size", 2, "--max-steps", STEPS, "--checkpoint-every", 0, *options,
+    ]  # fmt: skip
+
+
+def launch(out: Path, shards: Path, model: Path, ranks: int, *options: object, machines: int = 1) -> Ranks:
+    """remit train on several ranks, forked from a process that has imported all: what a rank does is the same."""
+    return Ranks(out.parent, arguments(out, shards, model, options), ranks, machines)
+
+
+def torchrun(
     out: Path, shards: Path, model: Path, ranks: int, *options: object, launcher: tuple[object, ...] = ("--standalone",)
 ) -> subprocess.Popen:
     """remit train under torchrun."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     command = [
         sys.executable, "-m", "torch.distributed.run", *launcher, "--nproc-per-node", ranks, "-m", "pipelines.cli",
-        "train", "--shards", shards, "--model", model, "--out", out, "--dtype", "float32", "--global-batch-size", 7,
-        "--micro-batch-size", 2, "--max-steps", STEPS, "--checkpoint-every", 0, *options,
+        *arguments(out, shards, model, options),
     ]  # fmt: skip
     return subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=ROOT
     )
 
 
-def finish(process: subprocess.Popen) -> str:
+def finish(process: subprocess.Popen | Ranks) -> str:
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     return output
@@ -62,11 +74,19 @@ def one(tmp_path_factory: pytest.TempPathFactory, annotated: dict[str, Path], mo
     return out
 
 
-@pytest.mark.parametrize(("ranks", "sharding"), [(2, "replicate"), (2, "full"), (3, "full")])
+@pytest.mark.parametrize(
+    ("start", "ranks", "sharding"), [(torchrun, 2, "replicate"), (launch, 2, "full"), (launch, 3, "full")]
+)
 def test_ranks_agree_with_one_process(
-    tmp_path: Path, annotated: dict[str, Path], models: dict[str, Path], one: Path, ranks: int, sharding: str
+    tmp_path: Path,
+    annotated: dict[str, Path],
+    models: dict[str, Path],
+    one: Path,
+    start: Callable,
+    ranks: int,
+    sharding: str,
 ) -> None:
-    finish(launch(tmp_path / "out", annotated["packed"], models["base"], ranks, "--sharding", sharding))
+    finish(start(tmp_path / "out", annotated["packed"], models["base"], ranks, "--sharding", sharding))
     assert_same(metrics_of(tmp_path / "out"), metrics_of(one))
     got, want = (load_file(folder / "model/model.safetensors") for folder in (tmp_path / "out", one))
     assert got.keys() == want.keys()
@@ -112,21 +132,26 @@ def test_kd_on_ranks(tmp_path: Path, small: Path, models: dict[str, Path]) -> No
         assert got["missing_mass"] == pytest.approx(want["missing_mass"], rel=1e-5)
 
 
-def test_hybrid_over_two_machines(
-    tmp_path: Path, annotated: dict[str, Path], models: dict[str, Path], one: Path
-) -> None:
-    """Two launchers with two ranks each stand in for the machines; killed after a checkpoint, then one process."""
+def two_launchers(*arguments: object) -> list[subprocess.Popen]:
+    """As docs/training.md says for several machines: each launcher has two ranks, the first one's port is known."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = ("--nnodes", 2, "--master-addr", "127.0.0.1", "--master-port", port)
-    processes = [
-        launch(
-            tmp_path / "out", annotated["packed"], models["base"], 2, "--sharding", "hybrid", "--checkpoint-every", 2,
-            launcher=(*common, "--node-rank", node),
-        )
-        for node in range(2)
-    ]  # fmt: skip
+    rendezvous = ("--nnodes", 2, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}")
+    return [torchrun(*arguments, launcher=rendezvous) for _ in range(2)]
+
+
+def four_ranks(out: Path, shards: Path, model: Path, ranks: int, *options: object) -> list[Ranks]:
+    return [launch(out, shards, model, 2 * ranks, *options, machines=2)]
+
+
+@pytest.mark.parametrize("start", [four_ranks, pytest.param(two_launchers, marks=pytest.mark.slow)])
+def test_hybrid_over_two_machines(
+    tmp_path: Path, annotated: dict[str, Path], models: dict[str, Path], one: Path, start: Callable
+) -> None:
+    """Two machines with two ranks each; killed after a checkpoint, then one process."""
+    options = ("--sharding", "hybrid", "--checkpoint-every", 2)
+    processes = start(tmp_path / "out", annotated["packed"], models["base"], 2, *options)
     wait_for(lambda: (tmp_path / "out/checkpoints/step-000002").exists(), processes[0])
     for process in processes:
         kill_tree(process)
@@ -179,15 +204,18 @@ def test_another_world_size_goes_on(
     assert_same(metrics_of(out), metrics_of(one))
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 200) -> None:
+def wait_for(condition, process: subprocess.Popen | Ranks, seconds: float = 200) -> None:
     deadline = time.monotonic() + seconds
     while not condition() and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
-def kill_tree(process: subprocess.Popen) -> None:
-    """kill -9 of the launcher and its ranks."""
+def kill_tree(process: subprocess.Popen | Ranks) -> None:
+    """kill -9 of the ranks, and of the launcher where there is one."""
+    if isinstance(process, Ranks):
+        process.kill()
+        return
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     for pid in [process.pid, *map(int, children)]:
         try:

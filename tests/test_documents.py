@@ -87,29 +87,39 @@ def test_job_files() -> None:
     assert mounted == {volume["name"] for volume in objects[2]["spec"]["template"]["spec"]["volumes"]}
 
 
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+def make_workspace(folder: Path, tokenizer: Path) -> Path:
     """A folder with what the snippets take for granted: a corpus, a base and a reference of one family."""
-    folder = tmp_path_factory.mktemp("documents")
     for index in range(2):
         texts = [*source_texts(60, seed=50 + index), "plain words " * 400]
         write_corpus(folder / "data" / f"{index}.jsonl.zst", texts)
     for seed, name in enumerate(("base", "rl")):
         make_model(folder / name, seed=seed, positions=4096)
-        shutil.copytree(tokenizer_folder, folder / name, dirs_exist_ok=True)
+        shutil.copytree(tokenizer, folder / name, dirs_exist_ok=True)
     (folder / "path" / "to").mkdir(parents=True)
     for name, target in (("base-model", "base"), ("rl-model", "rl")):
         (folder / "path" / "to" / name).symlink_to(folder / target)
     return folder
 
 
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    return make_workspace(tmp_path_factory.mktemp("documents"), tokenizer_folder)
+
+
+def environment_of_a_reader() -> dict[str, str]:
+    """Without a cluster, with this remit on the path."""
+    own = {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+    inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return inherited | own | {"CUDA_VISIBLE_DEVICES": ""}
+
+
 def execute(document: Path, workspace: Path) -> None:
     """Run the bash and Python blocks of a page one after the other, as its reader would."""
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }  # fmt: skip
-    environment.pop("RAY_ADDRESS", None)  # as on a machine of one's own
+    environment = environment_of_a_reader()
     for language, block in blocks(document, "bash", "python"):
         command = [sys.executable, "-c", block] if language == "python" else ["bash", "-euo", "pipefail", "-c", block]
         done = subprocess.run(command, cwd=workspace, env=environment, capture_output=True, text=True, timeout=600)
@@ -144,22 +154,62 @@ def test_other_pages_run(workspace: Path) -> None:
     assert (workspace / "report.html").stat().st_size > 1_000_000
 
 
-@pytest.mark.slow
-def test_readme_commands_run(workspace: Path, tmp_path: Path) -> None:
-    """The commands for one's own corpus and models; the sample project is the README's first block and a test of its own."""
-    for name in ("data", "path"):  # a folder of its own: the pages have other folders called packed and scored
-        (tmp_path / name).symlink_to(workspace / name)
-    for name in ("pyproject.toml", "Makefile"):
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of the repository as its user gets it."""
+    for name in ("Makefile", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy2(ROOT / name, tmp_path / name)
-    (tmp_path / ".venv").symlink_to(Path(sys.executable).parent.parent)
+    for package in ("shards", "scorer", "trainer", "pipelines"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def installed(block: str) -> str:
+    """The block with the environment of these tests in place of one that make would install."""
+    venv = Path(sys.executable).parent.parent
+    return block.replace("make ", f"make EXTRA=cpu VENV={venv} -o {venv}/.installed-cpu ")
+
+
+def read(tree: Path, block: str) -> str:
+    """What a shell block prints to its reader, on stdout."""
+    environment = environment_of_a_reader() | {"PYTHONPATH": str(tree)}
+    command = ["bash", "-euo", "pipefail", "-c", block]
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_readme_first_block_runs(tree: Path) -> None:
+    """`make score train` from nothing, with a smaller sample project; the second time there is nothing to do."""
+    first = blocks(ROOT / "README.md", "bash")[0][1]
+    assert first == "make score train\n"
+    small = "SAMPLE_ARGS='--documents 2400 --base-steps 30 --reference-steps 60'"
+    output = read(tree, installed(first).replace("make ", f"make {small} "))
+    for step in ("sample: corpus", "sample: reference", "packed ", "scored as 'rl' ", "trained "):
+        assert f"\n{step}" in f"\n{output}", output
+    assert re.search(r"^After \d+ steps on the same rows ReMiT is ", output, re.MULTILINE), output
+    for folder in ("run", "run-ntp"):
+        assert (tree / "work" / folder / "model" / "model.safetensors").exists()
+    models = {file: file.stat().st_mtime_ns for file in (tree / "work").rglob("*.safetensors")}
+    again = read(tree, installed(first).replace("make ", f"make {small} "))
+    assert again.count("nothing to do") == 5, again  # pack, score, pack of the held-out text, two runs
+    assert "sample: " not in again
+    assert {file: file.stat().st_mtime_ns for file in (tree / "work").rglob("*.safetensors")} == models
+    (snippet,) = blocks(ROOT / "README.md", "python")
+    subprocess.run([sys.executable, "-c", snippet[1]], cwd=tree, check=True)
+
+
+@pytest.mark.slow
+def test_readme_commands_run(workspace: Path, tree: Path) -> None:
+    """The commands for one's own corpus and models."""
+    for name in ("data", "path"):  # a folder of its own: the pages have other folders called packed and scored
+        (tree / name).symlink_to(workspace / name)
     shell = [block for language, block in blocks(ROOT / "README.md", "bash") if "score train" not in block]
     assert len(shell) == 2
     for block in shell:
-        (tmp_path / "page.md").write_text(
-            f"```bash\n{block.replace('make ', 'make EXTRA=cpu -o .venv/.installed-cpu ')}```\n", encoding="utf-8"
-        )
-        execute(tmp_path / "page.md", tmp_path)
-    assert (tmp_path / "big" / "run" / "model").exists()
+        read(tree, installed(block))
+    assert (tree / "big" / "run" / "model").exists()
 
 
 def focal(logprobs_V: torch.Tensor, target: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from annotated import rows_of_step
+from annotated import annotate, by_model, rows_of_step
 from conftest import make_model
 from oracles import kd_step, load, read_rows, remit_step, rho1_step, row_logprobs
 
@@ -32,16 +32,25 @@ def check_scores(shards: Path, model: Path, name: str, context: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "context"),
+    ("family", "context", "by_engine"),
     [
-        ("Olmo2", "packed"), ("SmolLM3", "document"), ("Youtu", "packed"),
-        pytest.param("Qwen3", "document", marks=pytest.mark.slow),
-        pytest.param("Llama", "packed", marks=pytest.mark.slow),
+        ("Olmo2", "packed", True), ("SmolLM3", "document", False), ("Youtu", "packed", False),
+        pytest.param("SmolLM3", "document", True, marks=pytest.mark.slow),
+        pytest.param("Youtu", "packed", True, marks=pytest.mark.slow),
+        pytest.param("Qwen3", "document", True, marks=pytest.mark.slow),
+        pytest.param("Llama", "packed", True, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_family(
-    tmp_path: Path, corpus_folder: Path, tokenizer_folder: Path, remit: Remit, family: str, context: str
+    tmp_path: Path,
+    corpus_folder: Path,
+    tokenizer_folder: Path,
+    remit: Remit,
+    family: str,
+    context: str,
+    by_engine: bool,
 ) -> None:
+    """by_engine: vLLM scores the reference too; else transformers does, and vLLM the trained model alone."""
     base = make_model(tmp_path / "base", family, seed=1, positions=48)
     reference = make_model(tmp_path / "reference", family, seed=2, positions=48)
     for folder in (base, reference):
@@ -50,7 +59,10 @@ def test_family(
 
     done(remit("pack", "--corpus", corpus_folder, "--tokenizer", base, "--out", packed, "--seq-len", 48))
     score = ("score", "--num-engines", 1, "--dtype", "float32", "--context", context)
-    done(remit(*score, "--shards", packed, "--model", reference, "--out", shards))
+    if by_engine:
+        done(remit(*score, "--shards", packed, "--model", reference, "--out", shards))
+    else:
+        annotate(packed, shards, by_model(reference, context, 1 / 64), context, 1 / 64)
     check_scores(shards, reference, "rl", context)
     assert "OK" in done(remit("verify", "--shards", shards))
 
@@ -76,20 +88,24 @@ def test_family(
     check_scores(tmp_path / "again", run / "model", "trained", context)
 
 
+@pytest.mark.parametrize("by_engine", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_every_objective_from_one_store(
-    tmp_path: Path, corpus_folder: Path, tokenizer_folder: Path, remit: Remit
+    tmp_path: Path, exact: Path, reference_model: Path, remit: Remit, by_engine: bool
 ) -> None:
-    """Three references scored one after the other by real engines, then every method from that one folder."""
-    names = {"rl": 2, "base": 1, "sft": 3}
-    models = {name: make_model(tmp_path / name, seed=seed, positions=48) for name, seed in names.items()}
-    for folder in models.values():
-        shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
-    shards = tmp_path / "packed"
-    done(remit("pack", "--corpus", corpus_folder, "--tokenizer", models["base"], "--out", shards, "--seq-len", 48))
-    for name, model in models.items():
+    """A folder with the most probable tokens, by a real engine; two columns more; then every method from that folder.
+
+    by_engine: the other two come from engines as well, not from transformers.
+    """
+    shards = exact
+    models = {"rl": reference_model}
+    for name, seed in (("base", 5), ("sft", 3)):
+        models[name] = make_model(tmp_path / name, seed=seed)
         before, shards = shards, tmp_path / f"with-{name}"
-        options = ("--name", name, "--model", model, "--dtype", "float32", *(("--top-k", 8) if name == "rl" else ()))
-        done(remit("score", "--shards", before, "--out", shards, "--num-engines", 1, *options))
+        if by_engine:
+            options = ("--name", name, "--model", models[name], "--dtype", "float32", "--num-engines", 1)
+            done(remit("score", "--shards", before, "--out", shards, *options))
+        else:
+            annotate(before, shards, by_model(models[name], "packed", 1 / 64), "packed", 1 / 64, name)
     assert "OK" in done(remit("verify", "--shards", shards))
     for name, model in models.items():
         check_scores(shards, model, name, "packed")

@@ -136,8 +136,8 @@ def test_another_machine_that_shows_a_heartbeat_is_refused_at_once(
     started = time.time() - 170
     away = {"machine": "another boot", "host": "elsewhere", "pid": 4711, "token": "t", "started": started}
     forge(out, 3, **away)
-    threading.Timer(1, forge, (out, 3), away | {"beats": 1}).start()
     began = time.monotonic()
+    threading.Timer(1, forge, (out, 3), away | {"beats": 1}).start()
     with pytest.raises(
         RuntimeError, match=r"another driver writes.*host elsewhere, pid 4711, since 2 min 5\d s"
     ) as error:
@@ -155,7 +155,7 @@ def test_another_machine_that_takes_the_same_number_anew_is_refused(
     monkeypatch.setattr(lease_module, "STALE_SECONDS", 20)
     out = tmp_path / "out"
     forge(out, 1, machine="another boot", token="first")
-    threading.Timer(0.5, forge, (out, 1), {"machine": "another boot", "token": "second", "pid": 4712}).start()
+    threading.Timer(1.5, forge, (out, 1), {"machine": "another boot", "token": "second", "pid": 4712}).start()
     with pytest.raises(RuntimeError, match="pid 4712"):
         Lease(out).acquire()
 
@@ -171,7 +171,7 @@ def test_a_driver_elsewhere_that_ends_while_we_wait(tmp_path: Path, monkeypatch:
         (out / "_lease" / "00000003.json").unlink()
         local["lease"] = Lease(out).acquire()
 
-    threading.Timer(0.5, others).start()
+    threading.Timer(1.5, others).start()
     with pytest.raises(RuntimeError, match=f"pid {os.getpid()}"):
         Lease(out).acquire()
     local["lease"].check()
@@ -182,7 +182,7 @@ def test_heartbeats_are_written_and_end(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(lease_module, "HEARTBEAT_SECONDS", 0.1)
     lease = Lease(tmp_path / "out").acquire()
     file = tmp_path / "out" / "_lease" / "00000001.json"
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while json.loads(file.read_text())["beats"] < 3:
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -483,7 +483,7 @@ def test_two_drivers_within_a_second_fifty_times(tmp_path: Path, faulty: Faulty)
 def test_second_driver_killed_driver_and_lost_lease(tmp_path: Path, faulty: Faulty) -> None:
     """A driver at work: a second one is refused; killed with -9, the next takes over at once; that one loses its
     lease to another machine and publishes nothing more; a last one ends the work, with the bytes of a quiet run."""
-    out, slow = tmp_path / "out", {"REMIT_FAKE_ENGINE": json.dumps({"seconds": 0.3})}
+    out, slow = tmp_path / "out", {"REMIT_FAKE_ENGINE": json.dumps({"seconds": 0.8})}
     arguments = fake_score(faulty, out)
     first = Command(tmp_path, *arguments, private=True, **slow)
     first.until(lambda: committed(out))
@@ -502,7 +502,7 @@ def test_second_driver_killed_driver_and_lost_lease(tmp_path: Path, faulty: Faul
     second.until(lambda: len(committed(out)) > len(before))
     assert "waiting up to" not in second.errors
     take_over(out)
-    time.sleep(0.1)  # for what had passed the fence
+    time.sleep(1)  # for what had passed the fence
     published = committed(out)
     assert second.finish() == 1
     want = f"remit score: error: {out}: another driver has taken this folder over; this one publishes nothing more"

@@ -137,7 +137,7 @@ def start(nodes: Nodes, tmp_path: Path, faulty: Faulty) -> tuple[Command, Path]:
 
 def finish(run: Command, out: Path, faulty: Faulty) -> dict:
     """The last state of a run that must end with the bytes of an undisturbed one."""
-    assert run.finish(120) == 0, run.errors
+    assert run.finish() == 0, run.errors
     assert "Traceback" not in run.errors
     assert content(out) == faulty.undisturbed("score")
     return states(out)[-1]
@@ -210,7 +210,7 @@ def test_a_node_is_lost_under_a_real_engine(
     run = Command(tmp_path, *arguments, private=True, RAY_ADDRESS=nodes.address)
     run.until(lambda: engines(out)[-1:] == [2] and committed(out), 300)
     nodes.kill(nodes.raylets[0])
-    assert run.finish(400) == 0, run.errors
+    assert run.finish() == 0, run.errors
     last = states(out)[-1]
     assert (last["engine_restarts"] >= 1, last["retries"] >= 1, last["parts_failed"]) == (True, True, 0), last
     assert content(out) == content(Path(alone))

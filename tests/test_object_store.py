@@ -298,20 +298,22 @@ def test_pyarrow_opens_the_folder(scored: str, local: Path, server: S3Server) ->
     assert table.equals(pyarrow.dataset.dataset(local / "scored", format="arrow").to_table())
 
 
-def test_vllm_scores_and_the_trainer_learns_from_the_bucket(
-    packed: str, local: Path, model: Path, server: S3Server, tmp_path: Path, remit: Remit
-) -> None:
-    out = f"s3://{BUCKET}/by-vllm"
+@pytest.mark.slow
+def test_vllm_scores_into_the_bucket(packed: str, model: Path, server: S3Server, tmp_path: Path, remit: Remit) -> None:
     arguments = ["--model", model, "--num-engines", 1, "--dtype", "float32"]
-    code, _, error = remit("score", "--shards", packed, "--out", out, *arguments)
+    code, _, error = remit("score", "--shards", packed, "--out", f"s3://{BUCKET}/by-vllm", *arguments)
     assert code == 0, error
-    copy = tmp_path / "copy"
     for name, data in server.files("by-vllm").items():
-        (copy / name).parent.mkdir(parents=True, exist_ok=True)
-        (copy / name).write_bytes(data)
-    assert compare(ShardFolder(copy), model, "rl", "packed", 1 / 128 + 1e-4, every=4) > 1000
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    assert compare(ShardFolder(tmp_path), model, "rl", "packed", 1 / 128 + 1e-4, every=4) > 1000
+
+
+def test_the_trainer_learns_from_the_bucket(
+    scored: str, local: Path, model: Path, tmp_path: Path, remit: Remit
+) -> None:
     losses = []
-    for shards, run in ((out, tmp_path / "remote"), (copy, tmp_path / "here")):
+    for shards, run in ((scored, tmp_path / "remote"), (local / "scored", tmp_path / "here")):
         code, _, error = remit(
             "train", "--shards", shards, "--model", model, "--out", run, "--max-steps", 2, "--global-batch-size", 4,
             "--dtype", "float32", "--checkpoint-every", 0,
@@ -387,7 +389,7 @@ def test_of_two_processes_one_creates(server: S3Server) -> None:
         process.stdin.write(f"{start}\n")
         process.stdin.flush()
     for process in processes:
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=300)
         assert process.returncode == 0
         outputs.append({int(line) for line in output.split()})
     assert outputs[0] | outputs[1] == set(range(40))
@@ -596,7 +598,8 @@ def last_line(error: str, command: str) -> str:
 def test_store_that_never_answers(
     tokenizer_folder: Path, remit: Remit, monkeypatch: pytest.MonkeyPatch, command: str, kind: str
 ) -> None:
-    monkeypatch.setenv("REMIT_STORE_RETRY_SECONDS", "2")
+    patience = 6 if kind == "overloaded" else 2  # long enough to ask three times on a loaded machine
+    monkeypatch.setenv("REMIT_STORE_RETRY_SECONDS", str(patience))
     with listener(kind == "overloaded") as (endpoint, times):
         if kind == "refuses":
             with socket.create_server(("127.0.0.1", 0)) as free:
@@ -613,8 +616,8 @@ def test_store_that_never_answers(
     fsspec.filesystem("s3").clear_instance_cache()
     assert code == 1
     assert f"s3://{kind}-{command}/shards" in last_line(error, command)
-    assert "has not answered for 2 s" in last_line(error, command)
-    assert seconds < 9  # pack imports and reads its tokenizer first
+    assert f"has not answered for {patience} s" in last_line(error, command)
+    assert seconds < 60  # multiplied by what botocore and s3fs repeat it was an hour
     if kind != "refuses":
         assert len(times) >= (1 if kind == "silent" else 3)
         assert len(times) < 25
@@ -648,13 +651,13 @@ def test_requests_are_not_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
         began = time.monotonic()
         with pytest.raises(StoreSilent):
             store.read("x")
-        assert time.monotonic() - began < 30  # 2 s and what a loaded machine adds; multiplied it was an hour
+        assert time.monotonic() - began < 60  # 2 s and what a loaded machine adds; multiplied it was an hour
         assert len(times) <= 2
     fsspec.filesystem("s3").clear_instance_cache()
 
 
 def test_a_store_that_came_back_is_waited_for_again(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("REMIT_STORE_RETRY_SECONDS", "1")
+    monkeypatch.setenv("REMIT_STORE_RETRY_SECONDS", "4")
     store = RemoteStore(f"s3://{BUCKET}/back")
     server.tell("stop")
     with pytest.raises(StoreSilent):
@@ -663,7 +666,7 @@ def test_a_store_that_came_back_is_waited_for_again(server: S3Server, monkeypatc
     for _ in range(3):
         with pytest.raises(StoreSilent):  # having waited once is enough
             store.names()
-    assert time.monotonic() - began < 2  # and not three times a second
+    assert time.monotonic() - began < 8  # and not three times four seconds
     server.tell("start")
     assert store.names() == []
     monkeypatch.setenv("REMIT_STORE_RETRY_SECONDS", "5")
@@ -705,7 +708,7 @@ def test_one_clear_line(
     code, _, error = remit(*arguments)
     assert code == 1
     assert message in last_line(error, command)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 120
 
 
 def test_wrong_and_missing_credentials(remit: Remit, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -723,7 +726,7 @@ def test_wrong_and_missing_credentials(remit: Remit, monkeypatch: pytest.MonkeyP
             line = last_line(error, "verify")
             assert f"s3://{BUCKET}/x/_manifest.json: the store cannot be used (" in line
             assert "check credentials" in line
-            assert time.monotonic() - began < 30
+            assert time.monotonic() - began < 120
     finally:
         strict.close()
         fsspec.filesystem("s3").clear_instance_cache()

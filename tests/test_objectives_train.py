@@ -206,6 +206,10 @@ def test_sources_are_files_or_folders() -> None:
     many = Sources(corpus(*(f"web/{n}.jsonl" for n in range(20)), "math/x.jsonl", "hf://org/name@main", "top.jsonl"))
     assert many.names == ["web", "math", "hf://org/name@main", "(no folder)"]
     assert many.group == [0] * 20 + [1, 2, 3]
+    shards = [f"hf://org/name@main::train#{n:05d}-of-00020" for n in range(20)]
+    assert Sources(corpus(*shards, "x.jsonl")).names == ["hf://org/name@main::train", "x.jsonl"]
+    mixed = Sources(corpus(*shards, *(f"web/{n}.jsonl" for n in range(20)), "mine:de:test"))
+    assert mixed.names == ["hf://org/name@main::train", "web", "mine:de:test"]
     crowd = Sources(corpus(*(f"{n}/x.jsonl" for n in range(30))))
     assert len(crowd.names) == 16
     assert crowd.names[0] == "(others)"

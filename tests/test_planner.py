@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipelines.cli import parse
 from pipelines.plan.costs import plan_costs
-from pipelines.plan.measure_score import time_scoring
+from pipelines.plan.measure_score import steady_rate, time_scoring
 from pipelines.plan.model import Attention, ModelShape, mean_context, read_config, read_shape, reduced, shape_of
 from pipelines.plan.planner import (
     Job,
@@ -441,6 +441,14 @@ def test_remit_score_is_timed_for_real(tmp_path: Path) -> None:
     assert tokens == 16 * 2 * 32  # 16 parts of 2 rows
     assert start_seconds > 0
     assert seconds > 0
+
+
+def test_rate_of_scoring_is_that_with_all_engines() -> None:
+    # 100 tokens/s by one engine until 21 s, then 250 by two; the run ends some time after its last token
+    seen = [(10.0, 0, 0), (19.0, 0, 1), (20.0, 50, 1), (21.0, 150, 2), (22.0, 400, 2), (23.0, 650, 2), (24.0, 650, 0)]
+    assert steady_rate(seen, 60.0) == (650, pytest.approx(650 / 250))
+    assert steady_rate([(10.0, 0, 1), (20.0, 50, 1)], 60.0) == (50, 60.0)
+    assert steady_rate([(10.0, 0, 1), (11.0, 1, 1), (20.0, 2, 1)], 12.0) == (2, 12.0)
 
 
 def test_a_plan_needs_no_weights_and_no_engine(folder: Path) -> None:

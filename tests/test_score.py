@@ -83,6 +83,7 @@ def test_rounded_column_is_plain_float32_and_small(scored: Path) -> None:
     assert not np.signbit(values[values == 0]).any()
 
 
+@pytest.mark.slow  # with other engines test_numerics and test_cluster show it
 def test_rerun_scores_what_is_missing(scored_rl: Path, packed: Path, reference_model: Path) -> None:
     folder = scored_rl
     record = folder / "_commits" / "part-00002.json"
@@ -93,7 +94,7 @@ def test_rerun_scores_what_is_missing(scored_rl: Path, packed: Path, reference_m
     assert {path.name: path.read_bytes() for path in [*folder.glob("*.arrow"), record]} == before
 
 
-@pytest.mark.parametrize("context", ["packed", "document"])
+@pytest.mark.parametrize("context", ["packed", pytest.param("document", marks=pytest.mark.slow)])
 def test_short_rows_and_pieces(tmp_path: Path, tokenizer_folder: Path, reference_model: Path, context: str) -> None:
     """Corpus files whose last rows have 1, 2 and all tokens; documents of one token (EOS only follows)."""
     tokenizer = ExactCorpora(tokenizer_folder)

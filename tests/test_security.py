@@ -425,7 +425,7 @@ def test_nothing_listens_beyond_this_machine(tmp_path: Path, packed: Path, refer
     arguments += ["--tensor-parallel-size", group, "--max-num-batched-tokens", 128]
     run = Command(tmp_path, *arguments, private=True, REMIT_TEST_MARK=mark)
     found: set[tuple[str, str]] = set()
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 900
     while run.process.is_alive() and time.monotonic() < deadline:
         found |= listeners(processes_of(run, mark))
         time.sleep(0.2)

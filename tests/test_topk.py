@@ -79,13 +79,6 @@ def compare(folder: Path, model: Path, context: str, top_k: int, step: float, ev
     return told_apart
 
 
-@pytest.fixture(scope="module")
-def exact(tmp_path_factory: pytest.TempPathFactory, packed: Path, reference_model: Path) -> Path:
-    """Full rows, five tokens a place, not rounded."""
-    out = tmp_path_factory.mktemp("topk") / "exact"
-    return score_to(out, packed, reference_model, top_k=5, logprob_step=0.0).path
-
-
 def test_full_rows_equal_transformers(exact: Path, reference_model: Path) -> None:
     assert compare(exact, reference_model, "packed", 5, 0.0, every=4) > 10_000
     report = verify_folder(ShardFolder(exact))
@@ -100,7 +93,7 @@ def test_full_rows_equal_transformers(exact: Path, reference_model: Path) -> Non
 @pytest.mark.parametrize(
     ("context", "top_k", "step", "settings"),
     [
-        ("packed", 1, 1 / 64, {}),
+        pytest.param("packed", 1, 1 / 64, {}, marks=pytest.mark.slow),
         ("document", VOCABULARY, 0.0, {}),
         ("packed", VOCABULARY, 1 / 64, {"dtype": "float32", "max_num_batched_tokens": 32}),
         pytest.param("document", 5, 0.0, {"tensor_parallel_size": 2}, marks=pytest.mark.slow),

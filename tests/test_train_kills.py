@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_distributed import VOLATILE, finish, kill_tree, launch, metrics_of, wait_for
+from test_distributed import VOLATILE, finish, kill_tree, launch, metrics_of, torchrun, wait_for
 
 from trainer.checkpoint import Checkpoints
 from trainer.distributed import World
@@ -58,10 +58,10 @@ def written_since(file: Path, moment: float) -> bool:
 def test_signal_to_two_ranks(tmp_path: Path, annotated: dict[str, Path], models: dict[str, Path]) -> None:
     """torchrun hands SIGTERM on: the step is finished and saved, each rank says so; the same command goes on."""
     out, arguments = tmp_path / "out", (annotated["packed"], models["base"], 2, "--max-steps", 400)
-    process = launch(out, *arguments)
+    process = torchrun(out, *arguments)
     wait_for(lambda: (out / "metrics.jsonl").exists() and len(metrics_of(out)) > 2, process)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode != 0
     assert "stopped by SIGTERM; the same command again goes on" in output
     steps = len(metrics_of(out))
@@ -74,12 +74,12 @@ def test_signal_to_two_ranks(tmp_path: Path, annotated: dict[str, Path], models:
 
 def test_rank_that_dies_ends_the_job(tmp_path: Path, annotated: dict[str, Path], models: dict[str, Path]) -> None:
     out = tmp_path / "out"
-    process = launch(out, annotated["packed"], models["base"], 2, "--max-steps", 2000)
+    process = torchrun(out, annotated["packed"], models["base"], 2, "--max-steps", 2000)
     wait_for(lambda: (out / "metrics.jsonl").exists() and len(metrics_of(out)) > 2, process)
     ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(ranks[-1]), signal.SIGKILL)
     began = time.monotonic()
-    process.communicate(timeout=120)
+    process.communicate(timeout=300)
     assert process.returncode != 0
     assert time.monotonic() - began < 60
 
@@ -93,7 +93,7 @@ def test_error_of_a_rank_is_shown(tmp_path: Path, annotated: dict[str, Path], mo
         data[len(data) // 2] ^= 1
         part.write_bytes(data)
     process = launch(tmp_path / "out", shards, models["base"], 2)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode != 0
     assert "remit train: error: rank " in output
     assert "sha256" in output

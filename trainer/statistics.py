@@ -4,6 +4,7 @@ All of it is counts and sums, so micro-batches and ranks add up. The quantiles c
 """
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
@@ -38,8 +39,8 @@ class Sources:
     """
 
     def __init__(self, corpus: Sequence[CorpusFile]) -> None:
-        labels = [file.path for file in corpus]
-        if len(corpus) > MAX_SOURCES:
+        labels = [re.sub(r"#\d+-of-\d+$", "", file.path) for file in corpus]  # the shards of a dataset are one source
+        if len(set(labels)) > MAX_SOURCES:
             labels = [_folder(path) for path in labels]
         tokens: dict[str, int] = {}
         for label, file in zip(labels, corpus):
@@ -52,9 +53,9 @@ class Sources:
 
 
 def _folder(path: str) -> str:
-    if path.startswith("hf://"):
-        return path
     parts = PurePosixPath(path).parts
+    if ":" in parts[0]:  # a dataset, hf://NAME or FOLDER:CONFIG:SPLIT
+        return path
     return parts[0] if len(parts) > 1 else "(no folder)"
 
 

@@ -55,9 +55,10 @@ class Process:
             os.close(watch)
 
     def poll(self) -> int | None:
-        """Exit code, None while it runs."""
+        """Exit code, 128 + N for signal N, None while it runs."""
         assert self._process is not None
-        return self._process.poll()
+        code = self._process.poll()
+        return code if code is None or code >= 0 else 128 - code
 
     def stop(self) -> None:
         """Ask it to end where it can go on later."""

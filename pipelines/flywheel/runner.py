@@ -123,6 +123,7 @@ class Driver:
         finally:
             for process, _ in self.running.values():
                 process.kill()
+            self.running.clear()
             self.known.save()
             self.write_overview()
         if failure is not None:

@@ -1,75 +1,16 @@
 // Page of remit inspect --html: draw the tokens from the data block, colour them, say what one of them is.
-"use strict";
+// heatmap_text.js stands before it in the same script.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const detail = document.getElementById("detail");
 const WHITE_BELOW = 0.1; // nat of delta
 const SATURATION = 2; // nat of delta
 const LOW = 8; // nat: a token with probability below exp(-8) has the full colour where there is no base
+const MANY = 20000; // tokens: above, rows are laid out as they come into view
 const span = data.epsilon === null ? 1 : data.epsilon; // weights reach from 1 - span to 1 + span
 let by = data.base === null ? "reference" : "delta";
 
-function element(name, classes = "", text = "") {
-  const made = document.createElement(name);
-  if (classes) made.className = classes;
-  if (text) made.textContent = text;
-  return made;
-}
-
-// --- text: marks for what has no shape, runs for right to left -------------------------------------------
-
-const NAMED = { "\n": "↵", "\r": "␍", "\t": "⇥", "\u007f": "␡" };
-// controls, and what steers direction or joins nothing; not the joiner U+200D, which emoji and scripts are made with
-const PARTS = /( +)|([\u0000-\u001f\u007f-\u009f\u00ad\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff])/;
-const RIGHT_TO_LEFT = /[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc\u{10800}-\u{10fff}\u{1e800}-\u{1efff}]/u;
-const LEFT_TO_RIGHT = /\p{L}/u;
-// digits run from left to right within text that does not; the space of a token " 1" goes with them
-const NUMBER_BEGINS = /^ *\p{N}+$/u;
-const DIGITS = /^[.,:/]?\p{N}+$/u;
-const WITHIN_NUMBER = /^[.,:/]$/;
-
-function mark(character) {
-  const code = character.codePointAt(0);
-  if (NAMED[character]) return NAMED[character];
-  return code < 32 ? String.fromCodePoint(0x2400 + code) : "U+" + code.toString(16).toUpperCase().padStart(4, "0");
-}
-
-/** Append `text` to `parent`: its textContent grows by exactly that, marks are drawn by the style. */
-function write(parent, text) {
-  for (const part of text.split(PARTS)) {
-    if (!part) continue;
-    if (part[0] === " ") parent.append(element("span", "s", part));
-    else if (PARTS.test(part)) {
-      const made = element("span", "m", part);
-      made.dataset.mark = mark(part);
-      parent.append(made);
-    } else parent.append(part);
-  }
-}
-
-function direction(text) {
-  if (/[\n\r]/.test(text)) return "break";
-  if (RIGHT_TO_LEFT.test(text)) return "rtl";
-  return LEFT_TO_RIGHT.test(text) ? "ltr" : "neutral";
-}
-
-/** Last group of the run of right-to-left groups that starts at `first`; neutral ones within it belong to it. */
-function endOfRun(directions, first, boundaries) {
-  let last = first;
-  for (let index = first + 1; index < directions.length && !boundaries.has(index); index++) {
-    if (directions[index] === "rtl") last = index;
-    else if (directions[index] !== "neutral") break;
-  }
-  return last;
-}
-
-/** A run of groups of one direction, at the end of `parent`. */
-function child(parent, dir) {
-  const made = element("span", "r");
-  made.dir = dir;
-  parent.append(made);
-  return made;
-}
+// --- tokens -----------------------------------------------------------------------------------------------
 
 function token(row, index) {
   const made = element("span", "t");
@@ -99,6 +40,7 @@ function draw(row, place) {
   const section = element("section", "row");
   section.id = "row-" + row.row;
   section.dataset.place = place;
+  section.style.containIntrinsicSize = `auto ${8 + row.ids.length / 8}rem`; // some 13 tokens a line
   section.append(element("h2", "", "row " + row.row), element("p", "facts", facts(row)));
   const text = element("div", "text");
   text.dir = "ltr";
@@ -143,9 +85,11 @@ function draw(row, place) {
   return section;
 }
 
+const counted = (number, what) => `${number} ${what}${number === 1 ? "" : "s"}`;
+
 function facts(row) {
   const pieces = row.documents.length;
-  const facts = [row.part, row.file, `${row.ids.length} tokens`, `${pieces} document piece${pieces === 1 ? "" : "s"}`];
+  const facts = [row.part, row.file, counted(row.ids.length, "token"), counted(pieces, "document piece")];
   const weights = row.weight.filter((weight) => weight !== null);
   const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
   const share = (side) => Math.round((100 * row.clipped.filter((value) => value === side).length) / weights.length);
@@ -153,7 +97,7 @@ function facts(row) {
     facts.push(`mean delta ${signed(mean(row.delta.filter((delta) => delta !== null)), 3)} nat`);
     if (data.epsilon !== null) facts.push(`clipped low ${share(-1)} %, high ${share(1)} %`);
   }
-  if (row.reference.every((value) => value === null)) facts.push(`no log-probs of ${data.reference}`);
+  for (const name of row.quarantined) facts.push(`quarantined: no log-probs of ${name}`);
   if (!row.exact) facts.push("tokens as the vocabulary spells them: this tokenizer changes text across tokens");
   return facts.join(" · ");
 }
@@ -279,6 +223,8 @@ for (const choice of document.querySelectorAll('input[name="by"]')) {
   });
 }
 
+const tokens = data.rows.reduce((sum, row) => sum + row.ids.length, 0);
+rows.classList.toggle("many", tokens > MANY);
 rows.append(...data.rows.map(draw));
 if (data.rows.length > 1) {
   for (const row of data.rows) {

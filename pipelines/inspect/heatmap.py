@@ -4,9 +4,6 @@ In: rows with the log-probs of a reference and, stored or computed now, of the b
 style and script are in it, it loads nothing, and what comes from the corpus is data that the script writes as text.
 """
 
-import base64
-import hashlib
-import json
 import math
 from collections import defaultdict
 from collections.abc import Callable
@@ -16,14 +13,16 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from pipelines.inspect.find_rows import read_rows
-from pipelines.inspect.terminal import token_strings
+from pipelines.inspect.find_rows import Found, read_rows
+from pipelines.inspect.terminal import token_label, token_strings
 from pipelines.inspect.token_deltas import Base, TokenFigures, choose_base, token_figures
 from pipelines.inspect.token_text import TokenText
+from pipelines.pages import content_hash
 from pipelines.plan.settings import PlanConfig
 from pipelines.plan.weights import plan_weights
 from pipelines.settings import InspectConfig
 from shards.folder import ShardFolder
+from shards.schema import has_predecessor, logprobs_column
 
 MAX_TOKENS = 500_000  # of a page: about 40 MB, and seconds until a browser has laid it out
 SAMPLE_ROWS = 2_000  # that the tokens of the folder are ranked over
@@ -32,8 +31,9 @@ HERE = Path(__file__).parent
 Progress = Callable[[str, int, int], None]
 
 
-def heatmap(folder: ShardFolder, config: InspectConfig, rows: list[int], model: Path | None, progress: Progress) -> str:
-    """The page of `rows`. model: folder of the base that computes its log-probs now. progress(what, done, total)."""
+def heatmap(folder: ShardFolder, config: InspectConfig, found: Found, model: Path | None, progress: Progress) -> str:
+    """The page of the rows. model: folder of the base that computes its log-probs now. progress(what, done, total)."""
+    rows = found.rows
     tokens = len(rows) * folder.manifest.seq_len
     if len(rows) > 1 and tokens > MAX_TOKENS:
         raise ValueError(
@@ -45,6 +45,7 @@ def heatmap(folder: ShardFolder, config: InspectConfig, rows: list[int], model: 
     data: list[dict[str, Any]] = []
     figures: list[tuple[list[int], TokenFigures]] = []
     for number, row in zip(rows, read_rows(folder, rows)):
+        _check(folder, number, row)
         own = token_figures(row, config.reference, base, config.epsilon)
         data.append(_row(folder, number, row, own, text))
         figures.append((row["input_ids"], own))
@@ -60,6 +61,7 @@ def heatmap(folder: ShardFolder, config: InspectConfig, rows: list[int], model: 
     return render(
         data=values,
         folder=str(folder.path),
+        chosen="; ".join((found.chosen, *found.remarks)),
         reference=config.reference,
         reference_model=folder.manifest.references[config.reference].get("model", "?"),
         base=base.name,
@@ -76,24 +78,38 @@ def render(**values: Any) -> str:
     environment.policies["json.dumps_kwargs"] = {
         "ensure_ascii": False, "separators": (",", ":"), "allow_nan": False,
     }  # fmt: skip
-    style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("heatmap.css", "heatmap.js"))
-    hashes = {
-        f"{name}_hash": base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
-        for name, content in (("style", style), ("script", script))
-    }
+    style, *scripts = (
+        (HERE / name).read_text(encoding="utf-8") for name in ("heatmap.css", "heatmap_text.js", "heatmap.js")
+    )
+    script = "\n".join(scripts)
+    hashes = {f"{name}_hash": content_hash(content) for name, content in (("style", style), ("script", script))}
     return environment.get_template("heatmap.html").render(style=style, script=script, **hashes, **values)
+
+
+def _check(folder: ShardFolder, number: int, row: dict[str, Any]) -> None:
+    """ValueError where the columns of a row do not fit together, or hold what the format does not allow."""
+    num_tokens, vocabulary = len(row["input_ids"]), folder.manifest.tokenizer["vocab_size"]
+    where, remedy = f"{folder.path} row {number}", "run remit verify"
+    if not (
+        sum(row["doc_lengths"]) == num_tokens
+        and len(row["doc_ids"]) == len(row["doc_lengths"])
+        and all(0 <= token_id < vocabulary for token_id in row["input_ids"])
+    ):
+        raise ValueError(f"{where}: its token ids or document lengths are not those of the format; {remedy}")
+    for name, reference in folder.manifest.references.items():
+        column = logprobs_column(name)
+        values_T = np.array(row[column], dtype=np.float64)  # None becomes NaN
+        scored_T = has_predecessor(np.array([num_tokens]), np.array(row["doc_lengths"]), reference["context"])
+        scored_T &= name not in row["quarantined"]
+        if len(values_T) != num_tokens or not np.array_equal(np.isfinite(values_T) & (values_T <= 0), scored_T):
+            raise ValueError(f"{where}: {column} is not a log-prob, at most 0, for each token with a context; {remedy}")
 
 
 def _row(
     folder: ShardFolder, number: int, row: dict[str, Any], figures: TokenFigures, text: TokenText
 ) -> dict[str, Any]:
     """A row as the script reads it: lists by token, but groups, which are pairs of a number of tokens and their text."""
-    input_ids, vocabulary = row["input_ids"], folder.manifest.tokenizer["vocab_size"]
-    if sum(row["doc_lengths"]) != len(input_ids) or not all(0 <= token_id < vocabulary for token_id in input_ids):
-        raise ValueError(
-            f"{folder.path} row {number}: its token ids or document lengths are not those of the format; run remit verify"
-        )
-    groups, exact = text.groups(input_ids)
+    groups, exact = text.groups(row["input_ids"])
     starts = np.cumsum([0, *row["doc_lengths"]])[:-1].tolist()
     return {
         "row": number,
@@ -101,7 +117,8 @@ def _row(
         "file": folder.manifest.corpus[row["source"]].path,
         "exact": exact,
         "documents": list(zip(starts, row["doc_ids"])),
-        "ids": input_ids,
+        "quarantined": row["quarantined"],
+        "ids": row["input_ids"],
         "groups": groups,
         "reference": _numbers(figures.reference_T),
         "base": _numbers(figures.base_T),
@@ -171,7 +188,7 @@ def _ranking_of_rows(folder: ShardFolder, figures: list[tuple[list[int], TokenFi
 def _entries(entries: list[dict[str, Any]]) -> list[dict[str, str]]:
     return [
         {
-            "token": json.dumps(entry["token"], ensure_ascii=False)[1:-1].replace(" ", "·"),
+            "token": token_label(entry["token"]),
             "count": f"{entry['count']:,}",
             "weight": "-" if entry["weight_mean"] is None else f"{entry['weight_mean']:.3f}",
             "delta": f"{entry['excess_loss_mean']:+.3f}",

@@ -2,9 +2,11 @@
 
 import json
 import sys
+import unicodedata
 from typing import Any
 
 import numpy as np
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -13,6 +15,9 @@ from pipelines.inspect.find_rows import read_rows
 from pipelines.settings import InspectConfig
 from shards.folder import ShardFolder
 from shards.schema import logprobs_column
+
+MAX_LABEL = 24  # characters of a token
+BAR = 12  # marks, one per nat
 
 
 def read_row(folder: ShardFolder, row: int) -> dict[str, Any]:
@@ -32,6 +37,18 @@ def token_strings(folder: ShardFolder, input_ids: list[int]) -> list[str]:
     return strings
 
 
+def printable(text: str) -> str:
+    """`text` with escapes for what a terminal would not show, or obey."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def token_label(text: str) -> str:
+    """The text of a token in one line of visible characters: · for a space, escapes, ◌ under a mark that combines."""
+    shown = text.replace("\\", "\\\\").replace("·", "\\xb7").replace(" ", "·")
+    stands_on = "◌" if unicodedata.category(text[:1] or " ").startswith("M") else ""
+    return stands_on + printable(shown)
+
+
 def show(folder: ShardFolder, config: InspectConfig, rows: list[int]) -> None:
     """Print the rows, or the folder's provenance where there are none."""
     console = Console(file=sys.stdout, highlight=False)
@@ -44,42 +61,55 @@ def show(folder: ShardFolder, config: InspectConfig, rows: list[int]) -> None:
 def _show_row(folder: ShardFolder, number: int, row: dict[str, Any], tokens: int, console: Console) -> None:
     """tokens: how many to show, 0 for all."""
     part = folder.manifest.parts[number // folder.manifest.rows_per_part].name
-    corpus_file = folder.manifest.corpus[row["source"]].path
-    console.print(
-        Text(
-            f"row {number} ({part}): {len(row['input_ids'])} tokens, "
-            f"{len(row['doc_lengths'])} document pieces, from {corpus_file}"
-        )
-    )
-    names = list(folder.manifest.references)
-    strings = token_strings(folder, row["input_ids"])
-    table = Table(show_edge=False, pad_edge=False, header_style="bold")
-    for header in ("pos", "doc", "id", "token"):
-        table.add_column(header, justify="left" if header == "token" else "right", no_wrap=True)
-    for name in names:
-        table.add_column(f"log p {name}", justify="right")
-        table.add_column("", width=12, no_wrap=True)
+    corpus_file = printable(folder.manifest.corpus[row["source"]].path)
+    line = f"row {number} ({part}): {len(row['input_ids'])} tokens, {len(row['doc_lengths'])} document pieces"
+    quarantined = "".join(f"; quarantined: no log-probs of {name}" for name in row["quarantined"])
+    console.print(Text(f"{line}, from {corpus_file}{quarantined}"), soft_wrap=True)
     documents = np.repeat(row["doc_ids"], row["doc_lengths"]).tolist()
     piece_starts = set((np.cumsum(row["doc_lengths"]) - row["doc_lengths"]).tolist())
-    shown = len(strings) if tokens == 0 else min(tokens, len(strings))
-    for position in range(shown):
-        cells = [
-            Text(str(position)),
-            Text(str(documents[position]) if position in piece_starts else ""),
-            Text(str(row["input_ids"][position])),
-            Text(json.dumps(strings[position], ensure_ascii=False)[1:-1].replace(" ", "·")),
-        ]
-        for name in names:
-            logprob = row[logprobs_column(name)][position]
-            cells.append(Text("-" if logprob is None else f"{logprob:.4f}"))
-            # one mark per nat: how surprised the reference is
-            cells.append(Text("" if logprob is None else "▪" * min(12, round(-logprob)), style="red"))
-        if position in piece_starts and position:
+    strings = token_strings(folder, row["input_ids"][: tokens or None])
+    columns = {
+        "pos": [str(position) for position in range(len(strings))],
+        "doc": [str(documents[place]) if place in piece_starts else "" for place in range(len(strings))],
+        "id": [str(token_id) for token_id in row["input_ids"][: len(strings)]],
+        "token": [token_label(string) for string in strings],
+    }
+    logprobs = {name: row[logprobs_column(name)][: len(strings)] for name in folder.manifest.references}
+    columns |= {f"log p {name}": [_number(value) for value in values] for name, values in logprobs.items()}
+
+    # the bars get what the numbers leave, which are never cut: a line may be wider than the terminal
+    widths = [
+        min(MAX_LABEL if header == "token" else 99, max(map(cell_len, [*header.split(), *cells])))
+        for header, cells in columns.items()
+    ]
+    taken = sum(widths) + 3 * (len(widths) - 1)
+    bar = min(BAR, (console.width - taken) // max(1, len(logprobs)) - 3)
+    if bar < 4:
+        bar = 0
+        console.width = max(console.width, taken)
+    table = Table(show_edge=False, pad_edge=False, header_style="bold")
+    for header, width in zip(columns, widths):
+        is_text = header == "token"
+        table.add_column(
+            header, justify="left" if is_text else "right", min_width=width, max_width=width, no_wrap=is_text
+        )
+        if header.startswith("log p") and bar:
+            table.add_column("", width=bar, no_wrap=True)
+    for place, cells in enumerate(zip(*columns.values())):
+        texts = [Text(cell) for cell in cells[:4]]
+        for cell, values in zip(cells[4:], logprobs.values()):
+            surprise = round(-(values[place] or 0))  # nats
+            texts += [Text(cell), *([Text("▪" * min(bar, surprise), style="red")] if bar else [])]
+        if place in piece_starts and place:
             table.add_section()
-        table.add_row(*cells)
+        table.add_row(*texts)
     console.print(table)
-    if shown < len(strings):
-        console.print(Text(f"... {len(strings) - shown} more tokens; --tokens 0 shows all"))
+    if len(strings) < len(row["input_ids"]):
+        console.print(Text(f"... {len(row['input_ids']) - len(strings)} more tokens; --tokens 0 shows all"))
+
+
+def _number(logprob: float | None) -> str:
+    return "-" if logprob is None else f"{logprob:.4f}"
 
 
 def _show_folder(folder: ShardFolder, console: Console) -> None:
@@ -96,4 +126,4 @@ def _show_folder(folder: ShardFolder, console: Console) -> None:
         *(f"selection: {json.dumps(selection)}" for selection in manifest.selections),
     ]
     for line in lines:
-        console.print(Text(line), soft_wrap=True)
+        console.print(Text(printable(line)), soft_wrap=True)

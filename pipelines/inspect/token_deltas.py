@@ -52,12 +52,13 @@ def choose_base(folder: ShardFolder, reference: str, base: str | None, model: Pa
 
     ValueError where a column is missing, the two were scored in different contexts, or the model does not fit the rows.
     """
-    context = folder.require_reference(reference)["context"]
+    context = choose_context(folder, reference, reference)
     if model is not None:
         from scorer.reference import Reference, check_reference
 
         check_reference(folder, Reference(model, model.name))
-        return Base(model.resolve().name, context, forward=load_forward(model))
+        name = model.resolve().name
+        return Base(name if name != reference else f"{name} (base)", context, forward=load_forward(model))
     if base is None and ("base" not in folder.manifest.references or reference == "base"):
         return Base(None, context)
     name = base or "base"

@@ -22,9 +22,10 @@ PARTS = 16
 
 
 def time_scoring(config: Any, layers: int, seq_len: int, rows: int) -> tuple[int, float, float]:
-    """Tokens, seconds until engines are ready, seconds of scoring: of remit score on random rows, all engines it chooses.
+    """Tokens, seconds that any such run takes besides, seconds of scoring: of remit score on random rows.
 
-    An engine counts from when it is ready, so tokens / seconds is the rate of all of them together.
+    The rate is that between the moment when all engines score and the last token; what the run took beyond
+    tokens / rate (Ray, starts of engines, canary, the end) is what a run of any length takes once.
     """
     smaller = reduced(config, layers)
     with TemporaryDirectory(prefix="remit-plan-") as name:
@@ -33,17 +34,28 @@ def time_scoring(config: Any, layers: int, seq_len: int, rows: int) -> tuple[int
         AutoModelForCausalLM.from_config(smaller, dtype=dtype).save_pretrained(folder / "model")
         vocabulary = config.get_text_config().vocab_size
         make_shards(folder / "packed", vocabulary, PARTS, max(1, rows // PARTS), seq_len)
-        ready: list[float] = []
-        tokens = 0
+        seen: list[tuple[float, int, int]] = []  # when, tokens, engines
 
         def progress(state: ScoreProgress) -> None:
-            nonlocal tokens
-            tokens = state.tokens
-            ready.extend([perf_counter()] * (state.engines - len(ready)))
+            if not seen or (state.tokens, state.engines) != seen[-1][1:]:
+                seen.append((perf_counter(), state.tokens, state.engines))
 
         began = perf_counter()
         settings = ScoreConfig(str(folder / "packed"), str(folder / "model"), str(folder / "scored"))
         score(settings, Reference(folder / "model", "random"), progress)
         ended = perf_counter()
-    seconds = sum(ended - at for at in ready) / len(ready)
+    tokens, seconds = steady_rate(seen, ended - began)
     return tokens, ended - began - seconds, seconds
+
+
+def steady_rate(seen: list[tuple[float, int, int]], longest: float) -> tuple[int, float]:
+    """Tokens in all, and the seconds that they take at the rate with all engines at work; at most `longest`.
+
+    seen: (when, tokens so far, engines ready), each change once.
+    """
+    tokens, engines = seen[-1][1], max(entry[2] for entry in seen)
+    last, _, _ = next(entry for entry in seen if entry[1] == tokens)
+    first, before, _ = next(entry for entry in seen if entry[1] and entry[2] == engines)
+    if last <= first:  # too few tokens to see a rate
+        return tokens, longest
+    return tokens, min(longest, tokens * (last - first) / (tokens - before))

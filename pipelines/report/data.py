@@ -2,7 +2,8 @@
 
 In: the OUT of remit train, finished or not, also of an older version with fewer figures. Out: a Run, whose curves have
 one value per point. A point is the mean over a window of steps and stands at its last step; windows are counted from
-the end, so that the last step is always the end of a whole window. n = points, s = steps.
+the end, so that the last step is always the end of a whole window. Rates count by the time that a step took and figures
+of a source by its tokens, so that a window shows what all of it came to. n = points.
 """
 
 import json
@@ -21,6 +22,7 @@ OF_A_STEP = (
     *("missing_mass", "grad_norm", "lr", "tokens_per_second", "peak_memory_bytes"),
 )
 OF_A_SOURCE = ("ntp_loss", "weight_mean")
+BY_TIME = ("tokens_per_second", "data_wait_share")
 
 
 @dataclass
@@ -75,12 +77,14 @@ def read_run(out: Path, max_points: int = MAX_POINTS, progress: Callable[[int], 
             tokens_before = tokens_before if step == 1 else None
             run.heat_edges = {"step": [step - 0.5], "tokens": [tokens_before]}
         figures = step_figures(line, tokens_before)
-        seconds.add(figures.pop("seconds", None))
-        means.add(figures)
+        took = figures.pop("seconds", None)
+        seconds.add(took)
+        means.add(figures, dict.fromkeys(BY_TIME, took or 1.0))
         sources = line.get("sources")
         for name, own in sources.items() if isinstance(sources, dict) else ():
             if isinstance(own, dict):
-                by_source.setdefault(name, Means()).add({key: number(own.get(key)) for key in OF_A_SOURCE})
+                weights = dict.fromkeys(OF_A_SOURCE, number(own.get("predicted_tokens")) or 1.0)
+                by_source.setdefault(name, Means()).add({key: number(own.get(key)) for key in OF_A_SOURCE}, weights)
         for centre, count in weight_bins(line):
             counts[centre] = counts.get(centre, 0) + count
         if step in losses:
@@ -116,11 +120,11 @@ def read_settings(out: Path) -> dict[str, Any]:
 
 
 def read_lines(path: Path, run: Run | None) -> Iterator[tuple[dict[str, Any], int]]:
-    """Each object of a file of JSON lines and its size in bytes. A damaged last line is left out, and noted in `run`:
-    it was being written when the run was killed, or is right now."""
+    """Each object of a file of JSON lines with ascending steps, and its size in bytes. A damaged last line is left out,
+    and noted in `run`: it was being written when the run was killed, or is right now."""
     if not path.exists():
         return
-    problem = None
+    problem, last_step = None, -1
     with open(path, "rb") as file:
         for index, text in enumerate(file, start=1):
             if not text.strip():
@@ -131,10 +135,13 @@ def read_lines(path: Path, run: Run | None) -> Iterator[tuple[dict[str, Any], in
                 line = json.loads(text)
             except ValueError:  # UnicodeDecodeError too
                 line = None
-            if isinstance(line, dict) and type(line.get("step")) is int:
-                yield line, len(text)
-            else:
+            if not isinstance(line, dict) or type(line.get("step")) is not int:
                 problem = f"line {index} is not a JSON object with a step"
+            elif line["step"] <= last_step:
+                problem = f"line {index} has step {line['step']}, the one before it {last_step}"
+            else:
+                last_step = line["step"]
+                yield line, len(text)
     if problem is not None and run is not None:
         run.damaged = f"{path.name}: {problem}; left out, as the last one"
 
@@ -184,26 +191,27 @@ class Windows:
 
 @dataclass
 class Sum:
-    """Sum and count of what is not None."""
+    """Sum of what is not None, each times its weight, and of the weights."""
 
     total: float = 0.0
-    count: int = 0
+    count: float = 0.0
 
-    def add(self, value: float | None) -> None:
+    def add(self, value: float | None, weight: float = 1.0) -> None:
         if value is not None:
-            self.total += value
-            self.count += 1
+            self.total += value * weight
+            self.count += weight
 
 
 class Means:
-    """Means of figures since they were last asked for."""
+    """Weighted means of figures since they were last asked for."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Sum] = {}
 
-    def add(self, figures: dict[str, float | None]) -> None:
+    def add(self, figures: dict[str, float | None], weights: dict[str, float]) -> None:
+        """weights: those that are not 1."""
         for key, value in figures.items():
-            self._sums.setdefault(key, Sum()).add(value)
+            self._sums.setdefault(key, Sum()).add(value, weights.get(key, 1.0))
 
     def take(self) -> dict[str, float | None]:
         means = {key: sum_.total / sum_.count if sum_.count else None for key, sum_ in self._sums.items()}

@@ -14,11 +14,11 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from pipelines.pages import content_hash, write_page
 from pipelines.report.data import MAX_POINTS, Run, name_runs, read_run
 from pipelines.report.plots import make_plots
 from pipelines.report.tables import make_tables
 from pipelines.settings import ReportConfig
-from shards.store import temporary_name
 
 HERE = Path(__file__).parent
 POINTS_OF_ALL_RUNS = 8000  # of a figure, which keeps the page below about 10 MB with any number of runs
@@ -29,12 +29,7 @@ def write_report(config: ReportConfig, progress: Callable[[int], None] = lambda 
     max_points = max(1, min(MAX_POINTS, POINTS_OF_ALL_RUNS // len(config.runs)))
     runs = [read_run(folder, max_points, progress) for folder in config.runs]
     name_runs(runs, config.runs)
-    temporary = temporary_name(config.out)
-    try:
-        temporary.write_text(render(runs), encoding="utf-8")
-        temporary.replace(config.out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_page(config.out, render(runs))
     return runs
 
 
@@ -47,6 +42,7 @@ def render(runs: Sequence[Run]) -> str:
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
+    plotly, script = get_plotlyjs(), (HERE / "report.js").read_text(encoding="utf-8")
     return environment.get_template("report.html").render(
         runs=runs,
         plots=plots,
@@ -54,8 +50,9 @@ def render(runs: Sequence[Run]) -> str:
         tables=make_tables(runs),
         windows=[run for run in runs if run.window > 1],
         style=Markup((HERE / "report.css").read_text(encoding="utf-8")),
-        plotly=Markup(get_plotlyjs()),
-        script=Markup((HERE / "report.js").read_text(encoding="utf-8")),
+        plotly=Markup(plotly),
+        script=Markup(script),
+        script_hashes=[content_hash(plotly), content_hash(script)],
         data=Markup(encode({"runs": [run_data(run) for run in runs], "plots": [asdict(plot) for plot in plots]})),
     )
 

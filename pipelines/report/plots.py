@@ -11,6 +11,7 @@ from pipelines.report.data import Run
 
 Kind = Literal["lines", "held-out", "heat", "band"]
 DASHES = ("solid", "dot", "dash", "dashdot")
+COLORS = 8  # of the palette; after these, dashes tell runs and sources apart
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,9 @@ ENTRIES = (
 def make_plots(runs: Sequence[Run]) -> tuple[list[Plot], list[str]]:
     """Plots, and the titles of those that are left out because no run has their figures."""
     shared = {entry.title: _shared(entry, runs) for entry in ENTRIES}
-    held_out = [Line(index, "held_out", run.name, index) for index, run in enumerate(runs) if run.held_out]
+    held_out = [
+        Line(index, "held_out", run.name, index, _dash(index)) for index, run in enumerate(runs) if run.held_out
+    ]
     heat = [_heat(index, run) for index, run in enumerate(runs) if len(run.heat) > 1]
     bands = [_band(index, run) for index, run in enumerate(runs) if _quantiles(run)]
     groups: dict[str, list[Plot]] = {}
@@ -109,13 +112,18 @@ def make_plots(runs: Sequence[Run]) -> tuple[list[Plot], list[str]]:
     return plots, [title for title, group in groups.items() if not group]
 
 
+def _dash(number: int, place: int = 0) -> str:
+    """Of run or source `number`, which shows `place` figures before this one in the same colour."""
+    return DASHES[(place + 2 * (number // COLORS)) % len(DASHES)]
+
+
 def _is_idle(values: Sequence[float | None], idle: float | None) -> bool:
     return idle is not None and all(value is None or abs(value - idle) < 1e-9 for value in values)
 
 
 def _shared(entry: Entry, runs: Sequence[Run]) -> Plot:
     lines = [
-        Line(index, figure, f"{run.name}, {label}" if label else run.name, index, DASHES[place])
+        Line(index, figure, f"{run.name}, {label}" if label else run.name, index, _dash(index, place))
         for index, run in enumerate(runs)
         for place, (figure, label) in enumerate(entry.figures)
         if figure in run.curves
@@ -126,7 +134,8 @@ def _shared(entry: Entry, runs: Sequence[Run]) -> Plot:
 
 
 def _heat(index: int, run: Run) -> Plot:
-    note = "Share of the tokens at each weight, in bins of 0.05."
+    note = "Share of the tokens at each weight, in bins of 0.05"
+    note += "; the bin at 2 holds what is above, too." if "2.00" in run.heat else "."
     if run.heat_window > 1:
         note += f" Each column counts the tokens of {run.heat_window:,} steps."
     lines = [Line(index, "heat", run.name, index)]
@@ -155,7 +164,7 @@ def _by_source(index: int, run: Run, title: str, figure: str) -> Plot:
     if figure == "weight_mean" and all(_is_idle(run.sources[source][figure], 1.0) for source in having):
         having = []
     lines = [
-        Line(index, figure, source, place, DASHES[place // 8 % len(DASHES)], source)
+        Line(index, figure, source, place, _dash(place), source)
         for place, source in enumerate(having if len(having) > 1 else [])
     ]
     unit = "weight" if figure == "weight_mean" else "nats per token"

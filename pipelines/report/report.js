@@ -14,6 +14,14 @@ const plain = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replac
 const short = (text) => (text.length > 40 ? "…" + text.slice(-39) : text);
 const transparent = (hex, alpha) => hex + Math.round(alpha * 255).toString(16).padStart(2, "0");
 
+const stepsOf = (plot, line) => (plot.kind === "held-out" ? DATA.runs[line.run].held_out : DATA.runs[line.run]).step;
+
+/** Whether the lines of a plot have their points at the same steps, as far as they go. */
+function sameSteps(plot) {
+  const [longest, ...others] = plot.lines.map((line) => stepsOf(plot, line)).sort((a, b) => b.length - a.length);
+  return others.every((steps) => steps.every((step, index) => step === longest[index]));
+}
+
 function curve(plot, line) {
   const run = DATA.runs[line.run];
   const isHeldOut = plot.kind === "held-out";
@@ -23,11 +31,12 @@ function curve(plot, line) {
     x: (isHeldOut ? run.held_out : run)[state.axis],
     y: plot.scale === 1 ? values : values.map((value) => (value === null ? null : value * plot.scale)),
     name: plain(short(line.label)),
+    // where the points of the lines do not stand at the same places, each says where its own is
+    hovertemplate: `%{y:${plot.format}}${sameSteps(plot) ? "" : " at %{x}"}<extra>%{fullData.name}</extra>`,
     type: "scatter",
     mode: isHeldOut || values.length === 1 ? "lines+markers" : "lines",
     line: { color: color(line.color), width: 1.6, dash: line.dash },
     visible: state.shown[line.run],
-    hovertemplate: `%{y:${plot.format}}<extra>${plain(short(line.label))}</extra>`,
   };
 }
 
@@ -122,7 +131,9 @@ function draw() {
 }
 
 for (const swatch of document.querySelectorAll(".swatch")) {
-  swatch.style.background = color(Number(swatch.dataset.color));
+  const own = color(Number(swatch.dataset.color));
+  const isDashed = Math.floor(Number(swatch.dataset.color) / PALETTE.length) % 2 === 1; // as its lines are
+  swatch.style.background = isDashed ? `repeating-linear-gradient(90deg, ${own} 0 3px, transparent 3px 5px)` : own;
 }
 for (const box of document.querySelectorAll("input[name=run]")) {
   box.checked = true; // browsers remember what was ticked before a reload

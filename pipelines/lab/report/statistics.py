@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
+from scipy import stats
+
 CONFIDENCE = 0.95
 
 
@@ -27,34 +29,6 @@ class Estimate:
         return None if self.low is None or self.high is None else (self.high - self.low) / 2
 
 
-def within(t: float, freedom: int) -> float:
-    """Probability that |T| <= t under Student's t with `freedom` (1, 2, ...) degrees of freedom.
-
-    The finite sums for whole degrees of freedom, Abramowitz and Stegun 26.7.3 and 26.7.4.
-    """
-    if freedom < 1:
-        raise ValueError(f"{freedom} degrees of freedom, expected at least 1")
-    angle = math.atan(abs(t) / math.sqrt(freedom))
-    cosine, sine = math.cos(angle), math.sin(angle)
-    odd = freedom % 2 == 1
-    term, total = (cosine, 0.0) if odd else (1.0, 0.0)
-    for power in range(1 if odd else 0, freedom - 1, 2):
-        total += term
-        term *= cosine**2 * (power + 1) / (power + 2)
-    return 2 / math.pi * (angle + sine * total) if odd else sine * total
-
-
-def quantile(share: float, freedom: int) -> float:
-    """The t for which `within(t, freedom)` is `share`, by bisection."""
-    low, high = 0.0, 1.0
-    while within(high, freedom) < share:
-        high *= 2
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if within(middle, freedom) < share else (low, middle)
-    return (low + high) / 2
-
-
 def estimate(values: Sequence[float]) -> Estimate:
     """Mean and interval; ValueError for no values, or values that are no numbers."""
     if not values or not all(math.isfinite(value) for value in values):
@@ -62,16 +36,15 @@ def estimate(values: Sequence[float]) -> Estimate:
     mean = fmean(values)
     if len(values) == 1 or math.isclose(min(values), max(values), rel_tol=1e-12, abs_tol=1e-15):
         return Estimate(mean, None, None, len(values))
-    half = quantile(CONFIDENCE, len(values) - 1) * stdev(values) / math.sqrt(len(values))
-    return Estimate(mean, mean - half, mean + half, len(values))
+    low, high = stats.t.interval(CONFIDENCE, len(values) - 1, loc=mean, scale=stdev(values) / math.sqrt(len(values)))
+    return Estimate(mean, float(low), float(high), len(values))
 
 
 def probability(values: Sequence[float], null: float = 0.0) -> float | None:
     """Two-sided p of a t-test that the mean is `null`; None where `estimate` gives no interval."""
     if estimate(values).low is None:
         return None
-    t = (fmean(values) - null) / (stdev(values) / math.sqrt(len(values)))
-    return 1 - within(t, len(values) - 1)
+    return float(stats.ttest_1samp(values, null).pvalue)
 
 
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> dict[int, float]:

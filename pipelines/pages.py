@@ -1,0 +1,23 @@
+"""Write an HTML page that stands alone: whole or not at all."""
+
+import base64
+import hashlib
+import re
+from pathlib import Path
+
+from shards.store import temporary_name
+
+
+def write_page(file: Path, page: str) -> None:
+    """Write `page` in UTF-8; what is no character (of names of files that are no Unicode) becomes U+FFFD."""
+    temporary = temporary_name(file)
+    try:
+        temporary.write_text(re.sub("[\ud800-\udfff]", "\ufffd", page), encoding="utf-8", newline="")
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def content_hash(content: str) -> str:
+    """Of a script or style element, as a content security policy names it."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()

@@ -1,0 +1,128 @@
+"""Datasets that `datasets` streams: of the Hugging Face hub, or a local folder with its configs and splits.
+
+In: an entry of --corpus. Out: its shards, one for each data file, so that they are read at once and kept one by one;
+the rows of a shard. Nothing is downloaded whole, no loading script is run.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+HUB = "hf://"
+MAX_HUB_SHARDS = 1024  # opening one takes some requests, of which the hub allows so many in five minutes
+ROWS_AT_ONCE = 64  # of a parquet file
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Shard `index` of `count` of a split. path: hub id or absolute folder; revision: commit of the hub, else None.
+
+    config: '' for the only one, or the default.
+    """
+
+    path: str
+    revision: str | None
+    config: str
+    split: str
+    index: int = 0
+    count: int = 1
+
+    @property
+    def name(self) -> str:
+        """What the manifest calls it."""
+        where = f"{HUB}{self.path}@{self.revision}" if self.revision else Path(self.path).name
+        number = f"#{self.index:05d}-of-{self.count:05d}" if self.count > 1 else ""
+        return f"{where}:{self.config}:{self.split}{number}"
+
+
+def find_shards(entry: str) -> list[tuple[Shard, str | None]]:
+    """The shards of `[hf://]NAME[@REVISION][:CONFIG[:SPLIT]]` or `FOLDER:[CONFIG][:SPLIT]`, in order, with the path of
+    the data file where it is a local one.
+
+    A hub dataset without REVISION is pinned to the commit that the hub has now. Raises ValueError where the hub or
+    `datasets` does not know it.
+    """
+    path, _, rest = entry.removeprefix(HUB).partition(":")
+    config, _, split = rest.partition(":")
+    revision = None
+    if entry.startswith(HUB) or not Path(path).is_dir():
+        path, _, asked = path.partition("@")
+        revision = _commit(entry, path, asked or None)
+    else:
+        path = str(Path(path).resolve())
+    whole = Shard(path, revision, config, split or "train")
+    try:
+        builder, stream = open_stream(whole)
+    except Exception as error:
+        raise ValueError(
+            f"{entry}: cannot be opened as a dataset ({_reason(error)}); expected NAME:CONFIG:SPLIT of the hub or "
+            "FOLDER:CONFIG:SPLIT, CONFIG may be empty"
+        ) from None
+    count = min(stream.num_shards, MAX_HUB_SHARDS) if revision else stream.num_shards
+    shards = [replace(whole, index=index, count=count) for index in range(count)]
+    files = [str(file) for file in (builder.config.data_files or {}).get(whole.split, [])]
+    if revision:
+        return [(shard, None) for shard in shards]
+    if len(files) != count:  # without files, nothing would tell a change of the corpus
+        raise ValueError(
+            f"{entry}: `datasets` makes {count} shards of {len(files)} files, expected as many; name the files"
+        )
+    return [(shard, file if Path(file).is_file() else None) for shard, file in zip(shards, files)]
+
+
+def _commit(entry: str, name: str, revision: str | None) -> str:
+    from huggingface_hub import HfApi
+
+    try:
+        commit = HfApi().dataset_info(name, revision=revision).sha
+    except Exception as error:
+        raise ValueError(
+            f"{entry}: neither a local file nor a dataset that the Hugging Face hub answers for "
+            f"({_reason(error)[:120]}); check --corpus"
+        ) from None
+    assert commit
+    return commit
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def open_stream(shard: Shard) -> tuple[Any, Any]:
+    """The builder and the IterableDataset of the shard's whole split."""
+    import datasets
+
+    builder = datasets.load_dataset_builder(shard.path, shard.config or None, revision=shard.revision)
+    return builder, builder.as_streaming_dataset(split=shard.split)
+
+
+def read_rows(shard: Shard, text_field: str) -> Iterator[dict[str, Any]]:
+    """The rows of a shard, with `text_field` where they have it; ValueError where they cannot be read to the end."""
+    import pyarrow.dataset
+
+    number = 0
+    try:
+        builder, stream = open_stream(shard)
+        columns = list(stream.features or [text_field])
+        if text_field in columns and builder.name == "parquet":
+            # as it comes, a whole file is asked for at once, with all its columns
+            builder.config.columns, builder.config.batch_size = [text_field], ROWS_AT_ONCE
+            options = pyarrow.dataset.ParquetFragmentScanOptions(pre_buffer=False, use_buffered_stream=True)
+            builder.config.fragment_scan_options = options
+            stream = builder.as_streaming_dataset(split=shard.split)
+        if shard.count > 1:
+            stream = stream.shard(num_shards=shard.count, index=shard.index)
+        if text_field in columns:
+            for row in stream:
+                yield row
+                number += 1
+    except Exception as error:
+        raise ValueError(
+            f"{shard.name}: cannot be read beyond row {number} ({_reason(error)}); correct the dataset, or run the same "
+            "command again where it was the network"
+        ) from None
+    if text_field not in columns:
+        raise ValueError(
+            f"{shard.name}: has no column {text_field!r}, only {', '.join(columns)[:80]}; set --text-field"
+        )

@@ -1,0 +1,495 @@
+"""remit flywheel with stages that are quick stand-ins (looping.py): its file, its plan, what repeats, kills, signals."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model
+from looping import FakeLoop
+from processes import Command
+from safetensors.torch import load_file, save_file
+
+from pipelines.cli import parse
+from pipelines.console import BadUsage
+from pipelines.flywheel.loop import make_loop
+from pipelines.flywheel.model_check import check_model
+from pipelines.flywheel.sections import SECTIONS
+from pipelines.flywheel.settings import read_config
+from pipelines.flywheel.stage import Input, Output, Stage, Unkeyed, Word
+from trainer.run import NOT_SETTINGS
+
+Remit = Callable[..., tuple[int, str, str]]
+STAGES = [
+    "pack", "round-0/train", "round-0/own", "round-0/evaluate-midtrained", "round-0/evaluate-posttrained",
+    "round-1/score", "round-1/train", "round-1/own", "round-1/evaluate-midtrained", "round-1/evaluate-posttrained",
+]  # fmt: skip
+ONCE = {"pack": 1, "score": 1, "train": 2, "own": 2, "eval": 4}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    folder = make_model(tmp_path_factory.mktemp("base") / "base")
+    shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def fake(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> FakeLoop:
+    monkeypatch.setenv("FAKE", str(tmp_path))
+    return FakeLoop(tmp_path, base)
+
+
+def counts(fake: FakeLoop) -> dict[str, int]:
+    return {name: fake.starts.count(name) for name in ONCE}
+
+
+def tree(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.rglob("*"))}
+
+
+def planned(output: str) -> dict[str, str]:
+    """State of each stage in the table of --dry-run."""
+    rows = re.findall(r"^ *\d+  (\S+) +(.+?) *$", output, re.MULTILINE)
+    return {name: re.sub(r"  +\d+$", "", state) for name, state in rows}
+
+
+def test_loop_runs_and_runs_only_what_changed(fake: FakeLoop, remit: Remit) -> None:
+    arguments = ("flywheel", "--config", fake.file)
+    code, output, _ = remit(*arguments, "--dry-run")
+    assert code == 0
+    assert not fake.out.exists()
+    plan = planned(output)
+    assert list(plan) == STAGES
+    assert plan["pack"] == "to run"
+    assert plan["round-1/score"] == "depends on pack, round-0/own"
+
+    code, output, error = remit(*arguments)
+    assert (code, counts(fake)) == (0, ONCE), error
+    assert "[3/10] round-0/own: done" in error
+    models = re.findall(r"(\S+-trained)(?: \((\w+)\))?: (\S+)", output)
+    assert [(kind, objective) for kind, objective, _ in models] == [
+        ("mid-trained", "ntp"), ("post-trained", ""), ("mid-trained", "remit"), ("post-trained", ""),
+    ]  # fmt: skip
+    assert all(Path(path, "config.json").exists() for _, _, path in models)
+    assert output.count("round 1 posttrained") == 1
+    assert "0.5000 ± 0.1000" in output
+    own = fake.out / fake.overview()["round-1/own"]["result"] / "own.txt"
+    assert own.read_text() == "1 7 prompts\n"
+    whole = fake.fingerprints()
+
+    before = tree(fake.out)
+    code, output, _ = remit(*arguments, "--dry-run")
+    assert set(planned(output).values()) == {state for state in planned(output).values() if state.startswith("done (")}
+    assert "10 of 10 stages are done" in output
+    assert tree(fake.out) == before
+    code, output, error = remit(*arguments)
+    assert (code, counts(fake)) == (0, ONCE)
+    assert error.count("done before") == 10
+
+    # a changed word of post-training: everything before its first use stands
+    (fake.folder / "prompts.txt").write_text("other prompts\n")
+    code, output, _ = remit(*arguments, "--dry-run")
+    waiting = {name for name, state in planned(output).items() if not state.startswith("done")}
+    assert planned(output)["round-0/own"] == "to run"
+    code, _, error = remit(*arguments)
+    assert code == 0
+    ran = set(re.findall(r"\] (\S+): done \(", error))
+    assert ran == waiting == set(STAGES) - {"pack", "round-0/train", "round-0/evaluate-midtrained"}
+    assert fake.fingerprints()["round-1/train"] != whole["round-1/train"]
+    assert [counts(fake)[name] for name in ("pack", "train", "own")] == [1, 3, 4]
+
+    # what only says how fast or how safely
+    fake.values["train"]["checkpoint_every"] = 3
+    fake.write()
+    assert remit(*arguments)[0] == 0
+    assert counts(fake)["train"] == 3
+    fake.values["train"]["learning_rate"] = "1e-4"
+    fake.write()
+    assert remit(*arguments)[0] == 0
+    assert [counts(fake)[name] for name in ("pack", "score", "train")] == [1, 3, 5]
+
+
+def test_each_round_starts_from_the_base_and_scores_with_the_round_before(fake: FakeLoop) -> None:
+    fake.values |= {"rounds": 2, "evaluate": None}
+    loop = make_loop(read_config(fake.write()))
+    stages = {stage.name: stage for stage in loop.stages}
+    base = Path(fake.values["base"])
+    for number in range(3):
+        assert stages[f"round-{number}/train"].inputs["model"] == base
+        assert stages[f"round-{number}/own"].inputs["model"] is stages[f"round-{number}/train"]
+    for number in (1, 2):
+        assert stages[f"round-{number}/score"].inputs["model"] is stages[f"round-{number - 1}/own"]
+        assert stages[f"round-{number}/score"].inputs["shards"] is stages["pack"]
+        assert stages[f"round-{number}/train"].inputs["shards"] is stages[f"round-{number}/score"]
+    assert stages["round-0/train"].inputs["shards"] is stages["pack"]
+
+
+def test_a_reference_that_exists_takes_the_place_of_round_0(fake: FakeLoop, tmp_path: Path) -> None:
+    shutil.copytree(fake.values["base"], tmp_path / "rl")
+    fake.values |= {"reference": str(tmp_path / "rl"), "evaluate": None}
+    loop = make_loop(read_config(fake.write()))
+    assert [stage.name for stage in loop.stages] == ["pack", "round-1/score", "round-1/train", "round-1/own"]
+    assert loop.stages[1].inputs["model"] == tmp_path / "rl"
+    fake.values["rounds"] = 0
+    with pytest.raises(BadUsage, match="rounds is 0, expected a whole number from 1 on"):
+        read_config(fake.write())
+
+
+def text(word: Word) -> str:
+    if isinstance(word, Input | Output):
+        return f"/{getattr(word, 'name', 'out')}"
+    return word.text if isinstance(word, Unkeyed) else str(word)
+
+
+def parsed(stage: Stage) -> object:
+    assert stage.command[0] == "pipelines.cli"
+    return parse([text(word) for word in stage.command[1:]])
+
+
+def test_commands_are_those_of_the_command_line(fake: FakeLoop, tmp_path: Path) -> None:
+    """Every stage's words go through remit's own parser, and come out as the file's values."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.parquet").touch()
+    fake.values |= {
+        "corpus": [str(tmp_path / "*.parquet"), "s3://bucket/x.jsonl", "user/dataset:part"],
+        "heldout": str(tmp_path / "a.parquet"),
+        "launch": {"train": ["torchrun", "--nproc-per-node", 8, "-m"]},
+        "pack": {"tokens-per-shard": 640, "num_workers": 2},
+        "score": {"context": "document", "top_k": 8, "canary": False, "num_engines": 3},
+        "train": {"objective": "kd", "kd_weight": 0.25, "compile": False, "beta1": 0.5, "micro_batch_size": 2},
+        "evaluate": {"suite": "paper", "allow_code_execution": True},
+    }
+    stages = {stage.name: stage for stage in make_loop(read_config(fake.write())).stages}
+    pack = parsed(stages["pack"])
+    assert pack.corpus == [str(tmp_path / "*.parquet"), "s3://bucket/x.jsonl", "user/dataset:part"]
+    assert (pack.seq_len, pack.tokens_per_shard, pack.num_workers, pack.out) == (64, 640, 2, "/out")
+    globbed = [path for name, path in stages["pack"].inputs.items() if name.startswith("corpus/")]
+    assert globbed == [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    assert parsed(stages["pack-heldout"]).corpus == ["/heldout/0"]
+    score = parsed(stages["round-1/score"])
+    assert (score.shards, score.model, score.name, score.context) == ("/shards", "/model", "rl", "document")
+    assert (score.top_k, score.canary, score.num_engines) == (8, False, 3)
+    plain, guided = (parsed(stages[f"round-{number}/train"]) for number in range(2))
+    assert (plain.objective, plain.context, plain.seed) == ("ntp", "document", 7)
+    assert (guided.objective, guided.reference, guided.context, guided.kd_weight) == ("kd", "rl", "auto", 0.25)
+    for config in (plain, guided):
+        assert (config.compile, config.beta1, config.micro_batch_size) == ("off", 0.5, 2)
+        assert (config.eval_shards, str(config.out)) == ("/eval_shards", "/out")
+    assert stages["round-1/train"].launcher == ("torchrun", "--nproc-per-node", "8", "-m")
+    evaluate = parsed(stages["round-1/evaluate-posttrained"])
+    assert (evaluate.suite, evaluate.allow_code_execution) == ("paper", True)
+
+
+def test_unkeyed_options_are_those_that_a_resume_allows() -> None:
+    assert set(SECTIONS["train"].unkeyed) <= set(NOT_SETTINGS)
+    for section in ("pack", "score", "train", "evaluate"):
+        known = {*SECTIONS[section].options(), *SECTIONS[section].decided}
+        assert {*SECTIONS[section].unkeyed, *SECTIONS[section].files, *SECTIONS[section].decided} <= known
+        assert known == set(SECTIONS[section].settings_class().__dataclass_fields__)
+
+
+BAD = [
+    ({"rouns": 2}, "rouns is no key; did you mean rounds?"),
+    ({"zzz": 2}, "zzz is no key; expected one of base, corpus, out, posttrain"),
+    ({"base": None}, "base is missing"),
+    ({"corpus": None}, "corpus is missing"),
+    ({"posttrain": None}, "posttrain is missing, expected a list such as"),
+    ({"base": 3}, "base is 3, expected a text"),
+    ({"base": "./none"}, "base ./none: no such folder"),
+    ({"corpus": []}, "corpus is [], expected a list of words"),
+    ({"corpus": [["a"]]}, "expected a list of words"),
+    ({"corpus": "none.jsonl"}, "corpus none.jsonl: no such file or folder"),
+    ({"corpus": "none/*.jsonl"}, "corpus none/*.jsonl: no file matches this pattern"),
+    ({"heldout": "none.jsonl"}, "heldout none.jsonl: no such file"),
+    ({"rounds": -1}, "rounds is -1, expected a whole number from 0 on"),
+    ({"rounds": True}, "rounds is True, expected a whole number"),
+    ({"rounds": 1.5}, "rounds is 1.5, expected a whole number"),
+    ({"seq_len": "4k"}, "seq_len is '4k', expected a whole number from 2 on"),
+    ({"seed": -3}, "seed is -3, expected a whole number from 0 on"),
+    ({"pack": 3}, "pack is 3, expected a mapping of options of remit pack"),
+    ({"pack": {"seq_len": 3}}, "pack.seq_len cannot be given here: give seq_len at the top"),
+    ({"pack": {"tokens_per_shard": 10}}, "pack.tokens_per_shard is 10: --tokens-per-shard is 10, expected at least"),
+    ({"score": {"contxt": "document"}}, "score.contxt is no key; did you mean context?"),
+    ({"score": {"context": "doc"}}, "score.context is 'doc': invalid choice 'doc'"),
+    ({"score": {"name": "x"}}, "score.name cannot be given here: the loop decides it"),
+    ({"score": {"top_k": -1}}, "score.top_k is -1: --top-k is -1, expected 0 (store none) or more"),
+    ({"train": {"max_steps": "many"}}, "train.max_steps is 'many', expected INT"),
+    ({"train": {"beta1": "a"}}, "train.beta1 is 'a', expected FLOAT"),
+    ({"train": {"learning_rate": -1}}, "train.learning_rate is -1: --learning-rate is -1.0, expected a number above 0"),
+    ({"train": {"seed": {"a": 1}}}, "train.seed cannot be given here: give seed at the top"),
+    ({"train": {"epsilon": {"a": 1}}}, "train.epsilon is {'a': 1}, expected a plain value"),
+    ({"train": {"epsilon": [0.1, 0.2]}}, "train.epsilon is [0.1, 0.2]"),
+    ({"train": {"objective": "ntp"}}, "train.objective is 'ntp', expected an objective with a reference"),
+    ({"train": {"objective": "kd", "epsilon": 0.3}}, "--epsilon belongs to --objective remit"),
+    ({"train": {"eval_shards": "none"}}, "train.eval_shards is 'none', expected a file or folder that is there"),
+    ({"launch": {"trian": "x"}}, "launch.trian is no key; did you mean train?"),
+    ({"launch": {"train": {}}}, "launch.train is {}, expected a list of words"),
+    ({"evaluate": {"suite": "paper", "tasks": "x"}}, "--suite and --tasks are both given"),
+    ({"posttrain": "rl"}, "posttrain is 'rl', expected a list such as"),
+    ({"posttrain": ["rl"]}, "posttrain[1] is 'rl', expected a mapping"),
+    ({"posttrain": [{"comand": ["x"]}]}, "posttrain[1].comand is no key; did you mean command?"),
+    ({"posttrain": [{"name": "x"}]}, "expected exactly one of sft, dpo, rl, command"),
+    ({"posttrain": [{"command": []}]}, "posttrain[1].command is [], expected a list of words"),
+    ({"posttrain": [{"command": ["x"], "name": "train"}]}, "posttrain[1].name is 'train', expected letters"),
+    ({"posttrain": [{"command": ["x"], "name": "a/b"}]}, "posttrain[1].name is 'a/b', expected letters"),
+    ({"posttrain": [{"command": ["x"]}, {"command": ["y"]}]}, "posttrain[2].name is 'command', expected a name that"),
+    ({"posttrain": [{"command": ["x"], "inputs": ["none"]}]}, "posttrain[1].inputs is 'none', expected a file or"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD)
+def test_bad_files(fake: FakeLoop, remit: Remit, changes: dict, message: str) -> None:
+    fake.values |= changes
+    code, _, error = remit("flywheel", "--config", fake.write())
+    assert (code, fake.starts, fake.out.exists()) == (2, [], False), error
+    line = error.strip().splitlines()[-1]
+    assert line.startswith("remit flywheel: error: ")
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot be read"),
+        ("a: [", "cannot be read"),
+        ("- a", "expected a mapping of keys to values"),
+        ("base: a\nbase: b\n", "line 2: 'base' stands twice"),
+        ("train: {seed: 1, seed: 2}\n", "'seed' stands twice"),
+        ("{[1]: 2}", "cannot be read"),
+        (b"\xff\xfe", "cannot be read"),
+        ("!!python/object/apply:os.system [true]", "cannot be read"),
+    ],
+)
+def test_files_that_are_no_settings(tmp_path: Path, remit: Remit, text: str | bytes | None, message: str) -> None:
+    file = tmp_path / "f.yaml"
+    if text is not None:
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    code, _, error = remit("flywheel", "--config", file)
+    assert (code, message in error) == (2, True), error
+    assert "Traceback" not in error
+
+
+def test_bad_options(fake: FakeLoop, remit: Remit) -> None:
+    assert remit("flywheel")[0] == 2
+    code, _, error = remit("flywheel", "--config", fake.file, "--jobs", 0)
+    assert (code, "--jobs is 0, expected at least 1" in error) == (2, True)
+    assert remit("flywheel", "--config", fake.file, "--out", fake.folder / "other", "--dry-run")[0] == 0
+
+
+def test_post_training_of_ours(fake: FakeLoop, remit: Remit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its options and its data are checked before anything runs, and its command line is what it parses."""
+    posttrain = pytest.importorskip("pipelines.posttrain.__main__", reason="post-training is not there")
+    monkeypatch.chdir(tmp_path)
+    examples = {"sft": {"prompt": "a", "completion": "b"}, "dpo": {"prompt": "a", "chosen": "b", "rejected": "c"}}
+    examples["rl"] = {"prompt": "a", "answer": "b"}
+    for kind, example in examples.items():
+        (tmp_path / f"{kind}.jsonl").write_text(json.dumps(example) + "\n")
+    (tmp_path / "rewards.py").write_text("")
+    fake.values["posttrain"] = [
+        {"sft": {"data": "sft.jsonl", "max_steps": 5, "checkpoint_every": 2}},
+        {"dpo": {"data": "dpo.jsonl", "beta": 0.2}},
+        {"rl": {"data": "rl.jsonl", "reward": "rewards:mine"}, "name": "rl-long"},
+    ]
+    stages = {stage.name: stage for stage in make_loop(read_config(fake.write())).stages}
+    for name, kind in (("sft", "sft"), ("dpo", "dpo"), ("rl-long", "rl")):
+        stage = stages[f"round-1/{name}"]
+        assert stage.command[:2] == ("pipelines.posttrain", kind)
+        config = posttrain.parse([text(word) for word in stage.command[1:]])
+        assert (config.model, str(config.data), str(config.out), config.seed) == ("/model", "/data", "/out", 7)
+        assert stage.inputs["data"] == tmp_path / f"{kind}.jsonl"
+        assert (stage.result, stage.resumes) == ("model", True)
+    assert stages["round-0/rl-long"].inputs["model"] is stages["round-0/dpo"]
+    assert stages["round-0/rl-long"].inputs["reward"] == tmp_path / "rewards.py"
+    assert stages["round-1/score"].inputs["model"] is stages["round-0/rl-long"]
+    for entry, message in (
+        ({"sft": {}}, "posttrain[1].sft.data is missing"),
+        ({"sft": {"data": "none"}}, "posttrain[1].sft.data is 'none', expected a file"),
+        ({"sft": {"data": "rl.jsonl"}}, "posttrain[1].sft: --data rl.jsonl line 1: has no 'completion'"),
+        ({"rl": {"data": "sft.jsonl"}}, "has no 'answer'"),
+        ({"rl": {"data": "rl.jsonl", "num_generations": 1}}, "posttrain[1].rl.num_generations is 1"),
+        ({"dpo": {"data": "dpo.jsonl", "beta": "x"}}, "posttrain[1].dpo.beta is 'x', expected FLOAT"),
+        ({"dpo": {"data": "dpo.jsonl", "betta": 1}}, "posttrain[1].dpo.betta is no key; did you mean beta?"),
+    ):
+        fake.values["posttrain"] = [entry]
+        code, _, error = remit("flywheel", "--config", fake.write())
+        assert (code, message in error) == (2, True), error
+
+
+def kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, base: Path) -> dict[str, str]:
+    """Fingerprints of a loop that was left alone."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    fake = FakeLoop(folder, base)
+    command = Command(folder, "flywheel", "--config", fake.file, FAKE=str(folder))
+    assert command.finish(600) == 0, command.errors
+    return fake.fingerprints()
+
+
+@pytest.mark.parametrize("victim", ["driver", "stage"])
+@pytest.mark.parametrize("kind", ONCE)
+def test_kill_in_every_kind_of_stage(
+    fake: FakeLoop, kind: str, victim: str, undisturbed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command repeats that stage alone, or goes on in it, and ends with the results of a run left alone."""
+    arguments = ("flywheel", "--config", fake.file)
+    gate = fake.hold(kind)
+    first = Command(fake.folder, *arguments, FAKE=str(fake.folder))
+    first.until(lambda: kind in fake.starts, 600)
+    pid = fake.last_pid()
+    if victim == "driver":
+        first.signal(signal.SIGKILL)
+        assert first.finish(600) == -signal.SIGKILL
+    else:
+        kill(pid)
+        assert first.finish(600) == 1, first.errors
+        assert re.search(r"error: stage \S+ was ended by signal 9", first.last_error)
+    assert not Path(f"/proc/{pid}").exists() or Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+    gate.unlink()
+    again = Command(fake.folder, *arguments, FAKE=str(fake.folder))
+    assert again.finish(600) == 0, again.errors
+    assert counts(fake) == ONCE | {kind: ONCE[kind] + 1}
+    found = fake.fingerprints()
+    # the stand-ins name their inputs by content, and the paths differ from folder to folder
+    assert found == undisturbed
+    assert not list((fake.out / "stages").glob(".*"))
+    assert [stage["state"] for stage in fake.overview().values()] == ["done"] * 10
+    tried = [name for name, stage in fake.overview().items() if stage["attempts"] == 2]
+    assert len(tried) == 1
+    assert kind in tried[0].replace("evaluate", "eval")
+
+
+def test_signal_is_handed_on_and_the_state_survives(fake: FakeLoop) -> None:
+    """SIGTERM: a stage of ours ends resumably, a command that does not listen ends; exit code 3 in both cases."""
+    arguments = ("flywheel", "--config", fake.file)
+    for kind in ("train", "own"):
+        gate = fake.hold(kind)
+        command = Command(fake.folder, *arguments, FAKE=str(fake.folder))
+        command.until(lambda kind=kind: kind in fake.starts, 600)
+        time.sleep(0.2)
+        command.signal(signal.SIGTERM)
+        assert command.finish(600) == 3, command.errors
+        assert "stopped by SIGTERM; the same command again goes on" in command.last_error
+        gate.unlink()
+    command = Command(fake.folder, *arguments, FAKE=str(fake.folder))
+    assert command.finish(600) == 0, command.errors
+    log = fake.out / fake.overview()["round-0/own"]["log"]
+    assert log.read_text().split()[-1] == "2"  # lines in its state: that of the attempt before is there
+    assert not list((fake.out / "state").iterdir())
+
+
+def test_two_drivers(fake: FakeLoop, remit: Remit) -> None:
+    gate = fake.hold("train")
+    first = Command(fake.folder, "flywheel", "--config", fake.file, FAKE=str(fake.folder))
+    first.until(lambda: "train" in fake.starts, 600)
+    code, _, error = remit("flywheel", "--config", fake.file)
+    assert code == 1
+    assert f"process {first.pid} on" in error
+    assert "works here; wait for it or stop it" in error
+    assert remit("flywheel", "--config", fake.file, "--dry-run")[0] == 0
+    gate.unlink()
+    assert first.finish(600) == 0, first.errors
+    assert counts(fake) == ONCE
+
+
+def test_failing_stage_shows_its_log(fake: FakeLoop, remit: Remit) -> None:
+    (fake.folder / "own.sh").write_text("echo first line; echo out of luck >&2; exit 9")
+    code, _, error = remit("flywheel", "--config", fake.file)
+    assert code == 1
+    lines = error.strip().splitlines()
+    assert "remit flywheel: error: stage round-0/own failed with exit code 9: out of luck (log: " in lines[-1]
+    assert "  | first line" in error
+    assert "Traceback" not in error
+    assert counts(fake) == {"pack": 1, "train": 1, "own": 0, "score": 0, "eval": 0}
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def edit_config(folder: Path, **values: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+def other_tokenizer(folder: Path) -> None:
+    value = json.loads((folder / "tokenizer.json").read_text())
+    value["added_tokens"].append({**value["added_tokens"][0], "id": 521, "content": "<pad>"})
+    (folder / "tokenizer.json").write_text(json.dumps(value))
+
+
+def cut(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+NORM = "model.norm.weight"
+BROKEN: list[tuple[Callable[[Path], object], str]] = [
+    (lambda folder: (folder / "config.json").unlink(), "has no config.json (it has: "),
+    (lambda folder: (folder / "model.safetensors").unlink(), "has no *.safetensors weights"),
+    (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json: missing, expected the tokenizer beside"),
+    (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json: damaged"),
+    (other_tokenizer, "its tokenizer is not that of the model it was made of (token '<pad>'"),
+    (lambda folder: (folder / "modeling.py").touch(), "Python code in a model folder"),
+    (lambda folder: edit_config(folder, model_type="nonesuch"), "transformers cannot make a model of it"),
+    (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
+    (lambda folder: edit_config(folder, hidden_size=128), "has shape (521, 64), expected (521, 128)"),
+    (cut, "model.safetensors: cannot be read"),
+    (lambda folder: rewrite(folder, lambda w: w.pop(NORM)), f"its weights have no {NORM}"),
+    (lambda folder: rewrite(folder, lambda w: w[NORM].fill_(float("nan"))), f"{NORM} has values that are not finite"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), BROKEN)
+def test_broken_models_are_refused(tmp_path: Path, base: Path, damage: Callable[[Path], object], message: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(base, folder)
+    check_model(folder, {"model": base})
+    damage(folder)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_model(folder, {"model": base})
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "SmolLM3"])
+def test_whole_models_are_taken(tmp_path: Path, base: Path, tokenizer_folder: Path, family: str) -> None:
+    """Also with tied weights, in several files, in half precision."""
+    import transformers
+
+    folder = make_model(tmp_path / "model", family)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    shutil.rmtree(folder)
+    model.save_pretrained(folder, max_shard_size="100KB")
+    shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    check_model(folder, {"model": base})
+    sorted(folder.glob("*.safetensors"))[1].unlink()
+    with pytest.raises(ValueError, match=r"missing, model.safetensors.index.json names it"):
+        check_model(folder, {"model": base})
+
+
+def test_broken_model_of_an_own_command_is_refused_by_name(fake: FakeLoop, remit: Remit) -> None:
+    (fake.folder / "own.sh").write_text('cp "$REMIT_MODEL"/* "$REMIT_OUTPUT"; echo "{}" > "$REMIT_OUTPUT/config.json"')
+    code, _, error = remit("flywheel", "--config", fake.file)
+    assert code == 1
+    line = error.strip().splitlines()[-1]
+    assert "stage round-0/own: its command ended well, but its result is refused" in line
+    assert "config.json: transformers cannot make a model of it" in line
+    assert "round-0/own" not in [name for name, entry in fake.overview().items() if entry["state"] == "done"]
+    (fake.folder / "own.sh").write_text('cp "$REMIT_MODEL"/* "$REMIT_OUTPUT"')
+    assert remit("flywheel", "--config", fake.file)[0] == 0
+    assert counts(fake)["train"] == 2
