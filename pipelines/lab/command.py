@@ -17,7 +17,9 @@ def run_command(
 ) -> None:
     """Entry point of `python -m pipelines.NAME`. graceful: `run` asks the StopRequest at safe points."""
     try:
-        config = tyro.cli(settings, prog=f"python -m pipelines.{name}", description=description, use_underscores=False)
+        config: Any = tyro.cli(
+            settings, prog=f"python -m pipelines.{name}", description=description, use_underscores=False
+        )
     except ValueError as error:
         fail(name, BAD_USAGE, str(error))
     stop = StopRequest(graceful=graceful)

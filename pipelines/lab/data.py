@@ -154,8 +154,8 @@ def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def build(config: DataConfig) -> None:
-    """Write everything into `config.out`."""
+def build(config: DataConfig) -> int:
+    """Write everything into `config.out`; returns 0, the exit code."""
     from scorer.cluster import ray_cluster
     from scorer.config import PackConfig
     from scorer.pack import pack
@@ -181,12 +181,13 @@ def build(config: DataConfig) -> None:
         for name, path in (sources | {"heldout": out / "corpus" / "heldout.jsonl"}).items():
             packed = out / "packed" / name
             pack(PackConfig([str(path)], str(out / "start"), str(packed), recipe.seq_len, debug=config.debug))
+    return 0
 
 
 def main() -> None:
     from pipelines.lab.command import run_command
 
-    run_command("lab.data", DataConfig, lambda config, stop: build(config) or 0, __doc__)
+    run_command("lab.data", DataConfig, lambda config, stop: build(config), __doc__)
 
 
 if __name__ == "__main__":

@@ -107,8 +107,10 @@ def equations(rng: random.Random, wrong_steps: float) -> str:
     """A list of sums, some of them wrong."""
     lines = []
     for _ in range(rng.randint(4, 8)):
-        one, other = rng.randint(0, LARGEST - 12), rng.randint(1, 12)
-        sign = "-" if one >= other and rng.random() < 0.5 else "+"
+        one, other = rng.randint(0, LARGEST), rng.randint(1, 12)
+        sign = "-" if one >= other and (one + other > LARGEST or rng.random() < 0.5) else "+"
+        if one <= LARGEST // 2 and rng.random() < 0.1:
+            sign, other = "*", 2
         result = _apply(one, sign, other)
         if rng.random() < wrong_steps:
             result = _off(rng, result)
@@ -145,7 +147,7 @@ class Mix:
     hard: float = 0.5
 
 
-PRETRAINING = Mix(problems=0.05, equations=0.25, notes=0.3, wrong_steps=0.4)
+PRETRAINING = Mix(problems=0.02, equations=0.5, notes=0.2, wrong_steps=0.3)
 MIDTRAINING = Mix(problems=0.7, equations=0.0, notes=0.02, wrong_steps=0.25)
 CURATED = Mix(problems=1.0, equations=0.0, notes=0.0, wrong_steps=0.0)
 

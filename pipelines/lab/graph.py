@@ -184,7 +184,7 @@ class Seed:
         else:
             inputs["scored"] = self.columns[on]
             folder = Input("scored")
-        words = (
+        words: tuple[Word, ...] = (
             "score", "--shards", folder, "--model", Input("model"), "--name", name, "--out", Output(),
             "--num-engines", "1", "--dtype", "float32", *CONTEXT, *(("--top-k", str(top_k)) if top_k else ()),
         )  # fmt: skip
@@ -212,7 +212,7 @@ class Seed:
         )  # fmt: skip
 
     def post(self, path: str, kind: str, model: Stage, options: tuple[str, ...]) -> Stage:
-        words = (
+        words: tuple[Word, ...] = (
             kind, "--model", Input("model"), "--data", Input("data", f"posttrain/{kind}.jsonl"),
             "--out", Output(), "--seed", str(self.seed), "--dtype", "float32", *options,
         )  # fmt: skip
@@ -223,7 +223,7 @@ class Seed:
         """Measure every model, those first that are there first."""
         recipe = self.recipe
         for (arm, what), model in self.models.items():
-            words = (
+            words: tuple[Word, ...] = (
                 "--model", Input("model"), "--reference", Input("reference"),
                 "--data", Input("data", "heldout"), "--out", Output(), "--sampled", str(recipe.sampled),
                 "--seed", str(self.seed),

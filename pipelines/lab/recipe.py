@@ -19,9 +19,9 @@ class Recipe:
     batch_rows: int = 4
     """Rows per optimizer step, in pre-training and mid-training."""
 
-    pretraining_steps: int = 1200
+    pretraining_steps: int = 2400
     pretraining_learning_rate: float = 3e-3
-    midtraining_steps: int = 1000
+    midtraining_steps: int = 600
     midtraining_learning_rate: float = 4e-3
     """Of every arm: from one sweep over the NTP arm, written down in docs/lab.md."""
     curated_steps: int = 200

@@ -34,9 +34,9 @@ def collect(seed: Seed, records: Mapping[str, Record], places: Places) -> dict[s
         for metric, value in read(output(stage.name) / RESULT).items():
             add(arm, kind, metric, value)
     for arm, stage in seed.curves.items():
-        for step, metrics in read(output(stage.name) / RESULT).items():
+        for number, metrics in read(output(stage.name) / RESULT).items():
             for metric, value in metrics.items():
-                add(arm, "mid", metric, value, int(step))
+                add(arm, "mid", metric, value, int(number))
     for (arm, kind), stage in seed.models.items():
         run = output(stage.name)
         if kind == "mid":
