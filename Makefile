@@ -121,6 +121,7 @@ LAB   ?= lab-$(SIZE)
 
 lab: $(VENV)/.installed-dev ## the paper's comparisons on tiny models: SIZE=full|small SEEDS="0 1 2" LAB=folder
 	$(BIN)/python -m pipelines.lab --size $(SIZE) --seeds $(SEEDS) --out $(LAB) $(LAB_ARGS)
+	@test ! -d $(LAB)/results || $(BIN)/python -m pipelines.lab.report $(LAB)
 
 verify: install ## check every byte and count of SHARDS
 	$(BIN)/remit verify --shards $(SHARDS) $(VERIFY_ARGS)
