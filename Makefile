@@ -76,13 +76,15 @@ $(VENV)/.installed-dev: $(VENV)/.installed-$(EXTRA)
 	@$(BROWSER)
 	touch $@
 
-# The tests look at pages in Chromium. Its packages come from the system: installed where apt-get may be used.
+# The tests look at pages in a Chromium: the system's packages, where apt-get may be used without a password, else the
+# build that playwright fetches for this user. Without one they are skipped, which the end of the test run says.
 APT_GET = $$(test "$$(id -u)" = 0 || echo "sudo -n") apt-get
-BROWSER = { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null || { \
-	echo "installing chromium for the tests, with apt-get"; \
-	command -v apt-get >/dev/null && timeout 300 $(APT_GET) update -qq && \
-	timeout 600 $(APT_GET) install -qq -y chromium >/dev/null; } || \
-	echo "no Chromium could be installed: tests of pages are skipped until there is one" >&2
+BROWSER = $(BIN)/python tests/browser.py 2>/dev/null || { \
+	echo "installing Chromium for the tests of pages"; \
+	{ timeout 300 $(APT_GET) update -qq && timeout 600 $(APT_GET) install -qq -y chromium; } >/dev/null 2>&1; \
+	$(BIN)/python tests/browser.py >/dev/null 2>&1 || \
+		timeout 600 $(BIN)/python -m playwright install chromium >/dev/null 2>&1; \
+	$(BIN)/python tests/browser.py || true; }
 
 sample: $(SAMPLE)/reference ## build the sample project: corpus, tokenizer, tiny base and reference
 

@@ -3,9 +3,11 @@
 Exit codes: 0 done, 1 failed, 2 bad usage, 3 stopped by a signal and resumable.
 """
 
+import io
 import os
 import sys
 import traceback
+from dataclasses import field, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -14,12 +16,12 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 import tyro
 import yaml
 
-from pipelines import commands, tools
+from pipelines import commands, completion, tools
 from pipelines.console import BAD_USAGE, FAILED, STOPPED, BadUsage
 from pipelines.evaluation.settings import EvalConfig
 from pipelines.flywheel.settings import FlywheelOptions
 from pipelines.plan.settings import PlanConfig
-from pipelines.settings import InspectConfig, ReportConfig, SelectConfig, VerifyConfig
+from pipelines.settings import CompletionConfig, InspectConfig, ReportConfig, SelectConfig, VerifyConfig
 from pipelines.signals import Stopped, StopRequest
 from scorer.config import PackConfig, ScoreConfig
 from trainer.config import TrainConfig
@@ -35,6 +37,7 @@ COMMANDS: dict[str, tuple[type, Any]] = {
     "report": (ReportConfig, tools.report),
     "eval": (EvalConfig, tools.evaluate),
     "flywheel": (FlywheelOptions, commands.flywheel),
+    "completion": (CompletionConfig, completion.print_script),
 }
 DESCRIPTION = (
     "ReMiT mid-training without the reference in the training step: pack a corpus, score it once with the reference, "
@@ -74,11 +77,25 @@ def expand_config_file(arguments: list[str]) -> list[str]:
     return rest[:1] + options + rest[1:]
 
 
+def with_config_file(settings: type) -> type:
+    """`settings` with --config, which expand_config_file replaces before options are parsed; for --help and completion."""
+    text = "YAML file with options, for instance seq_len: 4096; those on the command line win."
+    entry = Annotated[Path | None, tyro.conf.arg(help=text)]
+    changed = make_dataclass(
+        settings.__name__, [("config", entry, field(default=None))], bases=(settings,), frozen=True
+    )
+    changed.__doc__ = settings.__doc__
+    return changed
+
+
 def parse(arguments: list[str]) -> Any:
     """The settings dataclass of the command that `arguments` name; SystemExit(2) for bad usage."""
+    described = {"-h", "--help", "--tyro-print-completion"} & set(arguments)
     union: Any = None
     for name, (settings, _) in COMMANDS.items():
         summary = (settings.__doc__ or "").splitlines()[0]
+        if described and settings not in (CompletionConfig, FlywheelOptions):  # that one has a --config of its own
+            settings = with_config_file(settings)
         entry = Annotated[settings, tyro.conf.subcommand(name, description=summary)]  # type: ignore[valid-type]
         union = entry if union is None else union | entry
     return tyro.cli(union, prog="remit", description=DESCRIPTION, args=arguments, use_underscores=False)
@@ -94,7 +111,8 @@ def fail(command: str, code: int, message: str) -> NoReturn:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the console script."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names of files may be no Unicode
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no Unicode
     command = arguments[0] if arguments else ""
     try:
         config = parse(expand_config_file(arguments))

@@ -4,7 +4,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -188,3 +188,14 @@ def check_output_file(option: str, file: Path) -> None:
         raise ValueError(f"{option} {file}: its folder does not exist; create it")
     if file.is_dir():
         raise ValueError(f"{option} {file}: is a folder, expected a file")
+
+
+@dataclass(frozen=True)
+class CompletionConfig:
+    """Print a script with which your shell completes commands, options and values of remit."""
+
+    shell: tyro.conf.Positional[Literal["bash", "zsh", "tcsh"]]
+    """Your shell. bash: add eval "$(remit completion bash)" to ~/.bashrc; zsh: write it to a file _remit in a folder
+    of $fpath; tcsh: write it to a file that ~/.tcshrc sources."""
+    debug: bool = field(default=False, repr=False)
+    """Show tracebacks."""

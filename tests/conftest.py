@@ -2,11 +2,15 @@
 
 import gzip
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # models of these sizes only wait for a second thread
+os.environ.setdefault("RAY_worker_niceness", "0")  # else engines starve beside the process that waits for them
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -15,6 +19,7 @@ import torch
 import transformers
 import zstandard
 from annotated import annotate, by_model
+from browser import browser, pytest_terminal_summary  # noqa: F401  # a fixture and a hook
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
@@ -28,7 +33,6 @@ from shards import ShardFolder
 
 if TYPE_CHECKING:
     from faulty import Faulty
-    from playwright.sync_api import Browser
 
 EOS = "<|endoftext|>"
 ODD = [
@@ -249,19 +253,3 @@ def faulty(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> 
     from faulty import Faulty
 
     return Faulty(tmp_path_factory.mktemp("faulty"), tokenizer_folder)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator["Browser"]:
-    """A Chromium without a window that the system has installed; it reaches for no network of its own accord."""
-    from playwright.sync_api import sync_playwright
-
-    found = [path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))]
-    if not found:
-        pytest.skip("no Chromium on this machine: apt-get install chromium, then the pages are looked at")
-    quiet = ("background-networking", "component-update", "sync", "gpu")
-    arguments = ["--no-sandbox", "--no-first-run", *(f"--disable-{what}" for what in quiet)]
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=found[0], args=arguments)
-        yield chromium
-        chromium.close()

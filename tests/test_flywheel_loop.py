@@ -15,6 +15,7 @@ from conftest import make_model
 from looping import FakeLoop
 from processes import Command
 from safetensors.torch import load_file, save_file
+from test_flywheel import alive, until
 
 from pipelines.cli import parse
 from pipelines.console import BadUsage
@@ -56,11 +57,13 @@ def tree(folder: Path) -> dict[str, tuple[int, int]]:
 
 def planned(output: str) -> dict[str, str]:
     """State of each stage in the table of --dry-run."""
-    rows = re.findall(r"^ *\d+  (\S+) +(.+?) *$", output, re.MULTILINE)
+    table = output.partition("\npack\n")[0]
+    rows = re.findall(r"^ *\d+ +(\S+) +(.+?) *$", table, re.MULTILINE)
     return {name: re.sub(r"  +\d+$", "", state) for name, state in rows}
 
 
-def test_loop_runs_and_runs_only_what_changed(fake: FakeLoop, remit: Remit) -> None:
+def test_loop_runs_and_runs_only_what_changed(fake: FakeLoop, remit: Remit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     arguments = ("flywheel", "--config", fake.file)
     code, output, _ = remit(*arguments, "--dry-run")
     assert code == 0
@@ -160,7 +163,7 @@ def test_commands_are_those_of_the_command_line(fake: FakeLoop, tmp_path: Path) 
     fake.values |= {
         "corpus": [str(tmp_path / "*.parquet"), "s3://bucket/x.jsonl", "user/dataset:part"],
         "heldout": str(tmp_path / "a.parquet"),
-        "launch": {"train": ["torchrun", "--nproc-per-node", 8, "-m"]},
+        "launch": {"train": ["env", "torchrun", "--nproc-per-node", 8, "-m"]},
         "pack": {"tokens-per-shard": 640, "num_workers": 2},
         "score": {"context": "document", "top_k": 8, "canary": False, "num_engines": 3},
         "train": {"objective": "kd", "kd_weight": 0.25, "compile": False, "beta1": 0.5, "micro_batch_size": 2},
@@ -182,7 +185,7 @@ def test_commands_are_those_of_the_command_line(fake: FakeLoop, tmp_path: Path) 
     for config in (plain, guided):
         assert (config.compile, config.beta1, config.micro_batch_size) == ("off", 0.5, 2)
         assert (config.eval_shards, str(config.out)) == ("/eval_shards", "/out")
-    assert stages["round-1/train"].launcher == ("torchrun", "--nproc-per-node", "8", "-m")
+    assert stages["round-1/train"].launcher == ("env", "torchrun", "--nproc-per-node", "8", "-m")
     evaluate = parsed(stages["round-1/evaluate-posttrained"])
     assert (evaluate.suite, evaluate.allow_code_execution) == ("paper", True)
 
@@ -237,10 +240,12 @@ BAD = [
     ({"posttrain": [{"comand": ["x"]}]}, "posttrain[1].comand is no key; did you mean command?"),
     ({"posttrain": [{"name": "x"}]}, "expected exactly one of sft, dpo, rl, command"),
     ({"posttrain": [{"command": []}]}, "posttrain[1].command is [], expected a list of words"),
-    ({"posttrain": [{"command": ["x"], "name": "train"}]}, "posttrain[1].name is 'train', expected letters"),
-    ({"posttrain": [{"command": ["x"], "name": "a/b"}]}, "posttrain[1].name is 'a/b', expected letters"),
-    ({"posttrain": [{"command": ["x"]}, {"command": ["y"]}]}, "posttrain[2].name is 'command', expected a name that"),
-    ({"posttrain": [{"command": ["x"], "inputs": ["none"]}]}, "posttrain[1].inputs is 'none', expected a file or"),
+    ({"posttrain": [{"command": ["true"], "name": "train"}]}, "posttrain[1].name is 'train', expected letters"),
+    ({"posttrain": [{"command": ["true"], "name": "a/b"}]}, "posttrain[1].name is 'a/b', expected letters"),
+    ({"posttrain": [{"command": ["true"]}, {"command": ["true"]}]}, "posttrain[2].name is 'command', expected a name that"),
+    ({"posttrain": [{"command": ["no-such-tool"]}]}, "posttrain[1].command is 'no-such-tool', expected a program that"),
+    ({"launch": {"train": ["no-such-tool", "-m"]}}, "launch.train is 'no-such-tool', expected a program that"),
+    ({"posttrain": [{"command": ["true"], "inputs": ["none"]}]}, "posttrain[1].inputs is 'none', expected a file or"),
 ]  # fmt: skip
 
 
@@ -274,6 +279,14 @@ def test_files_that_are_no_settings(tmp_path: Path, remit: Remit, text: str | by
     code, _, error = remit("flywheel", "--config", file)
     assert (code, message in error) == (2, True), error
     assert "Traceback" not in error
+
+
+def test_what_is_not_installed_is_found_at_once(fake: FakeLoop, remit: Remit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.flywheel.loop.find_spec", lambda name: None)
+    del fake.values["launch"]["evaluate"]
+    code, _, error = remit("flywheel", "--config", fake.write())
+    assert (code, fake.starts) == (1, [])
+    assert "evaluate needs lm_eval, which is not installed; pip install 'remit[eval]'" in error
 
 
 def test_bad_options(fake: FakeLoop, remit: Remit) -> None:
@@ -357,7 +370,7 @@ def test_kill_in_every_kind_of_stage(
         kill(pid)
         assert first.finish(600) == 1, first.errors
         assert re.search(r"error: stage \S+ was ended by signal 9", first.last_error)
-    assert not Path(f"/proc/{pid}").exists() or Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+    until(lambda: not alive(pid))
     gate.unlink()
     again = Command(fake.folder, *arguments, FAKE=str(fake.folder))
     assert again.finish(600) == 0, again.errors

@@ -2,7 +2,9 @@
 and which rows remit inspect finds."""
 
 import json
+import math
 import re
+import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -232,7 +234,7 @@ def test_pieces_of_a_character_can_be_pointed_at(shards: Path, open_page: Open, 
 def test_invisible_characters_are_marked_and_lines_break(shards: Path, open_page: Open) -> None:
     page = open_page("--shards", shards, "--doc", 3, "--source", 0)
     mark = "mark => getComputedStyle(mark, '::before').content"
-    for character, drawn in {"\n": "↵", "\r": "␍", "\t": "⇥"}.items():
+    for character, drawn in {"\n": "↵", "\r": "CR", "\t": "⇥"}.items():
         found = [m for m in page.locator(".m").all() if m.evaluate("mark => mark.textContent") == character]
         assert found
         assert found[0].evaluate(mark) == f'"{drawn}"'
@@ -244,7 +246,35 @@ def test_invisible_characters_are_marked_and_lines_break(shards: Path, open_page
     assert tops[0] + 10 < tops[1]
     other = open_page("--shards", shards, "--doc", 4, "--source", 0)
     marks = set(other.eval_on_selector_all(".m", "marks => marks.map(mark => mark.dataset.mark)"))
-    assert marks >= {"␀", "U+202E", "U+2069", "U+FEFF", "U+200B"}
+    assert marks >= {"NUL", "U+202E", "U+2069", "BOM", "ZWSP"}
+
+
+# each character that has no shape stands alone in a token of the tokenizer below
+SHAPELESS = "\u200b \u200c \u200d \u00ad \u034f \ufe0f \u2028 \u0085 \u009b \x00 \x1b \u0301 \u0928 \u093f \u00a0 \u3000 \u202f"
+
+
+def test_every_token_can_be_pointed_at_and_copied(tmp_path: Path, open_page: Open) -> None:
+    """Joiners, selectors, combining marks and controls have a width, whether one token or several make them up."""
+    characters = SHAPELESS.split(" ")
+    for vocabulary, name in ((300, "bytes"), (3000, "whole")):
+        folder = tmp_path / name
+        tokenizer = make_tokenizer(folder / "tokenizer", [SHAPELESS] * 9, vocabulary=vocabulary)
+        write_corpus(folder / "corpus" / "a.jsonl", [SHAPELESS, "👩‍👩‍👧 e\u0301"])
+        pack(PackConfig([str(folder / "corpus")], str(tokenizer), folder / "packed", 256))
+        annotate(folder / "packed", folder / "rl", deltas, "packed")
+        page = open_page("--shards", folder / "rl", "--row", 0)
+        widths = page.eval_on_selector_all("#rows .t", "tokens => tokens.map(t => t.getBoundingClientRect().width)")
+        assert len(widths) == len(read_rows(folder / "rl")[0]["input_ids"])
+        assert min(widths) >= 4
+        marks = page.eval_on_selector_all(".m", "marks => marks.map(mark => [mark.textContent, mark.dataset.mark])")
+        assert {"\u200d": "ZWJ", "\ufe0f": "VS16", "\u034f": "U+034F", "\x1b": "ESC", "\x9b": "U+009B"}.items() <= dict(marks).items()
+        assert page.eval_on_selector_all(".w", "spaces => spaces.map(space => space.textContent)") == characters[-3:]
+        copied = page.locator(".text").evaluate("text => { getSelection().selectAllChildren(text); return String(getSelection()); }")
+        for character in characters:
+            assert character in copied or character == "\x00"
+        # a drawn sign takes the place of the character: no second box beside it
+        escape = page.locator(".m[data-mark=ESC]").first
+        assert escape.evaluate("mark => getComputedStyle(mark).fontSize") == "0px"
 
 
 def test_right_to_left_text_reads_right_to_left(shards: Path, open_page: Open) -> None:
@@ -376,7 +406,7 @@ def test_tokens_of_the_folder_are_ranked(shards: Path, open_page: Open, tokenize
                 token_id
                 for token_id in often
                 if string in (tokenizer.convert_ids_to_tokens(token_id), tokenizer.decode([token_id]).replace(" ", "·"))
-                or json.dumps(tokenizer.decode([token_id]))[1:-1].replace(" ", "·") == string
+                or repr(tokenizer.decode([token_id]))[1:-1].replace(" ", "·") == string
             ]
             assert any(
                 len(weights[token_id]) == int(count)
@@ -393,9 +423,74 @@ def test_quarantined_row(small: Path, tmp_path: Path, open_page: Open) -> None:
     page = open_page("--shards", both, "--rows", "0..2")
     rows = said_data(page)["rows"]
     assert [any(value is not None for value in row["delta"]) for row in rows] == [True, False, False]
-    assert "no log-probs of rl" in page.locator("#row-1 .facts").inner_text()
+    facts = page.locator(".facts").all_inner_texts()
+    assert [re.findall("quarantined: no log-probs of [a-z]+", fact) for fact in facts] == [
+        [], ["quarantined: no log-probs of rl"], ["quarantined: no log-probs of base"],
+    ]  # fmt: skip
     assert hover(page, 2, 3)["log p base"] == "none"
     assert hover(page, 2, 3)["log p rl"] == "-6.1000 nat"
+
+
+def test_a_row_of_one_token_is_not_called_quarantined(shards: Path, open_page: Open) -> None:
+    last = len(read_rows(shards)) - 1
+    page = open_page("--shards", shards, "--row", last)
+    assert page.locator(f"#row-{last} .facts").inner_text().endswith("· 1 token · 1 document piece")
+    assert hover(page, last, 0)["log p rl"] == "none"
+
+
+def test_page_says_which_rows_it_shows(shards: Path, open_page: Open) -> None:
+    assert "both: rows 3 to 5." in open_page("--shards", shards, "--rows", "3..5").locator(".about").inner_text()
+    about = open_page("--shards", shards, "--search", EOS, "--limit", 2).locator(".about").inner_text()
+    assert f"each row that has '{EOS}' in its text; only the first 2 found are shown" in about
+    about = open_page("--shards", shards, "--doc", 15, "--source", 1).locator(".about").inner_text()
+    assert "each row that has document 15, of corpus file b<b>.jsonl." in about
+
+
+@pytest.mark.parametrize(
+    ("values", "what"),
+    [
+        (lambda row: [None, *[0.5] * (len(row["input_ids"]) - 1)], "base_logprobs is not a log-prob"),
+        (lambda row: [None, math.nan, *constant(row)[2:]], "base_logprobs is not a log-prob"),
+        (lambda row: [None, None, *constant(row)[2:]], "base_logprobs is not a log-prob"),
+        (lambda row: [*constant(row), -1.0], "base_logprobs is not a log-prob"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(
+    shards: Path, tmp_path: Path, remit: Remit, values: Callable, what: str
+) -> None:
+    bad = annotate(shards.parent / "rl", tmp_path / "bad", values, "packed", name="base")
+    code, _, error = remit("inspect", "--shards", bad, "--row", 2, "--html", tmp_path / "x.html")
+    assert (code, f"row 2: {what}" in error) == (1, True), error
+    assert not (tmp_path / "x.html").exists()
+
+
+def test_log_probs_of_the_fake_engine_are_refused(
+    small: Path, tmp_path: Path, remit: Remit, models: dict[str, Path]
+) -> None:
+    fake = annotate_several(small, tmp_path / "fake", {"rl": deltas}, rl={"engine": "fake"})
+    for options in ((), ("--model", models["base"])):
+        code, _, error = remit("inspect", "--shards", fake, "--row", 0, "--html", tmp_path / "x.html", *options)
+        assert (code, "rl_logprobs comes from the fake engine" in error) == (1, True), error
+
+
+def test_a_base_called_like_the_reference(
+    annotated: dict[str, Path], models: dict[str, Path], tmp_path: Path, open_page: Open
+) -> None:
+    shutil.copytree(models["base"], tmp_path / "rl")
+    page = open_page("--shards", annotated["packed"], "--row", 1, "--model", tmp_path / "rl")
+    assert page.title() == "rl against rl (base), token by token"
+    assert {"log p rl", "log p rl (base)"} <= set(hover(page, 1, 2))
+
+
+def test_many_rows_are_laid_out_when_seen_and_printed_whole(shards: Path, open_page: Open) -> None:
+    """A page of few tokens draws all at once; rows of a large one wait, but not on paper."""
+    visibility = "row => getComputedStyle(row).contentVisibility"
+    page = open_page("--shards", shards, "--rows", "0..9")
+    assert page.locator(".row").last.evaluate(visibility) == "visible"
+    page.evaluate("() => document.getElementById('rows').classList.add('many')")
+    assert page.locator(".row").last.evaluate(visibility) == "auto"
+    page.emulate_media(media="print")
+    assert page.locator(".row").last.evaluate(visibility) == "visible"
 
 
 def test_long_row(tmp_path: Path, tokenizer_folder: Path, open_page: Open, tokenizer: AutoTokenizer) -> None:
@@ -474,6 +569,7 @@ def test_rows_are_found(shards: Path, remit: Remit, tokenizer: AutoTokenizer) ->
         (("--row", 0, "--base", "base"), 2, "give --html FILE too"),
         (("--row", 0, "--html", "{tmp}/no/x.html"), 2, "its folder does not exist"),
         (("--row", 0, "--html", "{tmp}"), 2, "is a folder, expected a file"),
+        (("--row", 0, "--html", "{tmp}/x.arrow"), 2, "x.arrow, expected the name of a page"),
         (("--row", 0, "--html", "{tmp}/x.html", "--epsilon", 1.5), 2, "--epsilon has 1.5"),
         (("--row", 0, "--html", "{tmp}/x.html", "--base", "rl"), 2, "--reference and --base are both 'rl'"),
         (("--row", 0, "--html", "{tmp}/x.html", "--base", "b", "--model", "m"), 2, "are both given, expected one"),

@@ -325,7 +325,7 @@ def test_tables_show_what_json_holds(both: dict[str, Path], tmp_path: Path, remi
     excess = found["excess_loss"]
     assert [f"{value:+.2f}" for value in (*excess["quantiles"].values(), excess["mean"])] in cells
     for entry in found["vocabulary"]["up"] + found["vocabulary"]["down"]:
-        string = json.dumps(entry["token"], ensure_ascii=False)[1:-1].replace(" ", "·")
+        string = "".join(c if c in "'\"" else repr(c)[1:-1] for c in entry["token"]).replace(" ", "·")
         line = [f"{entry['count']:,}", f"{entry['weight_mean']:.3f}", f"{entry['excess_loss_mean']:+.3f}"]
         assert [string, *line] in cells
     assert len(found["vocabulary"]["up"]) == 7

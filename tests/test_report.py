@@ -3,6 +3,7 @@
 import html
 import json
 import math
+import os
 import re
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from annotated import annotate
 from annotated import run as train_run
 from browser import open_page
 from conftest import source_texts, write_corpus
+from playwright.sync_api import Browser
 
 from scorer.config import PackConfig
 from scorer.pack import pack
@@ -184,6 +186,26 @@ def test_thinning_by_hand(tmp_path: Path, remit: Remit) -> None:
     assert "4,001 steps in 1,334 points. Each is the mean over the 3 steps that end where it stands" in text
 
 
+def test_rates_of_a_window_by_hand(tmp_path: Path, remit: Remit) -> None:
+    """Windows of two steps. A step of 100 tokens at 50 per second and one at 1 per second are 200 tokens in 102
+    seconds; a source counts by its tokens."""
+    steps = []
+    for step in range(1, 4001, 2):
+        small, large = {"predicted_tokens": 1, "ntp_loss": 8.0, "weight_mean": 0.5}, {"predicted_tokens": 9, "ntp_loss": 3.0, "weight_mean": 1.5}  # fmt: skip
+        steps.append(figures(step, data_wait_seconds=0.0, sources={"a": small, "b": {"ntp_loss": 1.0}}))
+        late = {"a": large, "b": {"ntp_loss": 2.0}}
+        steps.append(figures(step + 1, tokens_per_second=1.0, data_wait_seconds=51.0, sources=late))
+    run = write_run(tmp_path / "run", steps)
+    assert remit("report", "--run", run, "--out", tmp_path / "page.html")[0] == 0
+    (shown,) = page_data(tmp_path / "page.html")["runs"]
+    assert (shown["window"], shown["step"]) == (2, list(range(2, 4001, 2)))
+    assert shown["curves"]["tokens_per_second"] == [pytest.approx(200 / 102, rel=1e-5)] * 2000
+    assert shown["curves"]["data_wait_share"] == [pytest.approx(51 / 102, rel=1e-5)] * 2000
+    assert shown["sources"]["a"]["ntp_loss"] == [pytest.approx(3.5)] * 2000
+    assert shown["sources"]["a"]["weight_mean"] == [pytest.approx(1.4)] * 2000
+    assert shown["sources"]["b"]["ntp_loss"] == [1.5] * 2000  # of a version that did not write the tokens of a source
+
+
 def test_long_runs_give_a_small_page(tmp_path: Path, remit: Remit) -> None:
     """Four runs of 2,500 steps and 16 sources have as many points as four of 25,000: at most 2,000 each."""
     source = dict.fromkeys(("ntp_loss", "weight_mean"), 1 / 3)
@@ -281,6 +303,23 @@ def test_damaged_last_line(tmp_path: Path, remit: Remit, tail: bytes) -> None:
     assert (code, "metrics.jsonl: line 3 is not a JSON object with a step, and lines follow it" in error) == (1, True)
 
 
+@pytest.mark.parametrize("step", [1, 2])
+def test_steps_that_go_back(tmp_path: Path, remit: Remit, step: int) -> None:
+    """Two runs in one file would draw a curve that is neither's."""
+    run = write_run(tmp_path / "run", [figures(1), figures(2), figures(step), figures(3)])
+    code, _, error = remit("report", "--run", run, "--out", tmp_path / "page.html")
+    assert (code, f"metrics.jsonl: line 3 has step {step}, the one before it 2, and lines" in error) == (1, True)
+
+
+def test_names_that_are_no_unicode(tmp_path: Path, remit: Remit) -> None:
+    name = os.fsdecode(b"run-\xff")
+    run = write_run(tmp_path / name, [figures(1)], note="\ud800")
+    code, output, _ = remit("report", "--run", run, "--out", tmp_path / "page.html")
+    assert (code, "report of run-\\udcff (1 steps" in output) == (0, True)
+    assert table_rows(tmp_path / "page.html")["note"] == ["\ufffd"]
+    assert page_data(tmp_path / "page.html")["runs"][0]["name"] == "run-\ufffd"
+
+
 def test_what_is_no_run(tmp_path: Path, remit: Remit, packed: Path) -> None:
     run = write_run(tmp_path / "run", [figures(1)])
     (tmp_path / "odd").mkdir()
@@ -291,6 +330,7 @@ def test_what_is_no_run(tmp_path: Path, remit: Remit, packed: Path) -> None:
     for options, code, message in (
         (("--run", packed), 1, "holds no run.json, so it is not a run of remit train; give the --out of remit train"),
         (("--run", run, tmp_path / "missing"), 1, "missing: no such folder"),
+        (("--run", run / "metrics.jsonl"), 1, "is a file; give the --out of remit train"),
         (("--run", tmp_path / "odd"), 1, "run.json: is not a JSON object"),
         (("--run", tmp_path / "torn"), 1, "run.json: cannot be read"),
         ((), 2, "--run is not given"),
@@ -345,9 +385,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory, real: list[Path]) -> dict[st
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 400])
 @pytest.mark.parametrize("name", ["real", "odd"])
-def test_page_in_a_browser(pages: dict[str, Path], name: str, width: int, scheme: str) -> None:
+def test_page_in_a_browser(browser: Browser, pages: dict[str, Path], name: str, width: int, scheme: str) -> None:
     data = page_data(pages[name])
-    with open_page(pages[name], width, scheme) as opened:  # type: ignore[arg-type]
+    with open_page(browser, pages[name], width, scheme) as opened:  # type: ignore[arg-type]
         drawn = opened.page.evaluate(PLOTS_DRAWN)
         assert len(drawn) == len(data["plots"])
         for plot, (shapes, box_width) in zip(data["plots"], drawn):
@@ -376,10 +416,55 @@ def until(holds: Callable[[], bool]) -> None:
     pytest.fail("it does not hold after ten seconds")
 
 
-def test_controls_of_the_page(pages: dict[str, Path]) -> None:
+def test_pointing_at_curves(tmp_path: Path, browser: Browser, remit: Remit) -> None:
+    """Runs whose points stand at different steps each say where theirs is; a name is never read as a format."""
+    shorter = write_run(tmp_path / "b %{x}", [figures(step) for step in range(1, 51)])
+    every_other = write_run(tmp_path / "every-other", [figures(step) for step in range(2, 101, 2)])
+    each = write_run(tmp_path / "each", [figures(step) for step in range(1, 102)])
+    for runs, suffixes in (((each, shorter), ["", ""]), ((each, every_other), [" at 31", " at (30|32)"])):
+        assert remit("report", "--run", *runs, "--out", tmp_path / "page.html")[0] == 0
+        with open_page(browser, tmp_path / "page.html") as opened:
+            box = opened.page.locator(".plot").first.locator(".nsewdrag").first.bounding_box()
+            assert box is not None
+            # the axis goes from 1 to 101
+            opened.page.mouse.move(box["x"] + box["width"] * 30 / 100, box["y"] + box["height"] / 2)
+            texts = "[...document.querySelectorAll('.hoverlayer text')].map(text => text.textContent)"
+            until(lambda page=opened.page: len(page.evaluate(texts)) == 3)
+            title, *lines = opened.page.evaluate(texts)
+            assert title == "31"
+            for line, run, suffix in zip(lines, runs, suffixes, strict=True):
+                assert re.fullmatch(re.escape(f"{run.name} : ") + r"2\.\d+" + suffix, line), line
+
+
+def test_more_runs_than_colours(tmp_path: Path, browser: Browser, remit: Remit) -> None:
+    """No two of sixteen runs look the same."""
+    runs = [write_run(tmp_path / f"run-{index:02}", [figures(1), figures(2)]) for index in range(16)]
+    assert remit("report", "--run", *runs, "--out", tmp_path / "page.html")[0] == 0
+    with open_page(browser, tmp_path / "page.html") as opened:
+        drawn = opened.page.evaluate(
+            "[...document.querySelectorAll('.plot')].filter(plot => plot.data.length >= 16)"
+            ".map(plot => plot.data.map(trace => trace.line.color + trace.line.dash))"
+        )
+        swatches = opened.page.evaluate("[...document.querySelectorAll('.runs .swatch')].map(s => s.style.background)")
+        assert len(set(swatches)) == 16
+    assert len(drawn) >= 10
+    assert all(len(set(looks)) == len(looks) for looks in drawn)
+
+
+def test_only_the_scripts_of_the_page_run(browser: Browser, pages: dict[str, Path]) -> None:
+    with open_page(browser, pages["odd"]) as opened:
+        opened.page.evaluate(
+            "() => { const made = document.createElement('script'); made.textContent = 'document.title = \"pwned\"';"
+            " document.body.append(made); }"
+        )
+        assert opened.page.title() != "pwned"
+        assert any("Content Security Policy" in problem for problem in opened.problems)
+
+
+def test_controls_of_the_page(browser: Browser, pages: dict[str, Path]) -> None:
     data = page_data(pages["real"])
     values = "() => document.querySelector('.plot').data.map(trace => [trace.visible, Array.from(trace.x)])"
-    with open_page(pages["real"]) as opened:
+    with open_page(browser, pages["real"]) as opened:
         page = opened.page
         steps, tokens = [run["step"] for run in data["runs"]], [run["tokens"] for run in data["runs"]]
         assert page.evaluate(values) == [[True, steps[0]], [True, steps[1]]]

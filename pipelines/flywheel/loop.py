@@ -8,6 +8,7 @@ import glob
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ class _Builder:
 
     def build(self) -> Loop:
         config = self.config
+        self.require_packages()
         packed = self.pack("pack", config.corpus)
         heldout = self.pack("pack-heldout", config.heldout) if config.heldout else None
         scorer: Stage | Path | None = self.reference
@@ -82,6 +84,15 @@ class _Builder:
             rounds.append(Round(number, midtrained, model, evaluations))
             scorer = model
         return Loop(self.stages, rounds)
+
+    def require_packages(self) -> None:
+        """ValueError where a stage would find out after days that something is not installed here."""
+        needed = {entry.kind: ("trl", "flywheel") for entry in self.config.posttrain if entry.kind != "command"}
+        if self.config.evaluate is not None:
+            needed["evaluate"] = ("lm_eval", "eval")
+        for section, (package, extra) in needed.items():
+            if section not in self.config.launch and find_spec(package) is None:
+                raise ValueError(f"{section} needs {package}, which is not installed; pip install 'remit[{extra}]'")
 
     def add(self, section: str, name: str, line: tuple[Word, ...], inputs: Mapping[str, Any], **settings: Any) -> Stage:
         """A stage that one of this project's own commands runs."""

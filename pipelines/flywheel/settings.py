@@ -1,5 +1,6 @@
 """Settings of remit flywheel: the options of the command, and the YAML file that describes the loop, checked once."""
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -141,6 +142,11 @@ class _File:
             self.fail(key, value, f"a whole number from {least} on")
         return value
 
+    def program(self, key: str, word: str) -> None:
+        """BadUsage unless the first word of a command can be started."""
+        if shutil.which(word) is None:
+            self.fail(key, word, "a program that can be started; a script needs bash or python in front of it")
+
     def mapping(self, key: str, value: Any, expected: str) -> dict[str, Any]:
         if not isinstance(value, dict):
             self.fail(key, value, expected)
@@ -201,7 +207,10 @@ def read_launch(file: _File, value: Any) -> dict[str, tuple[str, ...]]:
         "launch", value, "a mapping such as {train: [torchrun, --standalone, --nproc-per-node, 8, -m]}"
     )
     file.known("launch.", launch, tuple(SECTIONS))
-    return {section: file.texts(f"launch.{section}", words) for section, words in launch.items()}
+    found = {section: file.texts(f"launch.{section}", words) for section, words in launch.items()}
+    for section, words in found.items():
+        file.program(f"launch.{section}", words[0])
+    return found
 
 
 def read_posttrain(file: _File, value: Any) -> tuple[PostTrain, ...]:
@@ -228,6 +237,7 @@ def read_posttrain(file: _File, value: Any) -> tuple[PostTrain, ...]:
             for path in inputs:
                 if not Path(path).exists():
                     file.fail(f"{where}.inputs", path, "a file or folder that is there")
+            file.program(f"{where}.command", command[0])
             stages.append(PostTrain(name, kind, command=command, inputs=inputs))
         else:
             options = read_section(file, f"{where}.{kind}", kind, entry[kind] or {})

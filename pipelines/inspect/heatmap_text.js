@@ -18,7 +18,7 @@ const CONTROLS = (
 // spaces; controls, and what steers direction or joins nothing
 const PARTS =
   /( +)|([\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]+)|([\u0000-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff])/;
-// joiners and selectors among letters and emoji shape them; alone in a token they would not be seen
+// joiners and selectors among letters and emoji shape them; alone they would not be seen
 const SHAPELESS = /^\p{Default_Ignorable_Code_Point}+$/u;
 const COMBINING = /^\p{M}/u;
 const RIGHT_TO_LEFT = /[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc\u{10800}-\u{10fff}\u{1e800}-\u{1efff}]/u;
@@ -39,15 +39,13 @@ function marked(character) {
 
 /** Append `text` to `parent`: its textContent grows by exactly that, marks are drawn by the style. */
 function write(parent, text) {
-  if (text === "" || SHAPELESS.test(text)) {
-    parent.append(...(text === "" ? [""] : [...text]).map(marked));
-    return;
-  }
+  if (text === "") parent.append(marked(text)); // a token that the decoder drops
   for (const part of text.split(PARTS)) {
     if (!part) continue;
     const [, spaces, others, character] = part.match(PARTS) || [];
     if (spaces || others) parent.append(element("span", spaces ? "s" : "w", part));
     else if (character) parent.append(marked(part));
+    else if (SHAPELESS.test(part)) parent.append(...[...part].map(marked));
     else if (COMBINING.test(part)) parent.append(element("span", "c", part));
     else parent.append(part);
   }

@@ -5,7 +5,6 @@ the weights are, the tokens of the vocabulary that gain and lose most, quantiles
 and as tables. N = predicted tokens of a row, V = ids of the tokenizer, K = those that occur often enough. Losses in nats.
 """
 
-import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.inspect.terminal import token_strings
+from pipelines.inspect.terminal import token_label, token_strings
 from pipelines.plan.rows import choose_context, choose_rows, read_batches
 from pipelines.plan.settings import PlanConfig
 from shards.folder import ShardFolder
@@ -167,10 +166,9 @@ def show(figures: dict[str, Any], console: Console) -> None:
     title = f"Quantiles of the excess loss, {base} - {reference}, in nats"
     _table(console, title, headers, [[f"{value:+.2f}" for value in values]])
     for direction in ("up", "down"):
-        # as remit inspect shows them
-        strings = [json.dumps(entry["token"], ensure_ascii=False)[1:-1] for entry in vocabulary[direction]]
+        strings = [token_label(entry["token"]) for entry in vocabulary[direction]]
         lines = [
-            [string.replace(" ", "·"), f"{count:,}", _number(weight), f"{delta:+.3f}"]
+            [string, f"{count:,}", _number(weight), f"{delta:+.3f}"]
             for string, (_, _, count, weight, delta) in zip(
                 strings, (entry.values() for entry in vocabulary[direction])
             )

@@ -55,6 +55,7 @@ def trainer_arguments(config: PostTrainConfig) -> dict[str, Any]:
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": device.type == "cuda",
+        "ddp_find_unused_parameters": False,
     }
 
 
@@ -101,8 +102,16 @@ class Watch(TrainerCallback):
         self.bar.update(state.global_step - self.bar.n)
         # a line of the metrics has the mean over its steps, which a checkpoint does not bring along
         whole_line = state.global_step % args.logging_steps == 0
-        if self.should_stop() and whole_line and state.global_step < state.max_steps:
+        if whole_line and self.asked_to_stop() and state.global_step < state.max_steps:
             self.stopped = control.should_save = control.should_training_stop = True
+
+    def asked_to_stop(self) -> bool:
+        """Whether any of the processes was: they have to stop at the same step."""
+        accelerator = self.trainer.accelerator
+        asked = self.should_stop()
+        if accelerator.num_processes == 1:
+            return asked
+        return bool(accelerator.reduce(torch.tensor(float(asked), device=accelerator.device), "sum") > 0)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
@@ -128,7 +137,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
         if (checkpoint / COMPLETE).exists():
             whole.append(checkpoint)
         else:
-            shutil.rmtree(checkpoint)
+            shutil.rmtree(checkpoint, ignore_errors=True)  # another process may be at it
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 

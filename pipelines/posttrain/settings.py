@@ -14,7 +14,7 @@ OURS = {
     "save_steps", "save_total_limit", "report_to", "disable_tqdm", "max_length", "beta", "num_generations",
     "max_completion_length", "temperature", "use_vllm", "push_to_hub", "resume_from_checkpoint",
     "generation_batch_size", "steps_per_generation", "model_init_kwargs", "trust_remote_code", "save_only_model",
-    "remove_unused_columns", "logging_nan_inf_filter",
+    "logging_nan_inf_filter",
 }  # fmt: skip
 """Settings of TRL's trainers that options of ours, or how a run is resumed, decide."""
 

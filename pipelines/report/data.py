@@ -112,6 +112,8 @@ def read_settings(out: Path) -> dict[str, Any]:
     except FileNotFoundError:
         what = "holds no run.json, so it is not a run of remit train" if out.is_dir() else "no such folder"
         raise ValueError(f"{out}: {what}; give the --out of remit train") from None
+    except NotADirectoryError:
+        raise ValueError(f"{out}: is a file; give the --out of remit train") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read ({' '.join(str(error).split())}); restore it") from None
     if not isinstance(settings, dict):

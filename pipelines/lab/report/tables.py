@@ -203,6 +203,10 @@ def summary(results: Results, findings: Sequence[Finding]) -> list[str]:
         f"here, {_count(paper, REPRODUCED)} are reproduced, {_count(paper, CONTRADICTED)} contradicted, "
         f"{_count(paper, UNDECIDED) + _count(paper, ONE_SEED)} not decided, {_count(paper, MISSING)} not measured."
     ]
+    if results.size != "full":
+        lines.append(
+            "This size shows that the parts work together. Its models learn next to nothing: read no number of it."
+        )
     if num == 1:
         lines.append("One seed has no interval: its differences may be chance, and nothing is claimed from them.")
     else:
@@ -237,6 +241,8 @@ def control_sentence(findings: Sequence[Finding]) -> str:
             "ReMiT is above NTP, but not shown to differ from the control NTP-guided: the gain may be that of any later "
             "model as the reference."
         )
+    if gain == CONTRADICTED:
+        return "ReMiT is below NTP here, so that the control has no gain to explain."
     return "ReMiT is shown to be above neither NTP nor the control NTP-guided."
 
 
@@ -246,8 +252,8 @@ LIMITS = (
     "A seed changes everything at once: data, initial weights, order, sampling. The interval is over such repetitions of "
     "the whole experiment. It supposes about normal differences, which a handful of seeds cannot show.",
     "An effect smaller than half the interval cannot be seen here. \"Not decided\" is not \"no effect\".",
-    "All arms share one learning rate, one number of steps and one set of rows; none was tuned alone. An arm that would "
-    "do better with settings of its own is not done justice.",
+    "All arms share one learning rate, one number of steps and one corpus (MiniPLM trains on a part of it); none was tuned "
+    "alone. An arm that would do better with settings of its own is not done justice.",
 )  # fmt: skip
 
 
