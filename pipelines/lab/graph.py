@@ -98,6 +98,7 @@ class Seed:
         if REMIT in arms:
             self.column("rl", rl)
             self.arm(REMIT)
+            self.measure_all(rl)  # so that the first numbers do not wait for all arms
         if "remit2" in arms or REMIT in recipe.post_trained:
             remit_rl = self.post_train(REMIT)[-1]
         if "remit2" in arms:
@@ -220,9 +221,11 @@ class Seed:
         return self.add(f"post/{path}", "pipelines.posttrain", words, inputs, result="model", resumes=True)
 
     def measure_all(self, reference: Stage) -> None:
-        """Measure every model, those first that are there first."""
+        """Measure every model that is in the graph by now."""
         recipe = self.recipe
         for (arm, what), model in self.models.items():
+            if (arm, what) in self.measured:
+                continue
             words: tuple[Word, ...] = (
                 "--model", Input("model"), "--reference", Input("reference"),
                 "--data", Input("data", "heldout"), "--out", Output(), "--sampled", str(recipe.sampled),
@@ -231,7 +234,7 @@ class Seed:
             inputs: dict[str, Stage | Path] = {"model": model, "reference": reference, "data": self.data}
             self.measured[arm, what] = self.add(f"measure/{arm}/{what}", "pipelines.lab.measure", words, inputs)
         for arm in CURVES if recipe.exports else ():
-            if (arm, "mid") in self.models:
+            if (arm, "mid") in self.models and arm not in self.curves:
                 # beside the model that the stage's result is; from the same run, so that its key says enough
                 words = (
                     "--exports", Input("model", "../exports"), "--data", Input("data", "heldout"), "--out", Output(),
