@@ -37,7 +37,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
 .PHONY: help install sample score train verify inspect test test-slow docs lint clean bench bench-score bench-pack \
-	bench-scale bench-train bench-head bench-topk bench-plan gpu-check
+	bench-scale bench-train bench-head bench-topk bench-plan gpu-check lab
 
 help: ## list targets and variables
 	@echo "targets:"
@@ -115,6 +115,15 @@ train: install $(SAMPLE)/reference
 	$(TRAIN) --objective remit --reference $(NAME) --out $(OUT) $(SAMPLE_TRAIN)
 	@$(BIN)/python -m pipelines.compare --ntp $(OUT)-ntp --remit $(OUT)
 endif
+
+# The laboratory: seeds may be run one after the other into the same folder.
+SIZE  ?= full
+SEEDS ?= 0
+LAB   ?= lab-$(SIZE)
+
+lab: $(VENV)/.installed-dev ## the paper's comparisons on tiny models: SIZE=full|small SEEDS="0 1 2" LAB=folder
+	$(BIN)/python -m pipelines.lab --size $(SIZE) --seeds $(SEEDS) --out $(LAB) $(LAB_ARGS)
+	@test ! -d $(LAB)/results || $(BIN)/python -m pipelines.lab.report $(LAB)
 
 verify: install ## check every byte and count of SHARDS
 	$(BIN)/remit verify --shards $(SHARDS) $(VERIFY_ARGS)
