@@ -316,6 +316,25 @@ def test_failures_are_named(tmp_path: Path, line: str, message: str) -> None:
     assert states == {"good": "done", "bad": "to run"}
 
 
+def test_an_input_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
+    """What was made of half the one and half the other gets no record, and the next run knows the new content."""
+    data = tmp_path / "data"
+    data.write_text("1\n")
+    stage = shell("a", "cat $1 > $0/x; test -e $1.again || echo 2 >> $1; touch $1.again", {"data": data})
+    with pytest.raises(StageFailed, match=r"data: was changed while the stage ran"):
+        run_stages([stage], tmp_path / "f")
+    outcome, _ = run(tmp_path / "f", stage)
+    assert (outcome.result("a") / "x").read_text() == "1\n2\n"
+
+
+def test_failure_shows_the_lines_of_its_own_attempt(tmp_path: Path) -> None:
+    stage = shell("a", f"test -e {tmp_path}/again && exit 5; touch {tmp_path}/again; echo before; exit 4")
+    for message in ("exit code 4: before", "exit code 5: it printed nothing"):
+        with pytest.raises(StageFailed, match=message) as failed:
+            run_stages([stage], tmp_path / "f")
+    assert failed.value.log == [line for line in failed.value.log if line.startswith("---")]
+
+
 def test_command_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(StageFailed, match="no-such-tool: cannot be started"):
         run_stages([Stage("a", ("no-such-tool", Output()))], tmp_path)

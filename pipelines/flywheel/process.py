@@ -30,6 +30,7 @@ class Process:
     began: float = field(default_factory=time.time)
     _process: "subprocess.Popen[bytes] | None" = None
     _alive: int = -1
+    _log_start: int = 0
 
     def start(self, lock: int) -> None:
         """lock: descriptor of the folder's lock, which the guard holds on to for as long as it runs."""
@@ -45,6 +46,7 @@ class Process:
         words = [sys.executable, "-I", "-S", guard.__file__, str(watch), cores, *self.command]
         try:
             with open(self.log, "ab") as log:
+                self._log_start = log.tell()
                 log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {self.stage.name}\n".encode())
                 log.flush()
                 self._process = subprocess.Popen(
@@ -79,14 +81,14 @@ class Process:
 
     def tail(self) -> list[str]:
         """The last lines of this attempt's log, as a terminal would show them."""
-        return log_tail(self.log)
+        return log_tail(self.log, TAIL, self._log_start)
 
 
-def log_tail(log: Path, lines: int = TAIL) -> list[str]:
-    """The last lines of a log; of what a progress bar wrote over itself, the last state."""
+def log_tail(log: Path, lines: int, start: int = 0) -> list[str]:
+    """The last lines of a log from byte `start` on; of what a progress bar wrote over itself, the last state."""
     try:
         with open(log, "rb") as file:
-            file.seek(max(0, log.stat().st_size - 20_000))
+            file.seek(max(start, log.stat().st_size - 20_000))
             text = file.read().decode(errors="replace")
     except OSError:
         return []

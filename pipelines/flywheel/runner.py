@@ -222,6 +222,7 @@ class Driver:
             files = read_files(result)
             if stage.check is not None:
                 stage.check(result, {name: path for name, (path, _) in found.inputs.items()})
+            self.require_unchanged(found)
         except (ValueError, OSError) as error:
             raise StageFailed(
                 f"stage {stage.name}: its command ended well, but its result is refused: {error} (log: {process.log})",
@@ -237,6 +238,13 @@ class Driver:
         self.places.attempts(key).unlink(missing_ok=True)
         self.watch("finished", stage, self.done[name])
         self.write_overview()
+
+    def require_unchanged(self, found: Look) -> None:
+        """ValueError where a file of the user is no longer what the key was made of."""
+        now = look(found.stage, self.places, self.done, self.known)
+        for name, (path, before) in found.inputs.items():
+            if now.inputs[name][1] != before:
+                raise ValueError(f"{path}: was changed while the stage ran; the same command makes it again")
 
     def record(
         self, process: Process, found: Look, attempts: list[dict[str, float]], output: Path, files: dict
