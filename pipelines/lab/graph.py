@@ -104,30 +104,37 @@ class Seed:
         if "remit2" in arms:
             self.column("rl2", remit_rl)
             self.arm("remit2")
-        references = {"ntp-guided": ("ntp", ntp), "sft-guided": ("sft", sft)}
-        if "rho1" in arms:
-            curated = self.train(
-                "curated", self.base, "", "curated", ARMS[NTP], recipe.curated_steps, recipe.midtraining_learning_rate
-            )
-            references["rho1"] = ("curated", curated)
-        if "remit-rl10" in arms:
-            short = self.rl("ntp/rl10", self.models[NTP, "dpo"], max(1, round(recipe.rl_steps * SHORT_RL_SHARE)))
-            references["remit-rl10"] = ("rl10", short)
-            self.models["ntp-rl10", "rl"] = short
-        for arm, (column, model) in references.items():
-            if arm in arms:
-                self.column(column, model)
-        if "miniplm" in arms:
-            self.column("base", self.base, on="rl")
-        if "kd" in arms:
-            self.column("rl", rl, top_k=recipe.top_k)
+        self.measure_all(rl)
         for arm in ARMS:
             if arm in arms and (arm, "mid") not in self.models:
+                self.prepare(arm, ntp, sft, rl)
                 self.arm(arm)
+                self.measure_all(rl)
         for arm in recipe.post_trained:
             if (arm, "rl") not in self.models:
                 self.post_train(arm)
         self.measure_all(rl)
+
+    def prepare(self, arm: str, ntp: Stage, sft: Stage, rl: Stage) -> None:
+        """What an arm reads that is not there yet: its reference, and the corpus scored with it."""
+        recipe = self.recipe
+        if arm == "ntp-guided":
+            self.column("ntp", ntp)
+        elif arm == "sft-guided":
+            self.column("sft", sft)
+        elif arm == "kd":
+            self.column("rl", rl, top_k=recipe.top_k)
+        elif arm == "miniplm":
+            self.column("base", self.base, on="rl")
+        elif arm == "rho1":
+            curated = self.train(
+                "curated", self.base, "", "curated", ARMS[NTP], recipe.curated_steps, recipe.midtraining_learning_rate
+            )
+            self.column("curated", curated)
+        elif arm == "remit-rl10":
+            short = self.rl("ntp/rl10", self.models[NTP, "dpo"], max(1, round(recipe.rl_steps * SHORT_RL_SHARE)))
+            self.models["ntp-rl10", "rl"] = short
+            self.column("rl10", short)
 
     def train(
         self, path: str, start: Stage, sub: str, rows: str, arm: Arm, steps: int, learning_rate: float,
