@@ -250,7 +250,9 @@ def test_invisible_characters_are_marked_and_lines_break(shards: Path, open_page
 
 
 # each character that has no shape stands alone in a token of the tokenizer below
-SHAPELESS = "\u200b \u200c \u200d \u00ad \u034f \ufe0f \u2028 \u0085 \u009b \x00 \x1b \u0301 \u0928 \u093f \u00a0 \u3000 \u202f"
+SHAPELESS = (
+    "\u200b \u200c \u200d \u00ad \u034f \ufe0f \u2028 \u0085 \u009b \x00 \x1b \u0301 \u0928 \u093f \u00a0 \u3000 \u202f"
+)
 
 
 def test_every_token_can_be_pointed_at_and_copied(tmp_path: Path, open_page: Open) -> None:
@@ -267,9 +269,13 @@ def test_every_token_can_be_pointed_at_and_copied(tmp_path: Path, open_page: Ope
         assert len(widths) == len(read_rows(folder / "rl")[0]["input_ids"])
         assert min(widths) >= 4
         marks = page.eval_on_selector_all(".m", "marks => marks.map(mark => [mark.textContent, mark.dataset.mark])")
-        assert {"\u200d": "ZWJ", "\ufe0f": "VS16", "\u034f": "U+034F", "\x1b": "ESC", "\x9b": "U+009B"}.items() <= dict(marks).items()
+        assert {"\u200d": "ZWJ", "\ufe0f": "VS16", "\u034f": "U+034F", "\x1b": "ESC", "\x9b": "U+009B"}.items() <= dict(
+            marks
+        ).items()
         assert page.eval_on_selector_all(".w", "spaces => spaces.map(space => space.textContent)") == characters[-3:]
-        copied = page.locator(".text").evaluate("text => { getSelection().selectAllChildren(text); return String(getSelection()); }")
+        copied = page.locator(".text").evaluate(
+            "text => { getSelection().selectAllChildren(text); return String(getSelection()); }"
+        )
         for character in characters:
             assert character in copied or character == "\x00"
         # a drawn sign takes the place of the character: no second box beside it

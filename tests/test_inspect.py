@@ -24,7 +24,12 @@ def values(row: dict) -> list:
 @pytest.mark.parametrize("names", [("rl",), ("base", "rl"), ("a", "b", "c", "d", "a_name_that_is_long")])
 @pytest.mark.parametrize("width", [None, 40, 80, 200])
 def test_numbers_are_whole_at_any_width(
-    small: Path, tmp_path: Path, remit: Remit, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...], width: int | None
+    small: Path,
+    tmp_path: Path,
+    remit: Remit,
+    monkeypatch: pytest.MonkeyPatch,
+    names: tuple[str, ...],
+    width: int | None,
 ) -> None:
     if width is not None:
         monkeypatch.setenv("COLUMNS", str(width))
@@ -36,7 +41,9 @@ def test_numbers_are_whole_at_any_width(
     assert [int(cells[0]) for cells in lines] == list(range(len(row["input_ids"])))
     assert [int(cells[2]) for cells in lines] == row["input_ids"]
     for cells, token_id in zip(lines[1:], row["input_ids"][1:]):
-        assert [cell for cell in cells[4:] if re.match(r"-\d", cell)] == [f"{-12.34375 - token_id / 64:.4f}"] * len(names)
+        assert [cell for cell in cells[4:] if re.match(r"-\d", cell)] == [f"{-12.34375 - token_id / 64:.4f}"] * len(
+            names
+        )
     if width == 80 and len(names) <= 2:
         assert max(map(len, output.splitlines())) <= 80
         assert "▪▪▪▪" in output

@@ -83,9 +83,7 @@ def render(**values: Any) -> str:
         (HERE / name).read_text(encoding="utf-8") for name in ("heatmap.css", "heatmap_text.js", "heatmap.js")
     )
     script = "\n".join(scripts)
-    hashes = {
-        f"{name}_hash": content_hash(content) for name, content in (("style", style), ("script", script))
-    }
+    hashes = {f"{name}_hash": content_hash(content) for name, content in (("style", style), ("script", script))}
     return environment.get_template("heatmap.html").render(style=style, script=script, **hashes, **values)
 
 
