@@ -320,6 +320,32 @@ def test_names_that_are_no_unicode(tmp_path: Path, remit: Remit) -> None:
     assert page_data(tmp_path / "page.html")["runs"][0]["name"] == "run-\ufffd"
 
 
+def test_held_out_losses_that_do_not_compare(tmp_path: Path, remit: Remit) -> None:
+    def evaluated(name: str, *sets: dict, **settings: object) -> Path:
+        lines = [{"step": step, "loss": 2.0, **own} for step, own in enumerate(sets)]
+        return write_run(tmp_path / name, [figures(1), figures(2)], lines, **settings)
+
+    one = {"tokens": 1234.0, "manifest_sha256": "ab" * 32}
+    same, again = evaluated("same", one, one), evaluated("again", one)
+    other = evaluated("other", {"tokens": 1234.0, "manifest_sha256": "cd" * 32})
+    before = evaluated("before", {"tokens": 1234.0})  # by an older version
+    changed = evaluated("changed", one, {"tokens": 99.0})
+    elsewhere = evaluated("elsewhere", one, context="document")
+    for runs, compare in (
+        ((same, again, before), True),
+        ((same, other), False),
+        ((changed,), False),
+        ((same, elsewhere), False),
+    ):
+        assert remit("report", "--run", *runs, "--out", tmp_path / "page.html")[0] == 0
+        plot = next(p for p in page_data(tmp_path / "page.html")["plots"] if p["title"] == "Held-out loss")
+        assert ("do not compare them" not in plot["note"]) is compare, runs
+    assert remit("report", "--run", same, changed, "--out", tmp_path / "page.html")[0] == 0
+    assert table_rows(tmp_path / "page.html")["held-out tokens"] == [
+        "1,234 (manifest abababababab)", "1,234 (manifest abababababab); 99",
+    ]  # fmt: skip
+
+
 def test_what_is_no_run(tmp_path: Path, remit: Remit, packed: Path) -> None:
     run = write_run(tmp_path / "run", [figures(1)])
     (tmp_path / "odd").mkdir()

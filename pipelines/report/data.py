@@ -30,7 +30,8 @@ class Run:
     """name: the shortest end of its path that no other run of the report has. steps_n, tokens_n: at which the points
     stand. curves: by figure; sources: by corpus source and figure; None where a point has no such figure.
     heat_edges: steps (and tokens) between which each column lies, one more than columns; heat: share of the tokens in
-    each bin of weight, by bin and column. held_out: (step, tokens, loss). hours: of steps, from tokens per second."""
+    each bin of weight, by bin and column. held_out: (step, tokens, loss); held_out_sets: what that loss is over, tokens and
+    checksum of the manifest, None where it is not written; more than one where it changed on the way. hours: of steps, from tokens per second."""
 
     name: str
     settings: dict[str, Any]
@@ -44,6 +45,7 @@ class Run:
     heat_edges: dict[str, list[float | None]] = field(default_factory=dict)
     heat: dict[str, list[float]] = field(default_factory=dict)
     held_out: list[tuple[int, float | None, float]] = field(default_factory=list)
+    held_out_sets: list[tuple[float | None, str | None]] = field(default_factory=list)
     last: dict[str, float] = field(default_factory=dict)
     num_steps: int = 0
     tokens: float | None = None
@@ -58,7 +60,11 @@ def read_run(out: Path, max_points: int = MAX_POINTS, progress: Callable[[int], 
     """
     settings = read_settings(out)
     run = Run(out.name, settings, (out / "model").exists())
-    losses = {line["step"]: number(line.get("loss")) for line, _ in read_lines(out / "evaluation.jsonl", run)}
+    evaluations = [line for line, _ in read_lines(out / "evaluation.jsonl", run)]
+    losses = {line["step"]: number(line.get("loss")) for line in evaluations}
+    run.held_out_sets = list(
+        dict.fromkeys((number(line.get("tokens")), line.get("manifest_sha256")) for line in evaluations)
+    )
     metrics = out / "metrics.jsonl"
     run.num_steps = sum(1 for _ in read_lines(metrics, run))
     run.window = math.ceil(run.num_steps / max_points) or 1

@@ -94,9 +94,12 @@ def make_plots(runs: Sequence[Run]) -> tuple[list[Plot], list[str]]:
         plot = shared[entry.title]
         groups[entry.title] = [plot] if plot.lines else []
         if entry.title == "Loss of the objective":
-            plot = Plot(
-                "Held-out loss", "nats per token", held_out, "held-out", note="Over all tokens of --eval-shards."
-            )
+            note = "Over all tokens of --eval-shards."
+            if _differ(runs):
+                note += (
+                    " They are not the same, or not in the same context, for all of these points: do not compare them."
+                )
+            plot = Plot("Held-out loss", "nats per token", held_out, "held-out", note=note)
             groups[plot.title] = [plot] if held_out else []
         elif entry.title == "Effective tokens":
             groups["Weights"] = heat
@@ -110,6 +113,14 @@ def make_plots(runs: Sequence[Run]) -> tuple[list[Plot], list[str]]:
     groups["By corpus source"] = [plot for plot in by_source if plot.lines]
     plots = [plot for group in groups.values() for plot in group]
     return plots, [title for title, group in groups.items() if not group]
+
+
+def _differ(runs: Sequence[Run]) -> bool:
+    """Whether held-out losses are over different tokens or in different contexts, as far as that is written."""
+    evaluated = [run for run in runs if run.held_out_sets]
+    tokens, manifests = zip(*(own for run in evaluated for own in run.held_out_sets)) if evaluated else ((), ())
+    contexts = [run.settings.get("context") for run in evaluated]
+    return any(len(set(values) - {None}) > 1 for values in (tokens, manifests, contexts))
 
 
 def _dash(number: int, place: int = 0) -> str:

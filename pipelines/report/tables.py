@@ -64,9 +64,15 @@ def run_totals(run: Run) -> dict[str, str]:
         "hours of training, from tokens/s": ABSENT if run.hours is None else f"{run.hours:,.3g}",
         "next-token loss, last step": _figure(run.last.get("ntp_loss"), ".4f"),
         "held-out loss, last": ABSENT if held_out is None else f"{held_out[2]:.4f} (step {held_out[0]:,})",
+        "held-out tokens": "; ".join(_held_out_set(*own) for own in run.held_out_sets) or ABSENT,
         "peak memory": ABSENT if peak is None else f"{peak / 2**30:.2f} GiB",
         "left out": run.damaged or ABSENT,
     }
+
+
+def _held_out_set(tokens: float | None, manifest: str | None) -> str:
+    count = "?" if tokens is None else f"{tokens:,.0f}"
+    return count if manifest is None else f"{count} (manifest {manifest[:12]})"
 
 
 def _figure(value: float | None, format_: str) -> str:
