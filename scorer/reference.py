@@ -82,4 +82,6 @@ def engine_version() -> str:
             return metadata.version(distribution)
         except metadata.PackageNotFoundError:
             continue
-    raise ValueError("vLLM is not installed; install remit with the extra gpu, or cpu where there is no GPU")
+    raise ValueError(
+        "vLLM is not installed, which scores; pip install 'remit[gpu]', or 'remit[cpu]' on a machine without a GPU"
+    )

@@ -15,7 +15,14 @@ from scorer.drive import Drive, PartsFailed, Progress
 from scorer.engine import EngineConfig
 from scorer.output import absolute, begin_output, clean, leave, require_empty
 from scorer.placement import engine_bundle
-from scorer.reference import Reference, check_reference, provenance, require_vocabulary, resolve_dtype
+from scorer.reference import (
+    Reference,
+    check_reference,
+    engine_version,
+    provenance,
+    require_vocabulary,
+    resolve_dtype,
+)
 from shards.crash import crash_point
 from shards.fingerprint import config_fingerprint, weights_fingerprint
 from shards.folder import ShardFolder
@@ -49,6 +56,8 @@ def score(
         )
     model_config = check_reference(shards, reference)
     require_vocabulary(config, model_config["vocab_size"])
+    if config.engine == "vllm":
+        engine_version()  # found missing now, and not once Ray runs
     out = open_store(config.out)
     if out.size(MANIFEST) is None:
         require_empty(out)
