@@ -310,10 +310,12 @@ def test_vllm_scores_into_the_bucket(packed: str, model: Path, server: S3Server,
 
 
 def test_the_trainer_learns_from_the_bucket(
-    scored: str, local: Path, model: Path, tmp_path: Path, remit: Remit
+    server: S3Server, annotated: dict[str, Path], models: dict[str, Path], tmp_path: Path, remit: Remit
 ) -> None:
+    here, model = annotated["packed"], models["base"]
+    fsspec.filesystem("s3").put(f"{here}/", f"{BUCKET}/annotated/", recursive=True)
     losses = []
-    for shards, run in ((scored, tmp_path / "remote"), (local / "scored", tmp_path / "here")):
+    for shards, run in ((f"s3://{BUCKET}/annotated", tmp_path / "remote"), (here, tmp_path / "here")):
         code, _, error = remit(
             "train", "--shards", shards, "--model", model, "--out", run, "--max-steps", 2, "--global-batch-size", 4,
             "--dtype", "float32", "--checkpoint-every", 0,
