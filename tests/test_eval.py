@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -230,21 +231,24 @@ def test_resume_after_a_kill(tmp_path: Path, exported: Path, oracle: Oracle, tas
     command = ["eval", "--model", exported, "--task-dir", task_dir, "--out", tmp_path / "out", "--dtype", "float32"]
     command += ["--tasks", "own_choice,own_loglikelihood,own_text", "--batch-size", "1"]
     words = [sys.executable, "-m", "pipelines.cli", *map(str, command)]
-    process = subprocess.Popen(words, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 240
-    while not list(tmp_path.glob("out/*/own_choice.json")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    family = processes_of(exported)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    while any(Path(f"/proc/{pid}").exists() for pid in family):  # the worker does not outlive the command
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    for _ in range(10):  # where this process was slow, the other one may have been done before it was killed
+        process = subprocess.Popen(words, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 900
+        while not list(tmp_path.glob("out/*/own_choice.json")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        family = processes_of(exported)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        while any(Path(f"/proc/{pid}").exists() for pid in family):  # the worker does not outlive the command
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        if not list(tmp_path.glob("out/*/own_text.json")):
+            break
+        shutil.rmtree(tmp_path / "out")
     (file,) = tmp_path.glob("out/*/own_choice.json")
     before = file.stat().st_mtime_ns
-    assert not list(tmp_path.glob("out/*/own_text.json"))
     code, _, error = remit(*command)
     assert code == 0, error
     assert file.stat().st_mtime_ns == before
