@@ -32,7 +32,7 @@ class S3Server:
         )  # fmt: skip
         self._telling = threading.Lock()
         self.tell("start")
-        config = botocore.config.Config(retries={"total_max_attempts": 1}, connect_timeout=5, read_timeout=20)
+        config = botocore.config.Config(retries={"total_max_attempts": 1}, connect_timeout=60, read_timeout=120)
         self._client = boto3.client("s3", REGION, endpoint_url=self.endpoint, config=config, aws_access_key_id="x",
                                     aws_secret_access_key="y")  # fmt: skip
         self._client.create_bucket(Bucket=BUCKET)

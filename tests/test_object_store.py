@@ -27,6 +27,7 @@ import pyarrow.dataset
 import pyarrow.fs
 import pytest
 import ray
+from annotated import annotate, by_model
 from botocore.exceptions import ClientError
 from conftest import make_model, source_texts, write_corpus
 from fsspec.implementations.memory import MemoryFileSystem
@@ -310,12 +311,11 @@ def test_vllm_scores_into_the_bucket(packed: str, model: Path, server: S3Server,
 
 
 def test_the_trainer_learns_from_the_bucket(
-    server: S3Server, annotated: dict[str, Path], models: dict[str, Path], tmp_path: Path, remit: Remit
+    local: Path, model: Path, server: S3Server, tmp_path: Path, remit: Remit
 ) -> None:
-    here, model = annotated["packed"], models["base"]
-    fsspec.filesystem("s3").put(f"{here}/", f"{BUCKET}/annotated/", recursive=True)
+    here = annotate(local / "packed", tmp_path / "annotated", by_model(model, "packed", 1 / 64), "packed", 1 / 64)
     losses = []
-    for shards, run in ((f"s3://{BUCKET}/annotated", tmp_path / "remote"), (here, tmp_path / "here")):
+    for shards, run in ((server.upload(here, "annotated"), tmp_path / "remote"), (here, tmp_path / "here")):
         code, _, error = remit(
             "train", "--shards", shards, "--model", model, "--out", run, "--max-steps", 2, "--global-batch-size", 4,
             "--dtype", "float32", "--checkpoint-every", 0,
