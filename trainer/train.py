@@ -265,7 +265,7 @@ def open_evaluation(
         if world.first:
             with open(config.out / EVALUATION, "a", encoding="utf-8") as file:
                 sums = statistics.sums
-                line = {"step": step, "loss": sums["loss"] / sums["tokens"], "tokens": sums["tokens"]}
+                line: dict[str, Any] = {"step": step, "loss": sums["loss"] / sums["tokens"], "tokens": sums["tokens"]}
                 line["manifest_sha256"] = shards.manifest.checksum  # losses over other tokens do not compare
                 file.write(json.dumps(line) + "\n")
 
