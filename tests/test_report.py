@@ -323,7 +323,7 @@ def test_names_that_are_no_unicode(tmp_path: Path, remit: Remit) -> None:
 def test_held_out_losses_that_do_not_compare(tmp_path: Path, remit: Remit) -> None:
     def evaluated(name: str, *sets: dict, **settings: object) -> Path:
         lines = [{"step": step, "loss": 2.0, **own} for step, own in enumerate(sets)]
-        return write_run(tmp_path / name, [figures(1), figures(2)], lines, **settings)
+        return write_run(tmp_path / name, [figures(1), figures(2)], lines, **{"context": "packed"} | settings)
 
     one = {"tokens": 1234.0, "manifest_sha256": "ab" * 32}
     same, again = evaluated("same", one, one), evaluated("again", one)
