@@ -23,10 +23,12 @@ from rich.console import Console
 
 from pipelines.cli import parse
 from pipelines.evaluation.compare import claim, compare
-from pipelines.evaluation.run import plan_tasks
+from pipelines.evaluation.prompts import count_cut
+from pipelines.evaluation.run import average, plan_tasks
 from pipelines.evaluation.settings import EvalConfig
 from pipelines.evaluation.suites import SUITES, SuiteTask
 from pipelines.evaluation.tables import show
+from pipelines.evaluation.task_folder import task_folder_fingerprint
 from pipelines.evaluation.worker import TaskError, leaves, load_task, to_record
 
 Remit = Callable[..., tuple[int, str, str]]
@@ -96,15 +98,21 @@ def oracle(exported: Path) -> Oracle:
 
 @pytest.fixture(scope="module")
 def task_dir(tmp_path_factory: pytest.TempPathFactory, oracle: Oracle) -> Path:
-    """Three tasks. The first answer, asked for as text, is the model's own for every other question, else a wrong one."""
+    """Five tasks and a group. The first answer, asked for as text, is the model's own for every other question, else a wrong one."""
     folder = tmp_path_factory.mktemp("tasks")
     rows = []
     for index, (question, choices, answer) in enumerate(QUESTIONS):
         own = oracle.continuation(question)
         rows.append({"q": question, "choices": choices, "answer": answer, "first": choices[0]})
         rows[-1]["text"] = own if index % 2 == 0 else own + "!"
+        rows[-1]["head"] = own[:1] if index % 3 == 0 else "no"
     data = folder / "questions.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    few = folder / "few.jsonl"
+    few.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]), encoding="utf-8")
+    aggregate = [{"metric": "acc", "aggregation": "mean", "weight_by_size": True}]
+    group = {"group": "own_group", "task": ["own_choice", "own_few"], "aggregate_metric_list": aggregate}
+    (folder / "group.yaml").write_text(yaml.safe_dump(group))
     common = {
         "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test",
         "doc_to_text": "{{q}}",
@@ -116,6 +124,21 @@ def task_dir(tmp_path_factory: pytest.TempPathFactory, oracle: Oracle) -> Path:
         },
         "own_loglikelihood": {
             "output_type": "loglikelihood", "doc_to_target": "{{' ' + first}}", "metric_list": [{"metric": "perplexity"}],
+        },
+        "own_filtered": {
+            "output_type": "generate_until", "doc_to_target": "head", "repeats": 2,
+            "metric_list": [{"metric": "exact_match"}],
+            "generation_kwargs": {"until": ["\u2603"], "do_sample": False, "max_gen_toks": NEW_TOKENS},
+            "filter_list": [
+                {"name": "head", "filter": [
+                    {"function": "regex", "regex_pattern": "(?s)^(.)"}, {"function": "majority_vote"},
+                    {"function": "take_first"}]},
+                {"name": "whole", "filter": [{"function": "take_first"}]},
+            ],
+        },
+        "own_few": {
+            "output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "answer",
+            "dataset_kwargs": {"data_files": {"test": str(few)}}, "metric_list": [{"metric": "acc"}],
         },
         "own_text": {
             "output_type": "generate_until", "doc_to_target": "text", "metric_list": [{"metric": "exact_match"}],
@@ -219,34 +242,114 @@ def test_compare_models_and_files(
     assert again["tasks"] == comparison["tasks"]
 
 
+def test_groups_filters_and_prompts_that_are_cut(
+    tmp_path: Path, exported: Path, oracle: Oracle, task_dir: Path, remit: Remit
+) -> None:
+    command = ["eval", "--model", exported, "--task-dir", task_dir, "--out", tmp_path, "--dtype", "float32"]
+    code, output, error = remit(*command, "--tasks", "own_filtered,own_group")
+    assert code == 0, error
+    filtered, group = record(tmp_path, "own_filtered"), record(tmp_path, "own_group")
+    own = [oracle.continuation(question) for question, _, _ in QUESTIONS]
+    assert all(own)
+    assert values(filtered) == [float(index % 3 == 0) for index in range(len(QUESTIONS))]
+    assert filtered["metric"] == "exact_match,head"
+    whole = sum(len(text) == 1 and index % 3 == 0 for index, text in enumerate(own)) / len(own)
+    assert filtered["all"]["own_filtered"]["exact_match,whole"] == pytest.approx(whole)
+    right = oracle.right_choices()
+    assert group["value"] == pytest.approx((sum(right) + sum(right[:3])) / 10)
+    assert group["samples"]["own_few"] == group["samples"]["own_choice"][:3]
+    assert (group["num_samples"], set(group["cut_questions"].values())) == ({"own_choice": 7, "own_few": 3}, {0})
+    assert "were cut" not in output
+
+    tokens = lambda text: len(oracle.tokenizer(text, add_special_tokens=False).input_ids)  # noqa: E731
+    longest = max(tokens(f" {choice}") for _, choices, _ in QUESTIONS for choice in choices)
+    code, output, error = remit(*command, "--tasks", "own_choice,own_text", "--max-length", longest)
+    assert code == 0, error
+    cut = {
+        "own_text": sum(tokens(question) > longest - NEW_TOKENS for question, _, _ in QUESTIONS),
+        "own_choice": sum(
+            any(tokens(f"{question} {choice}") > longest + 1 for choice in choices) for question, choices, _ in QUESTIONS
+        ),
+    }
+    assert all(0 < number < len(QUESTIONS) for number in cut.values())
+    for task, number in cut.items():
+        assert record(tmp_path, task)["cut_questions"] == {task: number}
+        assert f"{task}: {number} of 7 prompts were longer than the model takes and were cut" in output
+    code, _, error = remit(*command, "--tasks", "own_text", "--max-length", NEW_TOKENS)
+    line = f"own_text: answers may have {NEW_TOKENS} tokens and the model takes {NEW_TOKENS} in all"
+    assert (code, line in error) == (1, True)
+    code, _, error = remit(*command, "--tasks", "own_choice", "--max-length", longest - 1)
+    line = f"own_choice: an answer of its questions has {longest} tokens and the model takes {longest - 1} in all"
+    assert (code, line in error) == (1, True)
+
+
+class Letters:
+    """Stands in for the harness' model: a token for each byte."""
+
+    max_length, max_gen_toks = 10, 4
+
+    def tok_encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def _encode_pair(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+        return list(prompt.encode()), list(answer.encode())
+
+
+def test_which_prompts_are_cut() -> None:
+    def cut(*requests: tuple, backend: str = "hf") -> int:
+        rows = [{"filter": name, "arguments": [request]} for name in ("a", "b") for request in requests]
+        return count_cut({"task": rows}, Letters(), backend)["task"]
+
+    assert cut(("x" * 6, {}), ("x" * 7, {}), ("ü" * 4, {"max_gen_toks": 3}), ("", {"max_new_tokens": 9})) == 2
+    assert cut(("x" * 9, "yy"), ("x" * 9, "yyy")) == 1
+    assert cut(("x" * 7, "yy"), ("x" * 8, "yy"), backend="vllm") == 1
+    assert cut(("x" * 100,)) == 0
+
+
 def processes_of(model: Path) -> list[int]:
     """Those whose parent was given `model` on its command line, and it itself."""
-    found = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+    found = subprocess.run(["ps", "-wweo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
     rows = [line.split(None, 2) for line in found.splitlines()[1:]]
     parents = {int(pid) for pid, _, arguments in rows if str(model) in arguments and "pipelines.cli" in arguments}
     return [int(pid) for pid, parent, _ in rows if int(pid) in parents or int(parent) in parents]
 
 
-def test_resume_after_a_kill(tmp_path: Path, exported: Path, oracle: Oracle, task_dir: Path, remit: Remit) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_resume_after_a_signal(
+    tmp_path: Path, exported: Path, oracle: Oracle, task_dir: Path, remit: Remit, number: signal.Signals
+) -> None:
+    """kill -9 of the command; Ctrl-C, which a terminal sends to the command and to the process that evaluates."""
     command = ["eval", "--model", exported, "--task-dir", task_dir, "--out", tmp_path / "out", "--dtype", "float32"]
     command += ["--tasks", "own_choice,own_loglikelihood,own_text", "--batch-size", "1"]
     words = [sys.executable, "-m", "pipelines.cli", *map(str, command)]
-    for _ in range(10):  # where this process was slow, the other one may have been done before it was killed
-        process = subprocess.Popen(words, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    log = tmp_path / "log"
+    for _ in range(10):  # where this process was slow, the other one may have been done before it was stopped
+        with log.open("w") as file:
+            process = subprocess.Popen(words, stderr=file, stdout=file, start_new_session=True)
         deadline = time.monotonic() + 900
+        family: list[int] = []
         while not list(tmp_path.glob("out/*/own_choice.json")):
-            assert process.poll() is None
+            assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline
+            if len(family) < 2 and "loading the data" in log.read_text():
+                family = processes_of(exported)
             time.sleep(0.001)
-        family = processes_of(exported)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        assert len(family) > 1
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)
+        else:
+            process.kill()
+        code = process.wait(60)
         while any(Path(f"/proc/{pid}").exists() for pid in family):  # the worker does not outlive the command
             assert time.monotonic() < deadline
             time.sleep(0.05)
         if not list(tmp_path.glob("out/*/own_text.json")):
             break
         shutil.rmtree(tmp_path / "out")
+    if number == signal.SIGINT:
+        assert code == 3
+        assert log.read_text().endswith("\nremit eval: stopped by SIGINT; the same command again goes on\n")
+        assert "Traceback" not in log.read_text()
     (file,) = tmp_path.glob("out/*/own_choice.json")
     before = file.stat().st_mtime_ns
     code, _, error = remit(*command)
@@ -359,6 +462,8 @@ def test_tasks_that_cannot_be_loaded(tmp_path: Path, harness: TaskManager) -> No
         (("--limit", 0), "--limit is 0, expected at least 1"),
         (("--batch-size", 0), "--batch-size is 0, expected at least 1"),
         (("--compare", "none.json"), "--compare none.json: no such file"),
+        (("--compare", "m"), "--compare has m, which is --model"),
+        (("--compare", "a", "a"), "--compare has a, which is there twice"),
         (("--suite", "other"), "other"),
     ],
 )
@@ -380,6 +485,12 @@ def test_inputs_that_are_refused(tmp_path: Path, remit: Remit, models: dict[str,
     (tmp_path / "old.json").write_text("[]")
     code, _, error = remit("eval", "--model", models["base"], "--compare", tmp_path / "old.json")
     assert (code, "is no result of remit eval" in error) == (1, True)
+    (tmp_path / "old.json").write_text('{"format": 1, "tasks": {}}')
+    code, _, error = remit("eval", "--model", models["base"], "--compare", tmp_path / "old.json")
+    assert (code, "old.json: has format 1, expected 2" in error) == (1, True)
+    code, _, error = remit("eval", "--model", models["base"], "--chat-template", "--out", tmp_path / "out")
+    assert (code, "--chat-template is given and" in error) == (1, True)
+    assert not (tmp_path / "out").exists()
 
 
 def results_of(rows: dict[str, list[float]], suite: str | None = None, **changes: object) -> dict[str, Any]:
@@ -391,8 +502,10 @@ def results_of(rows: dict[str, list[float]], suite: str | None = None, **changes
             "label": task, "task": task, "metric": "acc,none", "value": sum(numbers) / len(numbers), "stderr": 0.1,
             "samples": {task: [[f"{task}{index}", number] for index, number in enumerate(numbers)]},
             "shots": {task: 0}, "task_versions": {task: "1"}, "num_samples": {task: len(numbers)}, "settings": settings,
+            "cut_questions": {task: 0},
         }  # fmt: skip
-    return {"suite": suite, "left_out": [], "settings": settings, "tasks": tasks}
+    found = {"suite": suite, "left_out": [], "settings": settings, "tasks": tasks}
+    return found | {"average": average(found)}
 
 
 def test_paired_standard_error_by_hand() -> None:
@@ -427,6 +540,64 @@ def test_what_is_not_paired_or_not_compared() -> None:
     limited = compare("other", results_of({"a": [0, 0]}, limit=2), ours)
     assert limited["tasks"]["a"] == {"not_compared": "limit is None and 2"}
     assert limited["mean"] is None
+
+
+def test_the_error_of_a_mean_needs_that_of_each_task() -> None:
+    """Two questions whose differences are equal have an error of zero, which says nothing."""
+    ours, other = results_of({"a": [1, 1], "b": [1, 0, 1, 1]}), results_of({"a": [0, 0], "b": [0, 1, 0, 1]})
+    found = compare("other", other, ours)
+    assert (found["tasks"]["a"]["stderr"], found["tasks"]["a"]["claim"]) == (0.0, "none")
+    assert (found["mean"]["stderr"], found["mean"]["claim"]) == (None, "none")
+    same = compare("other", results_of({"a": [1, 1], "b": [0, 1, 0, 1]}), ours)
+    assert same["mean"]["stderr"] == pytest.approx(same["tasks"]["b"]["stderr"] / 2)
+
+
+def test_settings_that_may_move_the_values_are_named(console: Console) -> None:
+    ours = results_of({"a": [1, 1, 0]}, backend="vllm", dtype="auto", versions={"lm_eval": "1", "vllm": "2"})
+    other = results_of({"a": [0, 1, 0]}, backend="hf", dtype="auto", versions={"lm_eval": "0"})
+    found = compare("other", other, ours)
+    assert found["settings_differ"] == ["backend is vllm and hf", "lm_eval is 1 and 0"]
+    assert compare("other", ours, ours)["settings_differ"] == []
+    show({"results": {"m": ours}, "others": {"other": other}, "comparisons": [found]}, console)
+    assert "backend is vllm and hf: that alone may move the values" in console.export_text()
+
+
+def test_results_with_one_name_stay_apart(console: Console, tmp_path: Path) -> None:
+    """Files beside each other, and the earlier results of the same model."""
+    ours, other = results_of({"a": [1, 1]}) | {"folder": "results/run-12"}, results_of({"a": [0, 0]})
+    files = ["baselines/one.json", "baselines/two.json", "results/run-12/results.json"]
+    comparisons = [compare(name, other, ours) for name in files]
+    show({"results": {"run/model": ours}, "others": dict.fromkeys(files, other), "comparisons": comparisons}, console)
+    text = console.export_text()
+    for title in ("run/model - one", "run/model - two", "run/model - results/run-12/results.json"):
+        assert title in text
+    assert text.count("1.0000 ± 0.1000") == 1
+    assert text.count("0.0000 ± 0.1000") == 3
+
+
+def test_what_a_task_folder_depends_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tasks = tmp_path / "tasks"
+    (tasks / "__pycache__").mkdir(parents=True)
+    (tmp_path / "data" / "deep").mkdir(parents=True)
+    for name in ("a.jsonl", "b.csv", "deep/c.csv"):
+        (tmp_path / "data" / name).write_text(name)
+    (tasks / "one.yaml").write_text(
+        "task: one\ndataset_kwargs: {data_files: {test: [data/a.jsonl]}}\nx: !function u.f\n"
+    )
+    (tasks / "_template_yaml").write_text(f"dataset_kwargs: {{data_dir: {tmp_path}/data/deep}}\n")
+    (tasks / "two.yaml").write_text("task: two\ninclude: _template_yaml\ndataset_kwargs: {data_files: 'data/*.csv'}\n")
+    before = {task_folder_fingerprint(tasks)}
+    (tasks / "__pycache__" / "x.pyc").write_text("1")
+    (tmp_path / "data" / "unused.txt").write_text("1")
+    assert {task_folder_fingerprint(tasks)} == before
+    for changed in ("data/a.jsonl", "data/b.csv", "data/deep/c.csv", "data/new.csv", "tasks/utils.py"):
+        (tmp_path / changed).write_text("changed")
+        assert task_folder_fingerprint(tasks) not in before
+        before.add(task_folder_fingerprint(tasks))
+    (tasks / "copy.yaml").write_text("task: one\n")
+    with pytest.raises(ValueError, match=r"copy\.yaml and .*one\.yaml are both 'one'; rename one of them"):
+        task_folder_fingerprint(tasks)
 
 
 def test_nothing_is_claimed_inside_the_error() -> None:
@@ -471,3 +642,5 @@ def test_tables_beside_the_papers_rows(console: Console) -> None:
     assert "values of single tasks are not known" in text
     assert "0 (3 asked)" in text
     assert "no difference beyond its error" in text
+    assert ours["average"] == {"value": 0.5, "num_tasks": 10, "whole": True}
+    assert average(results_of({task.task: [1, 0] for task in suite}, "paper", limit=5))["whole"] is False

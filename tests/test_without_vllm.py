@@ -18,15 +18,20 @@ Remit = Callable[..., tuple[int, str, str]]
 
 # the command line in a process that finds none of these packages, nor their metadata
 WITHOUT = """
-import importlib.abc, importlib.metadata, sys
+import importlib.metadata, sys
 missing = {missing!r}
 
-class Missing(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name.split(".")[0] in missing:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+class Hiding:
+    def __init__(self, finder):
+        self.finder = finder
 
-sys.meta_path.insert(0, Missing())
+    def find_spec(self, name, path=None, target=None):
+        return None if name.split(".")[0] in missing else self.finder.find_spec(name, path, target)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = map(Hiding, sys.meta_path)
 installed = importlib.metadata.version
 
 def version(name):

@@ -8,6 +8,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 CONFIDENCE = 1.96  # standard errors: 95 % of a normal distribution
+SHOULD_AGREE = ("backend", "dtype", "versions")  # or values may differ of equal models
 MUST_AGREE = ("limit", "chat_template", "num_fewshot", "seed", "task_files", "max_length")  # or the questions differ
 
 
@@ -15,20 +16,39 @@ def compare(name: str, other: dict[str, Any], ours: dict[str, Any]) -> dict[str,
     """`ours` minus `other`, task by task and in the mean; both as pipelines.evaluation.run writes results.json.
 
     name: of the other. Each task has difference, stderr (None: not known), paired, num_questions and claim: higher,
-    lower or none; or only not_compared, the reason. tasks_alone: those that just one of them has.
+    lower or none; or only not_compared, the reason. tasks_alone: those that just one of them has. settings_differ: of
+    SHOULD_AGREE, in words. The mean's error is not known where one task's is not, or is zero beside a difference.
     """
     both = [task for task in ours["tasks"] if task in other["tasks"]]
     rows = {task: compare_task(other["tasks"][task], ours["tasks"][task]) for task in both}
     compared = [row for row in rows.values() if "difference" in row]
     values: dict[str, Any] = {"other": name, "tasks": rows, "mean": None}
+    values["settings_differ"] = []
     values["tasks_alone"] = sorted(set(ours["tasks"]) ^ set(other["tasks"]))
     if compared:
-        errors = [row["stderr"] for row in compared]
+        values["settings_differ"] = settings_differ(other, ours, list(rows))
+        errors = [row["stderr"] or (None if row["difference"] else 0.0) for row in compared]
         stderr = None if None in errors else math.sqrt(sum(error**2 for error in errors)) / len(errors)
         difference = fmean(row["difference"] for row in compared)
         values["mean"] = {"difference": difference, "stderr": stderr, "claim": claim(difference, stderr)}
         values["mean"]["num_tasks"] = len(compared)
     return values
+
+
+def settings_differ(other: dict[str, Any], ours: dict[str, Any], tasks: list[str]) -> list[str]:
+    """Which of SHOULD_AGREE differ in any of `tasks`, as "dtype is float32 and bfloat16", ours first."""
+    found = []
+    for task in tasks:
+        pair = ours["tasks"][task]["settings"], other["tasks"][task]["settings"]
+        for key in SHOULD_AGREE:
+            a, b = (settings.get(key) for settings in pair)
+            if isinstance(a, dict) and isinstance(b, dict):
+                found += [
+                    f"{name} is {a[name]} and {b[name]}" for name in sorted(a.keys() & b.keys()) if a[name] != b[name]
+                ]
+            elif a != b:
+                found.append(f"{key} is {a} and {b}")
+    return list(dict.fromkeys(found))
 
 
 def compare_task(other: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:

@@ -9,17 +9,20 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from pipelines.evaluation.compare import compare
 from pipelines.evaluation.settings import EvalConfig
 from pipelines.evaluation.suites import SUITES, SuiteTask
+from pipelines.evaluation.task_folder import task_folder_fingerprint
 from pipelines.models import LocalModel, resolve_model
 from shards.fingerprint import (
     config_fingerprint,
@@ -30,7 +33,13 @@ from shards.fingerprint import (
 )
 
 Note = Callable[[str], None]
-FORMAT = 1  # of the result files
+FORMAT = 2  # of the result files
+READ_BESIDE = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)  # prompts, ends
 CODE = "; HumanEval and MBPP run programs that the model writes, which needs --allow-code-execution"
 
 
@@ -94,6 +103,8 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """The results of one model, those of finished tasks from their files; also written to results.json."""
     refuse_code_and_pickles(model.path)
+    if config.chat_template and not has_chat_template(model.path):
+        raise ValueError(f"--chat-template is given and {name} has none; leave it out, or name a post-trained model")
     note(f"{name}: reading weights for their fingerprint")
     settings = common_settings(config, model)
     # OUT/model is what every run of remit train is called: the folder above tells them apart
@@ -129,16 +140,34 @@ def evaluate_model(
         "settings": settings,
         "tasks": {task.task: records[task.task] for task in tasks},
     }
+    values["average"] = average(values)
     write_json(folder / "results.json", values)
     return values | {"folder": str(folder)}
 
 
+def average(values: dict[str, Any]) -> dict[str, Any] | None:
+    """Mean over a suite's tasks, in shares; whole: of all of them and all their questions. None without a suite."""
+    if values["suite"] is None:
+        return None
+    whole = len(values["tasks"]) == len(SUITES[values["suite"]]) and values["settings"]["limit"] is None
+    mean = fmean(record["value"] for record in values["tasks"].values())
+    return {"value": mean, "num_tasks": len(values["tasks"]), "whole": whole}
+
+
 def common_settings(config: EvalConfig, model: LocalModel) -> dict[str, Any]:
     """What a result depends on, beside its task: where one of these differs, it is evaluated again."""
-    fingerprints = {"weights": weights_fingerprint(model.path), "config": config_fingerprint(model.path)}
+    fingerprints: dict[str, Any] = {
+        "weights": weights_fingerprint(model.path),
+        "config": config_fingerprint(model.path),
+    }
     tokenizer = model.path / "tokenizer.json"
     if tokenizer.exists():
         fingerprints["tokenizer"] = tokenizer_fingerprint(parse_tokenizer_json(tokenizer.read_bytes(), str(tokenizer)))
+    fingerprints["files"] = {
+        name: hashlib.sha256((model.path / name).read_bytes()).hexdigest()
+        for name in READ_BESIDE
+        if (model.path / name).is_file()
+    }
     versions = {}
     for package in ("lm_eval", "transformers", "torch", "datasets", *(["vllm"] if config.backend == "vllm" else [])):
         try:
@@ -154,17 +183,16 @@ def common_settings(config: EvalConfig, model: LocalModel) -> dict[str, Any]:
         "max_length": config.max_length,
         "chat_template": config.chat_template,
         "seed": config.seed,
-        "task_files": files_fingerprint(config.task_dir) if config.task_dir else None,
+        "task_files": task_folder_fingerprint(config.task_dir) if config.task_dir else None,
         "versions": versions,
     }
 
 
-def files_fingerprint(folder: Path) -> str:
-    """sha256 over the names and contents of the files of a task folder."""
-    digest = hashlib.sha256()
-    for file in sorted(file for file in folder.rglob("*") if file.is_file() and "__pycache__" not in file.parts):
-        digest.update(f"{file.relative_to(folder)} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
-    return digest.hexdigest()
+def has_chat_template(folder: Path) -> bool:
+    """Whether the tokenizer in a model folder has a chat template."""
+    file = folder / "tokenizer_config.json"
+    inside = file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("chat_template")
+    return bool(inside) or (folder / "chat_template.jinja").is_file()
 
 
 def finished(file: Path, settings: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
@@ -172,6 +200,8 @@ def finished(file: Path, settings: dict[str, Any]) -> tuple[dict[str, Any] | Non
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         before = record["settings"]
+        if record["format"] != FORMAT:
+            return None, "another version of remit"
     except FileNotFoundError:
         return None, ""
     except (ValueError, KeyError, TypeError):
@@ -186,8 +216,13 @@ def read_results(file: Path) -> dict[str, Any]:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"--compare {file}: cannot be read ({error}); give results.json of an earlier run") from None
-    if not isinstance(values, dict) or values.get("format") != FORMAT or not isinstance(values.get("tasks"), dict):
+    if not isinstance(values, dict) or "format" not in values or not isinstance(values.get("tasks"), dict):
         raise ValueError(f"--compare {file}: is no result of remit eval; give results.json of an earlier run")
+    if values["format"] != FORMAT:
+        raise ValueError(
+            f"--compare {file}: has format {values['format']}, expected {FORMAT}: another version of remit wrote it; evaluate "
+            "that model again"
+        )
     return values
 
 
@@ -221,7 +256,9 @@ def run_worker(
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=work, args=(job, theirs), name="remit eval")
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process inherits it: Ctrl-C is for this one alone
     process.start()
+    signal.signal(signal.SIGINT, handler)
     theirs.close()
     try:
         left = list(tasks)

@@ -83,7 +83,11 @@ class EvalConfig:
                 raise ValueError(f"{option} is {number}, expected at least {least}")
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"--out {self.out}: is a file, expected a folder")
-        for other in self.compare:
+        for index, other in enumerate(self.compare):
+            if other in (self.model, *self.compare[:index]):
+                raise ValueError(
+                    f"--compare has {other}, which is {'--model' if other == self.model else 'there twice'}"
+                )
             if other.endswith(".json") and not Path(other).is_file():
                 raise ValueError(
                     f"--compare {other}: no such file, expected results.json of an earlier run, or a model"

@@ -1,33 +1,40 @@
 """The results of remit eval in a terminal, beside the paper's averages."""
 
+from collections import Counter
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipelines.evaluation.suites import MODELS, REPORTED, SOURCE, SUITES
+from pipelines.evaluation.suites import MODELS, REPORTED, SOURCE
 
 
 def show(values: dict[str, Any], console: Console) -> None:
     """Print what pipelines.evaluation.run.evaluate returned."""
-    results = {title(name, found): found for name, found in (values["results"] | values["others"]).items()}
+    everything = values["results"] | values["others"]
+    names = titles(everything)
+    results = {names[name]: found for name, found in everything.items()}
     show_values(results, console)
     suite = next(iter(values["results"].values()))["suite"]
     if suite is not None:
         show_reported(suite, results, console)
     for comparison in values["comparisons"]:
-        names = next(iter(results)), title(comparison["other"], values["others"][comparison["other"]])
-        show_comparison(names, comparison, scale(suite), console)
+        show_comparison((next(iter(results)), names[comparison["other"]]), comparison, scale(suite), console)
 
 
-def title(name: str, values: dict[str, Any]) -> str:
-    """For a model or results.json as it was given: the folder of its results, a short name that tells it from others."""
-    if name.endswith(".json"):
-        return Path(name).resolve().parent.name
-    return Path(values["folder"]).name if "folder" in values else name
+def titles(everything: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Short names of models and results files as they were given: the folder of the results; no two the same."""
+    short = {}
+    for name, values in everything.items():
+        file = Path(name)
+        if name.endswith(".json"):
+            short[name] = file.resolve().parent.name if file.name == "results.json" else file.stem
+        else:
+            short[name] = Path(values["folder"]).name if "folder" in values else name
+    count = Counter(short.values())
+    return {name: title if count[title] == 1 else name for name, title in short.items()}
 
 
 def scale(suite: str | None) -> int:
@@ -62,6 +69,15 @@ def show_values(results: dict[str, dict[str, Any]], console: Console) -> None:
         limit = values["settings"]["limit"]
         if limit is not None:
             console.print(f"{name}: the first {limit} questions of each task only", markup=False, soft_wrap=True)
+        for record in values["tasks"].values():
+            if cut := sum(record["cut_questions"].values()):
+                number = sum(record["num_samples"].values())
+                console.print(
+                    f"{name}: {record['label']}: {cut:,} of {number:,} prompts were longer than the model takes and were cut at "
+                    "their beginning, where examples and instructions stand",
+                    markup=False,
+                    soft_wrap=True,
+                )
         if values["left_out"]:
             console.print(f"{name}: left out: {', '.join(values['left_out'])}", markup=False, soft_wrap=True)
 
@@ -86,11 +102,10 @@ def show_reported(suite: str, results: dict[str, dict[str, Any]], console: Conso
     for name, values in results.items():
         if values["suite"] != suite:
             continue
-        mean = 100 * fmean(record["value"] for record in values["tasks"].values())
-        line = f"{name}: average over {len(values['tasks'])} tasks {mean:.2f}"
-        whole = len(values["tasks"]) == len(SUITES[suite]) and values["settings"]["limit"] is None
+        average = values["average"]
+        line = f"{name}: average over {average['num_tasks']} tasks {100 * average['value']:.2f}"
         console.print(
-            line + ("" if whole else ", not to be compared with the paper's: not all of it"),
+            line + ("" if average["whole"] else ", not to be compared with the paper's: not all of it"),
             markup=False,
             soft_wrap=True,
         )
@@ -119,6 +134,8 @@ def show_comparison(names: tuple[str, str], comparison: dict[str, Any], factor: 
         difference = with_error(mean["difference"], mean["stderr"], factor, "+")
         table.add_row("mean", difference, f"{mean['num_tasks']} tasks", "", verdict(mean))
     console.print(table)
+    for difference in comparison["settings_differ"]:
+        console.print(f"{difference}: that alone may move the values", markup=False, soft_wrap=True)
     if comparison["tasks_alone"]:
         console.print(f"only one of them has: {', '.join(comparison['tasks_alone'])}", markup=False, soft_wrap=True)
 

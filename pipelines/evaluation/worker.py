@@ -50,6 +50,9 @@ def set_environment(job: dict[str, Any]) -> None:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     if not os.isatty(2):
         os.environ.setdefault("TQDM_MININTERVAL", "10")
+    from tqdm import tqdm
+
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed process leaves behind
     if job["backend"] != "vllm":
         return
     from scorer.engine import EngineConfig, environment
@@ -72,6 +75,7 @@ def evaluate_tasks(job: dict[str, Any], connection: Connection) -> None:
     from lm_eval.tasks import TaskManager
 
     from pipelines.console import quiet_libraries
+    from pipelines.evaluation.prompts import count_cut, refuse_long_answer, refuse_no_room
 
     quiet_libraries()
     for name in ("lm_eval", "huggingface_hub", "datasets", "evaluate", "httpx"):
@@ -90,6 +94,7 @@ def evaluate_tasks(job: dict[str, Any], connection: Connection) -> None:
         connection.send({"note": f"{task['task']} ({number} of {len(names)}), {shots}"})
         began = time.monotonic()
         try:
+            refuse_no_room(tasks_of(loaded[task["task"]]), model)
             results = evaluator.simple_evaluate(
                 model=model,
                 tasks=loaded[task["task"]],
@@ -105,10 +110,18 @@ def evaluate_tasks(job: dict[str, Any], connection: Connection) -> None:
                 fewshot_random_seed=job["seed"],
                 confirm_run_unsafe_code=job["allow_code_execution"],
             )
-        except Exception as error:
-            raise TaskError(f"{task['task']}: {type(error).__name__}: {error}; --debug shows where") from error
+        except Exception as failure:
+            error = failure
+            if isinstance(failure, AssertionError):
+                try:
+                    refuse_long_answer(tasks_of(loaded[task["task"]]), model)
+                except ValueError as reason:
+                    error = reason
+            kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+            raise TaskError(f"{task['task']}: {kind}{error}; --debug shows where") from failure
         assert results is not None
         record = to_record(task["task"], task["metric"], results)
+        record["cut_questions"] = count_cut(results["samples"], model, job["backend"])
         connection.send({"record": record | {"seconds": round(time.monotonic() - began, 1)}})
 
 
@@ -157,7 +170,20 @@ def load_task(index: Any, name: str, allow_code_execution: bool) -> list[Any]:
             "hub, which fills its cache (a gated data set like GPQA's also asks to accept its conditions on the hub, "
             f"then `hf auth login`), or leave {name} out with --skip or from --tasks"
         ) from error
-    return [objects["groups"][name]] if name in objects.get("groups", {}) else list(objects["tasks"].values())
+    if name not in objects.get("groups", {}):
+        return list(objects["tasks"].values())
+    group = objects["groups"][name]
+    if not group.has_aggregation:
+        raise TaskError(
+            f"{name}: is a group without aggregate_metric_list, which has no value of its own; name its tasks: "
+            f"{', '.join(task.config.task for task in group.get_all_tasks())}"
+        )
+    return [group]
+
+
+def tasks_of(loaded: list[Any]) -> list[Any]:
+    """Tasks without the groups that hold them."""
+    return [task for item in loaded for task in (item.get_all_tasks() if hasattr(item, "get_all_tasks") else [item])]
 
 
 def name_cpu_build() -> None:
