@@ -131,8 +131,9 @@ verify: install ## check every byte and count of SHARDS
 inspect: install ## show what SHARDS holds, or one row of it: make inspect ROW=3; as a page: HTML=row.html
 	$(BIN)/remit inspect --shards $(SHARDS) $(if $(ROW),--row $(ROW)) $(if $(HTML),--html $(HTML)) $(INSPECT_ARGS)
 
+# Files go to two processes, in their order: those with long tests are not at its end.
 test: $(VENV)/.installed-dev ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.installed-dev ## run the fault loops that make test leaves out, about 40 minutes
 	$(BIN)/python -m pytest -m slow

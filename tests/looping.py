@@ -61,7 +61,14 @@ def stand_in(command: str, words: list[str]) -> int:
         (model / "made_of.json").write_text(json.dumps(progress.read_text()))
     if command == "eval":
         (out / "m-1").mkdir(exist_ok=True)
-        task = {"value": 0.5, "stderr": 0.1, "label": "capitals", "metric": "acc", "shots": {"capitals": 0}}
+        task = {
+            "value": 0.5,
+            "stderr": 0.1,
+            "label": "capitals",
+            "metric": "acc",
+            "shots": {"capitals": 0},
+            "cut_questions": {"capitals": 0},
+        }
         task["settings"] = {"num_fewshot": None}
         values = {"suite": None, "tasks": {"capitals": task}, "settings": {"limit": None}, "left_out": []}
         (out / "m-1" / "results.json").write_text(json.dumps(values))

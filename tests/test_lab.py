@@ -4,8 +4,10 @@ import json
 import math
 import random
 import re
+import shutil
 import subprocess
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -330,6 +332,45 @@ def test_small_laboratory(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr[-3000:]
     found = check_results(out, "small")
     assert {row["arm"] for row in found["measurements"] if row["stage"] == "mid"} == {"ntp", *RECIPES["small"].arms}
+
+
+@pytest.mark.slow
+def test_a_kill_in_every_stage(tmp_path: Path) -> None:
+    """kill -9 of the driver within each stage in turn; then the numbers of a laboratory that was left alone."""
+    whole, out, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
+    ran = lab("--size", "tiny", "--out", str(whole))
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    expected = check_results(whole, "tiny")
+    rng, left, tries = random.Random(5), dict(expected["seconds"]), 0
+    words = [sys.executable, "-m", "pipelines.lab", "--size", "tiny", "--jobs", "1", "--out", str(out)]
+
+    def running() -> set[str]:
+        text = log.read_text()
+        return set(re.findall(r"seed-0/(\S+): started", text)) - set(re.findall(r"seed-0/(\S+): done", text))
+
+    while left:
+        assert (tries := tries + 1) < 100
+        with log.open("w") as stream:
+            process = subprocess.Popen(words, stderr=stream, stdout=stream)
+        while process.poll() is None and not running() & left.keys():
+            time.sleep(0.02)
+        for name in running():
+            time.sleep(rng.uniform(0, 0.6) * left[name])
+        killed = process.poll() is None
+        process.kill()
+        assert process.wait() in (0, -9), log.read_text()[-3000:]
+        for name in running() if killed else ():
+            left.pop(name, None)
+        if not killed:  # all are done: the stages that were too fast are made again
+            stages = json.loads((out / "flywheel.json").read_text())["stages"]
+            for stage in stages:
+                if stage["name"].removeprefix("seed-0/") in left:
+                    (out / "records" / f"{stage['key']}.json").unlink()
+                    shutil.rmtree(out / stage["output"])
+    ran = lab("--size", "tiny", "--out", str(out))
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert check_results(out, "tiny")["measurements"] == expected["measurements"]
+    assert not list((out / "stages").glob(".*.part"))
 
 
 @pytest.mark.parametrize(
