@@ -268,7 +268,8 @@ def test_groups_filters_and_prompts_that_are_cut(
     cut = {
         "own_text": sum(tokens(question) > longest - NEW_TOKENS for question, _, _ in QUESTIONS),
         "own_choice": sum(
-            any(tokens(f"{question} {choice}") > longest + 1 for choice in choices) for question, choices, _ in QUESTIONS
+            any(tokens(f"{question} {choice}") > longest + 1 for choice in choices)
+            for question, choices, _ in QUESTIONS
         ),
     }
     assert all(0 < number < len(QUESTIONS) for number in cut.values())

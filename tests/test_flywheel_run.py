@@ -102,7 +102,7 @@ def test_the_loop_is_what_it_says(project: Path, whole: Path) -> None:
     noise = torch.Generator().manual_seed(3)
     for name in sorted(start):
         assert torch.equal(moved[name], start[name] + 0.02 * torch.randn(start[name].shape, generator=noise))
-    for name in ("command", "inputs", "seed", "started", "seconds", "versions", "fingerprint"):
+    for name in ("command", "inputs", "seed", "started", "seconds", "versions", "code", "fingerprint"):
         assert all(name in entry for entry in found.values())
     assert found["round-1/train"]["inputs"]["shards"]["stage"] == "round-1/score"
     assert found["round-1/train"]["inputs"]["model"]["path"] == str(project / "base")

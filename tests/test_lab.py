@@ -71,13 +71,29 @@ def test_answers_are_right(level: Any, held_out: bool) -> None:
             before = int(result)
 
 
+def parts(prompt: str) -> set[tuple[str, ...]]:
+    """The computation of a story, and any two or more of its steps in a row with the number that they begin with."""
+    _, (start, *changes) = computed(prompt)
+    values = [int(start)]
+    for change in changes:
+        number = int(change[1:])
+        values.append({"+": values[-1] + number, "-": values[-1] - number, "*": values[-1] * number}[change[0]])
+    ends = [(first, end) for end in range(len(changes) + 1) for first in range(end - 1)]
+    return {(str(values[first]), *changes[first:end]) for first, end in ends}
+
+
+def test_parts_by_hand() -> None:
+    story = "Ann has 3 pens. Ann finds 2 more. Ann doubles them. Ann sells 4. How many pens does Ann have now?\n"
+    assert parts(story) == {("3", "+2", "*2"), ("5", "*2", "-4"), ("3", "+2", "*2", "-4")}
+
+
 def test_no_held_out_computation_is_trained_on() -> None:
     recipe = RECIPES["small"]
     trained: set[tuple[str, ...]] = set()
     for documents in corpora(recipe, 0).values():
-        trained |= {computed(text)[1] for text in documents if "How many" in text}
+        trained |= {part for text in documents if "How many" in text for part in parts(text)}
     for rows in post_training_data(recipe, 0).values():
-        trained |= {computed(row["prompt"])[1] for row in rows}
+        trained |= {part for row in rows for part in parts(row["prompt"])}
     held_out = {computed(row["prompt"])[1] for row in heldout_data(recipe, 0)["problems"]}
     assert len(trained) > 500
     assert len(held_out) > 50
@@ -249,6 +265,12 @@ def test_arms_differ_in_their_objective_alone() -> None:
         stage = seed.models[arm, "mid"]
         assert [option(stage, name) for name in alike] == [option(ntp, name) for name in alike], arm
         assert stage.inputs["start"] is seed.base
+        assert option(stage, "--eval-shards") == option(ntp, "--eval-shards")
+        shards = stage.inputs.get("shards")
+        while shards is not None and "data" not in shards.inputs:  # a selection, or a second column
+            (shards,) = shards.inputs.values() if len(shards.inputs) == 1 else (shards.inputs["scored"],)
+        rows = option(stage, "--shards") if shards is None else option(shards, "--shards")
+        assert rows == Input("data", "packed/midtraining"), arm
 
 
 def test_references_are_the_ones_that_the_arms_are_named_after() -> None:
@@ -316,9 +338,21 @@ def test_tiny_laboratory(tmp_path: Path) -> None:
     ran = lab("--size", "tiny", "--out", str(out))
     assert ran.returncode == 0, ran.stderr[-3000:]
     found = check_results(out, "tiny")
-    assert {row["step"] for row in found["measurements"] if row["metric"] == "greedy_all" and row["arm"] == "remit"} > {
-        5
-    }
+    steps = RECIPES["tiny"].midtraining_steps
+    for arm in ("ntp", "remit"):
+        for metric in ("greedy_all", "loss_solutions"):
+            of_arm = [row for row in found["measurements"] if (row["arm"], row["metric"]) == (arm, metric)]
+            assert [row["step"] for row in of_arm if row["stage"] == "mid" and row["step"] is not None] == [0, 5, steps]
+    # the curve ends with the finished model, on the first problems of each level; here those are few, but all texts
+    stories = {
+        row["step"]: row["value"] for row in found["measurements"]
+        if (row["arm"], row["stage"], row["metric"]) == ("remit", "mid", "loss_stories")
+    }  # fmt: skip
+    assert stories[steps] == stories[None] != stories[5]
+    base = [row["value"] for row in found["measurements"] if (row["arm"], row["metric"]) == ("base", "loss_stories")]
+    assert [stories[0]] == base
+    assert len(found["code"]) == 1
+    assert found["versions"]["torch"] == [torch.__version__]
     again = lab("--size", "tiny", "--out", str(out))
     assert again.returncode == 0
     assert "started" not in again.stderr
@@ -387,8 +421,14 @@ def test_bad_usage(words: tuple[str, ...], said: str) -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_measure_wants_one_model(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="expected one of --model and --exports"):
+def test_measure_wants_a_model_and_a_whole_run(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--model is not given"):
         MeasureConfig(data=tmp_path, out=tmp_path)
-    with pytest.raises(ValueError, match="no folder step-"):
-        measure.run(MeasureConfig(data=tmp_path, out=tmp_path, exports=tmp_path))
+    with pytest.raises(ValueError, match="--exports, --start and --steps go together"):
+        MeasureConfig(data=tmp_path, out=tmp_path, model=tmp_path, exports=tmp_path, steps=3)
+    for before in ([], [3], [1, 4]):
+        for step in before:
+            (tmp_path / f"step-{step:06d}").mkdir(exist_ok=True)
+        config = MeasureConfig(data=tmp_path, out=tmp_path, model=tmp_path, exports=tmp_path, start=tmp_path, steps=3)
+        with pytest.raises(ValueError, match="expected folders step-"):
+            measure.run(config)

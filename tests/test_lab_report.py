@@ -17,6 +17,7 @@ from pipelines.lab.report.claims import (
     CONTRADICTED,
     MISSING,
     ONE_SEED,
+    PREMISE,
     REPRODUCED,
     UNDECIDED,
     Claim,
@@ -58,6 +59,7 @@ def made_up(seed: int, better: float = 0.05) -> dict[str, Any]:
             gain = step / 1000 + (better if arm == "remit" else 0)
             rows.append(entry(arm, "mid", "greedy_all", gain + noise.gauss(0, 0.001), step))
             rows.append(entry(arm, "mid", "loss_heldout", 2 - gain, step))
+            rows.append(entry(arm, "mid", "loss_solutions", 1 - gain + noise.gauss(0, 0.001), step))
             rows.append(entry(arm, "mid", "grad_norm", 0.1 if arm == "no-clip" else 1 + noise.random(), step))
             rows.append(entry(arm, "rl", "train_reward", gain, step))
     recipe = {"layers": 3, "arms": ["remit"]}
@@ -66,7 +68,8 @@ def made_up(seed: int, better: float = 0.05) -> dict[str, Any]:
         "size": "full",
         "recipe": recipe,
         "seconds": {"data": 3600.0},
-        "versions": {"torch": "2"},
+        "versions": {"torch": ["2"]},
+        "code": ["ab" * 32],
         "measurements": rows,
     }
 
@@ -158,6 +161,26 @@ def test_lead_that_is_lost() -> None:
     assert lost_lead(results) == pytest.approx({0: 10.0, 1: 30.0})
 
 
+@pytest.mark.parametrize(
+    ("lead", "later", "verdict"),
+    [(3, 1, REPRODUCED), (3, 6, CONTRADICTED), (-3, -7, PREMISE), (0, -7, PREMISE)],
+)
+def test_a_lead_that_is_not_there_is_not_lost(lead: float, later: float, verdict: str) -> None:
+    noise = [0.001, -0.002, 0.002, -0.001]
+    claim = next(claim for claim in CLAIMS if claim.values is lost_lead)
+    results = results_of(
+        {
+            ("kd", "mid"): [0.5 + lead / 100 + value for value in noise],
+            ("remit", "mid"): [0.5] * 4,
+            ("kd", "sft"): [0.5 + later / 100 + value / 2 for value in noise],
+            ("remit", "sft"): [0.5] * 4,
+        }
+    )
+    finding = judge(claim, results)
+    assert finding.verdict == verdict
+    assert (finding.p is None) == (verdict == PREMISE)
+
+
 def test_first_step() -> None:
     curve = [(100, 0.2), (200, 0.4), (300, 0.3), (400, 0.6)]
     assert first_step(curve, 0.3, rising=True) == pytest.approx(150)
@@ -169,20 +192,28 @@ def test_first_step() -> None:
 
 def test_tokens_saved() -> None:
     results = Results([0, 1, 2], "full")
-    results.curves["ntp", "mid", "greedy_all"] = {
-        0: [(100, 0.1), (200, 0.3), (600, 0.5)],
-        1: [(100, 0.1), (300, 0.5), (600, 0.5)],  # is there half-way already: it is not held against ReMiT's curve
-        2: [(100, 0.1), (600, 0.9)],
+    ntp = {
+        0: [(0, 0.0), (100, 0.1), (200, 0.3), (600, 0.5)],
+        1: [(0, 0.0), (300, 0.5), (600, 0.5)],  # is there half-way already: it is not held against ReMiT's curve
+        2: [(0, 0.0), (300, 0.6), (600, 0.9)],
     }
-    results.curves["remit", "mid", "greedy_all"] = {
-        0: [(100, 0.5), (600, 0.6)],
-        1: [(100, 0.5), (600, 0.6)],
-        2: [(100, 0.5), (600, 0.6)],  # never
+    remit = {
+        0: [(0, 0.0), (100, 0.5), (600, 0.6)],
+        1: [(0, 0.0), (100, 0.5), (600, 0.6)],
+        2: [(0, 0.0), (100, 0.1), (600, 0.6)],  # behind: NTP has its end after half of the steps
     }
+    results.curves["ntp", "mid", "greedy_all"], results.curves["remit", "mid", "greedy_all"] = ntp, remit
     saved = tokens_saved("greedy_all", True)(results)
-    assert saved == pytest.approx({0: math.log(6), 1: math.log(3), 2: 0.0})
+    assert saved == pytest.approx({0: math.log(6), 1: math.log(3), 2: -math.log(2)})
+    results.curves["ntp", "mid", "greedy_all"], results.curves["remit", "mid", "greedy_all"] = remit, ntp
+    assert tokens_saved("greedy_all", True)(results) == pytest.approx({seed: -value for seed, value in saved.items()})
+    falling = {seed: [(step, 1 - value) for step, value in curve] for seed, curve in ntp.items()}
+    results.curves["ntp", "mid", "loss"] = falling
+    results.curves["remit", "mid", "loss"] = {s: [(step, 1 - value) for step, value in c] for s, c in remit.items()}
+    assert tokens_saved("loss", False)(results) == pytest.approx(saved)
+    results.curves["ntp", "mid", "greedy_all"], results.curves["remit", "mid", "greedy_all"] = ntp, remit
     claim = next(claim for claim in CLAIMS if claim.figure == 6)
-    assert found_text(judge(claim, results)).startswith("× 2.62 (")  # cube root of 18
+    assert found_text(judge(claim, results)).startswith("× 2.08 (")  # cube root of 9
     table = next(
         table for table in make_tables(results, [judge(claim, results)]) if table.title.startswith("The paper")
     )
@@ -193,7 +224,8 @@ def test_collapse_is_below_half() -> None:
     results = Results([0], "full")
     results.curves["remit", "mid", "grad_norm"] = {0: [(100, 9.0), (800, 2.0), (1000, 4.0)], 1: [(1000, 1.0)]}
     results.curves["no-clip", "mid", "grad_norm"] = {0: [(100, 9.0), (1000, 1.0)], 1: [(1000, 0.0)]}
-    assert collapsed_norm(results) == pytest.approx({0: math.log(3)})
+    # a norm of zero is a collapse, not a seed to leave out
+    assert collapsed_norm(results) == pytest.approx({0: math.log(3), 1: math.log(1000)})
     claim = next(claim for claim in CLAIMS if claim.values is collapsed_norm)
     halves = {seed: [(1000, 1.0 + 0.01 * seed)] for seed in range(4)}
     for size, verdict in ((0.1, REPRODUCED), (0.5, UNDECIDED), (0.9, CONTRADICTED)):
@@ -231,6 +263,17 @@ def test_control_decides_what_is_said(tmp_path: Path) -> None:
     assert "may be that of any later model" in control_sentence(findings)
 
 
+def test_a_control_that_is_beaten_is_no_gain(tmp_path: Path) -> None:
+    """ReMiT below NTP and above NTP-guided."""
+    records = [made_up(seed, better=-0.05) for seed in range(5)]
+    for record in records:
+        for row in record["measurements"]:
+            if row["arm"] == "ntp-guided":
+                row["value"] -= 0.1
+    findings = judge_all(read_results([write(tmp_path / "lab", *records)]))
+    assert "not shown to be above NTP" in control_sentence(findings)
+
+
 def test_one_seed_claims_nothing(tmp_path: Path) -> None:
     results = read_results([write(tmp_path / "lab", made_up(3, better=0.4))])
     findings = judge_all(results)
@@ -254,6 +297,7 @@ def test_missing_arms_and_no_numbers(tmp_path: Path) -> None:
     assert results.left_out == ["seed 2, remit, mid, greedy_all: nan, no number"]
     findings = {finding.claim.text: finding for finding in judge_all(results)}
     assert findings["ReMiT² is above ReMiT"].verdict == MISSING
+    assert "| 3 of 3; not of seed 2 |" in to_markdown(results, list(findings.values()))
     assert list(findings["ReMiT is above NTP after mid-training"].values) == [0, 1, 3]
     text = to_markdown(results, list(findings.values()))
     assert "seed 2, remit, mid, greedy\\_all" in text or "seed 2, remit, mid, greedy_all: nan" in text

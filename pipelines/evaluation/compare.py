@@ -28,7 +28,8 @@ def compare(name: str, other: dict[str, Any], ours: dict[str, Any]) -> dict[str,
     if compared:
         values["settings_differ"] = settings_differ(other, ours, list(rows))
         errors = [row["stderr"] or (None if row["difference"] else 0.0) for row in compared]
-        stderr = None if None in errors else math.sqrt(sum(error**2 for error in errors)) / len(errors)
+        known = [error for error in errors if error is not None]
+        stderr = math.sqrt(sum(error**2 for error in known)) / len(known) if len(known) == len(errors) else None
         difference = fmean(row["difference"] for row in compared)
         values["mean"] = {"difference": difference, "stderr": stderr, "claim": claim(difference, stderr)}
         values["mean"]["num_tasks"] = len(compared)

@@ -9,6 +9,7 @@ FOLDER/flywheel.json         the stages of the present plan in their order, with
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -17,6 +18,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -112,6 +114,17 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             pass
     return found
+
+
+@cache
+def code_fingerprint() -> str:
+    """sha256 over the Python sources of remit's own packages, by their names: the version alone does not tell edits."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parents[2]
+    for package in ("pipelines", "scorer", "shards", "trainer"):
+        for file in sorted((root / package).rglob("*.py")):
+            digest.update(f"{file.relative_to(root)} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
 
 
 def clear(folder: Path) -> None:

@@ -278,6 +278,7 @@ class Driver:
             "files": to_json(files),
             "log": relative(str(process.log)),
             "versions": records.versions(),
+            "code": records.code_fingerprint(),
         }
         self.places.write(f"records/{process.key}.json", record)
         return record

@@ -2,8 +2,8 @@
 
 Word problems with stepwise solutions (whose answers can be verified), lists of equations, and two kinds of plain text:
 stories, which both mixes have, and notes, which the mid-training mix all but lacks. What a problem computes (its start
-and its changes, whatever the names and things) decides by a hash whether it may be trained on or is held out, so that
-no held-out computation is in any training text.
+and its changes, whatever the names and things) decides by a hash whether it may be trained on or is held out; no
+held-out computation is in any problem that is trained on, also not as some of its steps.
 """
 
 import hashlib
@@ -51,8 +51,18 @@ class Problem:
     @property
     def held_out(self) -> bool:
         """Whether the computation belongs to the held-out ones."""
-        text = f"{self.start}" + "".join(f"{sign}{number}" for sign, number in self.changes)
-        return hashlib.sha256(text.encode()).digest()[0] < 256 * HELD_OUT_SHARE
+        return _is_held_out(self.start, self.changes)
+
+    @property
+    def trainable(self) -> bool:
+        """Whether neither the computation nor any two or more of its steps in a row belong to the held-out ones."""
+        value = self.start
+        for first, (sign, number) in enumerate(self.changes):
+            for end in range(first + 2, len(self.changes) + 1):
+                if _is_held_out(value, self.changes[first:end]):
+                    return False
+            value = _apply(value, sign, number)
+        return True
 
     def solution(self, rng: random.Random | None = None, wrong_steps: float = 0.0) -> str:
         """Steps and answer. wrong_steps: share of the steps whose result is off; what follows goes on from it."""
@@ -66,6 +76,11 @@ class Problem:
         return "\n".join([*lines, f"Answer: {value}"]) + "\n"
 
 
+def _is_held_out(start: int, changes: tuple[tuple[str, int], ...]) -> bool:
+    text = f"{start}" + "".join(f"{sign}{number}" for sign, number in changes)
+    return hashlib.sha256(text.encode()).digest()[0] < 256 * HELD_OUT_SHARE
+
+
 def _apply(value: int, sign: str, number: int) -> int:
     return {"+": value + number, "-": value - number, "*": value * number}[sign]
 
@@ -76,7 +91,7 @@ def _off(rng: random.Random, result: int) -> int:
 
 
 def problem(rng: random.Random, level: Level, held_out: bool) -> Problem:
-    """A random problem of a level, among the held-out computations or among the others.
+    """A random problem of a level, among the held-out computations or among those that may be trained on.
 
     easy: two changes by 1 to 9 from a start of 2 to 20. hard: three or four by up to 12, or doubling, from up to 30;
     no number is above 50.
@@ -99,7 +114,7 @@ def problem(rng: random.Random, level: Level, held_out: bool) -> Problem:
             sentences.append(f"{name} {sentence}.")
             value = _apply(value, sign, number)
         made = Problem(name, thing, start, tuple(changes), tuple(sentences))
-        if made.held_out == held_out:
+        if made.held_out if held_out else made.trainable:
             return made
 
 

@@ -242,10 +242,12 @@ class Seed:
             self.measured[arm, what] = self.add(f"measure/{arm}/{what}", "pipelines.lab.measure", words, inputs)
         for arm in CURVES if recipe.exports else ():
             if (arm, "mid") in self.models and arm not in self.curves:
-                # beside the model that the stage's result is; from the same run, so that its key says enough
                 words = (
-                    "--exports", Input("model", "../exports"), "--data", Input("data", "heldout"), "--out", Output(),
+                    "--start", Input("start"), "--exports", Input("model", "../exports"), "--model", Input("model"),
+                    "--steps", str(recipe.midtraining_steps), "--data", Input("data", "heldout"), "--out", Output(),
                     "--problems", str(recipe.curve_problems), "--sampled", "0",
                 )  # fmt: skip
-                inputs = {"model": self.models[arm, "mid"], "data": self.data}
-                self.curves[arm] = self.add(f"curve/{arm}", "pipelines.lab.measure", words, inputs)
+                inputs = {"start": self.base, "model": self.models[arm, "mid"], "data": self.data}
+                # the exports lie beside the model that the stage's result is: which ones there are has to be in the key
+                settings = {"exports": recipe.exports}
+                self.curves[arm] = self.add(f"curve/{arm}", "pipelines.lab.measure", words, inputs, settings=settings)

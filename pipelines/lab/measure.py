@@ -1,6 +1,7 @@
 """Measure a model: accuracy on held-out problems, loss on held-out texts, distance from a reference.
 
     python -m pipelines.lab.measure --model DIR --data DIR --out DIR [--reference DIR]
+    python -m pipelines.lab.measure --model DIR --start DIR --exports DIR --steps N --data DIR --out DIR
 
 Data: problems.jsonl with {"level", "prompt", "answer", "solution"}, and one NAME.jsonl with {"text"} per general text.
 Out: measurements.json, a flat mapping of metric to value. All losses are natural logarithms, means per token.
@@ -28,7 +29,12 @@ class MeasureConfig:
     model: Path | None = None
     """Model folder."""
     exports: Path | None = None
-    """Or a folder of models in mid-run, step-000100 and so on; measurements.json then has metrics by step."""
+    """Folder of the models that a run wrote on its way, step-000100 and so on; measurements.json then has metrics by
+    step, from that of --start, which is step 0, to that of --model, which is step --steps."""
+    start: Path | None = None
+    """With --exports: the model that the run began with."""
+    steps: int | None = None
+    """With --exports: steps of the run, whose end is --model."""
     reference: Path | None = None
     """Model that the KL divergence is measured from."""
     problems: int | None = None
@@ -45,8 +51,10 @@ class MeasureConfig:
     """Show tracebacks."""
 
     def __post_init__(self) -> None:
-        if (self.model is None) == (self.exports is None):
-            raise ValueError("expected one of --model and --exports")
+        if self.model is None:
+            raise ValueError("--model is not given, expected the model to measure, with --exports that at the end")
+        if len({self.exports is None, self.start is None, self.steps is None}) > 1:
+            raise ValueError("--exports, --start and --steps go together, expected all of them or none")
 
 
 def solve(model: Any, tokenizer: Any, prompts: Sequence[str], config: MeasureConfig, sample: bool) -> list[str]:
@@ -201,15 +209,21 @@ def read_lines(path: Path) -> list[dict[str, str]]:
 
 
 def run(config: MeasureConfig) -> int:
-    if config.model is not None:
+    assert config.model is not None
+    if config.exports is None:
         result: Any = measure(config, config.model)
         print(", ".join(f"{name} {value:.4f}" for name, value in result.items()))
     else:
-        assert config.exports is not None
-        folders = sorted(config.exports.glob("step-*"))
-        if not folders:
-            raise ValueError(f"--exports {config.exports}: has no folder step-*, expected models in mid-run")
-        result = {str(int(folder.name.removeprefix("step-"))): measure(config, folder) for folder in folders}
+        assert config.start is not None
+        assert config.steps is not None
+        folders = {int(folder.name.removeprefix("step-")): folder for folder in config.exports.glob("step-*")}
+        if not folders or max(folders) >= config.steps:
+            raise ValueError(
+                f"--exports {config.exports}: has the steps {sorted(folders)}, expected folders step-* of some before "
+                f"--steps {config.steps}"
+            )
+        folders |= {0: config.start, config.steps: config.model}
+        result = {str(step): measure(config, folder) for step, folder in sorted(folders.items())}
     config.out.mkdir(parents=True, exist_ok=True)
     (config.out / RESULT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0

@@ -1,4 +1,4 @@
-"""The laboratory's recipes: all that decides its numbers, by size. docs/lab.md says how they were chosen."""
+"""The laboratory's sizes and rates, by size; mixes are in documents.py, arms in graph.py. docs/lab.md: how they were chosen."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -27,7 +27,7 @@ class Recipe:
     curated_steps: int = 200
     """Of the reference for RHO-1, which is trained on right solutions alone."""
     evaluations: int = 8
-    """Times that the loss on held-out solutions is measured within a mid-training."""
+    """Times that the loss on held-out problems, texts and solutions, is measured within a mid-training."""
     exports: int = 8
     """Times that a model is written within a mid-training, to see how many tokens an arm needs."""
 

@@ -1,8 +1,9 @@
 """From the done stages of a seed to one file of numbers, LAB/results/seed-N.json, and a table for the terminal.
 
-    {"seed", "size", "recipe", "seconds", "measurements": [{"arm", "stage", "metric", "value", "step"}]}
+    {"seed", "size", "recipe", "seconds", "versions", "code",
+     "measurements": [{"arm", "stage", "metric", "value", "step"}]}
 
-stage: pretrained, mid, sft, dpo or rl. step: optimizer steps done where the value is of the middle of a run, else null.
+versions, code: all that any of its stages ran with. stage: pretrained, mid, sft, dpo or rl. step: optimizer steps done where the value is of the middle of a run, else null.
 """
 
 import json
@@ -55,7 +56,13 @@ def collect(seed: Seed, records: Mapping[str, Record], places: Places) -> dict[s
         "size": seed.size,
         "recipe": asdict(seed.recipe),
         "seconds": {name.partition("/")[2]: records[name]["seconds"] for name in names},
-        "versions": records[names[0]]["versions"],
+        "versions": {
+            package: sorted(
+                {records[name]["versions"][package] for name in names if package in records[name]["versions"]}
+            )
+            for package in sorted({package for name in names for package in records[name]["versions"]})
+        },
+        "code": sorted({records[name].get("code", "not known") for name in names}),
         "measurements": measurements,
     }
 

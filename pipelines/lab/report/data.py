@@ -25,6 +25,8 @@ class Results:
     size: str
     recipe: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, list[str]] = field(default_factory=dict)
+    code: list[str] = field(default_factory=list)
+    """Fingerprints of the code that the stages ran with: one, unless it was changed in between."""
     seconds: dict[int, float] = field(default_factory=dict)
     values: dict[Key, dict[int, float]] = field(default_factory=dict)
     curves: dict[Key, dict[int, list[tuple[int, float]]]] = field(default_factory=dict)
@@ -94,10 +96,10 @@ def _add(results: Results, record: dict[str, Any]) -> None:
     seed = record["seed"]
     results.seeds.append(seed)
     results.seconds[seed] = sum((record.get("seconds") or {}).values())
-    for name, version in (record.get("versions") or {}).items():
+    for name, versions in (record.get("versions") or {}).items():
         known = results.versions.setdefault(name, [])
-        if str(version) not in known:
-            known.append(str(version))
+        known += [version for version in versions if version not in known]
+    results.code += [code for code in record.get("code") or [] if code not in results.code]
     for entry in record["measurements"]:
         key = (entry["arm"], entry["stage"], entry["metric"])
         value, step = entry["value"], entry.get("step")

@@ -8,6 +8,7 @@ from pipelines.lab.report.claims import (
     CONTRADICTED,
     MISSING,
     ONE_SEED,
+    PREMISE,
     REPRODUCED,
     UNDECIDED,
     WORDS,
@@ -78,7 +79,7 @@ def found_text(finding: Finding) -> str:
     return f"{found.mean:+.{places}f}{ends} {unit}"
 
 
-def claims_table(findings: Sequence[Finding], kind: Kind) -> Table:
+def claims_table(results: Results, findings: Sequence[Finding], kind: Kind) -> Table:
     rows = []
     for finding in findings:
         claim = finding.claim
@@ -92,7 +93,9 @@ def claims_table(findings: Sequence[Finding], kind: Kind) -> Table:
         num = len(finding.values)
         row = [f"{claim.text}; {claim.note}" if claim.note else claim.text]
         row += [claim.paper] if kind == "paper" else []
-        row += [found_text(finding), f"{finding.agree} of {num}" if num else ABSENT, verdict]
+        missing = sorted(set(results.seeds) - set(finding.values))
+        without = f"; not of seed{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}" if missing else ""
+        row += [found_text(finding), f"{finding.agree} of {num}{without}" if num else ABSENT, verdict]
         rows.append(row)
     titles: dict[Kind, tuple[str, str]] = {
         "paper": (
@@ -187,6 +190,8 @@ def setup_table(results: Results) -> Table:
         rows.append(["time of all stages together", f"{hours:.1f} hours, summed over stages"])
     rows += [[name.replace("_", " "), _setting(value)] for name, value in results.recipe.items()]
     rows += [[f"version of {name}", ", ".join(versions)] for name, versions in results.versions.items()]
+    if results.code:
+        rows.append(["code, sha256", ", ".join(code[:12] for code in results.code)])
     return Table("Set-up", "The same for all seeds and arms.", ["", ""], rows)
 
 
@@ -201,7 +206,8 @@ def summary(results: Results, findings: Sequence[Finding]) -> list[str]:
     lines = [
         f"{num} seed{'s' if num > 1 else ''} at size {results.size}. Of {len(paper)} claims of the paper as they are put "
         f"here, {_count(paper, REPRODUCED)} are reproduced, {_count(paper, CONTRADICTED)} contradicted, "
-        f"{_count(paper, UNDECIDED) + _count(paper, ONE_SEED)} not decided, {_count(paper, MISSING)} not measured."
+        f"{_count(paper, UNDECIDED) + _count(paper, ONE_SEED)} not decided, {_count(paper, MISSING)} not measured; "
+        f"{_count(paper, PREMISE)} not applicable."
     ]
     if results.size != "full":
         lines.append(
@@ -217,6 +223,8 @@ def summary(results: Results, findings: Sequence[Finding]) -> list[str]:
             f"chance if nothing had any effect. {kept} of them, marked with *, also stand when all are taken together "
             "(Holm's correction)."
         )
+    if len(results.code) > 1:
+        lines.append("Not all stages ran with the same code: see the set-up.")
     lines.append(control_sentence(findings))
     return [line for line in lines if line]
 
@@ -232,8 +240,13 @@ def control_sentence(findings: Sequence[Finding]) -> str:
     control = next((v for text, v in verdicts.items() if text.startswith("The reference has to come from RL")), MISSING)
     if MISSING in (gain, control):
         return "The control NTP-guided was not compared: whether a gain is due to RL cannot be told."
-    if control == REPRODUCED:
+    if control == REPRODUCED and gain == REPRODUCED:
         return "ReMiT is above the control NTP-guided: a plain later model as the reference does not explain all of it."
+    if control == REPRODUCED:
+        return (
+            "ReMiT is above the control NTP-guided, but not shown to be above NTP: RL makes the better reference here, and no "
+            "gain over plain training is shown."
+        )
     if control == CONTRADICTED:
         return "ReMiT is below the control NTP-guided: here a plain later model is the better reference."
     if gain == REPRODUCED:
@@ -251,6 +264,9 @@ LIMITS = (
     "billion and ten tasks. What holds here need not hold there, and the other way round.",
     "A seed changes everything at once: data, initial weights, order, sampling. The interval is over such repetitions of "
     "the whole experiment. It supposes about normal differences, which a handful of seeds cannot show.",
+    "The reference of ReMiT, KD and of the KL descends from the NTP arm of the same seed, by SFT, DPO and RL. What the two have in "
+    "common by chance makes NTP look nearer to it.",
+    "The problems are few in kind: the easy ones have some hundred different held-out computations, told in different words.",
     "An effect smaller than half the interval cannot be seen here. \"Not decided\" is not \"no effect\".",
     "All arms share one learning rate, one number of steps and one corpus (MiniPLM trains on a part of it); none was tuned "
     "alone. An arm that would do better with settings of its own is not done justice.",
@@ -259,6 +275,6 @@ LIMITS = (
 
 def make_tables(results: Results, findings: Sequence[Finding]) -> list[Table]:
     """In the order of the report; a table without rows is left out."""
-    tables = [claims_table(findings, kind) for kind in ("paper", "control", "check")]
+    tables = [claims_table(results, findings, kind) for kind in ("paper", "control", "check")]
     tables += [means_table(results), differences_table(results), post_training_table(results), setup_table(results)]
     return [table for table in tables if table.rows]
