@@ -27,7 +27,7 @@ from pipelines.evaluation.prompts import count_cut
 from pipelines.evaluation.run import average, plan_tasks
 from pipelines.evaluation.settings import EvalConfig
 from pipelines.evaluation.suites import SUITES, SuiteTask
-from pipelines.evaluation.tables import show
+from pipelines.evaluation.tables import show, verdict
 from pipelines.evaluation.task_folder import task_folder_fingerprint
 from pipelines.evaluation.worker import TaskError, leaves, load_task, to_record
 
@@ -491,6 +491,8 @@ def test_inputs_that_are_refused(tmp_path: Path, remit: Remit, models: dict[str,
     assert (code, "old.json: has format 1, expected 2" in error) == (1, True)
     code, _, error = remit("eval", "--model", models["base"], "--chat-template", "--out", tmp_path / "out")
     assert (code, "--chat-template is given and" in error) == (1, True)
+    code, _, error = remit("eval", "--model", models["base"], "--max-length", 65, "--out", tmp_path / "out")
+    assert (code, "--max-length is 65 and config.json of" in error, "has 64 positions" in error) == (1, True, True)
     assert not (tmp_path / "out").exists()
 
 
@@ -549,8 +551,11 @@ def test_the_error_of_a_mean_needs_that_of_each_task() -> None:
     found = compare("other", other, ours)
     assert (found["tasks"]["a"]["stderr"], found["tasks"]["a"]["claim"]) == (0.0, "none")
     assert (found["mean"]["stderr"], found["mean"]["claim"]) == (None, "none")
+    assert verdict(found["tasks"]["a"]) == "too few questions to tell"
     same = compare("other", results_of({"a": [1, 1], "b": [0, 1, 0, 1]}), ours)
     assert same["mean"]["stderr"] == pytest.approx(same["tasks"]["b"]["stderr"] / 2)
+    assert verdict(same["tasks"]["a"]) == "the same on every question"
+    assert verdict(same["tasks"]["b"]) == "no difference beyond its error"
 
 
 def test_settings_that_may_move_the_values_are_named(console: Console) -> None:

@@ -105,6 +105,12 @@ def evaluate_model(
     refuse_code_and_pickles(model.path)
     if config.chat_template and not has_chat_template(model.path):
         raise ValueError(f"--chat-template is given and {name} has none; leave it out, or name a post-trained model")
+    positions = num_positions(model.path)
+    if config.max_length is not None and positions is not None and config.max_length > positions:
+        raise ValueError(
+            f"--max-length is {config.max_length:,} and config.json of {name} has {positions:,} positions, expected no more: "
+            "beyond them a model predicts what it was never trained for"
+        )
     note(f"{name}: reading weights for their fingerprint")
     settings = common_settings(config, model)
     # OUT/model is what every run of remit train is called: the folder above tells them apart
@@ -186,6 +192,12 @@ def common_settings(config: EvalConfig, model: LocalModel) -> dict[str, Any]:
         "task_files": task_folder_fingerprint(config.task_dir) if config.task_dir else None,
         "versions": versions,
     }
+
+
+def num_positions(folder: Path) -> int | None:
+    """max_position_embeddings of the model in `folder`, None where its config.json has none."""
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return (values.get("text_config") or values).get("max_position_embeddings")
 
 
 def has_chat_template(folder: Path) -> bool:

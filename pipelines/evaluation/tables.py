@@ -141,7 +141,9 @@ def show_comparison(names: tuple[str, str], comparison: dict[str, Any], factor: 
 
 
 def verdict(row: dict[str, Any]) -> str:
-    """In words, where an error of zero comes from too few questions."""
+    """In words, where an error of zero comes from too few questions, or from equal answers to all."""
     if row["claim"] != "none":
         return row["claim"]
+    if row["difference"] == 0 and row["stderr"] == 0:
+        return "the same on every question" if row.get("paired") else "the same"
     return "no difference beyond its error" if row["stderr"] else "too few questions to tell"
