@@ -451,6 +451,14 @@ def cut(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
+def single_beside_shards(folder: Path) -> None:
+    """Shards of the result with their index, and the one file of the model that it was made of."""
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights, folder / "model-00001-of-00001.safetensors", {"format": "pt"})
+    index = {"weight_map": dict.fromkeys(weights, "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 NORM = "model.norm.weight"
 BROKEN: list[tuple[Callable[[Path], object], str]] = [
     (lambda folder: (folder / "config.json").unlink(), "has no config.json (it has: "),
@@ -463,6 +471,16 @@ BROKEN: list[tuple[Callable[[Path], object], str]] = [
     (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
     (lambda folder: edit_config(folder, hidden_size=128), "has shape (521, 64), expected (521, 128)"),
     (cut, "model.safetensors: cannot be read"),
+    (single_beside_shards, "has model.safetensors, expected no weights beside those that model.safetensors.index.json"),
+    (
+        lambda folder: shutil.copy(folder / "model.safetensors", folder / "x.safetensors"),
+        "has x.safetensors, expected no",
+    ),
+    (
+        lambda folder: (folder / "model.safetensors").rename(folder / "x.safetensors"),
+        "model.safetensors: missing, expected it, or shards with model.safetensors.index.json",
+    ),
+    (lambda folder: edit_config(folder, num_hidden_layers=1, layer_types=None), "its weights hold model.layers.1."),
     (lambda folder: rewrite(folder, lambda w: w.pop(NORM)), f"its weights have no {NORM}"),
     (lambda folder: rewrite(folder, lambda w: w[NORM].fill_(float("nan"))), f"{NORM} has values that are not finite"),
 ]
