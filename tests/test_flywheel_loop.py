@@ -14,11 +14,13 @@ import torch
 from conftest import make_model
 from looping import FakeLoop
 from processes import Command
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from test_flywheel import alive, until
 
 from pipelines.cli import parse
 from pipelines.console import BadUsage
+from pipelines.evaluation.tables import show_values
 from pipelines.flywheel.loop import make_loop
 from pipelines.flywheel.model_check import check_model
 from pipelines.flywheel.sections import SECTIONS
@@ -287,6 +289,15 @@ def test_what_is_not_installed_is_found_at_once(fake: FakeLoop, remit: Remit, mo
     code, _, error = remit("flywheel", "--config", fake.write())
     assert (code, fake.starts) == (1, [])
     assert "evaluate needs lm_eval, which is not installed; pip install 'remit[eval]'" in error
+
+
+def test_evaluations_of_before_cut_prompts_were_counted_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """Results that an earlier version has written stay done, so that the summary of a loop still meets them."""
+    task = {"value": 0.5, "stderr": 0.1, "label": "capitals", "metric": "acc", "shots": {"capitals": 0}}
+    task["settings"] = {"num_fewshot": None}
+    values = {"suite": None, "tasks": {"capitals": task}, "settings": {"limit": None}, "left_out": []}
+    show_values({"round 0 midtrained": values}, Console())
+    assert "0.5000 ± 0.1000" in capsys.readouterr().out
 
 
 def test_bad_options(fake: FakeLoop, remit: Remit) -> None:
