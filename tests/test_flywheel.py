@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -325,6 +326,42 @@ def test_an_input_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
         run_stages([stage], tmp_path / "f")
     outcome, _ = run(tmp_path / "f", stage)
     assert (outcome.result("a") / "x").read_text() == "1\n2\n"
+
+
+@pytest.mark.parametrize("end", ["exit 0", "exit 9"])
+@pytest.mark.parametrize("harm", ["echo 2 > $1/x", "echo 2 > $1/y", "rm $1/x"])
+def test_a_command_that_writes_into_what_it_reads_spoils_nothing(tmp_path: Path, harm: str, end: str) -> None:
+    """It is refused by name; what it has changed is made again, and what was begun with it is begun again."""
+    folder, once = tmp_path / "f", tmp_path / "once"
+    first = shell("first", "echo 1 > $0/x")
+    line = f"mkdir -p $0; cat $1/* >> $0/y; test -e {once} || {{ touch {once}; cat $1/x >> $0/y; {harm}; {end}; }}"
+    bad = shell("bad", line, {"first": first}, resumes=True)
+    after = shell("after", "cat $1/* > $0/z", {"first": first})
+    with pytest.raises(StageFailed) as failed:
+        run_stages([first, bad, after], folder)
+    if end == "exit 0":
+        assert re.search(
+            r"stage bad: .*first-[0-9a-f]{12}/[xy] .*: the result of stage first was changed while this stage ran",
+            str(failed.value),
+        )
+    outcome, ran = run(folder, first, bad, after)
+    assert ran == ["first", "bad", "after"]
+    assert (outcome.result("bad") / "y").read_text() == "1\n"
+    assert (outcome.result("after") / "z").read_text() == "1\n"
+    assert run(folder, first, bad, after)[1] == []
+
+
+def test_what_reads_a_result_while_another_command_changes_it_is_refused(tmp_path: Path) -> None:
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one core")
+    up, done = tmp_path / "up", tmp_path / "done"
+    first = shell("first", "echo 1 > $0/x")
+    bad = shell("bad", f"test -e {done} || echo 2 > $1/x; touch {up}; cat $1/x > $0/y; sleep 1000", {"first": first})
+    wait = f"until test -e {up}; do sleep 0.02; done; cat $1/x > $0/z"
+    beside = shell("beside", wait, {"first": first})
+    with pytest.raises(StageFailed, match=r"stage beside: .* the result of stage first was changed"):
+        run_stages([first, bad, beside], tmp_path / "f", jobs=2)
+    assert run(tmp_path / "f", first, beside)[1] == ["first", "beside"]
 
 
 def test_failure_shows_the_lines_of_its_own_attempt(tmp_path: Path) -> None:

@@ -79,6 +79,11 @@ class Process:
     def seconds(self) -> float:
         return time.time() - self.began
 
+    @property
+    def num_cores(self) -> int:
+        """Cores that it may use."""
+        return len(self.cores or os.sched_getaffinity(0))
+
     def tail(self) -> list[str]:
         """The last lines of this attempt's log, as a terminal would show them."""
         return log_tail(self.log, TAIL, self._log_start)

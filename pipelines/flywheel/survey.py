@@ -45,6 +45,26 @@ def look(stage: Stage, places: Places, done: Mapping[str, Record], known: Known)
     return found
 
 
+def changed_input(found: Look, places: Places, done: Mapping[str, Record], known: Known) -> str:
+    """Which input of a stage is no longer what the stage began with, '' where all are; for a command that has ended."""
+    for name, (path, before) in found.inputs.items():
+        source = found.stage.inputs[name]
+        if isinstance(source, Stage):
+            if change := places.change(done[source.name]):
+                return (
+                    f"{change}: the result of stage {source.name} was changed while this stage ran, expected it as it was "
+                    "(inputs are read only); the same command makes both again"
+                )
+            continue
+        try:
+            same = fingerprint(read_files(source, known)) == before
+        except ValueError as error:
+            return f"{error}: was changed while the stage ran; put it back, and run the same command"
+        if not same:
+            return f"{path}: was changed while the stage ran; the same command makes it again"
+    return ""
+
+
 def survey(stages: Sequence[Stage], folder: Path) -> list[Look]:
     """What `run_stages` would find now. A stage is done where it has a record and no change."""
     check_graph(stages)
