@@ -440,6 +440,15 @@ def test_failing_stage_shows_its_log(fake: FakeLoop, remit: Remit) -> None:
     assert counts(fake) == {"pack": 1, "train": 1, "own": 0, "score": 0, "eval": 0}
 
 
+def test_stage_that_stops_unasked_shows_its_log(fake: FakeLoop, remit: Remit) -> None:
+    (fake.folder / "own.sh").write_text("echo first line; echo no machine is free >&2; exit 3")
+    code, _, error = remit("flywheel", "--config", fake.file)
+    assert code == 3
+    assert error.index("  | first line") < error.index("  | no machine is free") < error.index("ended with exit code 3")
+    assert "round-0/own: ended with exit code 3, stopped and can go on, expected 0 since nothing here" in error
+    assert str(next((fake.out / "logs").glob("round-0-own-*.log"))) in error
+
+
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     weights = load_file(folder / "model.safetensors")
     change(weights)

@@ -23,10 +23,12 @@ from pipelines.flywheel.survey import Look, changed_input, look
 
 STOPPED = 3  # exit code of a command that a signal has stopped and that can go on
 Watch = Callable[[str, Stage, Record], None]
-"""watch("done before" | "changed" | "reading" | "started" | "finished" | "running", stage, facts), in this thread.
+"""watch("done before" | "changed" | "reading" | "started" | "stopped" | "finished" | "running", stage, facts), in this
+thread.
 
 facts: the record of a done stage; {"log", "output"} of one that starts; {"change", "aside"} of one whose result was
-changed; {"log", "seconds"} of those that are running, some times per second; {} of one whose inputs or result are read.
+changed; {"log", "seconds"} of those that are running, some times per second;
+{"log", "lines"} of one that has ended with code 3 unasked, with its last lines; {} of one whose inputs or result are read.
 """
 
 
@@ -210,9 +212,11 @@ class Driver:
         self.free = sorted([*self.free, *(process.cores or self.cores)])
         stage, key = process.stage, process.key
         attempts = records.ended(self.places, key, process.seconds)
-        if code == STOPPED or (stopping and code != 0):
-            return
         tail = process.tail()
+        if code == STOPPED or (stopping and code != 0):
+            if not stopping:  # nobody has asked it to here: a signal to it alone, or its own idea
+                self.watch("stopped", stage, {"log": str(process.log), "lines": tail})
+            return
         if code != 0:
             how = f"was ended by signal {code - 128}" if code > 128 else f"failed with exit code {code}"
             said = next((line for line in reversed(tail) if not line.startswith("---")), "it printed nothing")

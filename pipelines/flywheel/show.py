@@ -106,6 +106,13 @@ class Progress:
             self.bar.set_postfix_str("")
         elif what == "started":
             note(f"{name}: started, log: {facts['log']}")
+        elif what == "stopped":
+            for line in facts["lines"]:
+                note(f"  | {line}")
+            note(
+                f"{name}: ended with exit code 3, stopped and can go on, expected 0 since nothing here has stopped it; "
+                f"the same command goes on with it (log: {facts['log']})"
+            )
         elif what == "changed":
             note(
                 f"{name}: its result was changed ({facts['change']}); it is made again, the old one is now {facts['aside']}"
