@@ -138,6 +138,17 @@ def test_fingerprint_of_a_folder(tmp_path: Path) -> None:
         read_files(tmp_path / "empty")
 
 
+def test_which_files_of_a_folder_count(tmp_path: Path) -> None:
+    for name in ("a.py", "_b.json", ".c", "_sub/d.py", ".git/e", ".cache/f", "__pycache__/a.pyc"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    plain = {".c", "_b.json", "_sub/d.py", "a.py"}
+    assert set(read_files(tmp_path)) == {"a.py"}
+    assert set(read_files(tmp_path, counting="all")) == plain | {".git/e", ".cache/f"}
+    assert set(read_files(tmp_path, counting="model")) == plain
+    assert set(read_files(tmp_path, counting="python")) == {"a.py", "_sub/d.py"}
+
+
 def test_fingerprint_of_shards(tmp_path: Path, small: Path) -> None:
     """Parts, manifest and tokenizer count; what a run writes about itself does not; no part is read."""
     zero = lambda row: [0.0] * len(row["input_ids"])  # noqa: E731

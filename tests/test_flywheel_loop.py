@@ -21,11 +21,13 @@ from test_flywheel import alive, until
 from pipelines.cli import parse
 from pipelines.console import BadUsage
 from pipelines.evaluation.tables import show_values
+from pipelines.flywheel.fingerprint import Known, input_fingerprint, read_files
 from pipelines.flywheel.loop import make_loop
 from pipelines.flywheel.model_check import check_model
 from pipelines.flywheel.sections import SECTIONS
 from pipelines.flywheel.settings import read_config
 from pipelines.flywheel.stage import Input, Output, Stage, Unkeyed, Word
+from pipelines.posttrain.rewards import reward_fingerprint
 from trainer.run import NOT_SETTINGS
 
 Remit = Callable[..., tuple[int, str, str]]
@@ -298,6 +300,91 @@ def test_evaluations_of_before_cut_prompts_were_counted_are_shown(capsys: pytest
     values = {"suite": None, "tasks": {"capitals": task}, "settings": {"limit": None}, "left_out": []}
     show_values({"round 0 midtrained": values}, Console())
     assert "0.5000 ± 0.1000" in capsys.readouterr().out
+
+
+def test_all_that_a_folder_of_the_user_holds_counts(
+    fake: FakeLoop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of inputs, base and task_dir, also files that begin with _ or a dot; of task_dir the data that its tasks name."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(fake.values["base"], tmp_path / "base")
+    (tmp_path / "extra").mkdir()
+    (tmp_path / "extra" / "_params.json").write_text("1")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "_defaults.yaml").write_text("dataset_path: questions")
+    (tmp_path / "questions").mkdir()
+    (tmp_path / "questions" / "q.json").write_text("1")
+    (tmp_path / "conf.yaml").write_text("1")
+    fake.values["base"] = str(tmp_path / "base")
+    fake.values["posttrain"] = [
+        {"command": ["true", "--config=conf.yaml", "--dir=extra", "--x=y"], "inputs": ["extra"]}
+    ]
+    fake.values["evaluate"] = {"tasks": "capitals", "task_dir": str(tmp_path / "tasks")}
+    stages = {stage.name: stage for stage in make_loop(read_config(fake.write())).stages}
+    own = stages["round-0/command"]
+    assert own.command == (
+        "true", Input("word/1", prefix="--config="), Input("word/2", prefix="--dir="), "--x=y"
+    )  # fmt: skip
+
+    def prints(name: str) -> dict[str, str]:
+        stage, known = stages[name], Known(tmp_path / "known.json")
+        paths = {name: path for name, path in stage.inputs.items() if isinstance(path, Path)}
+        return {name: input_fingerprint(path, stage.counting.get(name, "data"), known) for name, path in paths.items()}
+
+    for name, file, changed in (
+        ("round-0/command", "extra/_params.json", {"word/2", "input/0"}),
+        ("round-0/command", "conf.yaml", {"word/1"}),
+        ("round-0/train", "base/.hidden", {"model"}),
+        ("round-0/train", "base/.cache/x", set()),
+        ("round-0/evaluate-midtrained", "tasks/_defaults.yaml", {"task_dir"}),
+        ("round-0/evaluate-midtrained", "questions/q.json", {"task_dir"}),
+        ("round-0/evaluate-midtrained", "tasks/__pycache__/x.pyc", set()),
+    ):
+        before = prints(name)
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        with open(tmp_path / file, "a") as opened:
+            opened.write("\n# more\n" if file.endswith(".yaml") else " ")
+        after = prints(name)
+        assert {key for key in before if before[key] != after[key]} == changed, file
+
+
+def test_words_with_an_equals_sign_reach_the_command_whole(fake: FakeLoop, remit: Remit) -> None:
+    conf = fake.folder / "conf.yaml"
+    conf.write_text("one\n")
+    (fake.folder / "own.sh").write_text(
+        'cp "$REMIT_MODEL"/* "$REMIT_OUTPUT"; cp "${1#--config=}" "$REMIT_OUTPUT"/own.txt'
+    )
+    fake.values["posttrain"] = [{"command": ["bash", str(fake.folder / "own.sh"), f"--config={conf}"], "name": "own"}]
+    fake.values |= {"rounds": 0, "evaluate": None}
+    for content in ("one\n", "two\n"):
+        conf.write_text(content)
+        assert remit("flywheel", "--config", fake.write())[0] == 0
+        assert (fake.out / fake.overview()["round-0/own"]["result"] / "own.txt").read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("reward", "source"), [("single:f", "single.py"), ("several.deep:f", "several"), ("none:f", None)]
+)
+def test_source_of_a_reward(
+    fake: FakeLoop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reward: str, source: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file in ("single.py", "several/__init__.py", "several/deep.py", "several/notes.txt", "more.txt"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    (tmp_path / "rl.jsonl").write_text('{"prompt": "a"}\n')
+    fake.values["posttrain"] = [{"rl": {"data": "rl.jsonl", "reward": reward}, "inputs": ["more.txt"]}]
+    stages = {stage.name: stage for stage in make_loop(read_config(fake.write())).stages}
+    inputs = stages["round-0/rl"].inputs
+    assert inputs["input/0"] == tmp_path / "more.txt"
+    assert inputs.get("reward") == (source and tmp_path / source)
+    if source:
+        files = read_files(inputs["reward"], counting=stages["round-0/rl"].counting["reward"])
+        assert sorted(files) == ([""] if source == "single.py" else ["__init__.py", "deep.py"])
+        before = reward_fingerprint(reward)
+        with open(tmp_path / (source if source == "single.py" else "several/__init__.py"), "a") as file:
+            file.write("# other\n")
+        assert reward_fingerprint(reward) != before
 
 
 def test_bad_options(fake: FakeLoop, remit: Remit) -> None:

@@ -184,7 +184,8 @@ class Driver:
 
         def absolute(word: Word) -> str:
             if isinstance(word, Input):
-                return str(found.inputs[word.name][0] / word.sub) if word.sub else str(found.inputs[word.name][0])
+                path = found.inputs[word.name][0]
+                return f"{word.prefix}{path / word.sub if word.sub else path}"
             if isinstance(word, Output):
                 return str(folder / word.sub) if word.sub else str(folder)
             if isinstance(word, State):

@@ -42,7 +42,8 @@ class FlywheelOptions:
 
 @dataclass(frozen=True)
 class PostTrain:
-    """One stage of post-training. kind: sft, dpo, rl with `options`, or command with `command` and `inputs`."""
+    """One stage of post-training. kind: sft, dpo, rl with `options`, or command with `command`; `inputs` of the latter
+    two: files and folders that they read beyond what their options and words name."""
 
     name: str
     kind: str
@@ -225,21 +226,21 @@ def read_posttrain(file: _File, value: Any) -> tuple[PostTrain, ...]:
             file.known(f"{where}.", entry, (*POSTTRAIN, "name", "inputs"))
             file.fail(where, entry, f"exactly one of {', '.join(POSTTRAIN)}")
         kind = kinds[0]
-        file.known(f"{where}.", entry, (kind, "name", *(["inputs"] if kind == "command" else [])))
+        file.known(f"{where}.", entry, (kind, "name", *(["inputs"] if kind in ("command", "rl") else [])))
         name = file.text(f"{where}.name", entry.get("name", kind))
         if not name.replace("-", "").replace("_", "").isalnum() or not name.isascii() or name in RESERVED:
             file.fail(f"{where}.name", name, f"letters, digits, - and _, and not one of {', '.join(RESERVED)}")
         if name in [stage.name for stage in stages]:
             file.fail(f"{where}.name", name, "a name that no other stage of posttrain has")
+        inputs = file.texts(f"{where}.inputs", entry.get("inputs") or [], least=0)
+        for path in inputs:
+            if not Path(path).exists():
+                file.fail(f"{where}.inputs", path, "a file or folder that is there")
         if kind == "command":
             command = file.texts(f"{where}.command", entry["command"])
-            inputs = file.texts(f"{where}.inputs", entry.get("inputs") or [], least=0)
-            for path in inputs:
-                if not Path(path).exists():
-                    file.fail(f"{where}.inputs", path, "a file or folder that is there")
             file.program(f"{where}.command", command[0])
             stages.append(PostTrain(name, kind, command=command, inputs=inputs))
         else:
             options = read_section(file, f"{where}.{kind}", kind, entry[kind] or {})
-            stages.append(PostTrain(name, kind, options))
+            stages.append(PostTrain(name, kind, options, inputs=inputs))
     return tuple(stages)

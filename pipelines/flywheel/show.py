@@ -35,7 +35,7 @@ def duration(seconds: float) -> str:
 def plain(word: Word) -> str:
     """A word of a command for the reader of a plan."""
     if isinstance(word, Input):
-        return f"<{word.name}{'/' if word.sub else ''}{word.sub}>"
+        return f"{word.prefix}<{word.name}{'/' if word.sub else ''}{word.sub}>"
     if isinstance(word, Output | State):
         kind = "out" if isinstance(word, Output) else "state"
         return f"<{kind}{'/' if word.sub else ''}{word.sub}>"
@@ -69,7 +69,7 @@ def show_plan(looks: list[Look], folder: Path, console: Console) -> None:
         stage = look.stage
         words = [*map(str, stage.launcher), *map(plain, stage.command)]
         # what is between < and > is put in when it runs
-        command = " ".join(word if word.startswith("<") else shlex.quote(word) for word in words)
+        command = " ".join(word if "<" in word and word.endswith(">") else shlex.quote(word) for word in words)
         lines = [stage.name, f"  {command}"]
         sources = [
             (name, source.name if isinstance(source, Stage) else str(source)) for name, source in stage.inputs.items()
