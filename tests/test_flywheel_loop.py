@@ -235,6 +235,13 @@ BAD = [
     ({"train": {"epsilon": [0.1, 0.2]}}, "train.epsilon is [0.1, 0.2]"),
     ({"train": {"objective": "ntp"}}, "train.objective is 'ntp', expected an objective with a reference"),
     ({"train": {"objective": "kd", "epsilon": 0.3}}, "--epsilon belongs to --objective remit"),
+    ({"train": {"objective": "kd"}}, "score.top_k is 0, expected at least 1, for instance 32, since train.objective is kd"),
+    ({"train": {"context": "document"}}, "train.context is 'document', expected packed, as score.context is, or auto"),
+    (
+        {"train": {"context": "packed"}, "score": {"context": "document"}},
+        "train.context is 'packed', expected document, as score.context is, or auto",
+    ),
+    ({"score": {"engine": "fake"}}, "score.engine is 'fake', expected vllm; the fake engine's numbers are a hash"),
     ({"train": {"eval_shards": "none"}}, "train.eval_shards is 'none', expected a file or folder that is there"),
     ({"launch": {"trian": "x"}}, "launch.trian is no key; did you mean train?"),
     ({"launch": {"train": {}}}, "launch.train is {}, expected a list of words"),

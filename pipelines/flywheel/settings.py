@@ -190,7 +190,22 @@ def read_config(path: Path, out: Path | None = None) -> FlywheelConfig:
         file.fail("train.objective", "ntp", "an objective with a reference; round 0 is the one that trains with ntp")
     if "eval_shards" in found.get("train", {}) and "heldout" in found:
         raise BadUsage(f"{path}: heldout and train.eval_shards are both given, expected one of them")
+    check_scores_are_of_use(file, found)
     return FlywheelConfig(**found)
+
+
+def check_scores_are_of_use(file: _File, found: Mapping[str, Any]) -> None:
+    """BadUsage where the trainings from round 1 on would refuse what the scorings of this file store."""
+    score, train = found.get("score", {}), found.get("train", {})
+    if score.get("engine") == "fake":
+        file.fail("score.engine", "fake", "vllm; the fake engine's numbers are a hash, which training refuses")
+    if found.get("rounds", FlywheelConfig.rounds) == 0:
+        return  # nothing is scored
+    if train.get("objective") == "kd" and int(score.get("top_k") or 0) == 0:
+        file.fail("score.top_k", score.get("top_k", 0), "at least 1, for instance 32, since train.objective is kd")
+    scored, trained = score.get("context") or "packed", train.get("context") or "auto"
+    if trained not in ("auto", scored):
+        file.fail("train.context", trained, f"{scored}, as score.context is, or auto")
 
 
 def read_section(
