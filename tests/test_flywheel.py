@@ -16,6 +16,7 @@ import pytest
 from annotated import annotate
 
 from pipelines.flywheel.fingerprint import Known, fingerprint, first_change, read_files
+from pipelines.flywheel.records import code_fingerprint, made_by_other_code
 from pipelines.flywheel.runner import Outcome, StageFailed, run_stages
 from pipelines.flywheel.stage import Input, Output, Stage, State, Unkeyed, stage_key
 from pipelines.flywheel.survey import survey
@@ -381,6 +382,29 @@ def test_failure_shows_the_lines_of_its_own_attempt(tmp_path: Path) -> None:
         with pytest.raises(StageFailed, match=message) as failed:
             run_stages([stage], tmp_path / "f")
     assert failed.value.log == [line for line in failed.value.log if line.startswith("---")]
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "0"), ("5", "5")])
+def test_workers_of_ray_are_as_nice_as_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None, expected: str
+) -> None:
+    monkeypatch.delenv("RAY_worker_niceness", raising=False)
+    if given is not None:
+        monkeypatch.setenv("RAY_worker_niceness", given)
+    outcome, _ = run(tmp_path, shell("a", 'echo "$RAY_worker_niceness" > $0/x'))
+    assert (outcome.result("a") / "x").read_text().strip() == expected
+
+
+def test_stages_made_by_other_code_are_counted(tmp_path: Path) -> None:
+    stages = [shell(name, f"echo {name} > $0/x") for name in "ab"]
+    outcome, _ = run(tmp_path, *stages)
+    assert outcome.records["a"]["code"] == code_fingerprint()
+    assert made_by_other_code(outcome.records.values()) == ""
+    file = tmp_path / "records" / f"{outcome.records['a']['key']}.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"code": "0"}))
+    again, ran = run(tmp_path, *stages)
+    assert ran == []
+    assert made_by_other_code(again.records.values()).startswith("1 of 2 stages that are done was made by other code")
 
 
 def test_command_that_does_not_exist(tmp_path: Path) -> None:

@@ -9,21 +9,23 @@ FOLDER/flywheel.json         the stages of the present plan in their order, with
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import platform
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.flywheel.fingerprint import Files, fingerprint, first_change, from_json, to_json
 from pipelines.flywheel.stage import Stage, remit_version
-from shards.part import encode_json
+from shards.part import encode_json, sha256_file
 from shards.store import LocalStore
 
 if TYPE_CHECKING:
@@ -163,9 +165,36 @@ def write_record(
         "files": to_json(files),
         "log": relative(str(process.log)),
         "versions": versions(),
+        "code": code_fingerprint(),
     }
     places.write(f"records/{process.key}.json", record)
     return record
+
+
+@cache
+def code_fingerprint() -> str:
+    """sha256 over the Python sources of this project's packages, by their paths; read once per process."""
+    root = Path(__file__).parent.parent.parent
+    digest = hashlib.sha256()
+    for package in ("shards", "scorer", "trainer", "pipelines"):
+        for file in sorted((root / package).rglob("*.py")):
+            digest.update(f"{file.relative_to(root)} {sha256_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def made_by_other_code(records: Iterable[Record]) -> str:
+    """A line that counts the stages made by other code than this; '' where there are none, or where none is done.
+
+    The code is not in the key, since most changes of it change no result: whether one does is the user's to say.
+    """
+    codes = [record.get("code") for record in records]
+    other = sum(code != code_fingerprint() for code in codes)
+    if not other:
+        return ""
+    return (
+        f"{other} of {len(codes)} stages that are done {'was' if other == 1 else 'were'} made by other code than this; "
+        "to make them again, choose another out"
+    )
 
 
 def clear(folder: Path) -> None:

@@ -16,7 +16,7 @@ from pipelines.console import note
 from pipelines.evaluation.tables import show_values
 from pipelines.flywheel.loop import Loop
 from pipelines.flywheel.process import log_tail
-from pipelines.flywheel.records import Places, Record
+from pipelines.flywheel.records import Places, Record, made_by_other_code
 from pipelines.flywheel.runner import Outcome
 from pipelines.flywheel.stage import Input, Output, Stage, State, Unkeyed, Word
 from pipelines.flywheel.survey import Look
@@ -80,6 +80,8 @@ def show_plan(looks: list[Look], folder: Path, console: Console) -> None:
         console.print("\n".join(lines), markup=False, soft_wrap=True)
     done = sum(state.startswith("done") for state in states)
     console.print(f"{done} of {len(looks)} stages are done; nothing was written")
+    if other := made_by_other_code(look.record for look in looks if look.record is not None and not look.change):
+        console.print(other, markup=False, soft_wrap=True)
 
 
 class Progress:
@@ -140,6 +142,8 @@ def show_models(loop: Loop, outcome: Outcome, console: Console) -> None:
     if results:
         show_values(results, console)
     seconds = sum(outcome.records[stage.name]["seconds"] for stage in loop.stages)
+    if other := made_by_other_code(outcome.records[stage.name] for stage in loop.stages):
+        console.print(other, markup=False, soft_wrap=True)
     overview = outcome.places.folder / "flywheel.json"
     console.print(
         f"{len(loop.stages)} stages, {duration(seconds)} in all -> {overview}", highlight=False, soft_wrap=True
