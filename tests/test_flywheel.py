@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from annotated import annotate
 
 from pipelines.flywheel.fingerprint import Known, fingerprint, first_change, read_files
+from pipelines.flywheel.records import code_fingerprint, made_by_other_code
 from pipelines.flywheel.runner import Outcome, StageFailed, run_stages
 from pipelines.flywheel.stage import Input, Output, Stage, State, Unkeyed, stage_key
 from pipelines.flywheel.survey import survey
@@ -135,6 +137,17 @@ def test_fingerprint_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "empty" / ".x").mkdir(parents=True)
     with pytest.raises(ValueError, match="is empty"):
         read_files(tmp_path / "empty")
+
+
+def test_which_files_of_a_folder_count(tmp_path: Path) -> None:
+    for name in ("a.py", "_b.json", ".c", "_sub/d.py", ".git/e", ".cache/f", "__pycache__/a.pyc"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    plain = {".c", "_b.json", "_sub/d.py", "a.py"}
+    assert set(read_files(tmp_path)) == {"a.py"}
+    assert set(read_files(tmp_path, counting="all")) == plain | {".git/e", ".cache/f"}
+    assert set(read_files(tmp_path, counting="model")) == plain
+    assert set(read_files(tmp_path, counting="python")) == {"a.py", "_sub/d.py"}
 
 
 def test_fingerprint_of_shards(tmp_path: Path, small: Path) -> None:
@@ -327,12 +340,71 @@ def test_an_input_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
     assert (outcome.result("a") / "x").read_text() == "1\n2\n"
 
 
+@pytest.mark.parametrize("end", ["exit 0", "exit 9"])
+@pytest.mark.parametrize("harm", ["echo 2 > $1/x", "echo 2 > $1/y", "rm $1/x"])
+def test_a_command_that_writes_into_what_it_reads_spoils_nothing(tmp_path: Path, harm: str, end: str) -> None:
+    """It is refused by name; what it has changed is made again, and what was begun with it is begun again."""
+    folder, once = tmp_path / "f", tmp_path / "once"
+    first = shell("first", "echo 1 > $0/x")
+    line = f"mkdir -p $0; cat $1/* >> $0/y; test -e {once} || {{ touch {once}; cat $1/x >> $0/y; {harm}; {end}; }}"
+    bad = shell("bad", line, {"first": first}, resumes=True)
+    after = shell("after", "cat $1/* > $0/z", {"first": first})
+    with pytest.raises(StageFailed) as failed:
+        run_stages([first, bad, after], folder)
+    if end == "exit 0":
+        assert re.search(
+            r"stage bad: .*first-[0-9a-f]{12}/[xy] .*: the result of stage first was changed while this stage ran",
+            str(failed.value),
+        )
+    outcome, ran = run(folder, first, bad, after)
+    assert ran == ["first", "bad", "after"]
+    assert (outcome.result("bad") / "y").read_text() == "1\n"
+    assert (outcome.result("after") / "z").read_text() == "1\n"
+    assert run(folder, first, bad, after)[1] == []
+
+
+def test_what_reads_a_result_while_another_command_changes_it_is_refused(tmp_path: Path) -> None:
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one core")
+    up, done = tmp_path / "up", tmp_path / "done"
+    first = shell("first", "echo 1 > $0/x")
+    bad = shell("bad", f"test -e {done} || echo 2 > $1/x; touch {up}; cat $1/x > $0/y; sleep 1000", {"first": first})
+    wait = f"until test -e {up}; do sleep 0.02; done; cat $1/x > $0/z"
+    beside = shell("beside", wait, {"first": first})
+    with pytest.raises(StageFailed, match=r"stage beside: .* the result of stage first was changed"):
+        run_stages([first, bad, beside], tmp_path / "f", jobs=2)
+    assert run(tmp_path / "f", first, beside)[1] == ["first", "beside"]
+
+
 def test_failure_shows_the_lines_of_its_own_attempt(tmp_path: Path) -> None:
     stage = shell("a", f"test -e {tmp_path}/again && exit 5; touch {tmp_path}/again; echo before; exit 4")
     for message in ("exit code 4: before", "exit code 5: it printed nothing"):
         with pytest.raises(StageFailed, match=message) as failed:
             run_stages([stage], tmp_path / "f")
     assert failed.value.log == [line for line in failed.value.log if line.startswith("---")]
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "0"), ("5", "5")])
+def test_workers_of_ray_are_as_nice_as_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None, expected: str
+) -> None:
+    monkeypatch.delenv("RAY_worker_niceness", raising=False)
+    if given is not None:
+        monkeypatch.setenv("RAY_worker_niceness", given)
+    outcome, _ = run(tmp_path, shell("a", 'echo "$RAY_worker_niceness" > $0/x'))
+    assert (outcome.result("a") / "x").read_text().strip() == expected
+
+
+def test_stages_made_by_other_code_are_counted(tmp_path: Path) -> None:
+    stages = [shell(name, f"echo {name} > $0/x") for name in "ab"]
+    outcome, _ = run(tmp_path, *stages)
+    assert outcome.records["a"]["code"] == code_fingerprint()
+    assert made_by_other_code(outcome.records.values()) == ""
+    file = tmp_path / "records" / f"{outcome.records['a']['key']}.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"code": "0"}))
+    again, ran = run(tmp_path, *stages)
+    assert ran == []
+    assert made_by_other_code(again.records.values()).startswith("1 of 2 stages that are done was made by other code")
 
 
 def test_command_that_does_not_exist(tmp_path: Path) -> None:

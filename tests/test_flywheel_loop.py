@@ -14,16 +14,20 @@ import torch
 from conftest import make_model
 from looping import FakeLoop
 from processes import Command
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from test_flywheel import alive, until
 
 from pipelines.cli import parse
 from pipelines.console import BadUsage
+from pipelines.evaluation.tables import show_values
+from pipelines.flywheel.fingerprint import Known, input_fingerprint, read_files
 from pipelines.flywheel.loop import make_loop
 from pipelines.flywheel.model_check import check_model
 from pipelines.flywheel.sections import SECTIONS
 from pipelines.flywheel.settings import read_config
 from pipelines.flywheel.stage import Input, Output, Stage, Unkeyed, Word
+from pipelines.posttrain.rewards import reward_fingerprint
 from trainer.run import NOT_SETTINGS
 
 Remit = Callable[..., tuple[int, str, str]]
@@ -231,6 +235,13 @@ BAD = [
     ({"train": {"epsilon": [0.1, 0.2]}}, "train.epsilon is [0.1, 0.2]"),
     ({"train": {"objective": "ntp"}}, "train.objective is 'ntp', expected an objective with a reference"),
     ({"train": {"objective": "kd", "epsilon": 0.3}}, "--epsilon belongs to --objective remit"),
+    ({"train": {"objective": "kd"}}, "score.top_k is 0, expected at least 1, for instance 32, since train.objective is kd"),
+    ({"train": {"context": "document"}}, "train.context is 'document', expected packed, as score.context is, or auto"),
+    (
+        {"train": {"context": "packed"}, "score": {"context": "document"}},
+        "train.context is 'packed', expected document, as score.context is, or auto",
+    ),
+    ({"score": {"engine": "fake"}}, "score.engine is 'fake', expected vllm; the fake engine's numbers are a hash"),
     ({"train": {"eval_shards": "none"}}, "train.eval_shards is 'none', expected a file or folder that is there"),
     ({"launch": {"trian": "x"}}, "launch.trian is no key; did you mean train?"),
     ({"launch": {"train": {}}}, "launch.train is {}, expected a list of words"),
@@ -287,6 +298,100 @@ def test_what_is_not_installed_is_found_at_once(fake: FakeLoop, remit: Remit, mo
     code, _, error = remit("flywheel", "--config", fake.write())
     assert (code, fake.starts) == (1, [])
     assert "evaluate needs lm_eval, which is not installed; pip install 'remit[eval]'" in error
+
+
+def test_evaluations_of_before_cut_prompts_were_counted_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """Results that an earlier version has written stay done, so that the summary of a loop still meets them."""
+    task = {"value": 0.5, "stderr": 0.1, "label": "capitals", "metric": "acc", "shots": {"capitals": 0}}
+    task["settings"] = {"num_fewshot": None}
+    values = {"suite": None, "tasks": {"capitals": task}, "settings": {"limit": None}, "left_out": []}
+    show_values({"round 0 midtrained": values}, Console())
+    assert "0.5000 ± 0.1000" in capsys.readouterr().out
+
+
+def test_all_that_a_folder_of_the_user_holds_counts(
+    fake: FakeLoop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of inputs, base and task_dir, also files that begin with _ or a dot; of task_dir the data that its tasks name."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(fake.values["base"], tmp_path / "base")
+    (tmp_path / "extra").mkdir()
+    (tmp_path / "extra" / "_params.json").write_text("1")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "_defaults.yaml").write_text("dataset_path: questions")
+    (tmp_path / "questions").mkdir()
+    (tmp_path / "questions" / "q.json").write_text("1")
+    (tmp_path / "conf.yaml").write_text("1")
+    fake.values["base"] = str(tmp_path / "base")
+    fake.values["posttrain"] = [
+        {"command": ["true", "--config=conf.yaml", "--dir=extra", "--x=y"], "inputs": ["extra"]}
+    ]
+    fake.values["evaluate"] = {"tasks": "capitals", "task_dir": str(tmp_path / "tasks")}
+    stages = {stage.name: stage for stage in make_loop(read_config(fake.write())).stages}
+    own = stages["round-0/command"]
+    assert own.command == (
+        "true", Input("word/1", prefix="--config="), Input("word/2", prefix="--dir="), "--x=y"
+    )  # fmt: skip
+
+    def prints(name: str) -> dict[str, str]:
+        stage, known = stages[name], Known(tmp_path / "known.json")
+        paths = {name: path for name, path in stage.inputs.items() if isinstance(path, Path)}
+        return {name: input_fingerprint(path, stage.counting.get(name, "data"), known) for name, path in paths.items()}
+
+    for name, file, changed in (
+        ("round-0/command", "extra/_params.json", {"word/2", "input/0"}),
+        ("round-0/command", "conf.yaml", {"word/1"}),
+        ("round-0/train", "base/.hidden", {"model"}),
+        ("round-0/train", "base/.cache/x", set()),
+        ("round-0/evaluate-midtrained", "tasks/_defaults.yaml", {"task_dir"}),
+        ("round-0/evaluate-midtrained", "questions/q.json", {"task_dir"}),
+        ("round-0/evaluate-midtrained", "tasks/__pycache__/x.pyc", set()),
+    ):
+        before = prints(name)
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        with open(tmp_path / file, "a") as opened:
+            opened.write("\n# more\n" if file.endswith(".yaml") else " ")
+        after = prints(name)
+        assert {key for key in before if before[key] != after[key]} == changed, file
+
+
+def test_words_with_an_equals_sign_reach_the_command_whole(fake: FakeLoop, remit: Remit) -> None:
+    conf = fake.folder / "conf.yaml"
+    conf.write_text("one\n")
+    (fake.folder / "own.sh").write_text(
+        'cp "$REMIT_MODEL"/* "$REMIT_OUTPUT"; cp "${1#--config=}" "$REMIT_OUTPUT"/own.txt'
+    )
+    fake.values["posttrain"] = [{"command": ["bash", str(fake.folder / "own.sh"), f"--config={conf}"], "name": "own"}]
+    fake.values |= {"rounds": 0, "evaluate": None}
+    for content in ("one\n", "two\n"):
+        conf.write_text(content)
+        assert remit("flywheel", "--config", fake.write())[0] == 0
+        assert (fake.out / fake.overview()["round-0/own"]["result"] / "own.txt").read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("reward", "source"), [("single:f", "single.py"), ("several.deep:f", "several"), ("none:f", None)]
+)
+def test_source_of_a_reward(
+    fake: FakeLoop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reward: str, source: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file in ("single.py", "several/__init__.py", "several/deep.py", "several/notes.txt", "more.txt"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    (tmp_path / "rl.jsonl").write_text('{"prompt": "a"}\n')
+    fake.values["posttrain"] = [{"rl": {"data": "rl.jsonl", "reward": reward}, "inputs": ["more.txt"]}]
+    stages = {stage.name: stage for stage in make_loop(read_config(fake.write())).stages}
+    inputs = stages["round-0/rl"].inputs
+    assert inputs["input/0"] == tmp_path / "more.txt"
+    assert inputs.get("reward") == (source and tmp_path / source)
+    if source:
+        files = read_files(inputs["reward"], counting=stages["round-0/rl"].counting["reward"])
+        assert sorted(files) == ([""] if source == "single.py" else ["__init__.py", "deep.py"])
+        before = reward_fingerprint(reward)
+        with open(tmp_path / (source if source == "single.py" else "several/__init__.py"), "a") as file:
+            file.write("# other\n")
+        assert reward_fingerprint(reward) != before
 
 
 def test_bad_options(fake: FakeLoop, remit: Remit) -> None:
@@ -429,6 +534,15 @@ def test_failing_stage_shows_its_log(fake: FakeLoop, remit: Remit) -> None:
     assert counts(fake) == {"pack": 1, "train": 1, "own": 0, "score": 0, "eval": 0}
 
 
+def test_stage_that_stops_unasked_shows_its_log(fake: FakeLoop, remit: Remit) -> None:
+    (fake.folder / "own.sh").write_text("echo first line; echo no machine is free >&2; exit 3")
+    code, _, error = remit("flywheel", "--config", fake.file)
+    assert code == 3
+    assert error.index("  | first line") < error.index("  | no machine is free") < error.index("ended with exit code 3")
+    assert "round-0/own: ended with exit code 3, stopped and can go on, expected 0 since nothing here" in error
+    assert str(next((fake.out / "logs").glob("round-0-own-*.log"))) in error
+
+
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     weights = load_file(folder / "model.safetensors")
     change(weights)
@@ -451,6 +565,14 @@ def cut(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
+def single_beside_shards(folder: Path) -> None:
+    """Shards of the result with their index, and the one file of the model that it was made of."""
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights, folder / "model-00001-of-00001.safetensors", {"format": "pt"})
+    index = {"weight_map": dict.fromkeys(weights, "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 NORM = "model.norm.weight"
 BROKEN: list[tuple[Callable[[Path], object], str]] = [
     (lambda folder: (folder / "config.json").unlink(), "has no config.json (it has: "),
@@ -463,6 +585,16 @@ BROKEN: list[tuple[Callable[[Path], object], str]] = [
     (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
     (lambda folder: edit_config(folder, hidden_size=128), "has shape (521, 64), expected (521, 128)"),
     (cut, "model.safetensors: cannot be read"),
+    (single_beside_shards, "has model.safetensors, expected no weights beside those that model.safetensors.index.json"),
+    (
+        lambda folder: shutil.copy(folder / "model.safetensors", folder / "x.safetensors"),
+        "has x.safetensors, expected no",
+    ),
+    (
+        lambda folder: (folder / "model.safetensors").rename(folder / "x.safetensors"),
+        "model.safetensors: missing, expected it, or shards with model.safetensors.index.json",
+    ),
+    (lambda folder: edit_config(folder, num_hidden_layers=1, layer_types=None), "its weights hold model.layers.1."),
     (lambda folder: rewrite(folder, lambda w: w.pop(NORM)), f"its weights have no {NORM}"),
     (lambda folder: rewrite(folder, lambda w: w[NORM].fill_(float("nan"))), f"{NORM} has values that are not finite"),
 ]

@@ -248,6 +248,10 @@ def test_reward_of_ones_own(tmp_path: Path, speaker: Path, monkeypatch: pytest.M
     data = write(tmp_path / "data.jsonl", [{"prompt": "Which digit?\n", "colour": "red"}] * 8)
     assert rl(rl_config(speaker, data, tmp_path / "out", reward="own_reward:digit", max_steps=2), never) == DONE
     assert 0 <= metrics(tmp_path / "out")[0]["rewards/digit/mean"] < 0.7
+    with open(tmp_path / "own_reward.py", "a") as file:
+        file.write("# a reward of another kind\n")
+    with pytest.raises(ValueError, match="holds another run: reward_sha256"):
+        rl(rl_config(speaker, data, tmp_path / "out", reward="own_reward:digit", max_steps=2), never)
     for name, message in (
         ("own_reward:few", r"returned \[1.0\], expected a list of 2 numbers"),
         ("own_reward:text", "returned '1' for a completion, expected a finite number"),

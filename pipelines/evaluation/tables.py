@@ -70,7 +70,7 @@ def show_values(results: dict[str, dict[str, Any]], console: Console) -> None:
         if limit is not None:
             console.print(f"{name}: the first {limit} questions of each task only", markup=False, soft_wrap=True)
         for record in values["tasks"].values():
-            if cut := sum(record["cut_questions"].values()):
+            if cut := sum(record.get("cut_questions", {}).values()):
                 number = sum(record["num_samples"].values())
                 console.print(
                     f"{name}: {record['label']}: {cut:,} of {number:,} prompts were longer than the model takes and were cut at "

@@ -1,8 +1,8 @@
 """What a file or folder is, by content: its files with their sizes and sha256, and one fingerprint over them.
 
 Of a shard folder the manifest, the tokenizer and the parts with their commit records count; the sha256 of a part is
-taken from its record, so that a large folder is not read again. Of any other folder all files count whose names, and
-whose folders' names, do not begin with _ or a dot.
+taken from its record, so that a large folder is not read again. Of a corpus and of a result all files count whose
+names, and whose folders' names, do not begin with _ or a dot; of other folders of the user those that `Counting` says.
 """
 
 import hashlib
@@ -11,8 +11,9 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from pipelines.evaluation.task_folder import task_folder_fingerprint
 from shards.folder import TOKENIZER, ShardFolder
 from shards.manifest import MANIFEST
 from shards.part import read_record, record_name, sha256_file
@@ -60,11 +61,25 @@ class Known:
             self._changed = False
 
 
+Counting = Literal["data", "all", "model", "tasks", "python"]
+"""Which files of a folder count. data: those that do not begin with _ or a dot, and so those that readers of a corpus
+see; all: every file; model: every file outside the hub's .cache and .git; tasks: those that task files name as well;
+python: *.py. __pycache__ counts only as data, since running what lies beside it changes it."""
+
+
 def is_shard_folder(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
-def counted_files(folder: Path) -> Iterator[str]:
+def _counts(name: str, is_folder: bool, counting: Counting) -> bool:
+    if counting == "data":
+        return not name.startswith(("_", "."))
+    if is_folder:
+        return name not in (("__pycache__", ".cache", ".git") if counting == "model" else ("__pycache__",))
+    return counting != "python" or name.endswith(".py")
+
+
+def counted_files(folder: Path, counting: Counting = "data") -> Iterator[str]:
     """Relative paths of the files of a folder that count, links followed, sorted."""
     seen: set[str] = set()
     found = []
@@ -74,14 +89,14 @@ def counted_files(folder: Path) -> Iterator[str]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(("_", "."))]
+        folders[:] = [name for name in folders if _counts(name, True, counting)]
         found += [
-            os.path.relpath(os.path.join(where, name), folder) for name in files if not name.startswith(("_", "."))
+            os.path.relpath(os.path.join(where, name), folder) for name in files if _counts(name, False, counting)
         ]
     yield from sorted(found)
 
 
-def read_files(path: Path, known: Known | None = None) -> Files:
+def read_files(path: Path, known: Known | None = None, counting: Counting = "data") -> Files:
     """All files that count of a file or folder; ValueError where there is nothing, or an unfinished shard folder."""
 
     def state(file: Path) -> FileState:
@@ -96,9 +111,10 @@ def read_files(path: Path, known: Known | None = None) -> Files:
         raise ValueError(f"{path}: does not exist, expected a file or a folder")
     if is_shard_folder(path):
         return _shard_files(path, state)
-    files = {name: state(path / name) for name in counted_files(path)}
+    files = {name: state(path / name) for name in counted_files(path, counting)}
     if not files:
-        raise ValueError(f"{path}: is empty, expected files whose names do not begin with _ or a dot")
+        of = {"data": "files whose names do not begin with _ or a dot", "python": "*.py files"}.get(counting, "files")
+        raise ValueError(f"{path}: is empty, expected {of}")
     return files
 
 
@@ -126,6 +142,13 @@ def fingerprint(files: Files) -> str:
     for name in sorted(files):
         digest.update(json.dumps([name, files[name].sha256]).encode() + b"\n")
     return digest.hexdigest()
+
+
+def input_fingerprint(path: Path, counting: Counting, known: Known) -> str:
+    """sha256 over what counts of a file or folder of the user; ValueError as read_files."""
+    if counting == "tasks" and path.is_dir():
+        return task_folder_fingerprint(path)
+    return fingerprint(read_files(path, known, counting))
 
 
 def first_change(path: Path, files: Files) -> str:

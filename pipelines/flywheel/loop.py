@@ -13,15 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.console import BadUsage
+from pipelines.flywheel.fingerprint import Counting
 from pipelines.flywheel.model_check import check_model
 from pipelines.flywheel.sections import SECTIONS, without_objective, words
 from pipelines.flywheel.settings import FlywheelConfig, PostTrain
 from pipelines.flywheel.stage import Input, Output, Stage, State, Unkeyed, Word
 from pipelines.models import resolve_model
+from pipelines.posttrain.rewards import reward_source
 from shards.store import is_remote
 
 REFERENCE = "rl"  # name of the column that every round scores
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+MODEL: dict[str, Counting] = {"model": "model"}
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ class _Builder:
             *("--shards", Input("shards"), "--model", Input("model"), "--out", Output(), "--name", REFERENCE),
             *words("score", self.config.score, inputs),
         )
-        return self.add("score", name, line, inputs)
+        return self.add("score", name, line, inputs, counting=MODEL)
 
     def train(self, name: str, number: int, shards: Stage, heldout: Stage | None) -> Stage:
         inputs: dict[str, Any] = {"shards": shards, "model": self.base}
@@ -137,7 +141,7 @@ class _Builder:
         if heldout is not None:
             inputs["eval_shards"] = heldout
             line = (*line, "--eval-shards", Input("eval_shards"))
-        return self.add("train", name, line, inputs, result="model", seed=self.config.seed)
+        return self.add("train", name, line, inputs, result="model", seed=self.config.seed, counting=MODEL)
 
     def post_train(self, name: str, number: int, entry: PostTrain, model: Stage) -> Stage:
         if entry.kind == "command":
@@ -147,25 +151,32 @@ class _Builder:
             *("--model", Input("model"), "--out", Output(), "--seed", str(self.config.seed)),
             *words(entry.kind, entry.options, inputs),
         )
-        reward = str(entry.options.get("reward", "")).partition(":")[0].replace(".", "/") + ".py"
-        if Path(reward).is_file():  # a module of the user's own, in this folder
-            inputs["reward"] = Path(reward).absolute()
-        return self.add(entry.kind, name, line, inputs, result="model", seed=self.config.seed, check=check_model)
+        counting: dict[str, Counting] = {"reward": "python"}
+        reward = reward_source(str(entry.options.get("reward", "answer"))) if entry.kind == "rl" else None
+        if reward is not None:
+            inputs["reward"] = reward
+        more_inputs(entry, inputs, counting)
+        settings: dict[str, Any] = {"result": "model", "seed": self.config.seed, "check": check_model}
+        return self.add(entry.kind, name, line, inputs, counting=counting, **settings)
 
     def own_command(self, name: str, number: int, entry: PostTrain, model: Stage) -> Stage:
         """The contract of a command of the user's own: where it reads and writes is in its environment."""
         inputs: dict[str, Any] = {"model": model}
+        counting: dict[str, Counting] = {}
         line: list[Word] = []
         for place, word in enumerate(entry.command):
             # the program itself is looked for in PATH unless it is a path
+            option, equals, path = word.partition("=")
             is_file = Path(word).is_file() and (place > 0 or "/" in word)
             if is_file or word in entry.inputs:
-                inputs[f"word/{place}"] = Path(word).absolute()
-                line.append(Input(f"word/{place}"))
-            else:
+                option, equals, path = "", "", word
+            elif not equals or not (Path(path).is_file() or path in entry.inputs):
                 line.append(word)
-        for index, path in enumerate(entry.inputs):
-            inputs[f"input/{index}"] = Path(path).absolute()
+                continue
+            inputs[f"word/{place}"] = Path(path).absolute()
+            counting[f"word/{place}"] = "all"
+            line.append(Input(f"word/{place}", prefix=option + equals))
+        more_inputs(entry, inputs, counting)
         environment: dict[str, Word] = {
             "REMIT_MODEL": Input("model"),
             "REMIT_OUTPUT": Output(),
@@ -174,7 +185,8 @@ class _Builder:
             "REMIT_ROUND": str(number),
             "REMIT_TOKENIZER": Unkeyed(str(self.tokenizer)),
         }
-        stage = Stage(name, tuple(line), inputs, seed=self.config.seed, environment=environment, check=check_model)
+        settings: dict[str, Any] = {"seed": self.config.seed, "check": check_model, "counting": counting}
+        stage = Stage(name, tuple(line), inputs, environment=environment, **settings)
         self.stages.append(stage)
         return stage
 
@@ -182,7 +194,14 @@ class _Builder:
         assert self.config.evaluate is not None
         inputs: dict[str, Any] = {"model": model}
         line = ("--model", Input("model"), "--out", Output(), *words("evaluate", self.config.evaluate, inputs))
-        return self.add("evaluate", name, line, inputs)
+        return self.add("evaluate", name, line, inputs, counting={"task_dir": "tasks"})
+
+
+def more_inputs(entry: PostTrain, inputs: dict[str, Any], counting: dict[str, Counting]) -> None:
+    """Add what `inputs` of an entry of posttrain names."""
+    for index, path in enumerate(entry.inputs):
+        inputs[f"input/{index}"] = Path(path).absolute()
+        counting[f"input/{index}"] = "all"
 
 
 def local_model(key: str, name: str, weights: bool = True) -> Path:

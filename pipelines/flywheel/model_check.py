@@ -1,6 +1,7 @@
 """Is a folder a model that the next stage can read? Asked before a post-trained model is recorded."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,31 +68,59 @@ def check_weights(folder: Path) -> None:
                     shapes[name] = tuple(tensor.shape)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file}: cannot be read ({_line(error)}); it is damaged or cut off") from None
+    _compare(folder, model, shapes)
+
+
+def _compare(folder: Path, model: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """ValueError unless the tensors in the files, by `shapes`, are those of `model`, which config.json has made."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    for name, tensor in model.state_dict().items():
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name, shape in expected.items():
         if name not in shapes:
             if name in tied:
                 continue
             raise ValueError(f"{folder}: its weights have no {name}, which config.json asks for")
-        if shapes[name] != tuple(tensor.shape):
-            raise ValueError(
-                f"{folder}: {name} has shape {shapes[name]}, expected {tuple(tensor.shape)} by its config.json"
-            )
+        if shapes[name] != shape:
+            raise ValueError(f"{folder}: {name} has shape {shapes[name]}, expected {shape} by its config.json")
+    # transformers would drop these without a word, and go on with a part of the model
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+    unknown = sorted(
+        name
+        for name in shapes.keys() - expected.keys() - tied
+        if not any(re.search(pattern, name) for pattern in ignored)
+    )
+    if unknown:
+        raise ValueError(
+            f"{folder}: its weights hold {unknown[0]}{_and_more(unknown)}, expected only what config.json describes; save "
+            "the config.json that belongs to the weights"
+        )
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files that the index names, or all; ValueError where one is missing."""
+    """The files that transformers loads; ValueError where one is missing, or where others stand beside them."""
     index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return sorted(folder.glob("*.safetensors"))
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index}: damaged ({_line(error)})") from None
+    names = ["model.safetensors"]
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index}: damaged ({_line(error)})") from None
     for name in names:
         if not (folder / name).is_file():
-            raise ValueError(f"{folder / name}: missing, {index.name} names it")
+            by = f"{index.name} names it" if index.is_file() else f"expected it, or shards with {index.name}"
+            raise ValueError(f"{folder / name}: missing, {by}")
+    # model.safetensors of the start beside shards of the result: transformers loads the one, the index names the other
+    others = sorted(file.name for file in folder.glob("*.safetensors") if file.name not in names)
+    if others:
+        beside = f"those that {index.name} names" if index.is_file() else names[0]
+        raise ValueError(
+            f"{folder}: has {', '.join(others[:5])}, expected no weights beside {beside}; delete one of them"
+        )
     return [folder / name for name in names]
+
+
+def _and_more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
 
 
 def _line(error: BaseException) -> str:

@@ -40,6 +40,8 @@ class Process:
             variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         if self.cores:
             variables["OMP_NUM_THREADS"] = str(len(self.cores))
+        # Ray starts its workers with nice 15: with --jobs > 1 a scoring would starve beside the other stages
+        variables.setdefault("RAY_worker_niceness", "0")
         variables |= self.environment
         cores = ",".join(map(str, self.cores)) or "all"
         watch, self._alive = os.pipe()
@@ -78,6 +80,11 @@ class Process:
     @property
     def seconds(self) -> float:
         return time.time() - self.began
+
+    @property
+    def num_cores(self) -> int:
+        """Cores that it may use."""
+        return len(self.cores or os.sched_getaffinity(0))
 
     def tail(self) -> list[str]:
         """The last lines of this attempt's log, as a terminal would show them."""

@@ -4,7 +4,7 @@ FOLDER/stages/NAME-KEY/      output of a stage; .NAME-KEY.part while it is made 
 FOLDER/records/KEY.json      the record, written last: without it a stage is not done
 FOLDER/logs/NAME-KEY.log     what its command printed, all attempts
 FOLDER/state/NAME-KEY/       checkpoints of a command of the user's own, until it is done
-FOLDER/set-aside/            outputs that were changed after their stage was done
+FOLDER/set-aside/            outputs that were changed after their stage was done, and what was begun with changed inputs
 FOLDER/flywheel.json         the stages of the present plan in their order, with their records
 """
 
@@ -16,17 +16,21 @@ import platform
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipelines.flywheel.fingerprint import first_change, from_json
+from pipelines.flywheel.fingerprint import Files, fingerprint, first_change, from_json, to_json
 from pipelines.flywheel.stage import Stage, remit_version
-from shards.part import encode_json
+from shards.part import encode_json, sha256_file
 from shards.store import LocalStore
+
+if TYPE_CHECKING:
+    from pipelines.flywheel.process import Process
+    from pipelines.flywheel.survey import Look
 
 FORMAT = 1
 OVERVIEW = "flywheel.json"
@@ -84,14 +88,27 @@ class Places:
     def set_aside(self, record: Record) -> Path:
         """Move the output of a done stage, which somebody changed, out of the way; returns where it is now."""
         output = self.folder / record["output"]
-        for number in range(1, 10_000):
-            aside = self.folder / "set-aside" / f"{output.name}-{number}"
-            if not aside.exists():
-                break
-        aside.parent.mkdir(parents=True, exist_ok=True)
+        aside = self._free_aside(output.name)
         if output.exists():
             os.rename(output, aside)
         (self.folder / "records" / f"{record['key']}.json").unlink(missing_ok=True)
+        return aside
+
+    def drop_unfinished(self, stage: Stage) -> None:
+        """Move half-written outputs and checkpoints of `stage` out of the way, those of all its keys."""
+        for folder in (self.folder / "stages", self.folder / "state"):
+            for found in sorted(folder.glob(f"{stage.slug}-" + "[0-9a-f]" * 12)):
+                if not any((self.folder / "records").glob(f"{found.name[-12:]}*.json")):
+                    aside = self._free_aside(f"{found.name}-{folder.name}")
+                    os.rename(found, aside)
+
+    def _free_aside(self, name: str) -> Path:
+        """A path in set-aside/ that nothing has yet."""
+        for number in range(1, 10_000):
+            aside = self.folder / "set-aside" / f"{name}-{number}"
+            if not aside.exists():
+                break
+        aside.parent.mkdir(parents=True, exist_ok=True)
         return aside
 
     def overview(self, stages: list[tuple[Stage, str, Record | None]]) -> None:
@@ -116,15 +133,68 @@ def versions() -> dict[str, str]:
     return found
 
 
+def write_record(
+    places: Places, process: "Process", found: "Look", attempts: list[dict[str, float]], output: Path, files: Files
+) -> Record:
+    """Write and return the record of a stage that is done. output: its folder by its final name; files: its result."""
+    stage, relative = process.stage, places.relative
+    part, final = str(process.folder), str(output)
+    record: Record = {
+        "format": FORMAT,
+        "name": stage.name,
+        "key": process.key,
+        "command": [relative(word.replace(part, final)) for word in process.command],
+        "environment": {name: relative(word.replace(part, final)) for name, word in process.environment.items()},
+        "inputs": {
+            name: {
+                "path": relative(str(path)),
+                "fingerprint": value,
+                "stage": source.name if isinstance(source := stage.inputs[name], Stage) else None,
+            }
+            for name, (path, value) in found.inputs.items()
+        },
+        "seed": stage.seed,
+        "settings": json.loads(json.dumps(dict(stage.settings))),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(attempts[0]["began"])),
+        "seconds": round(sum(attempt["seconds"] for attempt in attempts), 3),
+        "attempts": len(attempts),
+        "cores": process.num_cores,
+        "output": relative(final),
+        "result": relative(str(output / stage.result) if stage.result else final),
+        "fingerprint": fingerprint(files),
+        "files": to_json(files),
+        "log": relative(str(process.log)),
+        "versions": versions(),
+        "code": code_fingerprint(),
+    }
+    places.write(f"records/{process.key}.json", record)
+    return record
+
+
 @cache
 def code_fingerprint() -> str:
-    """sha256 over the Python sources of remit's own packages, by their names: the version alone does not tell edits."""
+    """sha256 over the Python sources of this project's packages, by their paths; read once per process."""
+    root = Path(__file__).parent.parent.parent
     digest = hashlib.sha256()
-    root = Path(__file__).parents[2]
-    for package in ("pipelines", "scorer", "shards", "trainer"):
+    for package in ("shards", "scorer", "trainer", "pipelines"):
         for file in sorted((root / package).rglob("*.py")):
-            digest.update(f"{file.relative_to(root)} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+            digest.update(f"{file.relative_to(root)} {sha256_file(file)}\n".encode())
     return digest.hexdigest()
+
+
+def made_by_other_code(records: Iterable[Record]) -> str:
+    """A line that counts the stages made by other code than this; '' where there are none, or where none is done.
+
+    The code is not in the key, since most changes of it change no result: whether one does is the user's to say.
+    """
+    codes = [record.get("code") for record in records]
+    other = sum(code != code_fingerprint() for code in codes)
+    if not other:
+        return ""
+    return (
+        f"{other} of {len(codes)} stages that are done {'was' if other == 1 else 'were'} made by other code than this; "
+        "to make them again, choose another out"
+    )
 
 
 def clear(folder: Path) -> None:

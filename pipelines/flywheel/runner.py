@@ -7,7 +7,6 @@ process or of any that it has started, costs the stages that were running, and t
 """
 
 import contextlib
-import json
 import os
 import shutil
 import time
@@ -16,18 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.flywheel import records
-from pipelines.flywheel.fingerprint import Known, fingerprint, read_files, to_json
+from pipelines.flywheel.fingerprint import Known, read_files
 from pipelines.flywheel.process import Process
 from pipelines.flywheel.records import Places, Record
 from pipelines.flywheel.stage import Input, Output, Stage, State, Unkeyed, Word, check_graph
-from pipelines.flywheel.survey import Look, look
+from pipelines.flywheel.survey import Look, changed_input, look
 
 STOPPED = 3  # exit code of a command that a signal has stopped and that can go on
 Watch = Callable[[str, Stage, Record], None]
-"""watch("done before" | "changed" | "reading" | "started" | "finished" | "running", stage, facts), in this thread.
+"""watch("done before" | "changed" | "reading" | "started" | "stopped" | "finished" | "running", stage, facts), in this
+thread.
 
 facts: the record of a done stage; {"log", "output"} of one that starts; {"change", "aside"} of one whose result was
-changed; {"log", "seconds"} of those that are running, some times per second; {} of one whose inputs or result are read.
+changed; {"log", "seconds"} of those that are running, some times per second;
+{"log", "lines"} of one that has ended with code 3 unasked, with its last lines; {} of one whose inputs or result are read.
 """
 
 
@@ -145,6 +146,10 @@ class Driver:
                 if any(found.key == process.key for process, _ in self.running.values()):
                     continue  # the same work under another name: its record will do
                 if found.record is not None and found.change:
+                    for reader in self.stages:
+                        # what they have begun may be made of the changed result; what they have done is not
+                        if stage in reader.inputs.values():
+                            self.places.drop_unfinished(reader)
                     aside = self.places.set_aside(found.record)
                     self.watch("changed", stage, {"change": found.change, "aside": str(aside)})
                 elif found.record is not None:
@@ -179,7 +184,8 @@ class Driver:
 
         def absolute(word: Word) -> str:
             if isinstance(word, Input):
-                return str(found.inputs[word.name][0] / word.sub) if word.sub else str(found.inputs[word.name][0])
+                path = found.inputs[word.name][0]
+                return f"{word.prefix}{path / word.sub if word.sub else path}"
             if isinstance(word, Output):
                 return str(folder / word.sub) if word.sub else str(folder)
             if isinstance(word, State):
@@ -207,9 +213,11 @@ class Driver:
         self.free = sorted([*self.free, *(process.cores or self.cores)])
         stage, key = process.stage, process.key
         attempts = records.ended(self.places, key, process.seconds)
-        if code == STOPPED or (stopping and code != 0):
-            return
         tail = process.tail()
+        if code == STOPPED or (stopping and code != 0):
+            if not stopping:  # nobody has asked it to here: a signal to it alone, or its own idea
+                self.watch("stopped", stage, {"log": str(process.log), "lines": tail})
+            return
         if code != 0:
             how = f"was ended by signal {code - 128}" if code > 128 else f"failed with exit code {code}"
             said = next((line for line in reversed(tail) if not line.startswith("---")), "it printed nothing")
@@ -222,7 +230,9 @@ class Driver:
             files = read_files(result)
             if stage.check is not None:
                 stage.check(result, {name: path for name, (path, _) in found.inputs.items()})
-            self.require_unchanged(found)
+            if change := changed_input(found, self.places, self.done, self.known):
+                self.places.drop_unfinished(stage)  # it is made of both, and would be taken for a beginning
+                raise ValueError(change)
         except (ValueError, OSError) as error:
             raise StageFailed(
                 f"stage {stage.name}: its command ended well, but its result is refused: {error} (log: {process.log})",
@@ -233,55 +243,11 @@ class Driver:
         if not stage.resumes:
             shutil.rmtree(output, ignore_errors=True)
             os.rename(process.folder, output)
-        self.done[name] = self.record(process, found, attempts, output, files)
+        self.done[name] = records.write_record(self.places, process, found, attempts, output, files)
         shutil.rmtree(self.places.state(stage, key), ignore_errors=True)
         self.places.attempts(key).unlink(missing_ok=True)
         self.watch("finished", stage, self.done[name])
         self.write_overview()
-
-    def require_unchanged(self, found: Look) -> None:
-        """ValueError where a file of the user is no longer what the key was made of."""
-        now = look(found.stage, self.places, self.done, self.known)
-        for name, (path, before) in found.inputs.items():
-            if now.inputs[name][1] != before:
-                raise ValueError(f"{path}: was changed while the stage ran; the same command makes it again")
-
-    def record(
-        self, process: Process, found: Look, attempts: list[dict[str, float]], output: Path, files: dict
-    ) -> Record:
-        """Write and return the record of a stage that is done."""
-        stage, relative = process.stage, self.places.relative
-        part, final = str(process.folder), str(output)
-        record: Record = {
-            "format": records.FORMAT,
-            "name": stage.name,
-            "key": process.key,
-            "command": [relative(word.replace(part, final)) for word in process.command],
-            "environment": {name: relative(word.replace(part, final)) for name, word in process.environment.items()},
-            "inputs": {
-                name: {
-                    "path": relative(str(path)),
-                    "fingerprint": value,
-                    "stage": source.name if isinstance(source := stage.inputs[name], Stage) else None,
-                }
-                for name, (path, value) in found.inputs.items()
-            },
-            "seed": stage.seed,
-            "settings": json.loads(json.dumps(dict(stage.settings))),
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(attempts[0]["began"])),
-            "seconds": round(sum(attempt["seconds"] for attempt in attempts), 3),
-            "attempts": len(attempts),
-            "cores": len(process.cores or self.cores),
-            "output": relative(final),
-            "result": relative(str(output / stage.result) if stage.result else final),
-            "fingerprint": fingerprint(files),
-            "files": to_json(files),
-            "log": relative(str(process.log)),
-            "versions": records.versions(),
-            "code": records.code_fingerprint(),
-        }
-        self.places.write(f"records/{process.key}.json", record)
-        return record
 
     def stop_all(self) -> None:
         for process, _ in self.running.values():

@@ -42,7 +42,8 @@ class FlywheelOptions:
 
 @dataclass(frozen=True)
 class PostTrain:
-    """One stage of post-training. kind: sft, dpo, rl with `options`, or command with `command` and `inputs`."""
+    """One stage of post-training. kind: sft, dpo, rl with `options`, or command with `command`; `inputs` of the latter
+    two: files and folders that they read beyond what their options and words name."""
 
     name: str
     kind: str
@@ -189,7 +190,22 @@ def read_config(path: Path, out: Path | None = None) -> FlywheelConfig:
         file.fail("train.objective", "ntp", "an objective with a reference; round 0 is the one that trains with ntp")
     if "eval_shards" in found.get("train", {}) and "heldout" in found:
         raise BadUsage(f"{path}: heldout and train.eval_shards are both given, expected one of them")
+    check_scores_are_of_use(file, found)
     return FlywheelConfig(**found)
+
+
+def check_scores_are_of_use(file: _File, found: Mapping[str, Any]) -> None:
+    """BadUsage where the trainings from round 1 on would refuse what the scorings of this file store."""
+    score, train = found.get("score", {}), found.get("train", {})
+    if score.get("engine") == "fake":
+        file.fail("score.engine", "fake", "vllm; the fake engine's numbers are a hash, which training refuses")
+    if found.get("rounds", FlywheelConfig.rounds) == 0:
+        return  # nothing is scored
+    if train.get("objective") == "kd" and int(score.get("top_k") or 0) == 0:
+        file.fail("score.top_k", score.get("top_k", 0), "at least 1, for instance 32, since train.objective is kd")
+    scored, trained = score.get("context") or "packed", train.get("context") or "auto"
+    if trained not in ("auto", scored):
+        file.fail("train.context", trained, f"{scored}, as score.context is, or auto")
 
 
 def read_section(
@@ -225,21 +241,21 @@ def read_posttrain(file: _File, value: Any) -> tuple[PostTrain, ...]:
             file.known(f"{where}.", entry, (*POSTTRAIN, "name", "inputs"))
             file.fail(where, entry, f"exactly one of {', '.join(POSTTRAIN)}")
         kind = kinds[0]
-        file.known(f"{where}.", entry, (kind, "name", *(["inputs"] if kind == "command" else [])))
+        file.known(f"{where}.", entry, (kind, "name", *(["inputs"] if kind in ("command", "rl") else [])))
         name = file.text(f"{where}.name", entry.get("name", kind))
         if not name.replace("-", "").replace("_", "").isalnum() or not name.isascii() or name in RESERVED:
             file.fail(f"{where}.name", name, f"letters, digits, - and _, and not one of {', '.join(RESERVED)}")
         if name in [stage.name for stage in stages]:
             file.fail(f"{where}.name", name, "a name that no other stage of posttrain has")
+        inputs = file.texts(f"{where}.inputs", entry.get("inputs") or [], least=0)
+        for path in inputs:
+            if not Path(path).exists():
+                file.fail(f"{where}.inputs", path, "a file or folder that is there")
         if kind == "command":
             command = file.texts(f"{where}.command", entry["command"])
-            inputs = file.texts(f"{where}.inputs", entry.get("inputs") or [], least=0)
-            for path in inputs:
-                if not Path(path).exists():
-                    file.fail(f"{where}.inputs", path, "a file or folder that is there")
             file.program(f"{where}.command", command[0])
             stages.append(PostTrain(name, kind, command=command, inputs=inputs))
         else:
             options = read_section(file, f"{where}.{kind}", kind, entry[kind] or {})
-            stages.append(PostTrain(name, kind, options))
+            stages.append(PostTrain(name, kind, options, inputs=inputs))
     return tuple(stages)

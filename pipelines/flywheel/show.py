@@ -16,7 +16,7 @@ from pipelines.console import note
 from pipelines.evaluation.tables import show_values
 from pipelines.flywheel.loop import Loop
 from pipelines.flywheel.process import log_tail
-from pipelines.flywheel.records import Places, Record
+from pipelines.flywheel.records import Places, Record, made_by_other_code
 from pipelines.flywheel.runner import Outcome
 from pipelines.flywheel.stage import Input, Output, Stage, State, Unkeyed, Word
 from pipelines.flywheel.survey import Look
@@ -35,7 +35,7 @@ def duration(seconds: float) -> str:
 def plain(word: Word) -> str:
     """A word of a command for the reader of a plan."""
     if isinstance(word, Input):
-        return f"<{word.name}{'/' if word.sub else ''}{word.sub}>"
+        return f"{word.prefix}<{word.name}{'/' if word.sub else ''}{word.sub}>"
     if isinstance(word, Output | State):
         kind = "out" if isinstance(word, Output) else "state"
         return f"<{kind}{'/' if word.sub else ''}{word.sub}>"
@@ -69,7 +69,7 @@ def show_plan(looks: list[Look], folder: Path, console: Console) -> None:
         stage = look.stage
         words = [*map(str, stage.launcher), *map(plain, stage.command)]
         # what is between < and > is put in when it runs
-        command = " ".join(word if word.startswith("<") else shlex.quote(word) for word in words)
+        command = " ".join(word if "<" in word and word.endswith(">") else shlex.quote(word) for word in words)
         lines = [stage.name, f"  {command}"]
         sources = [
             (name, source.name if isinstance(source, Stage) else str(source)) for name, source in stage.inputs.items()
@@ -80,6 +80,8 @@ def show_plan(looks: list[Look], folder: Path, console: Console) -> None:
         console.print("\n".join(lines), markup=False, soft_wrap=True)
     done = sum(state.startswith("done") for state in states)
     console.print(f"{done} of {len(looks)} stages are done; nothing was written")
+    if other := made_by_other_code(look.record for look in looks if look.record is not None and not look.change):
+        console.print(other, markup=False, soft_wrap=True)
 
 
 class Progress:
@@ -106,6 +108,13 @@ class Progress:
             self.bar.set_postfix_str("")
         elif what == "started":
             note(f"{name}: started, log: {facts['log']}")
+        elif what == "stopped":
+            for line in facts["lines"]:
+                note(f"  | {line}")
+            note(
+                f"{name}: ended with exit code 3, stopped and can go on, expected 0 since nothing here has stopped it; "
+                f"the same command goes on with it (log: {facts['log']})"
+            )
         elif what == "changed":
             note(
                 f"{name}: its result was changed ({facts['change']}); it is made again, the old one is now {facts['aside']}"
@@ -133,6 +142,8 @@ def show_models(loop: Loop, outcome: Outcome, console: Console) -> None:
     if results:
         show_values(results, console)
     seconds = sum(outcome.records[stage.name]["seconds"] for stage in loop.stages)
+    if other := made_by_other_code(outcome.records[stage.name] for stage in loop.stages):
+        console.print(other, markup=False, soft_wrap=True)
     overview = outcome.places.folder / "flywheel.json"
     console.print(
         f"{len(loop.stages)} stages, {duration(seconds)} in all -> {overview}", highlight=False, soft_wrap=True

@@ -14,6 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Union
 
+from pipelines.flywheel.fingerprint import Counting
+
 
 @dataclass(frozen=True)
 class Output:
@@ -31,10 +33,11 @@ class State:
 
 @dataclass(frozen=True)
 class Input:
-    """Stands for the result of the input `name`, or a path under it."""
+    """Stands for the result of the input `name`, or a path under it. prefix: what stands before it in the word."""
 
     name: str
     sub: str = ""
+    prefix: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class Stage:
     """What is run; markers become absolute paths. A word that is this Python's path enters the key as `python`."""
     inputs: Mapping[str, Union["Stage", Path]] = field(default_factory=dict)
     """What it reads, by name: results of other stages, and files or folders of the user."""
+    counting: Mapping[str, Counting] = field(default_factory=dict, kw_only=True)
+    """Which files count of an input that is a folder of the user, by the input's name; default: data."""
     result: str = ""
     """Path under the output folder that consumers receive: `model` of a training run."""
     seed: int | None = None
@@ -104,7 +109,7 @@ def remit_version() -> str:
 def canonical(word: str | Output | State | Input) -> str | list[str]:
     """A word of a command as it enters the key."""
     if isinstance(word, Input):
-        return ["input", word.name, word.sub]
+        return ["input", word.name, word.sub, *([word.prefix] if word.prefix else [])]
     if isinstance(word, Output):
         return ["output", word.sub]
     if isinstance(word, State):

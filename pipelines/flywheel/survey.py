@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipelines.flywheel.fingerprint import Known, fingerprint, read_files
+from pipelines.flywheel.fingerprint import Known, input_fingerprint
 from pipelines.flywheel.records import KNOWN, Places, Record
 from pipelines.flywheel.stage import Stage, check_graph, stage_key
 
@@ -28,10 +28,10 @@ def look(stage: Stage, places: Places, done: Mapping[str, Record], known: Known)
     for name, source in stage.inputs.items():
         if isinstance(source, Path):
             try:
-                files = read_files(source, known)
+                content = input_fingerprint(source, stage.counting.get(name, "data"), known)
             except ValueError as error:
                 raise ValueError(f"stage {stage.name}, input {name}: {error}") from None
-            found.inputs[name] = (source.absolute(), fingerprint(files))
+            found.inputs[name] = (source.absolute(), content)
         elif source.name in done:
             record = done[source.name]
             found.inputs[name] = (places.result(record), record["fingerprint"])
@@ -43,6 +43,26 @@ def look(stage: Stage, places: Places, done: Mapping[str, Record], known: Known)
         if found.record is not None:
             found.change = places.change(found.record)
     return found
+
+
+def changed_input(found: Look, places: Places, done: Mapping[str, Record], known: Known) -> str:
+    """Which input of a stage is no longer what the stage began with, '' where all are; for a command that has ended."""
+    for name, (path, before) in found.inputs.items():
+        source = found.stage.inputs[name]
+        if isinstance(source, Stage):
+            if change := places.change(done[source.name]):
+                return (
+                    f"{change}: the result of stage {source.name} was changed while this stage ran, expected it as it was "
+                    "(inputs are read only); the same command makes both again"
+                )
+            continue
+        try:
+            same = input_fingerprint(source, found.stage.counting.get(name, "data"), known) == before
+        except ValueError as error:
+            return f"{error}: was changed while the stage ran; put it back, and run the same command"
+        if not same:
+            return f"{path}: was changed while the stage ran; the same command makes it again"
+    return ""
 
 
 def survey(stages: Sequence[Stage], folder: Path) -> list[Look]:

@@ -1,11 +1,16 @@
 """Verifiable rewards for reinforcement learning: one number per completion."""
 
+import hashlib
 import importlib
 import math
 import os
 import sys
 from collections.abc import Callable
+from importlib.machinery import PathFinder
+from pathlib import Path
 from typing import Any
+
+from shards.part import sha256_file
 
 Reward = Callable[..., list[float]]
 MARK = "Answer:"
@@ -20,6 +25,37 @@ def final_answer(completion: str) -> str | None:
 def answer_reward(completions: list[str], answer: list[str], **_: Any) -> list[float]:
     """1 where the completion's final answer is `answer`, character for character, else 0."""
     return [float(final_answer(text) == expected.strip()) for text, expected in zip(completions, answer, strict=True)]
+
+
+def reward_source(name: str) -> Path | None:
+    """Where the code behind --reward lies: a module's file, or the folder of a package, with all its modules.
+
+    None for the reward of this project and where there is no such module. Looks in this folder first, as load_reward
+    does, and imports nothing. What the code imports from elsewhere is not followed.
+    """
+    if name == "answer":
+        return None
+    importlib.invalidate_caches()
+    package = name.partition(":")[0].partition(".")[0]
+    spec = PathFinder.find_spec(package, [os.getcwd(), *sys.path])
+    if spec is None:
+        return None
+    if spec.submodule_search_locations:
+        return Path(next(iter(spec.submodule_search_locations))).absolute()
+    origin = Path(spec.origin or "").absolute()
+    return origin if origin.is_file() else None
+
+
+def reward_fingerprint(name: str) -> str | None:
+    """sha256 over the *.py files behind --reward; None where reward_source finds none."""
+    source = reward_source(name)
+    if source is None:
+        return None
+    files = [source] if source.is_file() else sorted(source.rglob("*.py"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.relative_to(source.parent)} {sha256_file(file)}\n".encode())
+    return digest.hexdigest()
 
 
 def load_reward(name: str) -> Reward:

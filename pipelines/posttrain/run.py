@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from pipelines.console import DONE, STOPPED, ShouldStop, note, quiet_libraries
 from pipelines.models import resolve_model
 from pipelines.posttrain.data import Example, keep_short, read_examples
-from pipelines.posttrain.settings import PostTrainConfig
+from pipelines.posttrain.rewards import reward_fingerprint
+from pipelines.posttrain.settings import PostTrainConfig, RlConfig
 from shards.fingerprint import weights_fingerprint
 from shards.manifest import first_difference
 from shards.part import encode_json, publish_json, sha256_file
@@ -136,11 +137,13 @@ def row_limit(config: PostTrainConfig, base: "Base") -> int:
 
 def run_settings(config: PostTrainConfig, folder: Path) -> dict[str, Any]:
     """All that decides the outcome of a run; a resume under other settings is refused."""
+    reward = reward_fingerprint(config.reward) if isinstance(config, RlConfig) else None
     return {
         "stage": type(config).__name__.removesuffix("Config").lower(),
         **{name: value for name, value in asdict(config).items() if name not in NOT_SETTINGS},
         "data_sha256": sha256_file(config.data),
         "weights_sha256": weights_fingerprint(folder),
+        **({} if reward is None else {"reward_sha256": reward}),
     }
 
 
