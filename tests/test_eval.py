@@ -552,6 +552,14 @@ def test_the_error_of_a_mean_needs_that_of_each_task() -> None:
     assert (found["tasks"]["a"]["stderr"], found["tasks"]["a"]["claim"]) == (0.0, "none")
     assert (found["mean"]["stderr"], found["mean"]["claim"]) == (None, "none")
     assert verdict(found["tasks"]["a"]) == "too few questions to tell"
+    one = compare("other", results_of({"a": [1], "b": [0, 1, 0, 1]}), results_of({"a": [1], "b": [1, 0, 1, 1]}))
+    assert (one["tasks"]["a"]["difference"], one["tasks"]["a"]["stderr"]) == (0.0, None)
+    assert one["mean"]["stderr"] is None
+    assert verdict(one["mean"]) == "too few questions to tell"
+    group, before = results_of({"a": [1, 0, 1], "g": [1, 0, 1]}), results_of({"a": [0, 0, 1], "g": [0, 0, 1]})
+    for results in (group, before):
+        results["tasks"]["g"]["samples"] = results["tasks"]["a"]["samples"]
+    assert compare("before", before, group)["mean"]["stderr"] is None
     same = compare("other", results_of({"a": [1, 1], "b": [0, 1, 0, 1]}), ours)
     assert same["mean"]["stderr"] == pytest.approx(same["tasks"]["b"]["stderr"] / 2)
     assert verdict(same["tasks"]["a"]) == "the same on every question"

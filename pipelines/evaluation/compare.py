@@ -17,7 +17,8 @@ def compare(name: str, other: dict[str, Any], ours: dict[str, Any]) -> dict[str,
 
     name: of the other. Each task has difference, stderr (None: not known), paired, num_questions and claim: higher,
     lower or none; or only not_compared, the reason. tasks_alone: those that just one of them has. settings_differ: of
-    SHOULD_AGREE, in words. The mean's error is not known where one task's is not, or is zero beside a difference.
+    SHOULD_AGREE, in words. The mean's error is not known where one task's is not, or is zero beside a difference, or where
+    a question counts in two tasks.
     """
     both = [task for task in ours["tasks"] if task in other["tasks"]]
     rows = {task: compare_task(other["tasks"][task], ours["tasks"][task]) for task in both}
@@ -27,7 +28,10 @@ def compare(name: str, other: dict[str, Any], ours: dict[str, Any]) -> dict[str,
     values["tasks_alone"] = sorted(set(ours["tasks"]) ^ set(other["tasks"]))
     if compared:
         values["settings_differ"] = settings_differ(other, ours, list(rows))
-        errors = [row["stderr"] or (None if row["difference"] else 0.0) for row in compared]
+        errors = [row["stderr"] if row["stderr"] or row["difference"] == 0 else None for row in compared]
+        names = [name for task, row in rows.items() if "difference" in row for name in ours["tasks"][task]["samples"]]
+        if len(set(names)) < len(names):  # a group and one of its tasks: their errors are not independent
+            errors = [None]
         known = [error for error in errors if error is not None]
         stderr = math.sqrt(sum(error**2 for error in known)) / len(known) if len(known) == len(errors) else None
         difference = fmean(row["difference"] for row in compared)

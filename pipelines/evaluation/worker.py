@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -112,6 +113,7 @@ def evaluate_tasks(job: dict[str, Any], connection: Connection) -> None:
             )
         except Exception as failure:
             error = failure
+            print(file=sys.stderr)  # the harness' bar is open
             if isinstance(failure, AssertionError):
                 try:
                     refuse_long_answer(tasks_of(loaded[task["task"]]), model)
