@@ -1,6 +1,7 @@
 """remit completion: the script that a shell sources, as tyro writes it from the options of all commands."""
 
 import io
+import re
 from contextlib import redirect_stdout, suppress
 from importlib.util import find_spec
 
@@ -25,7 +26,12 @@ def script(shell: str) -> str:
         raise ValueError("tcsh needs shtab; pip install shtab")
     with redirect_stdout(io.StringIO()) as printed, suppress(SystemExit):
         parse(["--tyro-print-completion", shell])
-    return printed.getvalue() + (BASH_FILES if shell == "bash" else "")
+    # the script prints a candidate and its help in one line: of a help text with line breaks the rest became candidates
+    lines = [
+        re.sub(r"(\\n|\s)+", " ", line) if line.startswith("COMPLETION_SPEC = ") else line
+        for line in printed.getvalue().splitlines()
+    ]
+    return "\n".join(lines) + "\n" + (BASH_FILES if shell == "bash" else "")
 
 
 def print_script(config: CompletionConfig, should_stop: ShouldStop) -> int:

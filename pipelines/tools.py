@@ -209,7 +209,10 @@ def evaluate(config: EvalConfig, should_stop: ShouldStop) -> int:
     from pipelines.evaluation.tables import show
 
     values = run(config, note)
-    show(values, Console(file=sys.stdout, highlight=False))
+    console = Console(file=sys.stdout, highlight=False)
+    if not console.is_terminal:
+        console.width = 200  # a log has no width; numbers are not cut
+    show(values, console)
     for results in values["results"].values():
         print(f"results of {results['model']['name']} -> {results['folder']}/results.json")
     return DONE

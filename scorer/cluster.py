@@ -48,6 +48,8 @@ def ray_cluster(debug: bool = False) -> Iterator[None]:
         # a worker that a busy machine starts later than this is given up, and ray.init then waits for it for ever;
         # Ray's own limit is a minute
         os.environ.setdefault("RAY_worker_register_timeout_seconds", "900")
+        # Ray gives its workers nice 15: beside any other work on the machine an engine would not come up for minutes
+        os.environ.setdefault("RAY_worker_niceness", "0")
         with loopback():
             ray.init(address="local", log_to_driver=debug, logging_level=level, include_dashboard=False)
     if threading.current_thread() is threading.main_thread():

@@ -1,5 +1,6 @@
 """remit completion: bash, zsh and tcsh are started on a terminal, read the script, and complete what is typed."""
 
+import ast
 import fcntl
 import os
 import pty
@@ -16,6 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from pipelines.completion import script
 
 Remit = Callable[..., tuple[int, str, str]]
 SETUP = {
@@ -103,3 +106,12 @@ def test_without_shtab(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "remit completion: error: tcsh needs shtab; pip install shtab"
+
+
+def test_candidates_are_no_help_texts() -> None:
+    """No line break within a help text: each line that the script prints is taken for a candidate."""
+    (line,) = [line for line in script("bash").splitlines() if line.startswith("COMPLETION_SPEC = ")]
+    spec = ast.literal_eval(line.removeprefix("COMPLETION_SPEC = "))
+    helps = [option["description"] for option in spec["subcommands"]["plan"]["options"]]
+    assert any(text.startswith("Default: h200;") or "h200" in text for text in helps)
+    assert not [text for text in helps if "\n" in text]

@@ -27,7 +27,7 @@ from pipelines.evaluation.prompts import count_cut
 from pipelines.evaluation.run import average, plan_tasks
 from pipelines.evaluation.settings import EvalConfig
 from pipelines.evaluation.suites import SUITES, SuiteTask
-from pipelines.evaluation.tables import show, verdict
+from pipelines.evaluation.tables import show, show_comparison, verdict
 from pipelines.evaluation.task_folder import task_folder_fingerprint
 from pipelines.evaluation.worker import TaskError, leaves, load_task, to_record
 
@@ -203,6 +203,11 @@ def test_own_tasks_and_resume(tmp_path: Path, exported: Path, oracle: Oracle, ta
     assert "own_choice: evaluated before with other settings (limit)" in error
     assert "the first 3 questions of each task only" in output
     assert values(record(tmp_path, "own_choice")) == oracle.right_choices()[:3]
+    code, output, error = remit(*command, "--tasks", names)  # a look at three questions did not cost the others
+    assert (code, "3 of 3 tasks were evaluated before" in error, "the first 3" in output) == (0, True, False)
+    check_numbers(tmp_path, oracle)
+    code, output, error = remit(*command, "--tasks", "own_choice", "--limit", 3)
+    assert (code, "1 of 1 tasks were evaluated before" in error, "the first 3" in output) == (0, True, True)
 
 
 def test_vllm(tmp_path: Path, exported: Path, oracle: Oracle, task_dir: Path, remit: Remit) -> None:
@@ -555,7 +560,7 @@ def test_the_error_of_a_mean_needs_that_of_each_task() -> None:
     one = compare("other", results_of({"a": [1], "b": [0, 1, 0, 1]}), results_of({"a": [1], "b": [1, 0, 1, 1]}))
     assert (one["tasks"]["a"]["difference"], one["tasks"]["a"]["stderr"]) == (0.0, None)
     assert one["mean"]["stderr"] is None
-    assert verdict(one["mean"]) == "too few questions to tell"
+    assert verdict(one["mean"]) == "its error is not known"
     group, before = results_of({"a": [1, 0, 1], "g": [1, 0, 1]}), results_of({"a": [0, 0, 1], "g": [0, 0, 1]})
     for results in (group, before):
         results["tasks"]["g"]["samples"] = results["tasks"]["a"]["samples"]
@@ -564,6 +569,27 @@ def test_the_error_of_a_mean_needs_that_of_each_task() -> None:
     assert same["mean"]["stderr"] == pytest.approx(same["tasks"]["b"]["stderr"] / 2)
     assert verdict(same["tasks"]["a"]) == "the same on every question"
     assert verdict(same["tasks"]["b"]) == "no difference beyond its error"
+
+
+def test_no_mean_of_values_that_are_no_shares(console: Console) -> None:
+    ours, other = (
+        results_of({"a": [1, 1, 0], "p": [30.0, 31.0, 36.0]}),
+        results_of({"a": [0, 1, 0], "p": [20.0, 21.0, 25.0]}),
+    )
+    for results in (ours, other):
+        results["tasks"]["p"]["higher_is_better"] = False
+    found = compare("other", other, ours)
+    assert found["tasks"]["p"]["claim"] == "higher"
+    assert found["mean"] is None
+    show_comparison(("ours", "other"), found, 1, console)
+    assert "higher, less is better" in console.export_text()
+    ours["tasks"]["p"]["value"] = other["tasks"]["p"]["value"] = 0.5
+    assert compare("other", other, ours)["mean"] is None  # less is better
+
+
+def test_other_task_files_are_named_in_words() -> None:
+    found = compare("other", results_of({"a": [1, 0]}, task_files="00"), results_of({"a": [1, 0]}, task_files="11"))
+    assert found["tasks"]["a"] == {"not_compared": "the files in --task-dir, or data files that they name, differ"}
 
 
 def test_settings_that_may_move_the_values_are_named(console: Console) -> None:

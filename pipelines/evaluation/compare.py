@@ -9,6 +9,7 @@ from typing import Any
 
 CONFIDENCE = 1.96  # standard errors: 95 % of a normal distribution
 SHOULD_AGREE = ("backend", "dtype", "versions")  # or values may differ of equal models
+DIFFER = "the files in --task-dir, or data files that they name, differ"
 MUST_AGREE = ("limit", "chat_template", "num_fewshot", "seed", "task_files", "max_length")  # or the questions differ
 
 
@@ -18,16 +19,18 @@ def compare(name: str, other: dict[str, Any], ours: dict[str, Any]) -> dict[str,
     name: of the other. Each task has difference, stderr (None: not known), paired, num_questions and claim: higher,
     lower or none; or only not_compared, the reason. tasks_alone: those that just one of them has. settings_differ: of
     SHOULD_AGREE, in words. The mean's error is not known where one task's is not, or is zero beside a difference, or where
-    a question counts in two tasks.
+    a question counts in two tasks. There is no mean where a task's value is no share (`is_share`).
     """
     both = [task for task in ours["tasks"] if task in other["tasks"]]
     rows = {task: compare_task(other["tasks"][task], ours["tasks"][task]) for task in both}
     compared = [row for row in rows.values() if "difference" in row]
     values: dict[str, Any] = {"other": name, "tasks": rows, "mean": None}
     values["settings_differ"] = []
+    values["higher_is_better"] = {task: ours["tasks"][task].get("higher_is_better") for task in both}
     values["tasks_alone"] = sorted(set(ours["tasks"]) ^ set(other["tasks"]))
     if compared:
         values["settings_differ"] = settings_differ(other, ours, list(rows))
+    if compared and all(is_share(side["tasks"][task]) for side in (other, ours) for task in rows):
         errors = [row["stderr"] if row["stderr"] or row["difference"] == 0 else None for row in compared]
         names = [name for task, row in rows.items() if "difference" in row for name in ours["tasks"][task]["samples"]]
         if len(set(names)) < len(names):  # a group and one of its tasks: their errors are not independent
@@ -38,6 +41,11 @@ def compare(name: str, other: dict[str, Any], ours: dict[str, Any]) -> dict[str,
         values["mean"] = {"difference": difference, "stderr": stderr, "claim": claim(difference, stderr)}
         values["mean"]["num_tasks"] = len(compared)
     return values
+
+
+def is_share(record: dict[str, Any]) -> bool:
+    """Whether a task's value may be a share, of which more is better: a perplexity has no mean with those."""
+    return 0 <= record["value"] <= 1 and record.get("higher_is_better") is not False
 
 
 def settings_differ(other: dict[str, Any], ours: dict[str, Any], tasks: list[str]) -> list[str]:
@@ -63,6 +71,8 @@ def compare_task(other: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
             return {"not_compared": f"{key} is {ours[key]} and {other[key]}"}
     for key in MUST_AGREE:
         if other["settings"].get(key) != ours["settings"].get(key):
+            if key == "task_files":
+                return {"not_compared": DIFFER}
             return {"not_compared": f"{key} is {ours['settings'].get(key)} and {other['settings'].get(key)}"}
     difference = ours["value"] - other["value"]
     pairs = paired_differences(other, ours)

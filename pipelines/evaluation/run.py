@@ -20,6 +20,7 @@ from statistics import fmean
 from typing import Any
 
 from pipelines.evaluation.compare import compare
+from pipelines.evaluation.files import FORMAT, finished, read_results, set_aside, write_json
 from pipelines.evaluation.settings import EvalConfig
 from pipelines.evaluation.suites import SUITES, SuiteTask
 from pipelines.evaluation.task_folder import task_folder_fingerprint
@@ -33,7 +34,6 @@ from shards.fingerprint import (
 )
 
 Note = Callable[[str], None]
-FORMAT = 2  # of the result files
 READ_BESIDE = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -121,7 +121,12 @@ def evaluate_model(
     pending = []
     for task in tasks:
         file = folder / f"{task.task}.json"
-        record, reason = finished(file, settings | {"num_fewshot": task.shots, "metric": task.metric})
+        asked = settings | {"num_fewshot": task.shots, "metric": task.metric}
+        record, reason = finished(file, asked)
+        if reason and (earlier := set_aside(file, asked)).is_file():
+            set_aside(file)
+            os.replace(earlier, file)
+            record, reason = finished(file, asked)
         if record is None:
             pending.append(task)
             if reason:
@@ -135,6 +140,7 @@ def evaluate_model(
         def keep(task: PlannedTask, found: dict[str, Any]) -> None:
             asked = settings | {"num_fewshot": task.shots, "metric": task.metric}
             records[task.task] = {"format": FORMAT, "label": task.label, "task": task.task, "settings": asked, **found}
+            set_aside(folder / f"{task.task}.json")
             write_json(folder / f"{task.task}.json", records[task.task])
 
         run_worker(config, model, pending, keep, note)
@@ -205,46 +211,6 @@ def has_chat_template(folder: Path) -> bool:
     file = folder / "tokenizer_config.json"
     inside = file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("chat_template")
     return bool(inside) or (folder / "chat_template.jinja").is_file()
-
-
-def finished(file: Path, settings: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
-    """The record in `file` where it was evaluated with `settings`; otherwise None and what differs, '' without file."""
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        before = record["settings"]
-        if record["format"] != FORMAT:
-            return None, "another version of remit"
-    except FileNotFoundError:
-        return None, ""
-    except (ValueError, KeyError, TypeError):
-        return None, "a result that cannot be read"
-    differs = [key for key in settings if before.get(key) != settings[key]]
-    return (None, f"other settings ({', '.join(differs)})") if differs else (record, "")
-
-
-def read_results(file: Path) -> dict[str, Any]:
-    """results.json of an earlier run; ValueError where it is something else."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--compare {file}: cannot be read ({error}); give results.json of an earlier run") from None
-    if not isinstance(values, dict) or "format" not in values or not isinstance(values.get("tasks"), dict):
-        raise ValueError(f"--compare {file}: is no result of remit eval; give results.json of an earlier run")
-    if values["format"] != FORMAT:
-        raise ValueError(
-            f"--compare {file}: has format {values['format']}, expected {FORMAT}: another version of remit wrote it; evaluate "
-            "that model again"
-        )
-    return values
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Whole or not at all: a kill leaves the file that was there."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    with temporary.open("rb") as stream:
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
 
 
 def run_worker(

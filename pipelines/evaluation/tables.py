@@ -56,7 +56,7 @@ def show_values(results: dict[str, dict[str, Any]], console: Console) -> None:
     for column in ("task", "metric", "shots"):
         table.add_column(column)
     for name in results:
-        table.add_column(escape(name), justify="right", overflow="fold")
+        table.add_column(escape(name), justify="right", no_wrap=True)
     for task in first["tasks"]:
         record = first["tasks"][task]
         cells = []
@@ -69,7 +69,7 @@ def show_values(results: dict[str, dict[str, Any]], console: Console) -> None:
         limit = values["settings"]["limit"]
         if limit is not None:
             console.print(f"{name}: the first {limit} questions of each task only", markup=False, soft_wrap=True)
-        for record in values["tasks"].values():
+        for record in (values["tasks"][task] for task in first["tasks"] if task in values["tasks"]):
             if cut := sum(record.get("cut_questions", {}).values()):
                 number = sum(record["num_samples"].values())
                 console.print(
@@ -128,7 +128,14 @@ def show_comparison(names: tuple[str, str], comparison: dict[str, Any], factor: 
             continue
         error = "paired" if row["paired"] else "not paired"
         difference = with_error(row["difference"], row["stderr"], factor, "+")
-        table.add_row(escape(task), difference, f"{row['num_questions']:,}", error, verdict(row))
+        worse = row["claim"] != "none" and comparison["higher_is_better"].get(task) is False
+        table.add_row(
+            escape(task),
+            difference,
+            f"{row['num_questions']:,}",
+            error,
+            verdict(row) + (", less is better" if worse else ""),
+        )
     mean = comparison["mean"]
     if mean is not None and mean["num_tasks"] > 1:
         difference = with_error(mean["difference"], mean["stderr"], factor, "+")
@@ -144,6 +151,8 @@ def verdict(row: dict[str, Any]) -> str:
     """In words, where an error of zero comes from too few questions, or from equal answers to all."""
     if row["claim"] != "none":
         return row["claim"]
+    if row["stderr"] is None and not row.get("paired"):
+        return "its error is not known"
     if row["difference"] == 0 and row["stderr"] == 0:
         return "the same on every question" if row.get("paired") else "the same"
     return "no difference beyond its error" if row["stderr"] else "too few questions to tell"

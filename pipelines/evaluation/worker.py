@@ -88,6 +88,11 @@ def evaluate_tasks(job: dict[str, Any], connection: Connection) -> None:
         index = TaskManager(include_path=job["task_dir"])  # ten seconds: it parses all YAML files of the harness
     loaded = {name: load_task(index, name, job["allow_code_execution"]) for name in names}
     model = load_model(job)
+    for name in names:
+        try:
+            refuse_no_room(tasks_of(loaded[name]), model)
+        except ValueError as no_room:
+            raise TaskError(f"{name}: {no_room}") from no_room
     # it asks git about the folder that the command runs in, which says nothing about the harness
     evaluator.get_git_commit_hash = lambda: None
     for number, task in enumerate(job["tasks"], 1):
@@ -95,7 +100,6 @@ def evaluate_tasks(job: dict[str, Any], connection: Connection) -> None:
         connection.send({"note": f"{task['task']} ({number} of {len(names)}), {shots}"})
         began = time.monotonic()
         try:
-            refuse_no_room(tasks_of(loaded[task["task"]]), model)
             results = evaluator.simple_evaluate(
                 model=model,
                 tasks=loaded[task["task"]],
@@ -260,8 +264,10 @@ def to_record(name: str, metric: str | None, results: Any) -> dict[str, Any]:
         if pairs:
             samples[task] = pairs
     stderr = values.get(f"{key}_stderr,{filter_name}")
+    direction = (results.get("higher_is_better") or {}).get(name, {}).get(key)
     return {
         "metric": metric,
+        "higher_is_better": direction if isinstance(direction, bool) else None,
         "value": float(values[metric]),
         "stderr": float(stderr) if isinstance(stderr, int | float) and stderr == stderr else None,
         "samples": samples,

@@ -186,6 +186,8 @@ class PlanConfig:
                 raise ValueError(f"{option} is {value:g}, expected a number above 0")
             if name in SHARES and value > 1:
                 raise ValueError(f"{option} is {value:g}, expected a share of at most 1, for instance 0.4")
+        if self.gpu is not None and self.gpu not in GPUS and self.gpu.lower() in GPUS:
+            object.__setattr__(self, "gpu", self.gpu.lower())
         described = self.measure or self.calibration is not None or (self.peak_tflops and self.gpu_memory_gb)
         if self.gpu is not None and self.gpu not in GPUS and not described:
             raise ValueError(
