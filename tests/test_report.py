@@ -267,7 +267,7 @@ def test_a_source_that_comes_late(tmp_path: Path, remit: Remit) -> None:
         ODD_NAME: {"ntp_loss": [None, 3, 3], "weight_mean": [None, 0.5, 0.5]},
     }
     lines = next(plot for plot in data["plots"] if plot["title"] == "Next-token loss by corpus source: run")["lines"]
-    assert [line["source"] for line in lines] == ["a", ODD_NAME]
+    assert [line["source"] for line in lines] == sorted(["a", ODD_NAME])
 
 
 def test_weights_that_are_all_one_are_not_drawn(tmp_path: Path, remit: Remit) -> None:
@@ -511,3 +511,17 @@ def test_controls_of_the_page(browser: Browser, pages: dict[str, Path]) -> None:
         until(lambda: page.locator(".plot .main-svg").first.bounding_box()["width"] < 400)
         assert opened.overflow == 0
         assert opened.problems == []
+
+
+def test_a_source_has_the_same_colour_in_all_plots(tmp_path: Path, remit: Remit) -> None:
+    def line(step: int, *names: str) -> dict:
+        own = {"predicted_tokens": 10, "ntp_loss": 2.0, "weight_mean": 1.0 + step / 10}
+        return figures(step) | {"sources": dict.fromkeys(names, own)}
+
+    one = write_run(tmp_path / "one", [line(1, "b", "c"), line(2, "a", "c")])
+    other = write_run(tmp_path / "other", [line(1, "c", "b"), line(2, "b", "c")])
+    assert remit("report", "--run", one, other, "--out", tmp_path / "page.html")[0] == 0
+    plots = [plot for plot in page_data(tmp_path / "page.html")["plots"] if "by corpus source" in plot["title"]]
+    found = {(entry["label"], entry["color"]) for plot in plots for entry in plot["lines"]}
+    assert len(plots) == 4
+    assert found == {("a", 0), ("b", 1), ("c", 2)}

@@ -203,9 +203,9 @@ class PlanConfig:
         text = (self.tokens or "").strip().replace(",", "").replace("_", "")
         match = re.fullmatch(r"(\d+\.?\d*(?:[eE]\+?\d+)?|\.\d+)([kKmMbBtT]?)", text)
         value = float(match[1]) * SUFFIXES[match[2].upper()] if match else math.nan
-        if not 1 <= value < 1e18:
+        if not 1 <= value < 1e18 or abs(value - round(value)) > 1e-6 * value:
             raise ValueError(
-                f"--tokens is {self.tokens!r}, expected a number of tokens, for instance 50e9, 50B or 2.1M"
+                f"--tokens is {self.tokens!r}, expected a whole number of tokens below 1e18, for instance 50e9, 50B or 2.1M"
             )
         return round(value)
 

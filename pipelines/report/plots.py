@@ -105,8 +105,9 @@ def make_plots(runs: Sequence[Run]) -> tuple[list[Plot], list[str]]:
             groups["Weights"] = heat
         elif entry.title == "Mean excess loss":
             groups["Excess loss"] = bands
+    places = {source: place for place, source in enumerate(sorted({name for run in runs for name in run.sources}))}
     by_source = [
-        _by_source(index, run, title, figure)
+        _by_source(index, run, title, figure, places)
         for index, run in enumerate(runs)
         for title, figure in (("Next-token loss", "ntp_loss"), ("Mean weight", "weight_mean"))
     ]
@@ -170,13 +171,14 @@ def _band(index: int, run: Run) -> Plot:
     return Plot(f"Excess loss: {run.name}", "nats", lines, "band", note=note, is_of_one_run=True)
 
 
-def _by_source(index: int, run: Run, title: str, figure: str) -> Plot:
-    having = [source for source, curves in run.sources.items() if figure in curves]
+def _by_source(index: int, run: Run, title: str, figure: str, places: dict[str, int]) -> Plot:
+    """places: of each source among those of all runs, so that it has the same colour in every plot."""
+    having = sorted(source for source, curves in run.sources.items() if figure in curves)
     if figure == "weight_mean" and all(_is_idle(run.sources[source][figure], 1.0) for source in having):
         having = []
     lines = [
-        Line(index, figure, source, place, _dash(place), source)
-        for place, source in enumerate(having if len(having) > 1 else [])
+        Line(index, figure, source, places[source], _dash(places[source]), source)
+        for source in (having if len(having) > 1 else [])
     ]
     unit = "weight" if figure == "weight_mean" else "nats per token"
     return Plot(f"{title} by corpus source: {run.name}", unit, lines, is_of_one_run=True)
