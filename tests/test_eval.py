@@ -208,6 +208,9 @@ def test_own_tasks_and_resume(tmp_path: Path, exported: Path, oracle: Oracle, ta
     check_numbers(tmp_path, oracle)
     code, output, error = remit(*command, "--tasks", "own_choice", "--limit", 3)
     assert (code, "1 of 1 tasks were evaluated before" in error, "the first 3" in output) == (0, True, True)
+    (folder / "own_choice.json").unlink()  # as after a kill while the two results changed places
+    code, _, error = remit(*command, "--tasks", "own_choice")
+    assert (code, "1 of 1 tasks were evaluated before" in error) == (0, True)
 
 
 def test_vllm(tmp_path: Path, exported: Path, oracle: Oracle, task_dir: Path, remit: Remit) -> None:

@@ -123,7 +123,7 @@ def evaluate_model(
         file = folder / f"{task.task}.json"
         asked = settings | {"num_fewshot": task.shots, "metric": task.metric}
         record, reason = finished(file, asked)
-        if reason and (earlier := set_aside(file, asked)).is_file():
+        if record is None and (earlier := set_aside(file, asked)).is_file():
             set_aside(file)
             os.replace(earlier, file)
             record, reason = finished(file, asked)
