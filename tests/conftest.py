@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models of these sizes only wait for a second thread
-os.environ.setdefault("RAY_worker_niceness", "0")  # else engines starve beside the process that waits for them
 
 import pyarrow as pa
 import pyarrow.parquet

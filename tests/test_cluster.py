@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
 from annotated import run
 from test_distributed import assert_same, metrics_of
 from test_documents import DOCS, blocks, environment_of_a_reader, make_workspace
@@ -147,3 +148,8 @@ def test_torchrun_on_several_machines_as_the_page_says(
     assert [process.returncode for process in processes] == [0, 0], outputs
     run(tmp_path / "one", annotated["packed"], models["base"], max_steps=3, micro_batch_size=1)
     assert_same(metrics_of(tmp_path / "run"), metrics_of(tmp_path / "one"))
+
+
+def test_workers_are_as_nice_as_their_driver() -> None:
+    """Ray's own 15 starves engines beside any other work on the machine."""
+    assert ray.get(ray.remote(lambda: os.nice(0)).remote()) == os.nice(0)

@@ -384,17 +384,6 @@ def test_failure_shows_the_lines_of_its_own_attempt(tmp_path: Path) -> None:
     assert failed.value.log == [line for line in failed.value.log if line.startswith("---")]
 
 
-@pytest.mark.parametrize(("given", "expected"), [(None, "0"), ("5", "5")])
-def test_workers_of_ray_are_as_nice_as_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None, expected: str
-) -> None:
-    monkeypatch.delenv("RAY_worker_niceness", raising=False)
-    if given is not None:
-        monkeypatch.setenv("RAY_worker_niceness", given)
-    outcome, _ = run(tmp_path, shell("a", 'echo "$RAY_worker_niceness" > $0/x'))
-    assert (outcome.result("a") / "x").read_text().strip() == expected
-
-
 def test_stages_made_by_other_code_are_counted(tmp_path: Path) -> None:
     stages = [shell(name, f"echo {name} > $0/x") for name in "ab"]
     outcome, _ = run(tmp_path, *stages)

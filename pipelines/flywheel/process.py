@@ -40,8 +40,6 @@ class Process:
             variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         if self.cores:
             variables["OMP_NUM_THREADS"] = str(len(self.cores))
-        # Ray starts its workers with nice 15: with --jobs > 1 a scoring would starve beside the other stages
-        variables.setdefault("RAY_worker_niceness", "0")
         variables |= self.environment
         cores = ",".join(map(str, self.cores)) or "all"
         watch, self._alive = os.pipe()
