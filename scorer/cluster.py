@@ -6,12 +6,30 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import ray
 from ray._private import ray_constants
 
+from scorer.config import Stopped
+
 LOOPBACK = ("127.0.0.1", "localhost")
+
+
+class RayGone(ray.exceptions.RayError):
+    """A process of the private Ray has ended."""
+
+
+@contextlib.contextmanager
+def ray_errors(stopping: Callable[[], bool]) -> Iterator[None]:
+    """Ray's own errors in the block: Stopped where a signal came, which went to Ray's processes too, else RuntimeError."""
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        if stopping():
+            raise Stopped("stopped by a signal") from None
+        raise RuntimeError(f"Ray failed: {one_line(error)}; the same command again goes on") from error
 
 
 @contextlib.contextmanager
@@ -63,6 +81,16 @@ def ray_cluster(debug: bool = False) -> Iterator[None]:
         ray.shutdown()
 
 
+def require_ray() -> None:
+    """RayGone where the private cluster has lost one of its processes; of somebody else's it knows nothing.
+
+    Without it Ray's calls come back empty for a minute, and then its library ends the driver.
+    """
+    node: Any = ray._private.worker._global_node  # no public name tells it
+    for kind, process in node.dead_processes() if node is not None else ():
+        raise RayGone(f"its {kind} has ended, with {process.poll()}")
+
+
 @contextlib.contextmanager
 def loopback() -> Iterator[None]:
     """What Ray starts in the block listens on 127.0.0.1 alone, as it does of itself on Windows and macOS.
@@ -93,3 +121,9 @@ def cause(error: BaseException) -> BaseException:
     """The exception that a task, or a signal's handler within one of Ray's calls, raised, out of Ray's wrapping."""
     inner = error.__cause__ if isinstance(error, SystemError) else getattr(error, "cause", None)
     return inner if isinstance(inner, BaseException) else error
+
+
+def one_line(error: BaseException) -> str:
+    """The last line of an error's text, or its type."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1].strip()}" if lines else type(error).__name__

@@ -13,12 +13,12 @@ import ray
 
 from scorer.actor import ScoringTask
 from scorer.canary import canary_prompts, compute
-from scorer.cluster import cause
+from scorer.cluster import cause, one_line, ray_errors, require_ray
 from scorer.config import ScoreConfig, Stopped
 from scorer.engine import EngineConfig
 from scorer.output import StopGuard
 from scorer.placement import capacity
-from scorer.pool import EnginePool, Outcome, one_line
+from scorer.pool import EnginePool, Outcome
 from scorer.telemetry import ScoreLog, ScoreProgress
 from shards.crash import crash_point
 from shards.folder import ShardFolder
@@ -131,24 +131,21 @@ class Drive:
         event = "failed"
         try:
             self.canary()  # its forward runs while the engines start
-            while self.waiting or self.pool.running():
-                if not stop.requested():
-                    self.pool.top_up()
-                    self._assign()
-                stop.check(self.pool.running())
-                for outcome in self.pool.poll(0.5):
-                    self._note_outcome(outcome)
-                self.pool.shrink(self.num_engines())
-                self._report()
+            with ray_errors(stop.requested):
+                while self.waiting or self.pool.running():
+                    if not stop.requested():
+                        self.pool.top_up()
+                        self._assign()
+                    stop.check(self.pool.running())
+                    for outcome in self.pool.poll(0.5):
+                        self._note_outcome(outcome)
+                    require_ray()
+                    self.pool.shrink(self.num_engines())
+                    self._report()
             event = "done" if not self.state.failed else "failed"
         except Stopped:
             event = "stopped"
             raise
-        except ray.exceptions.RayError as error:
-            if stop.requested():  # the signal went to Ray's processes too
-                event = "stopped"
-                raise Stopped("stopped by a signal") from None
-            raise RuntimeError(f"Ray failed: {one_line(error)}; the same command again goes on") from error
         except BaseException as error:
             if stop.requested() and (isinstance(error, SystemError) or not isinstance(error, Exception)):
                 event = "stopped"  # by a second signal

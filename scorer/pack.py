@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from scorer.cluster import cause, ray_cluster
+from scorer.cluster import cause, ray_cluster, ray_errors, require_ray
 from scorer.config import PackConfig
 from scorer.output import StopGuard, absolute, clean, leave, require_empty
 from scorer.sources import Source, find_sources
@@ -86,8 +86,8 @@ def pack(
     try:
         clean(out)
         staging.clean()
-        with ray_cluster(config.debug):
-            stop = StopGuard(should_stop, config.grace_seconds)
+        stop = StopGuard(should_stop, config.grace_seconds)
+        with ray_cluster(config.debug), ray_errors(stop.requested):
             raw = tokenizer.backend_tokenizer.to_str()
             staged = _stage_all(config, sources, staging, raw, settings, out, lease, progress, stop)
             crash_point("staging.done")
@@ -203,6 +203,7 @@ def _stage_all(
                 generator = task.remote(*arguments)
                 running[generator] = index
             stop.check(len(running))
+            require_ray()
             ready: Any = ray.wait(list(running), num_returns=1, fetch_local=False, timeout=1)[0]
             for generator in ready:
                 update: Any = ray.get(next(generator))
@@ -272,6 +273,7 @@ def _write_parts(
             running[task.remote(*arguments)] = plan
             crash_point("driver.assigned")
         stop.check(len(running))
+        require_ray()
         ready, _ = ray.wait(list(running), num_returns=1, timeout=1)
         for reference in ready:
             try:

@@ -3,6 +3,7 @@
 Nothing here blocks: `poll` collects what has happened since the last call.
 """
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import monotonic
@@ -14,12 +15,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from scorer.actor import ScoringActor
 from scorer.canary import CanaryFailed
-from scorer.cluster import cause
+from scorer.cluster import cause, one_line
 from scorer.loop import EngineDied
 
 PARTS_PER_ENGINE = 2  # one is read or written while the other is computed
 START_TIMEOUT_SECONDS = 1800.0
 MAX_FAILED_STARTS = 3
+REMOVAL_SECONDS = 5.0
 
 
 @dataclass
@@ -208,7 +210,10 @@ class EnginePool:
     def _end(self, engine: EngineHandle) -> None:
         if engine.actor is not None:
             ray.kill(engine.actor)
-        remove_placement_group(engine.group)
+        # the call waits for Ray to be there again, for a minute; one that has gone has taken its groups with it
+        removal = threading.Thread(target=remove_placement_group, args=(engine.group,), daemon=True)
+        removal.start()
+        removal.join(REMOVAL_SECONDS)
 
     def shrink(self, wanted: int) -> None:
         """Give back engines that have nothing to do and are not needed any more."""
@@ -223,9 +228,3 @@ class EnginePool:
         for engine in self.engines:
             self._end(engine)
         self.engines, self._calls = [], {}
-
-
-def one_line(error: BaseException) -> str:
-    """The last line of an error's text, or its type."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1].strip()}" if lines else type(error).__name__

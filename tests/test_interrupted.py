@@ -121,8 +121,50 @@ def test_interrupt_from_the_keyboard(faulty: Faulty, tmp_path: Path) -> None:
     finishes(faulty, tmp_path, arguments)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_signal_during_pack(faulty: Faulty, tmp_path: Path, number: signal.Signals) -> None:
+def test_signal_that_ends_the_private_ray_too(faulty: Faulty, tmp_path: Path) -> None:
+    """As `timeout` and systemd send it: to all processes of the command. What was committed stays, nothing hangs."""
+    out = tmp_path / "out"
+    arguments = faulty.command("score", out, "--num-engines", 1)
+    run = Command(tmp_path, *arguments, private=True, **slow(2))
+    run.until(lambda: committed(out))
+    os.killpg(run.pid, signal.SIGTERM)
+    assert run.finish() == 3, run.errors
+    assert run.last_error == "remit score: stopped by SIGTERM; the same command again goes on"
+    assert not (out / "_lease").exists()
+    assert log_lines(out)[-1]["event"] == "stopped"
+    finishes(faulty, tmp_path, arguments)
+
+
+@pytest.mark.parametrize("process", ["raylet", "gcs_server"])
+def test_private_ray_that_dies(faulty: Faulty, tmp_path: Path, process: str) -> None:
+    """Killed by whoever needs memory, say: the run ends with a line that names it, and the same command goes on."""
+    out = tmp_path / "out"
+    arguments = faulty.command("score", out, "--num-engines", 1)
+    run = Command(tmp_path, *arguments, private=True, **slow(2))
+    run.until(lambda: committed(out))
+    children = subprocess.check_output(["ps", "-ww", "--ppid", str(run.pid), "-o", "pid=,comm="], text=True).split("\n")
+    victims = [int(line.split()[0]) for line in children if line.endswith(process)]
+    assert len(victims) == 1, children
+    os.kill(victims[0], signal.SIGKILL)
+    assert run.finish() == 1, run.errors
+    assert run.last_error == (
+        f"remit score: error: Ray failed: RayGone: its {process} has ended, with -9; the same command again goes on"
+    )
+    assert not (out / "_lease").exists()
+    finishes(faulty, tmp_path, arguments)
+
+
+@pytest.mark.parametrize(
+    ("number", "send"),
+    [
+        (signal.SIGTERM, os.kill),
+        pytest.param(signal.SIGINT, os.kill, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, os.killpg, marks=pytest.mark.slow),
+    ],
+)
+def test_signal_during_pack(
+    faulty: Faulty, tmp_path: Path, number: signal.Signals, send: Callable[[int, int], None]
+) -> None:
     """Files of a megabyte, one at a time."""
     corpus, out = tmp_path / "corpus", tmp_path / "out"
     write_corpus(corpus / "0.jsonl", source_texts(400, seed=7) * 12)
@@ -133,9 +175,9 @@ def test_signal_during_pack(faulty: Faulty, tmp_path: Path, number: signal.Signa
         "--num-workers", 1,
     ]  # fmt: skip
     staging = tmp_path / ".out.staging"
-    run = Command(tmp_path, *arguments, "--out", out)
+    run = Command(tmp_path, *arguments, "--out", out, private=send is os.killpg)
     run.until(lambda: list(staging.glob("source-*.json")))
-    run.signal(number)
+    send(run.pid, number)
     assert run.finish() == 3, run.errors
     assert run.last_error == f"remit pack: stopped by {number.name}; the same command again goes on"
     assert not (out / "_manifest.json").exists()
