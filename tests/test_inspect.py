@@ -9,8 +9,9 @@ import pytest
 from conftest import write_corpus
 from oracles import read_rows
 from test_plan_weights import annotate_several
+from tokenizers.pre_tokenizers import ByteLevel
 
-from pipelines.inspect.terminal import printable, token_label
+from pipelines.inspect.terminal import printable, spelled, token_label
 from scorer.config import PackConfig
 from scorer.pack import pack
 
@@ -92,3 +93,21 @@ def test_quarantined_rows_say_so(small: Path, tmp_path: Path, remit: Remit) -> N
     first, second = re.findall("^row .*", output, re.MULTILINE)
     assert "quarantined" not in first
     assert second.endswith("quarantined: no log-probs of rl")
+
+
+def test_bytes_of_a_character_are_spelled_by_their_numbers() -> None:
+    """Against what tokenizers itself makes of characters, for every byte that UTF-8 has."""
+    spelling = ByteLevel(add_prefix_space=False, use_regex=False)
+    seen: set[int] = set()
+    points = [*range(0x800), *range(0x800, 0xD800, 5), *range(0xE000, 0x10000, 5), *range(0x10000, 0x110000, 999)]
+    for character in map(chr, points):
+        symbol, data = spelling.pre_tokenize_str(character)[0][0], character.encode()
+        assert spelled(symbol) == character
+        seen |= set(data)
+        for length in range(1, len(data)):
+            assert spelled(symbol[:length]) == "".join(f"<0x{byte:02X}>" for byte in data[:length])
+            assert spelled(symbol[length:]) == "".join(f"<0x{byte:02X}>" for byte in data[length:])
+    assert seen == set(range(256)) - {0xC0, 0xC1, *range(0xF5, 0x100)}
+    assert spelled("Ġ" + spelling.pre_tokenize_str("é")[0][0][0]) == " <0xC3>"
+    for symbol in ("<0xE5>", "▁the", "[UNK]", "你"):
+        assert spelled(symbol) == symbol

@@ -16,6 +16,7 @@ from browser import open_page
 from conftest import source_texts, write_corpus
 from playwright.sync_api import Browser
 
+from pipelines.report.data import read_run
 from scorer.config import PackConfig
 from scorer.pack import pack
 
@@ -309,6 +310,17 @@ def test_steps_that_go_back(tmp_path: Path, remit: Remit, step: int) -> None:
     run = write_run(tmp_path / "run", [figures(1), figures(2), figures(step), figures(3)])
     code, _, error = remit("report", "--run", run, "--out", tmp_path / "page.html")
     assert (code, f"metrics.jsonl: line 3 has step {step}, the one before it 2, and lines" in error) == (1, True)
+
+
+def test_steps_that_are_missing(tmp_path: Path, remit: Remit) -> None:
+    """The one after a gap has no time of its own: the tokens since the line before it are of several steps."""
+    run = write_run(tmp_path / "run", [figures(step) for step in (1, 2, 4, 5, 9)])
+    assert remit("report", "--run", run, "--out", tmp_path / "page.html")[0] == 0
+    assert table_rows(tmp_path / "page.html")["steps"] == ["5; metrics.jsonl lacks 3, 6 to 8"]
+    own = read_run(run)
+    waits = own.curves["data_wait_share"]
+    assert [value is None for value in waits] == [False, False, True, False, True]
+    assert own.hours == pytest.approx(sum(100 / figures(step)["tokens_per_second"] for step in (1, 2, 5)) / 3600)
 
 
 def test_names_that_are_no_unicode(tmp_path: Path, remit: Remit) -> None:

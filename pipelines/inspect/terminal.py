@@ -10,11 +10,17 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from tokenizers.pre_tokenizers import ByteLevel
 
 from pipelines.inspect.find_rows import read_rows
 from pipelines.settings import InspectConfig
 from shards.folder import ShardFolder
 from shards.schema import logprobs_column
+
+_LETTERS = sorted(ByteLevel.alphabet())  # a byte that is no visible character has a letter beyond the first 256
+_OTHERS = [byte for byte in range(256) if chr(byte) not in _LETTERS]
+BYTES = {letter: ord(letter) for letter in _LETTERS if ord(letter) < 256}
+BYTES |= dict(zip((letter for letter in _LETTERS if ord(letter) >= 256), _OTHERS, strict=True))
 
 MAX_LABEL = 24  # characters of a token
 BAR = 12  # marks, one per nat
@@ -26,15 +32,26 @@ def read_row(folder: ShardFolder, row: int) -> dict[str, Any]:
 
 
 def token_strings(folder: ShardFolder, input_ids: list[int]) -> list[str]:
-    """Text of each token; one that is only a piece of a character shows as its byte-level symbols."""
+    """Text of each token; bytes that are only a piece of a character show as <0xE5>."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(json.dumps(folder.tokenizer_json()))
     strings = []
     for token_id in input_ids:
         text = tokenizer.decode([token_id], skip_special_tokens=False)
-        strings.append(tokenizer.id_to_token(token_id) or "?" if "\ufffd" in text or not text else text)
+        strings.append(spelled(tokenizer.id_to_token(token_id) or "?") if "\ufffd" in text or not text else text)
     return strings
+
+
+def spelled(symbol: str) -> str:
+    """A symbol of a vocabulary; <0xE5> for bytes that a byte-level one has by its own letters and that are no text."""
+    if not all(letter in BYTES for letter in symbol):
+        return symbol
+    data = bytes(BYTES[letter] for letter in symbol)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "".join(f"<0x{byte:02X}>" if byte >= 0x80 else chr(byte) for byte in data)
 
 
 def printable(text: str) -> str:

@@ -31,7 +31,8 @@ class Run:
     stand. curves: by figure; sources: by corpus source and figure; None where a point has no such figure.
     heat_edges: steps (and tokens) between which each column lies, one more than columns; heat: share of the tokens in
     each bin of weight, by bin and column. held_out: (step, tokens, loss); held_out_sets: what that loss is over, tokens and
-    checksum of the manifest, None where it is not written; more than one where it changed on the way. hours: of steps, from tokens per second."""
+    checksum of the manifest, None where it is not written; more than one where it changed on the way. hours: of steps, from tokens per second. missing: first and
+    last of each stretch of steps that metrics.jsonl does not have."""
 
     name: str
     settings: dict[str, Any]
@@ -51,6 +52,7 @@ class Run:
     tokens: float | None = None
     hours: float | None = None
     damaged: str | None = None
+    missing: list[tuple[int, int]] = field(default_factory=list)
 
 
 def read_run(out: Path, max_points: int = MAX_POINTS, progress: Callable[[int], None] = lambda size: None) -> Run:
@@ -75,10 +77,15 @@ def read_run(out: Path, max_points: int = MAX_POINTS, progress: Callable[[int], 
     counts: dict[str, float] = {}
     seconds, tokens_at = Sum(), dict[int, float | None]({0: 0.0})
     tokens: float | None = 0.0
+    last_step = 0
 
     # a run that is going on may have more lines by now
     for line, size in islice(read_lines(metrics, None), run.num_steps):
         step, tokens_before, tokens = line["step"], tokens, number(line.get("tokens"))
+        if step != last_step + 1:
+            run.missing.append((last_step + 1, step - 1))
+            tokens_before = None  # more than this step's lie between the two
+        last_step = step
         if not run.heat_edges:
             tokens_before = tokens_before if step == 1 else None
             run.heat_edges = {"step": [step - 0.5], "tokens": [tokens_before]}

@@ -59,7 +59,7 @@ def run_totals(run: Run) -> dict[str, str]:
     return {
         "objective": ABSENT if objective is None else str(objective),
         "state": "finished" if run.finished else "not finished" if run.num_steps else "no step yet",
-        "steps": f"{run.num_steps:,}",
+        "steps": f"{run.num_steps:,}" + _missing(run.missing),
         "tokens": ABSENT if run.tokens is None else f"{run.tokens:,.0f}",
         "hours of training, from tokens/s": ABSENT if run.hours is None else f"{run.hours:,.3g}",
         "next-token loss, last step": _figure(run.last.get("ntp_loss"), ".4f"),
@@ -68,6 +68,14 @@ def run_totals(run: Run) -> dict[str, str]:
         "peak memory": ABSENT if peak is None else f"{peak / 2**30:.2f} GiB",
         "left out": run.damaged or ABSENT,
     }
+
+
+def _missing(stretches: list[tuple[int, int]]) -> str:
+    if not stretches:
+        return ""
+    shown = [f"{first:,}" if first == last else f"{first:,} to {last:,}" for first, last in stretches[:3]]
+    more = f" and {len(stretches) - 3:,} more stretches" if len(stretches) > 3 else ""
+    return f"; metrics.jsonl lacks {', '.join(shown)}{more}"
 
 
 def _held_out_set(tokens: float | None, manifest: str | None) -> str:
