@@ -255,6 +255,8 @@ BAD = [
     ({"posttrain": [{"command": ["true"], "name": "a/b"}]}, "posttrain[1].name is 'a/b', expected letters"),
     ({"posttrain": [{"command": ["true"]}, {"command": ["true"]}]}, "posttrain[2].name is 'command', expected a name that"),
     ({"posttrain": [{"command": ["no-such-tool"]}]}, "posttrain[1].command is 'no-such-tool', expected a program that"),
+    ({"posttrain": [{"command": "python rl.py --steps 3"}]}, "a list of words, here [python, rl.py, --steps, 3]"),
+    ({"posttrain": [{"command": ["python3", "no-such.py"]}]}, "posttrain[1].command is 'no-such.py', expected a script"),
     ({"launch": {"train": ["no-such-tool", "-m"]}}, "launch.train is 'no-such-tool', expected a program that"),
     ({"posttrain": [{"command": ["true"], "inputs": ["none"]}]}, "posttrain[1].inputs is 'none', expected a file or"),
 ]  # fmt: skip

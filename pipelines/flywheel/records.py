@@ -192,7 +192,7 @@ def made_by_other_code(records: Iterable[Record]) -> str:
     if not other:
         return ""
     return (
-        f"{other} of {len(codes)} stages that are done {'was' if other == 1 else 'were'} made by other code than this; "
+        f"made by other code than this: {other} of the {len(codes)} stages that are done; "
         "to make them again, choose another out"
     )
 

@@ -1,5 +1,6 @@
 """Settings of remit flywheel: the options of the command, and the YAML file that describes the loop, checked once."""
 
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from pipelines.console import BadUsage
 from pipelines.flywheel.sections import SECTIONS, check_options
 
 POSTTRAIN = ("sft", "dpo", "rl", "command")
+SCRIPTED = re.compile(r"python[\d.]*|bash|sh")  # programs whose first word, if no option, is a script
 RESERVED = ("score", "train", "evaluate-midtrained", "evaluate-posttrained")
 
 
@@ -143,10 +145,15 @@ class _File:
             self.fail(key, value, f"a whole number from {least} on")
         return value
 
-    def program(self, key: str, word: str) -> None:
-        """BadUsage unless the first word of a command can be started."""
-        if shutil.which(word) is None:
-            self.fail(key, word, "a program that can be started; a script needs bash or python in front of it")
+    def program(self, key: str, words: tuple[str, ...]) -> None:
+        """BadUsage unless a command can be started, and its script is there where its program runs one."""
+        if shutil.which(words[0]) is None:
+            if len(words) == 1 and len(words[0].split()) > 1:
+                self.fail(key, words[0], f"a list of words, here [{', '.join(words[0].split())}]")
+            self.fail(key, words[0], "a program that can be started; a script needs bash or python in front of it")
+        script = words[1] if len(words) > 1 and SCRIPTED.fullmatch(Path(words[0]).name) else "-"
+        if not script.startswith("-") and not Path(script).is_file():
+            self.fail(key, script, "a script that is there, seen from where remit is started")
 
     def mapping(self, key: str, value: Any, expected: str) -> dict[str, Any]:
         if not isinstance(value, dict):
@@ -225,7 +232,7 @@ def read_launch(file: _File, value: Any) -> dict[str, tuple[str, ...]]:
     file.known("launch.", launch, tuple(SECTIONS))
     found = {section: file.texts(f"launch.{section}", words) for section, words in launch.items()}
     for section, words in found.items():
-        file.program(f"launch.{section}", words[0])
+        file.program(f"launch.{section}", words)
     return found
 
 
@@ -253,7 +260,7 @@ def read_posttrain(file: _File, value: Any) -> tuple[PostTrain, ...]:
                 file.fail(f"{where}.inputs", path, "a file or folder that is there")
         if kind == "command":
             command = file.texts(f"{where}.command", entry["command"])
-            file.program(f"{where}.command", command[0])
+            file.program(f"{where}.command", command)
             stages.append(PostTrain(name, kind, command=command, inputs=inputs))
         else:
             options = read_section(file, f"{where}.{kind}", kind, entry[kind] or {})
