@@ -137,7 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
         fail(command, FAILED, f"internal error, {type(error).__name__}: {error}; --debug shows where")
     if code == STOPPED:
         print(
-            f"\nremit {command}: stopped by {stop.name or 'a signal to another process'}; the same command again goes on",
+            f"\nremit {command}: stopped{f' by {stop.name}' if stop.name else ''}; the same command again goes on",
             file=sys.stderr,
             flush=True,
         )

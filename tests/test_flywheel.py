@@ -315,6 +315,7 @@ def test_environment_state_and_record(tmp_path: Path) -> None:
         ("echo it went wrong; exit 4", "stage bad failed with exit code 4: it went wrong"),
         ("exit 1", "stage bad failed with exit code 1: it printed nothing"),
         ("kill -9 $$", "stage bad was ended by signal 9"),
+        ("exit 255", "stage bad failed with exit code 255"),
         ("true", r"its result is refused: .*bad-.*: is empty"),
     ],
 )

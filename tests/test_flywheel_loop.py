@@ -575,6 +575,13 @@ def single_beside_shards(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def fewer_embeddings(folder: Path) -> None:
+    """A whole model that transformers loads, without the last token."""
+    edit_config(folder, vocab_size=520)
+    tables = ("model.embed_tokens.weight", "lm_head.weight")
+    rewrite(folder, lambda w: w.update({name: w[name][:520].clone() for name in tables if name in w}))
+
+
 NORM = "model.norm.weight"
 BROKEN: list[tuple[Callable[[Path], object], str]] = [
     (lambda folder: (folder / "config.json").unlink(), "has no config.json (it has: "),
@@ -597,6 +604,7 @@ BROKEN: list[tuple[Callable[[Path], object], str]] = [
         "model.safetensors: missing, expected it, or shards with model.safetensors.index.json",
     ),
     (lambda folder: edit_config(folder, num_hidden_layers=1, layer_types=None), "its weights hold model.layers.1."),
+    (fewer_embeddings, "its embedding has 520 rows, expected at least the 521 of the model"),
     (lambda folder: rewrite(folder, lambda w: w.pop(NORM)), f"its weights have no {NORM}"),
     (lambda folder: rewrite(folder, lambda w: w[NORM].fill_(float("nan"))), f"{NORM} has values that are not finite"),
 ]

@@ -25,6 +25,21 @@ def check_model(folder: Path, inputs: Mapping[str, Path]) -> None:
     refuse_code_and_pickles(folder)
     check_tokenizer(folder, inputs["model"])
     check_weights(folder)
+    check_vocabulary(folder, inputs["model"])
+
+
+def check_vocabulary(folder: Path, start: Path) -> None:
+    """ValueError where the embedding has lost rows: tokens of the corpus would have none. More, as padding, may be."""
+    from transformers import AutoConfig
+
+    ours, theirs = (
+        AutoConfig.from_pretrained(place, trust_remote_code=False, local_files_only=True).get_text_config().vocab_size
+        for place in (folder, start)
+    )
+    if ours < theirs:
+        raise ValueError(
+            f"{folder}: its embedding has {ours} rows, expected at least the {theirs} of the model that it was made of"
+        )
 
 
 def check_tokenizer(folder: Path, start: Path) -> None:

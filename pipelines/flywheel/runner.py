@@ -9,6 +9,7 @@ process or of any that it has started, costs the stages that were running, and t
 import contextlib
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -219,7 +220,8 @@ class Driver:
                 self.watch("stopped", stage, {"log": str(process.log), "lines": tail})
             return
         if code != 0:
-            how = f"was ended by signal {code - 128}" if code > 128 else f"failed with exit code {code}"
+            by_signal = code - 128 in signal.valid_signals()
+            how = f"was ended by signal {code - 128}" if by_signal else f"failed with exit code {code}"
             said = next((line for line in reversed(tail) if not line.startswith("---")), "it printed nothing")
             raise StageFailed(
                 f"stage {stage.name} {how}: {said} (log: {process.log}); the same command again goes on from here", tail
