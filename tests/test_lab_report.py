@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from playwright.sync_api import Browser
+from scipy import stats
 
 from pipelines.lab.report.__main__ import main
 from pipelines.lab.report.claims import (
@@ -32,8 +34,16 @@ from pipelines.lab.report.claims import (
 from pipelines.lab.report.data import Results, read_results
 from pipelines.lab.report.page import to_html, to_markdown
 from pipelines.lab.report.plots import make_plots
-from pipelines.lab.report.statistics import Estimate, estimate, holm, paired, probability
-from pipelines.lab.report.tables import control_sentence, found_text, make_tables, summary
+from pipelines.lab.report.sentences import (
+    checks_sentence,
+    control_sentence,
+    others_sentence,
+    power_sentence,
+    sft_sentence,
+    summary,
+)
+from pipelines.lab.report.statistics import Estimate, detectable, estimate, holm, paired, power, probability
+from pipelines.lab.report.tables import found_text, make_tables
 
 ARMS = ["ntp", "remit", "remit2", "ntp-guided", "sft-guided", "rho1", "miniplm", "kd", "no-clip", "remit-rl10"]
 
@@ -125,6 +135,17 @@ def test_holm_by_hand() -> None:
     assert holm([0.04, 0.001, None, 0.03, 0.012]) == [False, True, False, False, True]
     assert holm([0.06]) == [False]
     assert holm([]) == []
+
+
+@pytest.mark.parametrize(("num", "share"), [(2, 0.8), (3, 0.3), (5, 0.8), (9, 0.95)])
+def test_power_against_simulated_seeds(num: int, share: float) -> None:
+    difference = detectable(3.0, num, share)
+    assert power(difference, 3.0, num) == pytest.approx(share, abs=1e-6)
+    assert power(-difference, 3.0, num) == pytest.approx(share, abs=1e-6)
+    assert power(0.0, 3.0, num) == pytest.approx(0.05, abs=3e-4)
+    seeds = np.random.default_rng(num).normal(difference, 3.0, (40_000, num))
+    decided = stats.ttest_1samp(seeds, 0, axis=1).pvalue < 0.05
+    assert decided.mean() == pytest.approx(share, abs=0.008)
 
 
 CLAIM = Claim("A is above B", "1 and 0", difference(("a", "mid"), ("b", "mid")))
@@ -246,7 +267,7 @@ def test_made_up_results(lab: Path) -> None:
     assert found["KD is above ReMiT right after mid-training"].verdict == CONTRADICTED
     assert found["ReMiT² is above ReMiT"].verdict == CONTRADICTED
     assert found["Without the clip the gradient norm collapses"].verdict == REPRODUCED
-    assert found["The reference has to come from RL: ReMiT is above NTP-guided"].verdict == REPRODUCED
+    assert found["A post-trained reference is better than a plain one: ReMiT is above NTP-guided"].verdict == REPRODUCED
     assert all(finding.verdict != MISSING for finding in found.values())
     assert "a plain later model as the reference does not explain all of it" in control_sentence(list(found.values()))
 
@@ -271,7 +292,45 @@ def test_a_control_that_is_beaten_is_no_gain(tmp_path: Path) -> None:
             if row["arm"] == "ntp-guided":
                 row["value"] -= 0.1
     findings = judge_all(read_results([write(tmp_path / "lab", *records)]))
-    assert "not shown to be above NTP" in control_sentence(findings)
+    assert "above the control NTP-guided, but below NTP: " in control_sentence(findings)
+
+
+def test_what_the_checks_do_not_show_is_said(tmp_path: Path) -> None:
+    """RL that lowers accuracy: the summary says so first, and the rows that rest on it are marked."""
+    records = [made_up(seed) for seed in range(5)]
+    for record in records:
+        after = {row["stage"]: row for row in record["measurements"] if row["arm"] == "ntp"
+                 and row["metric"] == "greedy_all" and row["step"] is None}  # fmt: skip
+        after["rl"]["value"] = after["dpo"]["value"] - random.Random(record["seed"]).gauss(0.05, 0.01)
+    results = read_results([write(tmp_path / "lab", *records)])
+    findings = judge_all(results)
+    assert "RL itself raises accuracy: above the model before it: -" in checks_sentence(findings)
+    assert checks_sentence(findings) in summary(results, findings)
+    (row,) = [row for row in make_tables(results, findings)[0].rows if row[0] == "ReMiT is above SFT-guided"]
+    assert row[-1].endswith("; supposes what is not shown")
+
+
+def test_arms_that_no_claim_is_about(lab: Path) -> None:
+    """By hand from the files: which arms have an interval beside NTP's."""
+    results = read_results([lab])
+    sentence = others_sentence(results)
+    for arm, name in (("kd", "KD"), ("rho1", "RHO-1"), ("no-clip", "ReMiT, no clip"), ("remit2", "ReMiT²")):
+        gains = [
+            100 * (results.get(arm, "mid", "greedy_all")[s] - results.get("ntp", "mid", "greedy_all")[s])
+            for s in results.seeds
+        ]
+        low, high = stats.t.interval(0.95, 4, np.mean(gains), stats.sem(gains))
+        assert (f"{name} {np.mean(gains):+.1f} ({low:+.1f} to {high:+.1f})" in sentence) == (low * high > 0)
+    assert "ReMiT +" not in sentence
+    assert "standard deviation of" in power_sentence(results)
+    assert sft_sentence(judge_all(results))
+
+
+def test_seed_by_seed(lab: Path) -> None:
+    results = read_results([lab])
+    (table,) = [table for table in make_tables(results, judge_all(results)) if table.title == "Seed by seed"]
+    (row,) = [row for row in table.rows if row[:2] == ["ReMiT", "RL"]]
+    assert row[2:] == [f"{100 * results.get('remit', 'rl', 'greedy_all')[seed]:.1f}" for seed in results.seeds]
 
 
 def test_one_seed_claims_nothing(tmp_path: Path) -> None:
@@ -301,7 +360,7 @@ def test_missing_arms_and_no_numbers(tmp_path: Path) -> None:
     assert list(findings["ReMiT is above NTP after mid-training"].values) == [0, 1, 3]
     text = to_markdown(results, list(findings.values()))
     assert "seed 2, remit, mid, greedy\\_all" in text or "seed 2, remit, mid, greedy_all: nan" in text
-    assert re.search(r"ReMiT² is above ReMiT \| above, by a figure \| – \| – \| not measured", text)
+    assert re.search(r"ReMiT² is above ReMiT; [^|]* \| above, by a figure \| – \| – \| not measured", text)
     assert "nan" not in text.replace("greedy_all: nan", "")
 
 
@@ -310,7 +369,7 @@ def test_nothing_but_ntp(tmp_path: Path) -> None:
     record["measurements"] = [row for row in record["measurements"] if row["arm"] == "ntp" and row["step"] is None]
     results = read_results([write(tmp_path / "lab", record)])
     text = to_markdown(results, judge_all(results))
-    assert "whether a gain is due to RL cannot be told" in text
+    assert "whether a gain is due to post-training cannot be told" in text
     assert to_html(results, judge_all(results))
 
 
@@ -363,7 +422,7 @@ def test_markdown_tables_are_whole(lab: Path) -> None:
     for block in re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE):
         widths = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}
         assert len(widths) == 1, block
-    assert len(re.findall(r"^## ", text, re.MULTILINE)) == 8
+    assert len(re.findall(r"^## ", text, re.MULTILINE)) == 11
     assert summary(results, judge_all(results))[0] in text
 
 

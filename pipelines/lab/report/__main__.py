@@ -39,7 +39,7 @@ def write_report(config: LabReportConfig) -> list[str]:
     from pipelines.lab.report.claims import judge_all
     from pipelines.lab.report.data import read_results
     from pipelines.lab.report.page import to_html, to_markdown
-    from pipelines.lab.report.tables import summary
+    from pipelines.lab.report.sentences import summary
     from shards.store import temporary_name
 
     results = read_results(config.labs)

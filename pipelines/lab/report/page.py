@@ -11,7 +11,8 @@ import pipelines.report
 from pipelines.lab.report.claims import Finding
 from pipelines.lab.report.data import Results
 from pipelines.lab.report.plots import make_plots
-from pipelines.lab.report.tables import LIMITS, Table, make_tables, summary
+from pipelines.lab.report.sentences import LIMITS, summary
+from pipelines.lab.report.tables import Table, make_tables
 from pipelines.report.page import encode
 
 HERE = Path(__file__).parent

@@ -4,17 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipelines.lab.report.claims import (
-    CONTRADICTED,
-    MISSING,
-    ONE_SEED,
-    PREMISE,
-    REPRODUCED,
-    UNDECIDED,
-    WORDS,
-    Finding,
-    Kind,
-)  # fmt: skip
+from pipelines.lab.report.claims import REPRODUCED, WORDS, Finding, Kind
 from pipelines.lab.report.data import Results
 from pipelines.lab.report.statistics import Estimate, estimate, paired
 
@@ -31,6 +21,24 @@ METRIC_NAMES = {
     "sampled_hard": "hard, sampled, %", "sampled_all": "both, sampled, %", "loss_solutions": "loss, solutions",
     "loss_stories": "loss, stories", "loss_notes": "loss, notes", "kl_reference": "KL to the reference",
 }  # fmt: skip
+ARMS = {
+    "ntp": ("next-token loss", "none"),
+    "remit": ("next-token loss, weighted by ReMiT with the clip at 0.2", "NTP after SFT, DPO and RL"),
+    "remit2": ("the same", "ReMiT after SFT, DPO and RL"),
+    "sft-guided": ("the same", "NTP after SFT"),
+    "ntp-guided": ("the same", "NTP itself"),
+    "remit-rl10": (
+        "the same",
+        "as of ReMiT, but a tenth of the RL steps, with the learning rate falling to 0 over those",
+    ),
+    "no-clip": ("the same without the clip", "as of ReMiT"),
+    "rho1": (
+        "next-token loss of the 80 % of tokens whose excess loss is largest",
+        "the base after right solutions alone",
+    ),
+    "miniplm": ("next-token loss, on the 80 % of rows that MiniPLM chooses", "as of ReMiT; small model: the base"),
+    "kd": ("half next-token loss, half forward KL from the 16 most probable tokens of the reference", "as of ReMiT"),
+}
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,7 @@ def found_text(finding: Finding) -> str:
 
 def claims_table(results: Results, findings: Sequence[Finding], kind: Kind) -> Table:
     rows = []
+    unshown = {finding.claim.text for finding in findings if finding.verdict != REPRODUCED}
     for finding in findings:
         claim = finding.claim
         if claim.kind != kind:
@@ -90,6 +99,8 @@ def claims_table(results: Results, findings: Sequence[Finding], kind: Kind) -> T
             verdict += " *"
         if claim.figure is not None and finding.estimate is not None and finding.estimate.low is not None:
             verdict += f"; {claim.figure:g} lies {_side(claim.figure, finding.estimate)} the interval"
+        if claim.rests_on and claim.rests_on in unshown and finding.estimate is not None:
+            verdict += "; supposes what is not shown"
         num = len(finding.values)
         row = [f"{claim.text}; {claim.note}" if claim.note else claim.text]
         row += [claim.paper] if kind == "paper" else []
@@ -102,13 +113,15 @@ def claims_table(results: Results, findings: Sequence[Finding], kind: Kind) -> T
             "The paper's claims",
             "Found here: mean over the seeds of the paired difference in greedy accuracy on the held-out problems (other "
             "quantities where it says so), and its 95 % interval. reproduced: the interval lies on the claimed side; "
-            "contradicted: on the other; not decided: it holds both, which is no evidence of no difference. The paper's "
-            "figures are means over ten tasks, for OLMo-1B; SmolLM3-3B; Youtu-LLM-2B.",
+            "contradicted: on the other; not decided: it holds the value between them, which is no evidence of no "
+            "difference. A ratio is the geometric mean. The paper's figures are means over ten tasks, for OLMo-1B; SmolLM3-3B; "
+            "Youtu-LLM-2B.",
         ),
         "control": (
             "Controls that the paper does not have",
             "NTP-guided is ReMiT with the plain mid-trained model as the reference: one that has seen the corpus, but no "
-            "reward. What it gains over NTP is not due to RL; only what ReMiT gains over it may be.",
+            "post-training. What it gains over NTP is not due to post-training. What ReMiT gains over it may come from SFT, DPO "
+            "or RL: SFT-guided, above, tells what is left for DPO and RL.",
         ),
         "check": (
             "Is the experiment fit to tell?",
@@ -139,10 +152,8 @@ def means_table(results: Results) -> Table:
     note = (
         "Means over the seeds ± half a 95 % interval. Loss and KL in nats per token; the KL is from the reference that "
     )
-    note += (
-        "RL made of the NTP arm, on right solutions. These intervals hold what the seeds have in common too: arms are "
-    )
-    note += "compared by the paired differences below, not by whether intervals here overlap."
+    note += "RL made of the NTP arm, on right solutions. These intervals hold what differs between seeds for all arms alike: arms "
+    note += "are compared by the paired differences below, not by whether intervals here overlap."
     return Table("After mid-training", note, ["arm", *(METRIC_NAMES[metric] for metric in metrics)], rows)
 
 
@@ -151,22 +162,44 @@ def _cell(results: Results, arm: str, stage: str, metric: str) -> str:
     return mean_text(estimate(values) if values else None, digits(metric))
 
 
-def differences_table(results: Results) -> Table:
-    """Each arm minus NTP after mid-training, on the same seeds."""
+def differences_table(results: Results, other: str) -> Table:
+    """Each arm minus `other` after mid-training, on the same seeds."""
     metrics = [metric for metric in METRIC_NAMES if metric in results.metrics("mid")]
     rows = []
     for arm in results.arms("mid"):
         cells = []
-        for metric in metrics if arm != "ntp" else ():
-            values = scaled(metric, paired(results.get(arm, "mid", metric), results.get("ntp", "mid", metric)))
+        for metric in metrics if arm != other else ():
+            values = scaled(metric, paired(results.get(arm, "mid", metric), results.get(other, "mid", metric)))
             cells.append(mean_text(estimate(values) if values else None, digits(metric), signed=True))
         if set(cells) - {ABSENT}:
             rows.append([arm_name(arm), *cells])
     note = (
-        "Each arm minus NTP on the same seeds, mean ± half a 95 % interval of the differences. Of so many cells some "
+        f"Each arm minus {arm_name(other)} on the same seeds, mean ± half a 95 % interval of the differences, not corrected for "
+        "how many there are: of so many cells some are beside zero by chance. The verdicts above are of greedy accuracy, as fixed "
+        "before; sampled accuracy and the loss also count how far an arm has unlearned the wrong steps of the corpus."
     )
-    note += "are beside zero by chance."
-    return Table("Differences from NTP", note, ["arm", *(METRIC_NAMES[metric] for metric in metrics)], rows)
+    return Table(
+        f"Differences from {arm_name(other)}", note, ["arm", *(METRIC_NAMES[metric] for metric in metrics)], rows
+    )
+
+
+def seeds_table(results: Results) -> Table:
+    """Greedy accuracy of each finished model, seed by seed."""
+    rows = []
+    for stage in STAGES:
+        for arm in results.arms(stage):
+            values = results.get(arm, stage, "greedy_all")
+            cells = [f"{100 * values[seed]:.1f}" if seed in values else ABSENT for seed in results.seeds]
+            if values:
+                rows.append([arm_name(arm), STAGE_NAMES[stage], *cells])
+    columns = ["arm", "after", *(f"seed {seed}" for seed in results.seeds)]
+    return Table("Seed by seed", "Greedy accuracy over both levels, in per cent.", columns, rows)
+
+
+def arms_table(results: Results) -> Table:
+    rows = [[arm_name(arm), *ARMS[arm]] for arm in results.arms("mid") if arm in ARMS]
+    note = "All arms but MiniPLM train on the same rows in the same order, all with as many steps and the same learning rate."
+    return Table("The arms", note, ["arm", "loss of a token", "reference"], rows)
 
 
 def post_training_table(results: Results) -> Table:
@@ -199,82 +232,9 @@ def _setting(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def summary(results: Results, findings: Sequence[Finding]) -> list[str]:
-    """Sentences that lead the report; none says more than the tables do."""
-    paper = [finding for finding in findings if finding.claim.kind == "paper"]
-    num = len(results.seeds)
-    lines = [
-        f"{num} seed{'s' if num > 1 else ''} at size {results.size}. Of {len(paper)} claims of the paper as they are put "
-        f"here, {_count(paper, REPRODUCED)} are reproduced, {_count(paper, CONTRADICTED)} contradicted, "
-        f"{_count(paper, UNDECIDED) + _count(paper, ONE_SEED)} not decided, {_count(paper, MISSING)} not measured; "
-        f"{_count(paper, PREMISE)} not applicable."
-    ]
-    if results.size != "full":
-        lines.append(
-            "This size shows that the parts work together. Its models learn next to nothing: read no number of it."
-        )
-    if num == 1:
-        lines.append("One seed has no interval: its differences may be chance, and nothing is claimed from them.")
-    else:
-        tested = [finding for finding in findings if finding.p is not None and finding.claim.kind != "check"]
-        kept = sum(finding.survives for finding in tested)
-        lines.append(
-            f"Each verdict stands alone: of {len(tested)} tests at 95 % about {0.05 * len(tested):.1f} would be decided by "
-            f"chance if nothing had any effect. {kept} of them, marked with *, also stand when all are taken together "
-            "(Holm's correction)."
-        )
-    if len(results.code) > 1:
-        lines.append("Not all stages ran with the same code: see the set-up.")
-    lines.append(control_sentence(findings))
-    return [line for line in lines if line]
-
-
-def _count(findings: Sequence[Finding], verdict: str) -> int:
-    return sum(finding.verdict == verdict for finding in findings)
-
-
-def control_sentence(findings: Sequence[Finding]) -> str:
-    """What ReMiT's comparison with NTP and with the control say together."""
-    verdicts = {finding.claim.text: finding.verdict for finding in findings}
-    gain = verdicts.get("ReMiT is above NTP after mid-training", MISSING)
-    control = next((v for text, v in verdicts.items() if text.startswith("The reference has to come from RL")), MISSING)
-    if MISSING in (gain, control):
-        return "The control NTP-guided was not compared: whether a gain is due to RL cannot be told."
-    if control == REPRODUCED and gain == REPRODUCED:
-        return "ReMiT is above the control NTP-guided: a plain later model as the reference does not explain all of it."
-    if control == REPRODUCED:
-        return (
-            "ReMiT is above the control NTP-guided, but not shown to be above NTP: RL makes the better reference here, and no "
-            "gain over plain training is shown."
-        )
-    if control == CONTRADICTED:
-        return "ReMiT is below the control NTP-guided: here a plain later model is the better reference."
-    if gain == REPRODUCED:
-        return (
-            "ReMiT is above NTP, but not shown to differ from the control NTP-guided: the gain may be that of any later "
-            "model as the reference."
-        )
-    if gain == CONTRADICTED:
-        return "ReMiT is below NTP here, so that the control has no gain to explain."
-    return "ReMiT is shown to be above neither NTP nor the control NTP-guided."
-
-
-LIMITS = (
-    "These are models of less than a million parameters on one family of generated problems; the paper's have one to three "
-    "billion and ten tasks. What holds here need not hold there, and the other way round.",
-    "A seed changes everything at once: data, initial weights, order, sampling. The interval is over such repetitions of "
-    "the whole experiment. It supposes about normal differences, which a handful of seeds cannot show.",
-    "The reference of ReMiT, KD and of the KL descends from the NTP arm of the same seed, by SFT, DPO and RL. What the two have in "
-    "common by chance makes NTP look nearer to it.",
-    "The problems are few in kind: the easy ones have some hundred different held-out computations, told in different words.",
-    "An effect smaller than half the interval cannot be seen here. \"Not decided\" is not \"no effect\".",
-    "All arms share one learning rate, one number of steps and one corpus (MiniPLM trains on a part of it); none was tuned "
-    "alone. An arm that would do better with settings of its own is not done justice.",
-)  # fmt: skip
-
-
 def make_tables(results: Results, findings: Sequence[Finding]) -> list[Table]:
     """In the order of the report; a table without rows is left out."""
     tables = [claims_table(results, findings, kind) for kind in ("paper", "control", "check")]
-    tables += [means_table(results), differences_table(results), post_training_table(results), setup_table(results)]
+    tables += [means_table(results), *(differences_table(results, other) for other in ("ntp", "remit"))]
+    tables += [post_training_table(results), seeds_table(results), arms_table(results), setup_table(results)]
     return [table for table in tables if table.rows]
