@@ -385,6 +385,34 @@ def test_failure_shows_the_lines_of_its_own_attempt(tmp_path: Path) -> None:
     assert failed.value.log == [line for line in failed.value.log if line.startswith("---")]
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("mkfifo $0/pipe; echo 1 > $0/x", "pipe: is a pipe or a device, expected files"),
+        ("ln -s {base}/x $0/x", "x: is a link to {base}/x, expected a copy"),
+        ("mkdir $0/a && ln -s {base} $0/a/b", "a/b: is a link to {base}, expected a copy"),
+        ("rmdir $0 && ln -s {base} $0", "is a link to {base}, expected a folder with copies"),
+    ],
+)
+def test_results_that_are_elsewhere_are_refused(tmp_path: Path, line: str, message: str) -> None:
+    """And the next attempt begins in an empty folder, while what a link led to is left as it was."""
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "x").write_text("1")
+    bad = shell("bad", f"test -e {tmp_path}/mended && echo 2 > $0/x && exit 0; {line.format(base=base)}")
+    with pytest.raises(StageFailed, match=re.escape(message.format(base=base))):
+        run(tmp_path, bad)
+    (tmp_path / "mended").touch()
+    outcome, _ = run(tmp_path, bad)
+    assert (outcome.result("bad") / "x").read_text() == "2\n"
+    assert [path.name for path in base.iterdir()] == ["x"]
+
+
+def test_links_within_a_result_are_its_own(tmp_path: Path) -> None:
+    outcome, _ = run(tmp_path, shell("a", "echo 1 > $0/x && ln -s x $0/y"))
+    assert (outcome.result("a") / "y").read_text() == "1\n"
+
+
 def test_stages_made_by_other_code_are_counted(tmp_path: Path) -> None:
     stages = [shell(name, f"echo {name} > $0/x") for name in "ab"]
     outcome, _ = run(tmp_path, *stages)

@@ -100,6 +100,8 @@ def read_files(path: Path, known: Known | None = None, counting: Counting = "dat
     """All files that count of a file or folder; ValueError where there is nothing, or an unfinished shard folder."""
 
     def state(file: Path) -> FileState:
+        if file.exists() and not file.is_file():
+            raise ValueError(f"{file}: is a pipe or a device, expected files")  # which would be read for ever
         if known is not None:
             return known.state(file)
         status = file.stat()
@@ -116,6 +118,18 @@ def read_files(path: Path, known: Known | None = None, counting: Counting = "dat
         of = {"data": "files whose names do not begin with _ or a dot", "python": "*.py files"}.get(counting, "files")
         raise ValueError(f"{path}: is empty, expected {of}")
     return files
+
+
+def require_own(result: Path) -> None:
+    """ValueError where a stage's result is a link, or holds one that leads out of it: what it is would not be in it."""
+    inside = os.path.realpath(result)
+    for where, folders, files in os.walk(result):
+        for path in (Path(where, name) for name in (*folders, *files)):
+            target = os.path.realpath(path)
+            if path.is_symlink() and os.path.commonpath([inside, target]) != inside:
+                raise ValueError(f"{path}: is a link to {target}, expected a copy of what it leads to")
+    if result.is_symlink():
+        raise ValueError(f"{result}: is a link to {inside}, expected a folder with copies of what is there")
 
 
 def _shard_files(path: Path, state: Any) -> Files:

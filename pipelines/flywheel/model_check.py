@@ -129,7 +129,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if others:
         beside = f"those that {index.name} names" if index.is_file() else names[0]
         raise ValueError(
-            f"{folder}: has {', '.join(others[:5])}, expected no weights beside {beside}; delete one of them"
+            f"{folder}: has {', '.join(others[:5])}, expected no weights beside {beside}; write only one of them"
         )
     return [folder / name for name in names]
 

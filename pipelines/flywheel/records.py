@@ -198,7 +198,9 @@ def made_by_other_code(records: Iterable[Record]) -> str:
 
 
 def clear(folder: Path) -> None:
-    """An empty folder."""
+    """An empty folder; where a command has put a link in its place, the link goes and what it leads to stays."""
+    if folder.is_symlink():
+        folder.unlink()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 

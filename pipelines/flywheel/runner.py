@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.flywheel import records
-from pipelines.flywheel.fingerprint import Known, read_files
+from pipelines.flywheel.fingerprint import Known, read_files, require_own
 from pipelines.flywheel.process import Process
 from pipelines.flywheel.records import Places, Record
 from pipelines.flywheel.stage import Input, Output, Stage, State, Unkeyed, Word, check_graph
@@ -229,6 +229,7 @@ class Driver:
         result = process.folder / stage.result if stage.result else process.folder
         self.watch("reading", stage, {})
         try:
+            require_own(result)
             files = read_files(result)
             if stage.check is not None:
                 stage.check(result, {name: path for name, (path, _) in found.inputs.items()})
