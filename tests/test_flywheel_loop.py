@@ -511,6 +511,26 @@ def test_signal_is_handed_on_and_the_state_survives(fake: FakeLoop) -> None:
     assert not list((fake.out / "state").iterdir())
 
 
+def test_a_command_that_leaves_with_0_when_told_to_end_is_not_done(fake: FakeLoop, remit: Remit) -> None:
+    """The usual handler: save what there is and leave well. Its half-trained model must not be taken for the result."""
+    (fake.folder / "own.sh").write_text(
+        'if test -e "$REMIT_STATE/half"; then cp "$REMIT_MODEL"/* "$REMIT_OUTPUT"; exit; fi\n'
+        'touch "$REMIT_STATE/half"; trap \'cp "$REMIT_MODEL"/* "$REMIT_OUTPUT"; exit 0\' TERM\n'
+        f"touch {fake.folder}/up; while true; do sleep 0.1; done"
+    )
+    fake.values["posttrain"] = [{"command": ["bash", str(fake.folder / "own.sh")], "name": "own"}]
+    fake.values |= {"rounds": 0, "evaluate": None}
+    fake.write()
+    command = Command(fake.folder, "flywheel", "--config", fake.file, FAKE=str(fake.folder))
+    command.until((fake.folder / "up").exists, 600)
+    command.signal(signal.SIGTERM)
+    assert command.finish(600) == 3, command.errors
+    assert fake.overview()["round-0/own"]["state"] != "done"
+    code, _, error = remit("flywheel", "--config", fake.file)
+    assert code == 0, error
+    assert fake.overview()["round-0/own"]["attempts"] == 2
+
+
 def test_two_drivers(fake: FakeLoop, remit: Remit) -> None:
     gate = fake.hold("train")
     first = Command(fake.folder, "flywheel", "--config", fake.file, FAKE=str(fake.folder))

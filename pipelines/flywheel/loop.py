@@ -185,7 +185,12 @@ class _Builder:
             "REMIT_ROUND": str(number),
             "REMIT_TOKENIZER": Unkeyed(str(self.tokenizer)),
         }
-        settings: dict[str, Any] = {"seed": self.config.seed, "check": check_model, "counting": counting}
+        settings: dict[str, Any] = {
+            "seed": self.config.seed,
+            "check": check_model,
+            "counting": counting,
+            "zero_may_stop": True,
+        }
         stage = Stage(name, tuple(line), inputs, environment=environment, **settings)
         self.stages.append(stage)
         return stage

@@ -207,7 +207,7 @@ class Driver:
     def end(self, name: str, code: int, stopping: bool) -> None:
         """Record a stage whose process has ended; StageFailed where it did not do its work.
 
-        stopping: it was asked to end, so that any exit code but 0 says that it has more to do.
+        stopping: it was asked to end, so that any exit code but 0 says that it has more to do; 0 too where it may.
         """
         process, found = self.running.pop(name)
         process.kill()  # closes our end of its pipe
@@ -215,7 +215,7 @@ class Driver:
         stage, key = process.stage, process.key
         attempts = records.ended(self.places, key, process.seconds)
         tail = process.tail()
-        if code == STOPPED or (stopping and code != 0):
+        if code == STOPPED or (stopping and (code != 0 or stage.zero_may_stop)):
             if not stopping:  # nobody has asked it to here: a signal to it alone, or its own idea
                 self.watch("stopped", stage, {"log": str(process.log), "lines": tail})
             return

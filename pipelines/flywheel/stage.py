@@ -80,6 +80,9 @@ class Stage:
     threads: int = 0
     """Cores it wants, at most all; 0: an equal share of all of them."""
     check: Check | None = None
+    zero_may_stop: bool = False
+    """Its command may leave with 0 when it is told to end, as many handlers of signals do, with half of its work: 0 then
+    counts as stopped, not as done."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*", self.name) or self.name.startswith("."):
