@@ -5,6 +5,7 @@ import math
 import random
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from playwright.sync_api import Browser
 from scipy import stats
 
+from pipelines.lab.recipe import RECIPES
 from pipelines.lab.report.__main__ import main
 from pipelines.lab.report.claims import (
     CLAIMS,
@@ -45,6 +47,7 @@ from pipelines.lab.report.sentences import (
 from pipelines.lab.report.statistics import Estimate, detectable, estimate, holm, paired, power, probability
 from pipelines.lab.report.tables import found_text, make_tables
 
+COMMITTED = Path(__file__).resolve().parent.parent / "docs" / "lab-report"
 ARMS = ["ntp", "remit", "remit2", "ntp-guided", "sft-guided", "rho1", "miniplm", "kd", "no-clip", "remit-rl10"]
 
 
@@ -414,6 +417,14 @@ def test_seeds_of_several_machines(tmp_path: Path, capsys: pytest.CaptureFixture
     assert capsys.readouterr().out.startswith("3 seeds at size full. Of 18 claims of the paper")
     assert (one / "report.md").read_text(encoding="utf-8").count("| 3 of 3 |") >= 2
     assert (tmp_path / "x.html").exists()
+
+
+def test_committed_report_is_that_of_its_results(tmp_path: Path) -> None:
+    results = read_results([COMMITTED])
+    assert (results.seeds, results.size, len(results.code)) == ([1, 2, 3, 4, 5], "full", 1)
+    assert results.recipe == json.loads(json.dumps(asdict(RECIPES["full"])))
+    main([str(COMMITTED), "--html", str(tmp_path / "report.html"), "--markdown", str(tmp_path / "report.md")])
+    assert (tmp_path / "report.md").read_text(encoding="utf-8") == (COMMITTED / "report.md").read_text(encoding="utf-8")
 
 
 def test_markdown_tables_are_whole(lab: Path) -> None:

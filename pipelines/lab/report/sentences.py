@@ -85,7 +85,7 @@ def chance_sentence(findings: Sequence[Finding]) -> str:
     return (
         f"Each verdict stands alone: of {len(tested)} tests of no effect at 95 % about {0.05 * len(tested):.1f} would be "
         f"decided by chance if nothing had any. When all are taken together (Holm's correction), {kept or 'none'} of them "
-        f"stand{'s' if kept == 1 else ''}{', marked with *' if kept else ''}."
+        f"{'stand' if kept > 1 else 'stands'}{', marked with *' if kept else ''}."
     )
 
 
