@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import make_model
 from looping import FakeLoop
 from processes import Command
@@ -509,6 +510,21 @@ def test_signal_is_handed_on_and_the_state_survives(fake: FakeLoop) -> None:
     log = fake.out / fake.overview()["round-0/own"]["log"]
     assert log.read_text().split()[-1] == "2"  # lines in its state: that of the attempt before is there
     assert not list((fake.out / "state").iterdir())
+
+
+def test_words_of_commands_stay_as_they_are_written(fake: FakeLoop) -> None:
+    """Plain YAML reads 12:00:00 as 43200, 010 as 8, 1.10 as 1.1 and 2026-01-02 as a date: Slurm would wait a month."""
+    words = ["echo", "--time", "12:00:00", "010", "1.10", "1e3", "0x1F", "2026-01-02", "a b"]
+    file = fake.write()
+    plain = {key: value for key, value in fake.values.items() if key not in ("posttrain", "launch")}
+    line = ", ".join(words)
+    file.write_text(
+        f"{yaml.safe_dump(plain)}launch:\n  train: [{line}]\nposttrain:\n  - name: own\n    command:\n"
+        + "".join(f"      - {word}\n" for word in words)
+    )
+    config = read_config(file)
+    assert config.launch["train"] == tuple(words)
+    assert config.posttrain[0].command == tuple(words)
 
 
 def test_a_command_that_leaves_with_0_when_told_to_end_is_not_done(fake: FakeLoop, remit: Remit) -> None:

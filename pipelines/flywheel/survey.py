@@ -61,7 +61,10 @@ def changed_input(found: Look, places: Places, done: Mapping[str, Record], known
         except ValueError as error:
             return f"{error}: was changed while the stage ran; put it back, and run the same command"
         if not same:
-            return f"{path}: was changed while the stage ran; the same command makes it again"
+            return (
+                f"{path}: was changed while the stage ran; the same command makes it again. What a command itself writes "
+                "is no word of it: that belongs in REMIT_OUTPUT or REMIT_STATE"
+            )
     return ""
 
 
