@@ -396,11 +396,14 @@ def test_a_kill_in_every_stage(tmp_path: Path) -> None:
         for name in running() if killed else ():
             left.pop(name, None)
         if not killed:  # all are done: the stages that were too fast are made again
-            stages = json.loads((out / "flywheel.json").read_text())["stages"]
-            for stage in stages:
-                if stage["name"].removeprefix("seed-0/") in left:
-                    (out / "records" / f"{stage['key']}.json").unlink()
-                    shutil.rmtree(out / stage["output"])
+            found = json.loads((out / "flywheel.json").read_text())["stages"]
+            stages = {stage["name"].removeprefix("seed-0/"): stage for stage in found}
+            # models that two steps of reinforcement learning have not changed are measured once, under one key
+            killed_in = {stage["key"] for name, stage in stages.items() if name not in left}
+            left = {name: seconds for name, seconds in left.items() if stages[name]["key"] not in killed_in}
+            for name in left:
+                (out / "records" / f"{stages[name]['key']}.json").unlink(missing_ok=True)
+                shutil.rmtree(out / stages[name]["output"], ignore_errors=True)
     ran = lab("--size", "tiny", "--out", str(out))
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert check_results(out, "tiny")["measurements"] == expected["measurements"]
