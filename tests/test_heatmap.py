@@ -20,6 +20,7 @@ from test_plan_weights import annotate_several
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from transformers import AutoTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from pipelines.inspect.token_text import TokenText
 from scorer.config import PackConfig
@@ -391,6 +392,16 @@ def test_without_a_base(shards: Path, open_page: Open) -> None:
     assert named.locator(".no-base").count() == 1
 
 
+def spellings(tokenizer: AutoTokenizer, token_id: int) -> set[str]:
+    """What a table may show for a token: its text with · for spaces, escaped or not, or its bytes as <0xE5>."""
+    text, symbol = tokenizer.decode([token_id]), tokenizer.convert_ids_to_tokens(token_id)
+    if "\ufffd" not in text:
+        return {text.replace(" ", "·"), repr(text)[1:-1].replace(" ", "·"), symbol}
+    byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    data = [byte_of[letter] for letter in symbol]
+    return {"".join(f"<0x{byte:02X}>" if byte > 127 else chr(byte) for byte in data).replace(" ", "·")}
+
+
 def test_tokens_of_the_folder_are_ranked(shards: Path, open_page: Open, tokenizer: AutoTokenizer) -> None:
     page = open_page("--shards", shards, "--row", 0)
     weights, all_deltas = defaultdict(list), defaultdict(list)
@@ -408,12 +419,7 @@ def test_tokens_of_the_folder_are_ranked(shards: Path, open_page: Open, tokenize
         cells = [line.locator("td").all_inner_texts() for line in lines]
         assert [float(cell[2]) for cell in cells] == pytest.approx(expected, abs=1e-3)
         for string, count, shown, delta in cells:
-            matches = [
-                token_id
-                for token_id in often
-                if string in (tokenizer.convert_ids_to_tokens(token_id), tokenizer.decode([token_id]).replace(" ", "·"))
-                or repr(tokenizer.decode([token_id]))[1:-1].replace(" ", "·") == string
-            ]
+            matches = [token_id for token_id in often if string in spellings(tokenizer, token_id)]
             assert any(
                 len(weights[token_id]) == int(count)
                 and np.mean(weights[token_id]) == pytest.approx(float(shown), abs=1e-3)
