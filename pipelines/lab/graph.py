@@ -24,12 +24,11 @@ CONTEXT = ("--context", "document")  # as the problems are posed later: nothing 
 
 @dataclass(frozen=True)
 class Arm:
-    """options: of remit train; reference: the name of the column that it reads, none for NTP; top_k: reads those too;
-    selects: trains on the share of the rows that MiniPLM's selection keeps."""
+    """options: of remit train; reference: the name of the column that it reads, none for NTP; selects: trains on the
+    share of the rows that MiniPLM's selection keeps."""
 
     options: tuple[str, ...]
     reference: str | None = None
-    top_k: bool = False
     selects: bool = False
 
 
@@ -40,7 +39,7 @@ ARMS: dict[str, Arm] = {
     "sft-guided": Arm(("--objective", "remit"), "sft"),
     "rho1": Arm(("--objective", "rho1", "--keep-ratio", "0.8"), "curated"),
     "miniplm": Arm(("--objective", "ntp"), selects=True),
-    "kd": Arm(("--objective", "kd"), "rl", top_k=True),
+    "kd": Arm(("--objective", "kd"), "rl"),
     "no-clip": Arm(("--objective", "remit", "--epsilon", "inf"), "rl"),
     "remit-rl10": Arm(("--objective", "remit"), "rl10"),
     "remit2": Arm(("--objective", "remit"), "rl2"),
@@ -96,7 +95,8 @@ class Seed:
         sft, _, rl = self.post_train(NTP)
         # what the longest chain waits for stands first
         if REMIT in arms:
-            self.column("rl", rl)
+            # one scoring for ReMiT and for distillation: the log-probs are the same with and without the top k
+            self.column("rl", rl, top_k=recipe.top_k if "kd" in arms else 0)
             self.arm(REMIT)
             self.measure_all(rl)  # so that the first numbers do not wait for all arms
         if "remit2" in arms or REMIT in recipe.post_trained:
@@ -105,11 +105,12 @@ class Seed:
             self.column("rl2", remit_rl)
             self.arm("remit2")
         self.measure_all(rl)
-        for arm in ARMS:
-            if arm in arms and (arm, "mid") not in self.models:
-                self.prepare(arm, ntp, sft, rl)
-                self.arm(arm)
-                self.measure_all(rl)
+        others = [arm for arm in ARMS if arm in arms and (arm, "mid") not in self.models]
+        for arm in others:  # the long stages before the short ones, so that no core waits at the end
+            self.prepare(arm, ntp, sft, rl)
+        for arm in others:
+            self.arm(arm)
+            self.measure_all(rl)
         for arm in recipe.post_trained:
             if (arm, "rl") not in self.models:
                 self.post_train(arm)
@@ -122,8 +123,6 @@ class Seed:
             self.column("ntp", ntp)
         elif arm == "sft-guided":
             self.column("sft", sft)
-        elif arm == "kd":
-            self.column("rl", rl, top_k=recipe.top_k)
         elif arm == "miniplm":
             self.column("base", self.base, on="rl")
         elif arm == "rho1":
@@ -175,7 +174,7 @@ class Seed:
                 {"scored": self.columns["base"]}, resumes=True,
             )  # fmt: skip
         elif arm.reference is not None:
-            shards = self.columns[f"{arm.reference}-top" if arm.top_k else arm.reference]
+            shards = self.columns[arm.reference]
         stage = self.train(
             f"mid/{name}", self.base, "", "midtraining", arm, self.recipe.midtraining_steps,
             self.recipe.midtraining_learning_rate, shards, self.recipe.evaluations, self.recipe.exports if name in CURVES else 0,
@@ -196,9 +195,8 @@ class Seed:
             "score", "--shards", folder, "--model", Input("model"), "--name", name, "--out", Output(),
             "--num-engines", "1", "--dtype", "float32", *CONTEXT, *(("--top-k", str(top_k)) if top_k else ()),
         )  # fmt: skip
-        key = f"{name}-top" if top_k else name
-        self.columns[key] = self.add(f"score/{key}", "pipelines.cli", words, inputs, resumes=True)
-        return self.columns[key]
+        self.columns[name] = self.add(f"score/{name}", "pipelines.cli", words, inputs, resumes=True)
+        return self.columns[name]
 
     def post_train(self, arm: str) -> tuple[Stage, Stage, Stage]:
         """SFT, DPO and RL of an arm."""

@@ -64,8 +64,8 @@ RECIPES: dict[Size, Recipe] = {
     "small": Recipe(
         hidden_size=64, intermediate_size=128, layers=2, heads=2, pretraining_steps=80, midtraining_steps=80,
         curated_steps=20, evaluations=2, exports=0, sft_examples=128, dpo_examples=64, rl_prompts=64, rl_steps=10, rl_batch=32,
-        problems=50, sampled=20, curve_problems=20, texts=30, post_trained=(),
-        arms=("remit", "ntp-guided", "sft-guided", "rho1", "miniplm", "kd", "no-clip"),
+        problems=40, sampled=20, curve_problems=20, texts=30, post_trained=(),
+        arms=("remit", "ntp-guided", "rho1", "miniplm", "kd", "no-clip"),
     ),
     "tiny": Recipe(
         hidden_size=64, intermediate_size=64, layers=1, heads=2, pretraining_steps=10, midtraining_steps=10,
