@@ -75,8 +75,10 @@ class EngineLoop:
 
     def _raise_if_dead(self) -> None:
         if self._error is not None:
-            text = str(self._error).strip().splitlines() or [type(self._error).__name__]
-            raise EngineDied(f"{type(self._error).__name__}: {text[-1]}") from self._error
+            lines = [line.strip() for line in str(self._error).splitlines() if line.strip()]
+            # vLLM checks its settings with pydantic, which says what is wrong and ends with a link
+            said = [line for line in lines if not line.startswith("For further information visit")]
+            raise EngineDied(f"{type(self._error).__name__}: {said[-1] if said else 'no message'}") from self._error
 
     def _run(self) -> None:
         try:

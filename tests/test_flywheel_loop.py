@@ -252,6 +252,7 @@ BAD = [
     ({"posttrain": [{"comand": ["x"]}]}, "posttrain[1].comand is no key; did you mean command?"),
     ({"posttrain": [{"name": "x"}]}, "expected exactly one of sft, dpo, rl, command"),
     ({"posttrain": [{"command": []}]}, "posttrain[1].command is [], expected a list of words"),
+    ({"posttrain": [{"command": ["python", True, None]}]}, "of which number 2 is True; true, null and the like need quotes"),
     ({"posttrain": [{"command": ["true"], "name": "train"}]}, "posttrain[1].name is 'train', expected letters"),
     ({"posttrain": [{"command": ["true"], "name": "a/b"}]}, "posttrain[1].name is 'a/b', expected letters"),
     ({"posttrain": [{"command": ["true"]}, {"command": ["true"]}]}, "posttrain[2].name is 'command', expected a name that"),
@@ -542,6 +543,9 @@ def test_a_command_that_leaves_with_0_when_told_to_end_is_not_done(fake: FakeLoo
     command.signal(signal.SIGTERM)
     assert command.finish(600) == 3, command.errors
     assert fake.overview()["round-0/own"]["state"] != "done"
+    code, plan, error = remit("flywheel", "--config", fake.file, "--dry-run")
+    assert code == 0, error
+    assert re.search(r"round-0/own +goes on", plan), plan
     code, _, error = remit("flywheel", "--config", fake.file)
     assert code == 0, error
     assert fake.overview()["round-0/own"]["attempts"] == 2

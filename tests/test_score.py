@@ -12,10 +12,12 @@ import pytest
 import torch
 from conftest import make_model, make_tokenizer, score_to, source_texts, write_corpus
 from oracles import load, read_rows, row_logprobs
+from pydantic import TypeAdapter
 
 from scorer.actor import make_engine
 from scorer.config import PackConfig
 from scorer.engine import EngineConfig, batched_tokens
+from scorer.loop import EngineDied, EngineLoop
 from scorer.pack import pack
 from scorer.rowcheck import fault_of_ids, fault_of_row, round_logprobs
 from shards import ShardFolder
@@ -245,3 +247,22 @@ def test_engine_refuses_a_model_that_changed(tmp_path: Path, reference_model: Pa
         (model / name).write_bytes((model / name).read_bytes()[:-1] + b"x")
     with pytest.raises(ValueError, match=r"_sha256 is [0-9a-f]+ on this node now"):
         make_engine(config, {}, 1)
+
+
+def fail_with(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        (lambda: TypeAdapter(int).validate_python("many"), "ValidationError: Input should be a valid integer"),
+        (lambda: fail_with(RuntimeError("first\n\n  no kernel for this\n")), "RuntimeError: no kernel for this"),
+        (lambda: fail_with(MemoryError()), "MemoryError: no message"),
+    ],
+)
+def test_engine_that_does_not_start_says_why(what: Callable, message: str) -> None:
+    """vLLM's settings are pydantic's, whose errors end with a link to its manual."""
+    with pytest.raises(EngineDied) as error:
+        EngineLoop(what).wait_ready()
+    assert str(error.value).startswith(message)

@@ -149,8 +149,15 @@ class _File:
     def texts(self, key: str, value: Any, least: int = 1) -> tuple[str, ...]:
         """A list of words; a single one may stand without brackets. Numbers are words too."""
         entries = value if isinstance(value, list) else [value]
-        whole = all(isinstance(entry, str | int | float) and not isinstance(entry, bool) for entry in entries)
-        if not whole or len(entries) < least or not all(str(entry).strip() for entry in entries):
+        for number, entry in enumerate(entries, 1):
+            if isinstance(entry, bool) or not isinstance(entry, str | int | float) or not str(entry).strip():
+                where = (
+                    f", of which number {number} is {entry!r}; true, null and the like need quotes"
+                    if entries is value
+                    else ""
+                )
+                self.fail(key, value, f"a list of words{where}")
+        if len(entries) < least:
             self.fail(key, value, "a list of words")
         return tuple(map(str, entries))
 

@@ -50,8 +50,12 @@ def state_of(look: Look, places: Places) -> str:
         return f"to run again: {look.change}"
     if look.record is not None:
         return f"done ({duration(look.record['seconds'])})"
-    begun = look.key is not None and look.stage.resumes and places.output(look.stage, look.key).exists()
-    return "goes on" if begun else "to run"
+    if look.key is None:
+        return "to run"
+    state = places.state(look.stage, look.key)  # a command of the user's own keeps there what it goes on from
+    kept = state.is_dir() and any(state.iterdir())
+    half = look.stage.resumes and places.output(look.stage, look.key).exists()
+    return "goes on" if half or kept else "to run"
 
 
 def show_plan(looks: list[Look], folder: Path, console: Console) -> None:
