@@ -131,9 +131,10 @@ verify: install ## check every byte and count of SHARDS
 inspect: install ## show what SHARDS holds, or one row of it: make inspect ROW=3; as a page: HTML=row.html
 	$(BIN)/remit inspect --shards $(SHARDS) $(if $(ROW),--row $(ROW)) $(if $(HTML),--html $(HTML)) $(INSPECT_ARGS)
 
-# Files go to two processes, in their order: those with long tests are not at its end.
+# Files go to two processes, in their order: those with long tests are not at its end. One that dies ends the run:
+# pytest-xdist would wait for ever for the tests of the one that it starts instead.
 test: $(VENV)/.installed-dev ## run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 test-slow: $(VENV)/.installed-dev ## run the fault loops that make test leaves out, about 40 minutes
 	$(BIN)/python -m pytest -m slow
@@ -150,8 +151,9 @@ bench-scale: $(VENV)/.installed-dev ## a plan of 100,000 parts: start, resume, v
 bench-train: $(VENV)/.installed-dev ## ReMiT against next-token prediction, an online reference and transformers' Trainer
 	$(BIN)/python -m benchmarks.bench_train
 
-gpu-check: $(VENV)/.installed-dev ## the trainer on a GPU: correctness, then speed at the shapes of OLMo-2-1B
+gpu-check: $(VENV)/.installed-dev ## the trainer on a GPU: correctness, speed at the shapes of OLMo-2-1B, exact resume
 	$(BIN)/python -m benchmarks.gpu_check
+	$(BIN)/python -m benchmarks.gpu_train
 
 bench-head: $(VENV)/.installed-dev ## memory of the loss head as vocabulary and length grow
 	$(BIN)/python -m benchmarks.bench_head

@@ -4,7 +4,6 @@ One thread makes the engine and steps it (its OpenMP threads are bound to that t
 checked and written in other threads keep its queue filled, so the engine does not wait for them.
 """
 
-import os
 import queue
 import threading
 from collections.abc import Callable
@@ -37,10 +36,13 @@ class Job:
 
 
 class EngineLoop:
-    """Runs `make_engine` and steps it in a thread of its own."""
+    """Runs `make_engine` and steps it in a thread of its own.
 
-    def __init__(self, make_engine: Callable[[], Engine]) -> None:
-        self._make_engine = make_engine
+    on_death: called in that thread, as its last act, when the engine has failed and whoever waits has been told.
+    """
+
+    def __init__(self, make_engine: Callable[[], Engine], on_death: Callable[[], None]) -> None:
+        self._make_engine, self._on_death = make_engine, on_death
         self._queue: queue.Queue[tuple[Job, int, np.ndarray]] = queue.Queue(QUEUED_PROMPTS)
         self._changed = threading.Condition()
         self._error: BaseException | None = None
@@ -91,10 +93,7 @@ class EngineLoop:
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
-            # whoever waits learns the reason; then the process goes, because nothing in it can be trusted
-            timer = threading.Timer(20, os._exit, (1,))
-            timer.daemon = True
-            timer.start()
+            self._on_death()
 
     def _loop(self, engine: Engine) -> None:
         running: dict[str, tuple[Job, int, int]] = {}

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -263,6 +264,8 @@ def fail_with(error: Exception) -> None:
 )
 def test_engine_that_does_not_start_says_why(what: Callable, message: str) -> None:
     """vLLM's settings are pydantic's, whose errors end with a link to its manual."""
+    dead = threading.Event()
     with pytest.raises(EngineDied) as error:
-        EngineLoop(what).wait_ready()
+        EngineLoop(what, dead.set).wait_ready()
     assert str(error.value).startswith(message)
+    assert dead.wait(10), "the process of the engine is told to go"
