@@ -25,11 +25,13 @@ from rich.table import Table
 from benchmarks.common import claim, make_shards, report
 from benchmarks.training import Steps, annotate, synchronize
 from trainer.batch import MicroBatch
+from trainer.deterministic import deterministic
 from trainer.head import objective_loss
 from trainer.model import load_base
 from trainer.objectives import ObjectiveSettings, make_objective
 
 OLMO_2_1B = {"hidden_size": 2048, "layers": 16, "heads": 16, "intermediate": 8192, "vocabulary": 100_352}
+DETERMINISTIC = "NTP, --deterministic"
 SMALL = {"hidden_size": 256, "layers": 4, "heads": 8, "intermediate": 1024, "vocabulary": 16_384}
 
 
@@ -146,7 +148,7 @@ def main() -> int:
     print(f"torch {torch.__version__}, {where}", flush=True)
     shape, dtype = (OLMO_2_1B, "bfloat16") if has_gpu else (SMALL, "float32")
     seq_len, rows = options.seq_len or (4096 if has_gpu else 512), options.rows or (8 if has_gpu else 2)
-    with TemporaryDirectory() as name:
+    with TemporaryDirectory() as name, deterministic(device, True):
         folder = Path(name)
         checks = check(device, folder)
         table = Table("check against float64 or the plain form", "found", "bound", "", title="correctness")
@@ -160,8 +162,9 @@ def main() -> int:
         shards = annotate(folder / "packed", folder / "scored")
         ceiling = matmul_flops_per_second(device, getattr(torch, dtype), 8192 if has_gpu else 1024)
         speeds, peaks = {}, {}
-        for variant in ("NTP", "ReMiT, stored", "ReMiT, online"):
+        for variant in ("NTP", "ReMiT, stored", "ReMiT, online", DETERMINISTIC):
             gc.collect()  # compiled layers are cycles of references
+            torch.use_deterministic_algorithms(has_gpu and variant == DETERMINISTIC)
             if has_gpu:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
@@ -169,7 +172,7 @@ def main() -> int:
             if online is not None:
                 online.prepare(False, "auto")
                 online.model.to(online.dtype)
-            objective = "ntp" if variant == "NTP" else "remit"
+            objective = "ntp" if variant.startswith("NTP") else "remit"
             steps = Steps(
                 shards, model, objective, rows, options.micro_batch_size, options.steps + 3, device, dtype, online
             )  # fmt: skip
@@ -197,6 +200,7 @@ def main() -> int:
                 "throughput kept against NTP, ReMiT from the shards", [v / ntp for v in speeds["ReMiT, stored"]], 0.99
             ),
             claim("throughput kept against NTP, reference online", [v / ntp for v in speeds["ReMiT, online"]]),
+            claim(f"{DETERMINISTIC} / NTP", [v / ntp for v in speeds[DETERMINISTIC]]),
             claim("share of the matrix product's ceiling, NTP", [v * flops / ceiling for v in speeds["NTP"]]),
         ],
     )

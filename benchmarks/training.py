@@ -30,11 +30,11 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def annotate(shards: Path, out: Path, step: float = 1 / 64, top_k: int = 0) -> ShardFolder:
-    """`shards` with columns of random log-probs, as a reference of that vocabulary would give them."""
+def annotate(shards: Path, out: Path, step: float = 1 / 64, top_k: int = 0, context: str = "packed") -> ShardFolder:
+    """`shards` with columns of random log-probs, as a reference of that vocabulary would give them in that context."""
     rng = np.random.default_rng(1)
     manifest = Manifest.read(shards)
-    reference = {"context": "packed", "logprob_step": step, "model": "random", "engine": "none"}
+    reference = {"context": context, "logprob_step": step, "model": "random", "engine": "none"}
     reference |= {"top_k": top_k} if top_k else {}
     manifest = replace(manifest, references={"rl": reference})
     manifest.write(out)
@@ -45,9 +45,13 @@ def annotate(shards: Path, out: Path, step: float = 1 / 64, top_k: int = 0) -> S
         batches = []
         for batch in pa.ipc.open_file(shards / plan.name).read_all().to_batches():
             values = []
-            for row in batch.column("input_ids").to_pylist():
-                logprobs = -np.round(rng.gamma(2.0, 5.0, len(row)) / step) * step
-                values.append([None, *logprobs[1:].tolist()])
+            for row in batch.select(["input_ids", "doc_lengths"]).to_pylist():
+                length = len(row["input_ids"])
+                logprobs = (-np.round(rng.gamma(2.0, 5.0, length) / step) * step).tolist()
+                docs = row["doc_lengths"] if context == "document" else [length]
+                for start in np.cumsum([0, *docs[:-1]]):
+                    logprobs[start] = None  # nothing precedes it
+                values.append(logprobs)
             columns = [*batch.columns, pa.array(values, pa.list_(pa.float32()))]
             if top_k:
                 columns += random_top(rng, values, manifest.tokenizer["vocab_size"], top_k, step)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from shards import logprobs_column
 from shards.manifest import Manifest
 from trainer.config import TrainConfig, learning_rate_at
+from trainer.deterministic import deterministic
 from trainer.train import train
 
 
@@ -289,3 +290,16 @@ def test_column_names() -> None:
     for bad in ("", "Rl", "1x", "a-b", "a b", "x" * 65):
         with pytest.raises(ValueError, match="not usable as a column name"):
             logprobs_column(bad)
+
+
+def test_deterministic_is_for_gpus_alone_and_passes() -> None:
+    """Nothing here has a GPU: that the switches are set, and set back."""
+    memory = torch.utils.deterministic
+    for device, wanted, expected in (("cpu", True, False), ("cuda", False, False), ("cuda", True, True)):
+        filled = memory.fill_uninitialized_memory
+        with deterministic(torch.device(device), wanted):
+            assert torch.are_deterministic_algorithms_enabled() == expected
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+            assert memory.fill_uninitialized_memory == (filled and not expected)
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert memory.fill_uninitialized_memory == filled

@@ -30,7 +30,7 @@ NOT_SETTINGS = (
     *("out", "debug", "shards", "model", "eval_shards", "checkpoint_every", "keep_checkpoints", "timeout_seconds"),
     *("export_every", "ray_workers", "wandb_project"),
     # these change the machine's work and the last digits, not what is computed
-    *("micro_batch_size", "sharding", "activation_checkpointing", "compile"),
+    *("micro_batch_size", "sharding", "activation_checkpointing", "compile", "deterministic"),
 )
 
 

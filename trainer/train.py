@@ -26,6 +26,7 @@ from trainer.board import Board
 from trainer.checkpoint import Checkpoints, whole_weights
 from trainer.config import TrainConfig, learning_rate_at
 from trainer.data import GlobalBatch, RowReader, global_batches
+from trainer.deterministic import deterministic
 from trainer.distributed import World, accumulate_only, connect, scalar, spread
 from trainer.first_pass import global_weights, second_pass
 from trainer.model import Base, check_document_attention, check_fits, load_base
@@ -68,7 +69,7 @@ def train(
     Raises ValueError with value, expectation and remedy for input that does not fit together, and
     FloatingPointError, before the optimizer step, where a loss or gradient is not finite.
     """
-    with connect(config.timeout_seconds) as world:
+    with connect(config.timeout_seconds) as world, deterministic(world.device, config.deterministic):
         return train_in(world, config, progress, should_stop)
 
 

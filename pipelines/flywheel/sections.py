@@ -77,7 +77,7 @@ SECTIONS = {
         {"shards": LOOP, "model": LOOP, "out": LOOP, "reference": LOOP, "debug": LOOP, "seed": "give seed at the top"},
         files=("eval_shards",),
         unkeyed=("checkpoint_every", "keep_checkpoints", "timeout_seconds", "ray_workers", "wandb_project",
-                 "micro_batch_size", "sharding", "activation_checkpointing", "compile"),
+                 "micro_batch_size", "sharding", "activation_checkpointing", "compile", "deterministic"),
     ),
     "evaluate": Section(
         "remit eval", CLI, ("eval",), "pipelines.evaluation.settings:EvalConfig",
