@@ -116,6 +116,9 @@ def main(arguments: list[str] | None = None) -> None:
     command = arguments[0] if arguments else ""
     try:
         config = parse(expand_config_file(arguments))
+    except BrokenPipeError:  # --help | head: what Python has not written yet goes nowhere as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(FAILED)
     except ValueError as error:
         fail(command, BAD_USAGE, str(error))
 

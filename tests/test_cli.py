@@ -37,6 +37,16 @@ def test_help_is_quick_and_loads_no_model_library() -> None:
     assert output.splitlines()[-1] == "[]"
 
 
+def test_a_reader_of_help_that_has_left_is_no_accident() -> None:
+    """As in `remit train --help | head -1`."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "pipelines.cli", "train", "--help"]
+    ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (1, "")
+
+
 @pytest.mark.parametrize("arguments", [[], ["fly"], ["pack"], ["pack", "--seq-len", "x"], ["verify", "--nope"]])
 def test_bad_usage_is_two(remit: Remit, arguments: list[str]) -> None:
     code, _, error = remit(*arguments)

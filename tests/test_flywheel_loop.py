@@ -28,6 +28,7 @@ from pipelines.flywheel.model_check import check_model
 from pipelines.flywheel.sections import SECTIONS
 from pipelines.flywheel.settings import read_config
 from pipelines.flywheel.stage import Input, Output, Stage, Unkeyed, Word
+from pipelines.posttrain.__main__ import parse as parse_posttrain
 from pipelines.posttrain.rewards import reward_fingerprint
 from trainer.run import NOT_SETTINGS
 
@@ -407,7 +408,6 @@ def test_bad_options(fake: FakeLoop, remit: Remit) -> None:
 
 def test_post_training_of_ours(fake: FakeLoop, remit: Remit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its options and its data are checked before anything runs, and its command line is what it parses."""
-    posttrain = pytest.importorskip("pipelines.posttrain.__main__", reason="post-training is not there")
     monkeypatch.chdir(tmp_path)
     examples = {"sft": {"prompt": "a", "completion": "b"}, "dpo": {"prompt": "a", "chosen": "b", "rejected": "c"}}
     examples["rl"] = {"prompt": "a", "answer": "b"}
@@ -423,7 +423,7 @@ def test_post_training_of_ours(fake: FakeLoop, remit: Remit, tmp_path: Path, mon
     for name, kind in (("sft", "sft"), ("dpo", "dpo"), ("rl-long", "rl")):
         stage = stages[f"round-1/{name}"]
         assert stage.command[:2] == ("pipelines.posttrain", kind)
-        config = posttrain.parse([text(word) for word in stage.command[1:]])
+        config = parse_posttrain([text(word) for word in stage.command[1:]])
         assert (config.model, str(config.data), str(config.out), config.seed) == ("/model", "/data", "/out", 7)
         assert stage.inputs["data"] == tmp_path / f"{kind}.jsonl"
         assert (stage.result, stage.resumes) == ("model", True)
