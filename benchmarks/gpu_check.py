@@ -90,7 +90,8 @@ def head_error(device: torch.device, dtype: torch.dtype, objective: str, budget:
 
 def check(device: torch.device, folder: Path) -> list[tuple[str, float, float]]:
     """(what, found error, bound) of every check."""
-    rows = []
+    folder.mkdir()
+    rows: list[tuple[str, float, float]] = []
     for dtype, bound in ((torch.float32, 1e-4), (torch.bfloat16, 2e-2)):
         for objective in ("ntp", "remit"):
             for budget in (1 << 30, 4 * 5003 * 50):
@@ -148,9 +149,11 @@ def main() -> int:
     print(f"torch {torch.__version__}, {where}", flush=True)
     shape, dtype = (OLMO_2_1B, "bfloat16") if has_gpu else (SMALL, "float32")
     seq_len, rows = options.seq_len or (4096 if has_gpu else 512), options.rows or (8 if has_gpu else 2)
-    with TemporaryDirectory() as name, deterministic(device, True):
+    with TemporaryDirectory() as name:
         folder = Path(name)
-        checks = check(device, folder)
+        with deterministic(device, True):  # first, for the setting of cuBLAS; it is torch's own on this kind of GPU
+            checks = [(f"deterministic: {what}", *rest) for what, *rest in check(device, folder / "deterministic")]
+        checks += check(device, folder / "plain")
         table = Table("check against float64 or the plain form", "found", "bound", "", title="correctness")
         for what, found, bound in checks:
             table.add_row(what, f"{found:.2g}", f"{bound:g}", "ok" if found <= bound else "WRONG")
@@ -164,28 +167,28 @@ def main() -> int:
         speeds, peaks = {}, {}
         for variant in ("NTP", "ReMiT, stored", "ReMiT, online", DETERMINISTIC):
             gc.collect()  # compiled layers are cycles of references
-            torch.use_deterministic_algorithms(has_gpu and variant == DETERMINISTIC)
-            if has_gpu:
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            online = load_base(model, dtype, device) if variant.endswith("online") else None
-            if online is not None:
-                online.prepare(False, "auto")
-                online.model.to(online.dtype)
-            objective = "ntp" if variant.startswith("NTP") else "remit"
-            steps = Steps(
-                shards, model, objective, rows, options.micro_batch_size, options.steps + 3, device, dtype, online
-            )  # fmt: skip
-            for _ in range(3):
-                steps.step()
-            speeds[variant] = [steps.tokens / steps.step() for _ in range(options.steps)]
-            peaks[variant] = torch.cuda.max_memory_allocated() / 1e9 if has_gpu else float("nan")
-            if variant == "NTP":
-                parameters = sum(p.numel() for p in steps.base.model.parameters())
-                embedding = shape["vocabulary"] * shape["hidden_size"]
-                # 6 per weight that multiplies, and the two products of causal attention, forward and backward
-                flops = 6 * (parameters - embedding) + 6 * shape["layers"] * shape["hidden_size"] * seq_len
-            del steps, online
+            with deterministic(device, variant == DETERMINISTIC):
+                if has_gpu:
+                    torch.cuda.empty_cache()
+                    torch.cuda.reset_peak_memory_stats()
+                online = load_base(model, dtype, device) if variant.endswith("online") else None
+                if online is not None:
+                    online.prepare(False, "auto")
+                    online.model.to(online.dtype)
+                objective = "ntp" if variant.startswith("NTP") else "remit"
+                steps = Steps(
+                    shards, model, objective, rows, options.micro_batch_size, options.steps + 3, device, dtype, online
+                )  # fmt: skip
+                for _ in range(3):
+                    steps.step()
+                speeds[variant] = [steps.tokens / steps.step() for _ in range(options.steps)]
+                peaks[variant] = torch.cuda.max_memory_allocated() / 1e9 if has_gpu else float("nan")
+                if variant == "NTP":
+                    parameters = sum(p.numel() for p in steps.base.model.parameters())
+                    embedding = shape["vocabulary"] * shape["hidden_size"]
+                    # 6 per weight that multiplies, and the two products of causal attention, forward and backward
+                    flops = 6 * (parameters - embedding) + 6 * shape["layers"] * shape["hidden_size"] * seq_len
+                del steps, online
     table = Table("", "tokens/s", "of the matrix product's ceiling", "peak GB", title=f"{where}, rows of {seq_len}")
     for variant, values in speeds.items():
         speed = median(values)

@@ -26,17 +26,19 @@ from benchmarks.common import claim, make_shards, report
 from benchmarks.training import annotate
 
 HAS_GPU = torch.cuda.is_available()
-# the backward pass of attention adds the blocks of long rows in the order in which they come
-SEQ_LEN, HIDDEN = (2048, 256) if HAS_GPU else (256, 128)
-VOCABULARY, ROWS_PER_PART, STEPS, TOP_K = 4096, 32, 16, 8
+# the backward pass of attention adds the blocks of long rows in the order in which they come; odd lengths are what a
+# compiler may pad; the 16 steps of 4 rows are one epoch, in which the short row comes up once
+SEQ_LEN, HIDDEN, DOCS_PER_ROW = (2037, 256, 7) if HAS_GPU else (255, 128, 5)
+VOCABULARY, ROWS_PER_PART, SHORT_ROW, STEPS, TOP_K = 4096, 32, 101, 16, 8
 MEASURED = ("tokens_per_second", "data_wait_seconds", "peak_memory_bytes")  # of the machine, not of the run
 COMMON = [
-    "--global-batch-size", "4", "--micro-batch-size", "2", "--max-steps", str(STEPS), "--checkpoint-every", "4",
+    "--global-batch-size", "4", "--micro-batch-size", "1", "--max-steps", str(STEPS), "--checkpoint-every", "4",
     "--learning-rate", "1e-3", "--deterministic",
 ]  # fmt: skip
 REMIT, DOCUMENT = ["--objective", "remit"], ["--objective", "remit", "--centring", "document"]
 VARIANTS = {
-    "remit, packed": ("packed", REMIT),
+    "remit, packed, evaluation": ("packed", [*REMIT, "--eval-shards", "{folder}/rows", "--eval-every", "5"]),
+    "ntp, three rows and one": ("packed", ["--objective", "ntp", "--micro-batch-size", "3"]),
     "remit, document, activation checkpointing": ("document", [*DOCUMENT, "--activation-checkpointing"]),
     "rho1, global": ("packed", ["--objective", "rho1"]),
     "kd": ("top", ["--objective", "kd"]),
@@ -55,14 +57,15 @@ class Runs:
             bos_token_id=None, eos_token_id=0, pad_token_id=None,
         )  # fmt: skip
         transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / "base")
-        make_shards(folder / "rows", VOCABULARY, 2, ROWS_PER_PART, SEQ_LEN, docs_per_row=8)
+        make_shards(folder / "rows", VOCABULARY, 2, ROWS_PER_PART, SEQ_LEN, DOCS_PER_ROW, SHORT_ROW)
         annotate(folder / "rows", folder / "packed")
         annotate(folder / "rows", folder / "document", context="document")
         annotate(folder / "rows", folder / "top", top_k=TOP_K)
 
     def start(self, name: str, shards: str, options: list[str], *launcher: str, **environment: str) -> subprocess.Popen:
         words = [sys.executable, *launcher, "-m", "pipelines.cli", "train", "--shards", str(self.folder / shards)]
-        words += ["--model", str(self.folder / "base"), "--out", str(self.folder / name), *COMMON, *options]
+        words += ["--model", str(self.folder / "base"), "--out", str(self.folder / name), *COMMON]
+        words += [option.format(folder=self.folder) for option in options]
         caches = self.folder / "caches" / f"{name}-{time.monotonic_ns()}"
         own = {"TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor", "TRITON_CACHE_DIR": f"{caches}/triton"}
         environment = os.environ | own | {"OMP_NUM_THREADS": "1"} | environment
@@ -72,14 +75,16 @@ class Runs:
     def log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text()[-3000:]
 
-    def finish(self, name: str, run: subprocess.Popen) -> tuple[list[dict], bytes]:
-        """Metrics without what is measured, and the bytes of the trained weights."""
+    def finish(self, name: str, run: subprocess.Popen) -> tuple[list[dict], bytes, bytes]:
+        """Metrics without what is measured, held-out losses, and the bytes of the trained weights."""
         if run.wait(400):
             raise RuntimeError(f"{name}: exit code {run.returncode}\n{self.log(name)}")
         lines = map(json.loads, (self.folder / name / "metrics.jsonl").read_text().splitlines())
         metrics = [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
         assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
-        return metrics, (self.folder / name / "model" / "model.safetensors").read_bytes()
+        evaluation = self.folder / name / "evaluation.jsonl"
+        held_out = evaluation.read_bytes() if evaluation.exists() else b""
+        return metrics, held_out, (self.folder / name / "model" / "model.safetensors").read_bytes()
 
     def whole(self, name: str, shards: str, options: list[str], *launcher: str, **environment: str) -> tuple:
         return self.finish(name, self.start(name, shards, options, *launcher, **environment))
@@ -120,7 +125,8 @@ def main() -> int:
             jobs[index, "first"] = submit(f"first-{index}", shards, options)
             jobs[index, "again"] = submit(f"again-{index}", shards, options)
             jobs[index, "killed"] = pool.submit(runs.killed, f"killed-{index}", shards, options)
-        torchran = submit("torchrun", "packed", REMIT, *torchrun)
+        first = next(iter(VARIANTS.values()))
+        torchran = submit("torchrun", *first, *torchrun)
         gpu = submit("float32", "document", exact)
         free = [submit(f"free-{index}", "packed", [*REMIT, "--no-deterministic"]) for index in range(2)]
 
@@ -131,13 +137,16 @@ def main() -> int:
                 other = jobs[index, job].result()
                 apart = f"{losses}, apart {largest_difference(other[0], first[0], 'loss'):.1e}"
                 rows.append((f"{name}: {what}", apart, other == first))
-        rows.append(("under torchrun, one process", "", torchran.result() == jobs[0, "first"].result()))
+        rows.append(
+            ("the first of these under torchrun, one process", "", torchran.result() == jobs[0, "first"].result())
+        )
         apart = f"apart {largest_difference(free[0].result()[0], free[1].result()[0], 'loss'):.1e}"
         equal = "the same" if free[0].result() == free[1].result() else "differ"
         rows.append(("for comparison, twice without --deterministic", f"{equal}, {apart}", None))
         for key in ("loss", "ntp_loss", "grad_norm", "weight_std"):
             error = largest_difference(gpu.result()[0], cpu.result()[0], key)
-            rows.append((f"float32, document, {key}: from the CPU's, relative", f"{error:.1e}", error < 1e-3))
+            bound = 1e-3 if key == "grad_norm" else 1e-5
+            rows.append((f"float32, document, {key}: from the CPU's, relative", f"{error:.1e}", error < bound))
     table = Table("remit train", "", "", title=where)
     for what, found, good in rows:
         table.add_row(what, found, {True: "ok", False: "WRONG", None: ""}[good])

@@ -38,9 +38,10 @@ class MicroBatch:
     sources: tuple[int, ...] | None = None
 
 
-def collate(rows: list[Row], context: str, device: torch.device | str) -> MicroBatch:
-    """Pad rows on the right to the longest one and move them to `device`; no rows: one that predicts nothing."""
-    length = max((len(row.input_ids) for row in rows), default=2)
+def collate(rows: list[Row], context: str, device: torch.device | str, length: int | None = None) -> MicroBatch:
+    """Pad rows on the right to `length` tokens, default the longest one, and move them to `device`; no rows: one that
+    predicts nothing."""
+    length = length or max((len(row.input_ids) for row in rows), default=2)
     shape = (max(1, len(rows)), length)
     input_ids = np.zeros(shape, dtype=np.int64)
     predicted = np.zeros(shape, dtype=bool)

@@ -1,7 +1,7 @@
 """The same bits from the same step on a GPU, in whatever process it runs: what exact resume rests on.
 
 Left to itself a GPU adds in the order in which its threads arrive (the backward pass of attention), and torch.compile
-picks kernels by timing them, so that each process may add in an order of its own.
+picks kernels by timing them, and by the shapes that it has seen, so that each process may add in an order of its own.
 """
 
 import contextlib
@@ -22,6 +22,8 @@ def deterministic(device: torch.device, wanted: bool) -> Iterator[None]:
     if device.type != "cuda" or not wanted:
         yield
         return
+    import torch._dynamo.config as compiler  # seconds that others need not wait
+
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # one of the two that cuBLAS repeats itself with
     os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # of the flash-attn package, read by transformers
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
@@ -30,7 +32,8 @@ def deterministic(device: torch.device, wanted: bool) -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     memory.fill_uninitialized_memory = False  # a help to find bugs, at the cost of a pass over all new memory
     try:
-        yield
+        with compiler.patch(recompile_limit=64):  # of shapes; beyond it layers would run as they are
+            yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         memory.fill_uninitialized_memory = filled

@@ -31,9 +31,14 @@ def second_pass(objective: Objective) -> Objective:
 
 @torch.no_grad()
 def global_weights(
-    model: nn.Module, objective: Objective, micro_batches: list[list[Row]], context: str, world: World
+    model: nn.Module,
+    objective: Objective,
+    micro_batches: list[list[Row]],
+    context: str,
+    world: World,
+    pad_to: int | None = None,
 ) -> list[list[Row]]:
-    """The rows of this rank's micro-batches with a column of weights.
+    """The rows of this rank's micro-batches with a column of weights. pad_to: tokens, as of `collate`.
 
     The choice is the same for any number of ranks and micro-batches, as far as the losses are the same bits. Every
     process holds the losses and columns of the whole global batch in CPU memory.
@@ -47,7 +52,7 @@ def global_weights(
 
     recording = replace(objective, weigh=record, scope="row")
     for rows in micro_batches:
-        model(collate(rows, context, world.device), recording, 1, 1, StepStatistics(world.device))
+        model(collate(rows, context, world.device, pad_to), recording, 1, 1, StepStatistics(world.device))
 
     rows = [row for rows in micro_batches for row in rows]
     counts = torch.tensor([int(row.predicted.sum()) for row in rows], dtype=torch.int64)

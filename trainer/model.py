@@ -79,13 +79,17 @@ class Base:
             output = self.model.get_decoder()(input_ids=input_ids_BT, use_cache=False, return_dict=True, **positions)
         return output.last_hidden_state.view(*shape, -1).to(self.dtype)
 
-    def prepare(self, activation_checkpointing: bool, compile_layers: str) -> None:
-        """Before the weights are spread over ranks. compile_layers: "auto" (on a GPU), "on", "off"."""
+    def prepare(self, activation_checkpointing: bool, compile_layers: str, static: bool = False) -> None:
+        """Before the weights are spread over ranks. compile_layers: "auto" (on a GPU), "on", "off".
+
+        static: compile for each shape by itself, and not, as torch does by default, for any shape once it has seen two:
+        what a step is made of then depends on the steps before it, which a resumed run has not seen.
+        """
         if activation_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if compile_layers == "on" or (compile_layers == "auto" and self.device.type == "cuda"):
             for layer in self.layers:
-                layer.compile()
+                layer.compile(dynamic=False if static else None)
 
     def export(self, folder: Path, state: dict[str, Tensor]) -> None:
         """Write a Hugging Face folder in the dtype and with the settings of the base. state: all weights, by name."""

@@ -99,7 +99,8 @@ def train_in(world: World, config: TrainConfig, progress: Progress, should_stop:
     last_row = None if config.max_steps else math.ceil(config.epochs * order.num_rows)
     num_steps = config.max_steps or math.ceil(last_row / config.global_batch_size)  # type: ignore[operator]
 
-    base.prepare(config.activation_checkpointing, config.compile)
+    base.prepare(config.activation_checkpointing, config.compile, static=config.deterministic)
+    pad_to = shards.manifest.seq_len if config.deterministic else None  # few shapes, since each is compiled
     loss_model = LossModel(base)
     model = spread(loss_model, base.layers, world, config.sharding, base.dtype)
     optimizer = make_optimizer(loss_model, config)
@@ -149,12 +150,12 @@ def train_in(world: World, config: TrainConfig, progress: Progress, should_stop:
             if objective.scope == "global" and len(micro_batches) * world.size == 1:
                 minimised = replace(objective, scope="micro")  # the micro-batch is the global batch
             elif objective.scope == "global":
-                micro_batches = global_weights(model, objective, micro_batches, context, world)
+                micro_batches = global_weights(model, objective, micro_batches, context, world, pad_to)
                 minimised = second_pass(objective)
             for index, rows in enumerate(micro_batches):
                 is_last = index == len(micro_batches) - 1
                 with contextlib.nullcontext() if is_last else accumulate_only(model):
-                    micro_batch = collate(rows, context, world.device)
+                    micro_batch = collate(rows, context, world.device, pad_to)
                     # both kinds of spreading average over the ranks, which the factor makes a sum
                     loss = model(micro_batch, minimised, predicted, world.size, statistics)
                     loss.backward()
@@ -251,6 +252,7 @@ def open_evaluation(
     shards = ShardFolder(config.eval_shards)
     check_fits(base, Path(config.model), shards)
     reader = RowReader(shards, context, None, base.num_embeddings)
+    pad_to = shards.manifest.seq_len if config.deterministic else None
 
     def evaluate(step: int) -> None:
         statistics = StepStatistics(world.device)
@@ -260,7 +262,7 @@ def open_evaluation(
                 places = np.array([(block, row) for row in range(num_rows)])[world.rank :: world.size]
                 batch = GlobalBatch(reader.rows(places), int(num_rows), 0)
                 for rows in batch.micro_batches(config.micro_batch_size, world.size):
-                    model(collate(rows, context, world.device), NTP, 1, 1, statistics)
+                    model(collate(rows, context, world.device, pad_to), NTP, 1, 1, statistics)
         model.train()
         world.sum(statistics.table)
         if world.first:
