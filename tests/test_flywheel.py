@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 from annotated import annotate
 
+from pipelines.flywheel import runner
 from pipelines.flywheel.fingerprint import Known, fingerprint, first_change, read_files
 from pipelines.flywheel.records import code_fingerprint, made_by_other_code
 from pipelines.flywheel.runner import Outcome, StageFailed, run_stages
-from pipelines.flywheel.stage import Input, Output, Stage, State, Unkeyed, stage_key
+from pipelines.flywheel.stage import Input, Output, Pattern, Stage, State, Unkeyed, stage_key
 from pipelines.flywheel.survey import survey
 
 ROOT = Path(__file__).parent.parent
@@ -503,3 +504,51 @@ def test_nothing_outlives_a_killed_driver(tmp_path: Path) -> None:
     assert not alive(int((tmp_path / "orphan").read_text()))  # that of the run which ended well
     assert (tmp_path / "starts").read_text() == ".\n.\n"
     assert not list((tmp_path / "f" / "stages").glob(".*"))
+
+
+def test_files_that_come_to_match_while_a_stage_runs_refuse_its_result(tmp_path: Path) -> None:
+    """The command expands the pattern when it starts, the key is of the files that matched before."""
+    (tmp_path / "a.txt").write_text("a")
+    pattern = str(tmp_path / "*.txt")
+
+    def stage(line: str) -> Stage:
+        files = Pattern.expand(pattern)
+        inputs = {f"{number}": Path(file) for number, file in enumerate(files)}
+        return Stage("x", ("bash", "-c", line, Output(), Pattern(pattern, files)), inputs)
+
+    with pytest.raises(StageFailed, match="other files match since the stage was planned"):
+        run_stages([stage(f"echo b > {tmp_path}/b.txt; cat $1 > $0/all")], tmp_path / "f")
+    outcome, ran = run(tmp_path / "f", stage("cat $1 > $0/all"))
+    assert ran == ["x"]
+    assert (outcome.result("x") / "all").read_text() == "ab\n"
+
+
+def test_an_error_at_one_stage_asks_the_others_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk under the record of one must not cost another what it has not saved."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one core")
+
+    def full(result: Path, files: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runner, "sync", full)
+    kept = tmp_path / "kept"
+    long = f'trap "touch {kept}; exit 3" TERM; touch {tmp_path}/begun; while true; do sleep 0.05; done'
+    short = f"while ! test -e {tmp_path}/begun; do sleep 0.05; done; echo 1 > $0/x"
+    with pytest.raises(StageFailed, match=r"stage short: .*No space left on device; the same command again goes on"):
+        run_stages([shell("long", long, threads=1), shell("short", short, threads=1)], tmp_path / "f", jobs=2)
+    assert kept.exists()
+    kept.unlink()
+
+    monkeypatch.undo()
+    data = tmp_path / "data"
+    data.write_text("d")
+    gone = f"while ! test -e {tmp_path}/begun; do sleep 0.05; done; rm {data}; echo 1 > $0/x"
+    (tmp_path / "begun").unlink()
+    first = shell("first", gone, threads=1)
+    with pytest.raises(StageFailed, match="data"):
+        run_stages(
+            [shell("long", long, threads=1), first, shell("later", "cp $2 $0", {"first": first, "data": data})],
+            tmp_path / "g", jobs=2,
+        )  # fmt: skip
+    assert kept.exists()

@@ -153,7 +153,7 @@ def test_a_reference_that_exists_takes_the_place_of_round_0(fake: FakeLoop, tmp_
 
 def text(word: Word) -> str:
     if isinstance(word, Input | Output):
-        return f"/{getattr(word, 'name', 'out')}"
+        return f"/{getattr(word, 'name', 'out')}{getattr(word, 'suffix', '')}"
     return word.text if isinstance(word, Unkeyed) else str(word)
 
 
@@ -181,6 +181,12 @@ def test_commands_are_those_of_the_command_line(fake: FakeLoop, tmp_path: Path) 
     assert (pack.seq_len, pack.tokens_per_shard, pack.num_workers, pack.out) == (64, 640, 2, "/out")
     globbed = [path for name, path in stages["pack"].inputs.items() if name.startswith("corpus/")]
     assert globbed == [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "a.jsonl").write_text('{"text": "a"}\n')
+    fake.values["corpus"] = [str(tmp_path / "own::train"), str(tmp_path / "own:de")]
+    local = {stage.name: stage for stage in make_loop(read_config(fake.write())).stages}["pack"]
+    assert parsed(local).corpus == ["/corpus/0::train", "/corpus/1:de"]
+    assert [local.inputs[f"corpus/{number}"] for number in range(2)] == [tmp_path / "own"] * 2
     assert parsed(stages["pack-heldout"]).corpus == ["/heldout/0"]
     score = parsed(stages["round-1/score"])
     assert (score.shards, score.model, score.name, score.context) == ("/shards", "/model", "rl", "document")

@@ -17,7 +17,7 @@ from pipelines.flywheel.fingerprint import Counting
 from pipelines.flywheel.model_check import check_model
 from pipelines.flywheel.sections import SECTIONS, without_objective, words
 from pipelines.flywheel.settings import FlywheelConfig, PostTrain
-from pipelines.flywheel.stage import Input, Output, Stage, State, Unkeyed, Word
+from pipelines.flywheel.stage import Input, Output, Pattern, Stage, State, Unkeyed, Word
 from pipelines.models import resolve_model
 from pipelines.posttrain.rewards import reward_source
 from shards.store import is_remote
@@ -230,13 +230,17 @@ def corpus_words(key: str, corpus: tuple[str, ...]) -> tuple[list[Word], dict[st
         elif Path(entry).exists():
             inputs[f"{key}/{number}"] = Path(entry).absolute()
             entries.append(Input(f"{key}/{number}"))
+        elif Path(entry.partition(":")[0]).is_dir():  # FOLDER:CONFIG:SPLIT, which `datasets` opens
+            folder, colon, rest = entry.partition(":")
+            inputs[f"{key}/{number}"] = Path(folder).absolute()
+            entries.append(Input(f"{key}/{number}", suffix=colon + rest))
         elif glob.has_magic(entry):
-            found = sorted(glob.glob(entry, recursive=True))
+            found = Pattern.expand(entry)
             if not found:
                 raise BadUsage(f"{key} {entry}: no file matches this pattern")
             for index, file in enumerate(found):
                 inputs[f"{key}/{number}/{index}"] = Path(file).absolute()
-            entries.append(Unkeyed(entry))
+            entries.append(Pattern(entry, found))
         elif entry.startswith((".", "/", "~")) or entry.count("/") > 1 or Path(entry).suffix:
             raise BadUsage(f"{key} {entry}: no such file or folder")
         else:

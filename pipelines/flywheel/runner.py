@@ -96,7 +96,12 @@ class Driver:
             while True:
                 stopping = failure is not None or stopped_at is not None
                 if not stopping and changed:
-                    self.begin_what_can()
+                    try:
+                        self.begin_what_can()
+                    except ValueError as error:
+                        if not self.running:
+                            raise
+                        failure = StageFailed(str(error), [])  # what runs is asked to end, not killed
                     changed = False
                 if not self.running:
                     break
@@ -113,6 +118,8 @@ class Driver:
                         self.end(name, code, stopped_at is not None)
                     except StageFailed as error:
                         failure = failure or error
+                    except OSError as error:  # a full disk, say, under its result or its record
+                        failure = failure or StageFailed(f"stage {name}: {error}; the same command again goes on", [])
                     else:
                         if name not in self.done and stopped_at is None:
                             stopped_at = time.monotonic()  # a signal that came to the stage alone
@@ -186,7 +193,7 @@ class Driver:
         def absolute(word: Word) -> str:
             if isinstance(word, Input):
                 path = found.inputs[word.name][0]
-                return f"{word.prefix}{path / word.sub if word.sub else path}"
+                return f"{word.prefix}{path / word.sub if word.sub else path}{word.suffix}"
             if isinstance(word, Output):
                 return str(folder / word.sub) if word.sub else str(folder)
             if isinstance(word, State):

@@ -4,6 +4,7 @@ A key is made of content alone: the command without its paths, the settings, and
 upstream stage that was repeated with an equal result therefore repeats nothing that follows from it.
 """
 
+import glob
 import hashlib
 import json
 import re
@@ -33,11 +34,12 @@ class State:
 
 @dataclass(frozen=True)
 class Input:
-    """Stands for the result of the input `name`, or a path under it. prefix: what stands before it in the word."""
+    """Stands for the result of the input `name`, or a path under it. prefix, suffix: what stands around it in the word."""
 
     name: str
     sub: str = ""
     prefix: str = ""
+    suffix: str = ""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,17 @@ class Unkeyed:
     """A word that says where or how fast and not what: it may differ from run to run."""
 
     text: str
+
+
+@dataclass(frozen=True)
+class Pattern(Unkeyed):
+    """A glob that the command expands itself. files: what it stood for when they were made inputs of the stage."""
+
+    files: tuple[str, ...]
+
+    @staticmethod
+    def expand(text: str) -> tuple[str, ...]:
+        return tuple(sorted(glob.glob(text, recursive=True)))
 
 
 Word = str | Output | State | Input | Unkeyed
@@ -112,7 +125,8 @@ def remit_version() -> str:
 def canonical(word: str | Output | State | Input) -> str | list[str]:
     """A word of a command as it enters the key."""
     if isinstance(word, Input):
-        return ["input", word.name, word.sub, *([word.prefix] if word.prefix else [])]
+        around = [word.prefix, word.suffix] if word.suffix else [word.prefix] if word.prefix else []
+        return ["input", word.name, word.sub, *around]
     if isinstance(word, Output):
         return ["output", word.sub]
     if isinstance(word, State):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipelines.flywheel.fingerprint import Known, input_fingerprint
 from pipelines.flywheel.records import KNOWN, Places, Record
-from pipelines.flywheel.stage import Stage, check_graph, stage_key
+from pipelines.flywheel.stage import Pattern, Stage, check_graph, stage_key
 
 
 @dataclass
@@ -65,6 +65,9 @@ def changed_input(found: Look, places: Places, done: Mapping[str, Record], known
                 f"{path}: was changed while the stage ran; the same command makes it again. What a command itself writes "
                 "is no word of it: that belongs in REMIT_OUTPUT or REMIT_STATE"
             )
+    for word in found.stage.command:
+        if isinstance(word, Pattern) and Pattern.expand(word.text) != word.files:
+            return f"{word.text}: other files match since the stage was planned; the same command makes it again"
     return ""
 
 
