@@ -341,7 +341,8 @@ def test_all_that_a_folder_of_the_user_holds_counts(
     stages = {stage.name: stage for stage in make_loop(read_config(fake.write())).stages}
     own = stages["round-0/command"]
     assert own.command == (
-        "true", Input("word/1", prefix="--config="), Input("word/2", prefix="--dir="), "--x=y"
+        "true", Input("word/1", prefix="--config=", written="--config=conf.yaml"),
+        Input("word/2", prefix="--dir=", written="--dir=extra"), "--x=y",
     )  # fmt: skip
 
     def prints(name: str) -> dict[str, str]:
@@ -694,3 +695,48 @@ def test_broken_model_of_an_own_command_is_refused_by_name(fake: FakeLoop, remit
     (fake.folder / "own.sh").write_text('cp "$REMIT_MODEL"/* "$REMIT_OUTPUT"')
     assert remit("flywheel", "--config", fake.file)[0] == 0
     assert counts(fake)["train"] == 2
+
+
+def test_words_reach_an_own_command_as_they_are_written(
+    fake: FakeLoop, remit: Remit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those that happen to name a file: their content decides whether the command runs again."""
+    monkeypatch.chdir(fake.folder)
+    for name in ("6", "text.txt"):
+        Path(name).write_text(name)
+    script = 'echo "$@" >> said; ' + (fake.folder / "own.sh").read_text()
+    Path("own.sh").write_text(script)
+    fake.values["posttrain"] = [{"command": ["bash", "own.sh", "prompts.txt", "6", "--text=text.txt"], "name": "own"}]
+    fake.values.pop("evaluate")
+    for content in ("a", "b", "b"):
+        Path("text.txt").write_text(content)
+        assert remit("flywheel", "--config", fake.write())[0] == 0
+    # once for each content in round 0 and in round 1
+    assert Path("said").read_text().splitlines() == ["prompts.txt 6 --text=text.txt"] * 4
+
+
+def test_what_training_would_refuse_is_refused_before_packing(fake: FakeLoop, remit: Remit, tmp_path: Path) -> None:
+    def refused(**values: object) -> str:
+        before = dict(fake.values)
+        fake.values |= values
+        code, _, error = remit("flywheel", "--config", fake.write(), "--dry-run")
+        fake.values = before
+        assert code == 2, error
+        return " ".join(error.split())
+
+    positions = json.loads((Path(fake.values["base"]) / "config.json").read_text())["max_position_embeddings"]
+    message = f"seq_len is {positions + 1}, expected at most {positions}, the max_position_embeddings of base "
+    assert message in refused(seq_len=positions + 1)
+    other = shutil.copytree(fake.values["base"], tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[20:22]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    for key in ("tokenizer", "reference"):
+        message = refused(**{key: str(other)})
+        assert any(f"token {token!r} is id" in message for token in (first, second))
+        assert "expected the same in base, reference and tokenizer" in message
+    assert refused(out=str(fake.folder / "corpus.jsonl")).endswith(
+        "is a file, expected a folder, or a path where none is yet"
+    )

@@ -1,7 +1,9 @@
 """Training against float64 from the equations, an online reference, and itself cut into pieces."""
 
+import contextlib
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -169,8 +171,9 @@ def test_exports_in_mid_run_are_the_models_of_shorter_runs(
 
     with pytest.raises(Killed):
         train(config, kill)
-    train(config)  # from step 3: step 4 is exported already
     exports = tmp_path / "cut" / "exports"
+    (exports / "step-000004" / "model.safetensors").write_bytes(b"of a run whose step 4 was another one, as on a GPU")
+    train(config)  # from step 3: what was exported after it is made again
     assert sorted(path.name for path in exports.iterdir()) == ["step-000002", "step-000004"]
     for step in (2, 4):
         run(tmp_path / f"{step}", shards, models["base"], max_steps=step, micro_batch_size=1, **settings)
@@ -292,8 +295,11 @@ def test_column_names() -> None:
             logprobs_column(bad)
 
 
-def test_deterministic_is_for_gpus_alone_and_passes() -> None:
+def test_deterministic_is_for_gpus_alone_and_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing here has a GPU: that the switches are set, and set back."""
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "FLASH_ATTENTION_DETERMINISTIC"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
     memory = torch.utils.deterministic
     for device, wanted, expected in (("cpu", True, False), ("cuda", False, False), ("cuda", True, True)):
         filled = memory.fill_uninitialized_memory
@@ -303,3 +309,23 @@ def test_deterministic_is_for_gpus_alone_and_passes() -> None:
             assert memory.fill_uninitialized_memory == (filled and not expected)
         assert not torch.are_deterministic_algorithms_enabled()
         assert memory.fill_uninitialized_memory == filled
+
+
+def test_the_setting_reaches_the_run(
+    tmp_path: Path, annotated: dict[str, Path], models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every step is within it; rows are padded to one length, which changes no loss but by rounding."""
+    seen = []
+
+    @contextlib.contextmanager
+    def recording(device: torch.device, wanted: bool) -> Iterator[None]:
+        seen.append((device.type, wanted))
+        yield
+
+    monkeypatch.setattr("trainer.train.deterministic", recording)
+    plain = run(tmp_path / "plain", annotated["packed"], models["base"])
+    padded = run(tmp_path / "padded", annotated["packed"], models["base"], deterministic=True)
+    assert seen == [("cpu", False), ("cpu", True)]
+    for ours, theirs in zip(padded, plain, strict=True):
+        for key in ("loss", "ntp_loss", "grad_norm"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5), key

@@ -100,10 +100,15 @@ def keep_lines(path: Path, last_step: int) -> dict[str, Any]:
     return last
 
 
+def drop_exports(out: Path, last_step: int) -> None:
+    """Delete the models of steps after `last_step`, which are made again: on a GPU not always of the same bits."""
+    for folder in (out / EXPORTS).glob("step-*"):
+        if int(folder.name.removeprefix("step-")) > last_step:
+            shutil.rmtree(folder)
+
+
 def export(base: Base, state: dict[str, Tensor], shards: ShardFolder, model: Path, final: Path) -> None:
     """Write the model with its tokenizer (the base's own, else the one of the shards) to `final`."""
-    if final.exists():
-        return  # before a kill: the same steps give the same weights
     final.parent.mkdir(parents=True, exist_ok=True)
     for leftover in final.parent.glob(f".{final.name}.*.tmp"):
         shutil.rmtree(leftover)  # of an export that was cut off

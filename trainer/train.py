@@ -42,6 +42,7 @@ from trainer.run import (
     RUN,
     TENSORBOARD,
     TrainResult,
+    drop_exports,
     export,
     keep_lines,
     open_run,
@@ -117,6 +118,7 @@ def train_in(world: World, config: TrainConfig, progress: Progress, should_stop:
         for problem in problems:
             print(f"remit train: passed over a damaged checkpoint: {problem}")
         tokens = keep_lines(config.out / METRICS, first_step).get("tokens", 0)
+        drop_exports(config.out, first_step)
         keep_lines(config.out / EVALUATION, first_step or -1)  # the evaluation before step 1 is made again
     if first_step == 0 and evaluate:
         evaluate(0)

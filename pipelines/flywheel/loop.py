@@ -5,6 +5,7 @@ round before, and trains the original base, not that of the round before, with R
 """
 
 import glob
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from pipelines.flywheel.settings import FlywheelConfig, PostTrain
 from pipelines.flywheel.stage import Input, Output, Pattern, Stage, State, Unkeyed, Word
 from pipelines.models import resolve_model
 from pipelines.posttrain.rewards import reward_source
+from shards.fingerprint import tokenizer_difference, tokenizer_fingerprint
 from shards.store import is_remote
 
 REFERENCE = "rl"  # name of the column that every round scores
@@ -65,6 +67,28 @@ class _Builder:
                 "expected a folder with a fast tokenizer; name one as tokenizer"
             )
         self.reference = None if config.reference is None else local_model("reference", config.reference)
+        if config.out.exists() and not config.out.is_dir():
+            raise BadUsage(f"out {config.out}: is a file, expected a folder, or a path where none is yet")
+        for key, model in (("base", self.base), ("reference", self.reference)):
+            if model is not None:
+                self.require_fit(key, model)
+
+    def require_fit(self, key: str, model: Path) -> None:
+        """BadUsage where training or scoring would refuse this model, after hours of packing."""
+        positions = json.loads((model / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
+        if isinstance(positions, int) and self.config.seq_len > positions:
+            raise BadUsage(
+                f"seq_len is {self.config.seq_len}, expected at most {positions}, the max_position_embeddings of {key} {model}"
+            )
+        if model != self.tokenizer and (model / "tokenizer.json").is_file():
+            from scorer.tokenizer import load_tokenizer, tokenizer_json  # transformers, which most loops need not load
+
+            packs, its = (tokenizer_json(load_tokenizer(str(folder))) for folder in (self.tokenizer, model))
+            if tokenizer_fingerprint(packs) != tokenizer_fingerprint(its):
+                raise BadUsage(
+                    f"{key} {model}: its tokenizer is not that of {self.tokenizer}, which packs: "
+                    f"{tokenizer_difference(packs, its)}; expected the same in base, reference and tokenizer"
+                )
 
     def build(self) -> Loop:
         config = self.config
@@ -175,7 +199,7 @@ class _Builder:
                 continue
             inputs[f"word/{place}"] = Path(path).absolute()
             counting[f"word/{place}"] = "all"
-            line.append(Input(f"word/{place}", prefix=option + equals))
+            line.append(Input(f"word/{place}", prefix=option + equals, written=word))
         more_inputs(entry, inputs, counting)
         environment: dict[str, Word] = {
             "REMIT_MODEL": Input("model"),

@@ -193,7 +193,7 @@ class Driver:
         def absolute(word: Word) -> str:
             if isinstance(word, Input):
                 path = found.inputs[word.name][0]
-                return f"{word.prefix}{path / word.sub if word.sub else path}{word.suffix}"
+                return word.written or f"{word.prefix}{path / word.sub if word.sub else path}{word.suffix}"
             if isinstance(word, Output):
                 return str(folder / word.sub) if word.sub else str(folder)
             if isinstance(word, State):

@@ -34,12 +34,14 @@ class State:
 
 @dataclass(frozen=True)
 class Input:
-    """Stands for the result of the input `name`, or a path under it. prefix, suffix: what stands around it in the word."""
+    """Stands for the result of the input `name`, or a path under it. prefix, suffix: what stands around it in the word.
+    written: the word as the command receives it, which names that file; default: made of the absolute path."""
 
     name: str
     sub: str = ""
     prefix: str = ""
     suffix: str = ""
+    written: str = ""
 
 
 @dataclass(frozen=True)
