@@ -152,7 +152,9 @@ def test_kills_at_random_moments(project: Path, whole: Path) -> None:
     rng, out, kills = random.Random(11), project / "random", 0
     while True:
         command = Command(project, "flywheel", "--config", project / "flywheel.yaml", "--out", out)
-        time.sleep(rng.uniform(2, 25 + 3 * kills))  # an engine may need longer to start than any fixed time
+        # short at first, for a quick machine would be through before it is killed often; and longer each time, for an
+        # engine may need more to start than any fixed time
+        time.sleep(rng.uniform(1, 6 + 4 * kills))
         if command.process.is_alive():
             kills += 1
             command.signal(signal.SIGKILL)
