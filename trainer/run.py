@@ -103,7 +103,8 @@ def keep_lines(path: Path, last_step: int) -> dict[str, Any]:
 def drop_exports(out: Path, last_step: int) -> None:
     """Delete the models of steps after `last_step`, which are made again: on a GPU not always of the same bits."""
     for folder in (out / EXPORTS).glob("step-*"):
-        if int(folder.name.removeprefix("step-")) > last_step:
+        step = folder.name.removeprefix("step-")
+        if step.isdigit() and int(step) > last_step:  # others are the user's own
             shutil.rmtree(folder)
 
 

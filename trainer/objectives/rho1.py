@@ -16,7 +16,8 @@ def top_share(excess_N: Tensor, ratio: float) -> Tensor:
     The same numbers give the same choice on every device: stored log-probs are rounded, so equals are common.
     """
     kept = keep_count(len(excess_N), ratio)
-    threshold = excess_N.topk(kept, sorted=False).values.min()  # kthvalue has no deterministic form on a GPU
+    # not kthvalue: of that torch may have no deterministic form on a GPU
+    threshold = excess_N.topk(kept, sorted=False).values.min()
     above_N, equal_N = excess_N > threshold, excess_N == threshold
     return above_N | (equal_N & (equal_N.cumsum(0) <= kept - above_N.sum()))
 
