@@ -188,7 +188,7 @@ def train(config: TrainConfig, should_stop: ShouldStop) -> int:
 
             result = train_on_ray(config, should_stop)
         else:
-            result = run(config, progress, should_stop)
+            result = run(config, progress, should_stop, note)
     if not result.finished:
         return STOPPED
     if rank:

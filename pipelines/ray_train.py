@@ -55,10 +55,11 @@ def train_on_ray(config: TrainConfig, should_stop: Callable[[], bool]) -> TrainR
 
 
 def _work(settings: dict[str, Any]) -> None:
+    from pipelines.console import note
     from trainer.train import train
 
     stop_file = Path(settings.pop("stop_file"))
-    train(TrainConfig(**settings), should_stop=stop_file.exists)
+    train(TrainConfig(**settings), should_stop=stop_file.exists, note=note)
 
 
 @contextlib.contextmanager

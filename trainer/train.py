@@ -62,19 +62,27 @@ def train(
     config: TrainConfig,
     progress: Progress = lambda done, total, metrics: None,
     should_stop: Callable[[], bool] = lambda: False,
+    note: Callable[[str], None] = lambda line: None,
 ) -> TrainResult:
     """Run or resume the run that `config` describes.
 
-    should_stop: asked after each step; when true, the state is saved and the result is not finished.
+    should_stop: asked after each step; when true, the state is saved and the result is not finished. note: told, on the
+    first process alone, what a user should know of the base or the run.
 
     Raises ValueError with value, expectation and remedy for input that does not fit together, and
     FloatingPointError, before the optimizer step, where a loss or gradient is not finite.
     """
     with connect(config.timeout_seconds) as world, deterministic(world.device, config.deterministic):
-        return train_in(world, config, progress, should_stop)
+        return train_in(world, config, progress, should_stop, note if world.first else lambda line: None)
 
 
-def train_in(world: World, config: TrainConfig, progress: Progress, should_stop: Callable[[], bool]) -> TrainResult:
+def train_in(
+    world: World,
+    config: TrainConfig,
+    progress: Progress,
+    should_stop: Callable[[], bool],
+    note: Callable[[str], None],
+) -> TrainResult:
     """`train` as one of the processes of `world`; all of them read the same folders and return the same."""
     if config.wandb_project is not None:
         require_wandb()  # before minutes of loading
@@ -116,7 +124,7 @@ def train_in(world: World, config: TrainConfig, progress: Progress, should_stop:
     tokens = 0
     if world.first:
         for problem in problems:
-            print(f"remit train: passed over a damaged checkpoint: {problem}")
+            note(f"passed over a damaged checkpoint: {problem}")
         tokens = keep_lines(config.out / METRICS, first_step).get("tokens", 0)
         drop_exports(config.out, first_step)
         keep_lines(config.out / EVALUATION, first_step or -1)  # the evaluation before step 1 is made again
