@@ -58,7 +58,7 @@ def begin_output(shards: ShardFolder, out: Store, manifest: Manifest) -> ShardFo
     """Freeze `manifest` in `out`, with a copy of the tokenizer of `shards` and of its list of ids, unless it is frozen there."""
     if out.size(MANIFEST) is None:
         out.remove(TOKENIZER)  # of a run that died while it copied one
-        shards.copy_side_files(out)
+        shards.copy_tokenizer_to(out)
         crash_point("output.begun")
         manifest.write(out)
     return ShardFolder(out)

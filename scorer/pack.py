@@ -23,13 +23,13 @@ from scorer.output import StopGuard, absolute, clean, leave, require_empty
 from scorer.sources import Source, find_sources
 from scorer.staging import stage_source, write_part_from_staging
 from scorer.tokenizer import PackTokenizer, describe_tokenizer, load_tokenizer
-from scorer.vocabulary import Vocabulary
+from scorer.vocabulary import Vocabulary, hashes
 from shards.crash import crash_point
-from shards.folder import TOKENIZER, ShardFolder
+from shards.folder import TOKEN_IDS, TOKENIZER, ShardFolder
 from shards.lease import LEASE, Lease, LeaseLost
 from shards.manifest import MANIFEST, CorpusFile, Manifest, PartPlan, first_difference, part_name
 from shards.store import Store, open_store
-from shards.tokens import TOKEN_IDS, added_tokens, other_beginning
+from shards.tokens import added_tokens, other_beginning
 
 REJECTED = "_rejected.jsonl"
 NOTED_SHARE = 0.01  # of unknown tokens, of documents that do not come back
@@ -99,13 +99,14 @@ def pack(
             staged = _stage_all(config, sources, staging, raw, settings, out, lease, progress, stop, vocabulary)
             crash_point("staging.done")
             _say_what_changed(staged, note)
-            manifest = _plan(config, staged, description | vocabulary.description() | _hashes(tokenizer))
+            files = tokenizer.files | {TOKEN_IDS: vocabulary.token_ids()}
+            tokens = {"added_tokens": vocabulary.added_tokens(), "files": hashes(files)}
+            manifest = _plan(config, staged, description | tokens)
             lease.check()
             if out.size(MANIFEST) is None:  # what is there may be half a tokenizer, of a run that died
                 out.remove(TOKENIZER)
-                for name, data in tokenizer.files.items():
+                for name, data in files.items():
                     out.replace(f"{TOKENIZER}/{name}", data)
-                out.replace(TOKEN_IDS, vocabulary.token_ids())
             elif Manifest.read(out).checksum != manifest.checksum:
                 raise ValueError(
                     f"{out.url}: holds another pack, with other documents or counts; was it begun with another "
@@ -130,7 +131,6 @@ def pack(
             staging.remove()
         if out.size(MANIFEST) is None:
             out.delete(REJECTED)
-            out.delete(TOKEN_IDS)
             out.remove(TOKENIZER)
         raise
     finally:
@@ -141,10 +141,6 @@ def pack(
 def _staged_estimate(sources: list[Source]) -> float:
     sizes = [((source.size() or 0), Path(source.location or "").suffix) for source in sources]
     return sum(size * INFLATION.get(suffix, 1.0) for size, suffix in sizes) / TEXT_BYTES_PER_STAGED_BYTE
-
-
-def _hashes(tokenizer: PackTokenizer) -> dict[str, Any]:
-    return {"files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(tokenizer.files.items())}}
 
 
 def _say_what_changed(staged: list[dict], note: Callable[[str], None]) -> None:
@@ -191,7 +187,7 @@ def _refuse_other_plan(
         packed["bos_token_id"] = None
     else:  # what its fingerprint leaves out: normalisation, the splitting into words
         packed["tokenizer.json"] = manifest.tokenizer["files"].get("tokenizer.json")
-        description = description | {"tokenizer.json": _hashes(tokenizer)["files"]["tokenizer.json"]}
+        description = description | {"tokenizer.json": hashes(tokenizer.files)["tokenizer.json"]}
     corpus: list[dict] = [{"path": file.path, "size": file.size, "sha256": file.sha256} for file in manifest.corpus]
     asked = [{"path": source.name, "size": source.size(), "sha256": source.sha256()} for source in sources]
     layout = ("seq_len", "rows_per_part", "rows_per_batch")

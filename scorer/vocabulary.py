@@ -4,7 +4,6 @@ import base64
 import hashlib
 import zlib
 from collections import Counter
-from typing import Any
 
 import numpy as np
 
@@ -24,13 +23,17 @@ class Vocabulary:
         self._added.update(record.pop("added_tokens"))
 
     def token_ids(self) -> bytes:
-        """Content of _token_ids.json."""
+        """Content of _tokenizer/token_ids.json."""
         return encode_token_ids(self._occurs_V)
 
-    def description(self) -> dict[str, Any]:
-        """What the manifest records of them."""
-        sha256 = hashlib.sha256(self.token_ids()).hexdigest()
-        return {"token_ids_sha256": sha256, "added_tokens": dict(sorted(self._added.items()))}
+    def added_tokens(self) -> dict[str, int]:
+        """How often each of the added tokens that occur does."""
+        return dict(sorted(self._added.items()))
+
+
+def hashes(files: dict[str, bytes]) -> dict[str, str]:
+    """sha256 of each file's content, by name."""
+    return {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
 
 
 def pack_bits(values: np.ndarray) -> str:

@@ -19,9 +19,10 @@ from shards.manifest import Manifest
 from shards.part import COMMITS, METADATA_KEY, CommitRecord, read_record
 from shards.schema import logprobs_column, topk_columns
 from shards.store import Store, open_store
-from shards.tokens import TOKEN_IDS, decode_token_ids, differences, disagreement
+from shards.tokens import decode_token_ids, differences, disagreement
 
 TOKENIZER = "_tokenizer"
+TOKEN_IDS = "token_ids.json"  # in that folder: which ids the rows have
 REMEDY = "run remit verify --repair, then the command that writes this folder"
 
 
@@ -44,20 +45,17 @@ class ShardFolder:
         return self.manifest.schema
 
     def tokenizer_file(self, name: str) -> bytes:
-        """A file of the tokenizer that packed the rows; ValueError where it is missing or not the one of the manifest."""
-        where = self.store.where(f"{TOKENIZER}/{name}")
-        return self._hashed(f"{TOKENIZER}/{name}", self.manifest.tokenizer.get("files", {}).get(name), where)
-
-    def _hashed(self, name: str, expected: str | None, where: str) -> bytes:
+        """A file of _tokenizer/; ValueError where it is missing or not the one of the manifest."""
+        where, expected = self.store.where(f"{TOKENIZER}/{name}"), self.manifest.tokenizer.get("files", {}).get(name)
         try:
-            data = self.store.read(name)
+            data = self.store.read(f"{TOKENIZER}/{name}")
         except FileNotFoundError:
-            raise ValueError(f"{where}: missing; copy it from the folder that was packed first") from None
+            raise ValueError(f"{where}: missing; copy it from the tokenizer that packed the rows") from None
         sha256 = hashlib.sha256(data).hexdigest()
         if expected is not None and sha256 != expected:
             raise ValueError(
-                f"{where}: sha256 {sha256[:12]}.. differs from the manifest's {expected[:12]}..; copy it from the folder "
-                "that was packed first"
+                f"{where}: sha256 {sha256[:12]}.. differs from the manifest's {expected[:12]}..; copy it from a sound "
+                "folder of the same rows"
             )
         return data
 
@@ -76,27 +74,27 @@ class ShardFolder:
         where = self.store.where(f"{TOKENIZER}/tokenizer.json")
         return parse_tokenizer_json(self.tokenizer_file("tokenizer.json"), where)
 
-    def copy_tokenizer(self, to: Store | Path | str) -> None:
-        """Copy the files of the tokenizer that packed the rows into the folder `to`, each checked against its hash."""
-        target = open_store(to)
+    def copy_tokenizer(self, to: Path | str) -> None:
+        """Copy the files of the tokenizer that packed the rows into a model folder, each checked against its hash."""
         for name in self.tokenizer_files():
-            target.replace(name, self.tokenizer_file(name))
+            if name != TOKEN_IDS:
+                open_store(to).replace(name, self.tokenizer_file(name))
 
-    def copy_side_files(self, to: Store) -> None:
-        """Copy the tokenizer and the list of ids that occur into another shard folder."""
+    def copy_tokenizer_to(self, other: Store) -> None:
+        """Copy the tokenizer, with the list of ids that the rows have, into another shard folder."""
         for name in self.tokenizer_files():
-            to.replace(f"{TOKENIZER}/{name}", self.tokenizer_file(name))
-        if "token_ids_sha256" in self.manifest.tokenizer:
-            to.replace(TOKEN_IDS, self._token_ids())
+            other.replace(f"{TOKENIZER}/{name}", self.tokenizer_file(name))
 
-    def _token_ids(self) -> bytes:
-        return self._hashed(TOKEN_IDS, self.manifest.tokenizer["token_ids_sha256"], self.store.where(TOKEN_IDS))
+    @property
+    def knows_token_ids(self) -> bool:
+        """Whether the folder says which ids its rows have; those of earlier releases do not."""
+        return TOKEN_IDS in self.manifest.tokenizer.get("files", {})
 
     def token_ids(self) -> np.ndarray:
-        """bool [ids], True for each id that the packed corpus has; of an earlier release's folder all may occur."""
-        if "token_ids_sha256" not in self.manifest.tokenizer:
+        """bool [ids], True for each id that the packed corpus has; all of the tokenizer where that is not known."""
+        if not self.knows_token_ids:
             return np.ones(self.manifest.tokenizer["vocab_size"], dtype=bool)
-        return decode_token_ids(self._token_ids(), self.store.where(TOKEN_IDS))
+        return decode_token_ids(self.tokenizer_file(TOKEN_IDS), self.store.where(f"{TOKENIZER}/{TOKEN_IDS}"))
 
     def missing_parts(self) -> list[str]:
         """Planned parts that are not committed yet; lists the folder once, opens no record."""

@@ -14,7 +14,6 @@ import numpy as np
 
 from shards.fingerprint import vocabulary
 
-TOKEN_IDS = "_token_ids.json"
 NAMED = 8  # differences that are named; the others are counted
 
 

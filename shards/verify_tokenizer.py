@@ -3,8 +3,8 @@
 import numpy as np
 
 from shards.fingerprint import tokenizer_fingerprint
-from shards.folder import TOKENIZER, ShardFolder
-from shards.tokens import TOKEN_IDS, added_tokens
+from shards.folder import TOKEN_IDS, TOKENIZER, ShardFolder
+from shards.tokens import added_tokens
 
 
 class VocabularyCount:
@@ -20,7 +20,7 @@ class VocabularyCount:
 
     def problems(self) -> list[str]:
         """Of a whole folder; where rows were selected, it may have fewer ids and tokens than the packed corpus."""
-        if "token_ids_sha256" not in self._tokenizer:  # of an earlier release
+        if not self._folder.knows_token_ids:  # of an earlier release
             return []
         try:
             occurs_V = np.zeros(len(self._occurrences_V), dtype=bool)
@@ -29,7 +29,8 @@ class VocabularyCount:
             added = added_tokens(self._folder.tokenizer_json())
         except ValueError as error:
             return [str(error)]
-        selected, problems, where = bool(self._folder.manifest.selections), [], self._folder.store.where(TOKEN_IDS)
+        selected, problems = bool(self._folder.manifest.selections), []
+        where = self._folder.store.where(f"{TOKENIZER}/{TOKEN_IDS}")
         found_V = self._occurrences_V > 0
         if np.any(found_V & ~occurs_V) or (not selected and np.any(occurs_V & ~found_V)):
             index = int(np.flatnonzero(found_V != occurs_V)[0])
