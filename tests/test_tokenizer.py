@@ -4,8 +4,8 @@ import hashlib
 import json
 import re
 import shutil
-from itertools import chain
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
