@@ -20,8 +20,10 @@ import ray
 
 from scorer.cluster import cause, ray_cluster, ray_errors, require_ray
 from scorer.config import PackConfig
+from scorer.corpus import require_kind
+from scorer.formats import format_of
 from scorer.output import StopGuard, absolute, clean, leave, require_empty
-from scorer.sources import Source, find_sources
+from scorer.sources import Source, find_corpus
 from scorer.staging import stage_source, write_part_from_staging
 from scorer.tokenizer import describe_tokenizer, load_tokenizer
 from shards.crash import crash_point
@@ -33,7 +35,7 @@ from shards.store import Store, open_store
 REJECTED = "_rejected.jsonl"
 KEEP_STAGING_BYTES = 1 << 26
 TEXT_BYTES_PER_STAGED_BYTE = 2.5  # plain text against its token ids in zstd; for the estimate of the disk's need
-INFLATION = {".gz": 3.0, ".zst": 3.5, ".parquet": 2.5}
+INFLATION = {"gzip": 3.0, "zstd": 3.5, "bzip2": 4.0, "xz": 4.5, ".parquet": 2.5}
 
 
 Progress = Callable[[str, int, int, int], None]
@@ -54,7 +56,12 @@ def pack(
     """
     # Ray workers may have another working directory
     config = replace(config, out=absolute(config.out), tokenizer=str(Path(config.tokenizer).absolute()))
-    sources = find_sources(config.corpus)
+    parent, _, last = config.out.rstrip("/").rpartition("/")
+    if parent.endswith(":/"):
+        raise ValueError(f"{config.out.rstrip('/')}: is a whole bucket; name a folder in it")
+    stages = f"{parent}/.{last}.staging"
+    corpus = find_corpus(config.corpus, config.text_field, own=(config.out, stages))
+    sources = corpus.sources
     tokenizer = load_tokenizer(config.tokenizer)
     description = describe_tokenizer(tokenizer, config.special_tokens)
     settings = {
@@ -63,14 +70,12 @@ def pack(
         "text_field": config.text_field,
         "rows_per_batch": config.rows_per_batch,
         "on_bad_document": config.on_bad_document,
+        "on_bad_file": config.on_bad_file,
         # more than its fingerprint, which leaves normalisation and the splitting into words out
         "tokenizer_sha256": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
     }
     out = open_store(config.out)
-    parent, _, last = config.out.rstrip("/").rpartition("/")
-    if parent.endswith(":/"):
-        raise ValueError(f"{out.url}: is a whole bucket; name a folder in it")
-    staging = open_store(f"{parent}/.{last}.staging")
+    staging = open_store(stages)
     if out.size(MANIFEST) is not None:
         folder = ShardFolder(out)
         _refuse_other_plan(config, folder, sources, description)
@@ -81,6 +86,11 @@ def pack(
                 leave(out, lease)
             return folder
     require_empty(out)
+    if corpus.note:
+        note(corpus.note)
+    if config.on_bad_file == "stop":
+        for source in sources:
+            require_kind(source)
     out.require_free(int(2 * _staged_estimate(sources)), "packing this corpus")
     lease = Lease(out).acquire(note)
     try:
@@ -91,16 +101,19 @@ def pack(
             raw = tokenizer.backend_tokenizer.to_str()
             staged = _stage_all(config, sources, staging, raw, settings, out, lease, progress, stop)
             crash_point("staging.done")
-            manifest = _plan(config, staged, description)
+            manifest = replace(_plan(config, staged, description), passed_over=corpus.passed_over)
             lease.check()
             if out.size(MANIFEST) is None:  # what is there may be half a tokenizer, of a run that died
                 out.remove(TOKENIZER)
                 _save_tokenizer(tokenizer, out)
-            elif Manifest.read(out).checksum != manifest.checksum:
-                raise ValueError(
-                    f"{out.url}: holds another pack, with other documents or counts; was it begun with another "
-                    "--text-field or --on-bad-document? choose another --out or delete it"
-                )
+            else:
+                begun = Manifest.read(out)
+                manifest = replace(manifest, passed_over=begun.passed_over)  # others of the folder may come and go
+                if begun.checksum != manifest.checksum:
+                    raise ValueError(
+                        f"{out.url}: holds another pack, with other documents or counts; was it begun with another "
+                        "--text-field, --on-bad-document or --on-bad-file? choose another --out or delete it"
+                    )
             _save_rejected(staged, out)
             crash_point("output.begun")
             lease.check()
@@ -109,6 +122,10 @@ def pack(
             folder = ShardFolder(out)
             out.require_free(staging.used_bytes(), "writing the parts")
             _write_parts(folder, staging, staged, lease, progress, stop)
+        left_out = [file for file in manifest.corpus if file.left_out]
+        if left_out:
+            example = f"{left_out[0].path}: {left_out[0].left_out}"
+            note(f"left out {len(left_out):,} of {len(sources):,} files, for instance {example}; {REJECTED} has all")
         crash_point("driver.finished")
         staging.remove()
     except LeaseLost:  # what stands there is another driver's now
@@ -128,8 +145,11 @@ def pack(
 
 
 def _staged_estimate(sources: list[Source]) -> float:
-    sizes = [((source.size() or 0), Path(source.location or "").suffix) for source in sources]
-    return sum(size * INFLATION.get(suffix, 1.0) for size, suffix in sizes) / TEXT_BYTES_PER_STAGED_BYTE
+    estimate = 0.0
+    for source in sources:
+        form, codec = format_of(source.location or "") or ("", "")
+        estimate += (source.size() or 0) * INFLATION.get(codec or form, 1.0)
+    return estimate / TEXT_BYTES_PER_STAGED_BYTE
 
 
 def _save_tokenizer(tokenizer: Any, out: Store) -> None:
@@ -140,12 +160,14 @@ def _save_tokenizer(tokenizer: Any, out: Store) -> None:
 
 
 def _save_rejected(staged: list[dict], out: Store) -> None:
-    """List the documents that were left out, with the reason of each, in _rejected.jsonl."""
-    lines = [
-        json.dumps({"source": index, "path": record["file"]["path"], "reason": reason}, ensure_ascii=False)
-        for index, record in enumerate(staged)
-        for reason in record["rejected"]
-    ]
+    """List the documents and whole files that were left out, with the reason of each, in _rejected.jsonl."""
+    lines = []
+    for index, record in enumerate(staged):
+        file = record["file"]
+        reasons = [f"the whole file: {file['left_out']}"] if file["left_out"] else record["rejected"]
+        for reason in reasons:
+            entry = {"source": index, "path": file["path"], "reason": reason}
+            lines.append(json.dumps(entry, ensure_ascii=False))
     if lines:
         out.replace(REJECTED, ("\n".join(lines) + "\n").encode())
     else:

@@ -38,6 +38,7 @@ class CorpusFile:
     path: relative to the corpus; of a dataset NAME:CONFIG:SPLIT#SHARD-of-COUNT, which of the hub is hf://NAME@REVISION
     and has no size and sha256.
     documents_read = documents_packed + documents_empty + documents_rejected.
+    left_out: why nothing of the file was packed (--on-bad-file reject); "" for all others.
     """
 
     path: str
@@ -49,6 +50,11 @@ class CorpusFile:
     documents_rejected: int
     rows: int
     tokens: int
+    left_out: str = ""
+
+    def entry(self) -> dict[str, Any]:
+        """As a JSON object, with left_out only where it says something, so that other folders keep their bytes."""
+        return {name: value for name, value in vars(self).items() if name != "left_out" or value}
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ class Manifest:
     tensor_parallel_size, context, logprob_step, and top_k where its most probable tokens are stored.
     selections: by which rule rows of the packed corpus were kept, oldest first: method, rows_read, rows_unscored,
     rows_kept, source_manifest_sha256, and what else the method says (pipelines/select.py).
+    passed_over: files of the corpus folders that were not read, counted by suffix or what else they are.
     """
 
     seq_len: int
@@ -81,6 +88,7 @@ class Manifest:
     parts: tuple[PartPlan, ...]
     references: dict[str, dict[str, Any]] = field(default_factory=dict)
     selections: tuple[dict[str, Any], ...] = ()
+    passed_over: dict[str, int] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -105,7 +113,7 @@ class Manifest:
 
     def provenance(self) -> dict[str, Any]:
         """All but the list of parts, as a JSON object."""
-        return {**self._common(), "corpus": [vars(file) for file in self.corpus]}
+        return {**self._common(), "corpus": [file.entry() for file in self.corpus]}
 
     def _common(self) -> dict[str, Any]:
         common = {
@@ -120,16 +128,17 @@ class Manifest:
             "references": self.references,
         }
         # only where there are any, so that other folders keep their bytes
-        return common | {"selections": list(self.selections)} if self.selections else common
+        common |= {"selections": list(self.selections)} if self.selections else {}
+        return common | ({"passed_over": self.passed_over} if self.passed_over else {})
 
     @cached_property
     def _text(self) -> tuple[str, str]:
         """sha256 of the JSON text from its second line on, and that text; corpus files and parts one a line."""
         head = json.dumps(self._common(), indent=1, ensure_ascii=False, sort_keys=True).removeprefix("{\n")
-        lists = {"corpus": self.corpus, "parts": self.parts}
+        lists = {"corpus": [file.entry() for file in self.corpus], "parts": [vars(part) for part in self.parts]}
         lines = [head.removesuffix("\n}")]
         for name, entries in lists.items():
-            inner = ",\n".join("  " + json.dumps(vars(entry), ensure_ascii=False, sort_keys=True) for entry in entries)
+            inner = ",\n".join("  " + json.dumps(entry, ensure_ascii=False, sort_keys=True) for entry in entries)
             lines.append(f' "{name}": [\n{inner}\n ]')
         text = ",\n".join(lines) + "\n}\n"
         return hashlib.sha256(text.encode()).hexdigest(), text
@@ -149,7 +158,7 @@ class Manifest:
         first = index * self.rows_per_part
         last = first + self.parts[index].rows - 1
         low, high = np.searchsorted(self._first_rows, [first, last], side="right") - 1
-        files = [{"source": source, **vars(self.corpus[source])} for source in range(low, high + 1)]
+        files = [{"source": source, **self.corpus[source].entry()} for source in range(low, high + 1)]
         files = [file for file in files if file["rows"]]
         return {**self._common(), "corpus": files, "part": self.parts[index].name, "manifest_sha256": self.checksum}
 
@@ -194,6 +203,7 @@ class Manifest:
                 parts=tuple(PartPlan(**part) for part in value["parts"]),
                 references={name: dict(reference) for name, reference in value["references"].items()},
                 selections=tuple(dict(selection) for selection in value.get("selections", [])),
+                passed_over=dict(value.get("passed_over", {})),
             )
             manifest._check()
             if {key: value[key] for key in manifest._common()} != manifest._common():
@@ -221,6 +231,8 @@ class Manifest:
             pure = PurePosixPath(file.path)
             if pure.is_absolute() or ".." in pure.parts:
                 raise ValueError(f"corpus path {file.path!r} is not relative")
+            if file.left_out and (file.documents_read or file.rows):
+                raise ValueError(f"corpus file {file.path!r} was left out and has {file.documents_read} documents")
         for total in ("rows", "tokens"):
             planned, packed = getattr(self, total), sum(getattr(file, total) for file in self.corpus)
             if planned != packed:
