@@ -21,9 +21,9 @@ import ray
 from scorer.cluster import cause, ray_cluster, ray_errors, require_ray
 from scorer.config import PackConfig
 from scorer.corpus import require_kind
-from scorer.formats import format_of
+from scorer.known import hashes_now, remember, stamps
 from scorer.output import StopGuard, absolute, clean, leave, require_empty
-from scorer.sources import Source, find_corpus
+from scorer.sources import Source, find_corpus, staged_estimate
 from scorer.staging import stage_source, write_part_from_staging
 from scorer.tokenizer import describe_tokenizer, load_tokenizer
 from shards.crash import crash_point
@@ -34,9 +34,6 @@ from shards.store import Store, open_store
 
 REJECTED = "_rejected.jsonl"
 KEEP_STAGING_BYTES = 1 << 26
-TEXT_BYTES_PER_STAGED_BYTE = 2.5  # plain text against its token ids in zstd; for the estimate of the disk's need
-INFLATION = {"gzip": 3.0, "zstd": 3.5, "bzip2": 4.0, "xz": 4.5, ".parquet": 2.5}
-
 
 Progress = Callable[[str, int, int, int], None]
 """Called as progress(phase, done, total, tokens): bytes of the corpus files while it tokenises, tokens
@@ -91,8 +88,9 @@ def pack(
     if config.on_bad_file == "stop":
         for source in sources:
             require_kind(source)
-    out.require_free(int(2 * _staged_estimate(sources)), "packing this corpus")
+    out.require_free(int(2 * staged_estimate(sources)), "packing this corpus")
     lease = Lease(out).acquire(note)
+    before = stamps(sources)
     try:
         clean(out)
         staging.clean()
@@ -122,10 +120,11 @@ def pack(
             folder = ShardFolder(out)
             out.require_free(staging.used_bytes(), "writing the parts")
             _write_parts(folder, staging, staged, lease, progress, stop)
+        remember(config.out, sources, before, [file.sha256 for file in manifest.corpus])
         left_out = [file for file in manifest.corpus if file.left_out]
         if left_out:
             example = f"{left_out[0].path}: {left_out[0].left_out}"
-            note(f"left out {len(left_out):,} of {len(sources):,} files, for instance {example}; {REJECTED} has all")
+            note(f"left out {len(left_out):,} of {len(sources):,} files ({REJECTED} lists them), such as {example}")
         crash_point("driver.finished")
         staging.remove()
     except LeaseLost:  # what stands there is another driver's now
@@ -142,14 +141,6 @@ def pack(
     finally:
         leave(out, lease)
     return folder
-
-
-def _staged_estimate(sources: list[Source]) -> float:
-    estimate = 0.0
-    for source in sources:
-        form, codec = format_of(source.location or "") or ("", "")
-        estimate += (source.size() or 0) * INFLATION.get(codec or form, 1.0)
-    return estimate / TEXT_BYTES_PER_STAGED_BYTE
 
 
 def _save_tokenizer(tokenizer: Any, out: Store) -> None:
@@ -178,7 +169,10 @@ def _refuse_other_plan(config: PackConfig, folder: ShardFolder, sources: list[So
     """ValueError where `folder` was packed from something else than is asked for now."""
     manifest = folder.manifest
     corpus: list[dict] = [{"path": file.path, "size": file.size, "sha256": file.sha256} for file in manifest.corpus]
-    asked = [{"path": source.name, "size": source.size(), "sha256": source.sha256()} for source in sources]
+    asked: list[dict] = [{"path": source.name, "size": source.size(), "sha256": None} for source in sources]
+    if [{**file, "sha256": None} for file in corpus] == asked:  # names and sizes alone do not tell
+        hashes = hashes_now(config.out, sources, [file.sha256 for file in manifest.corpus])
+        asked = [{**file, "sha256": sha256} for file, sha256 in zip(asked, hashes)]
     layout = ("seq_len", "rows_per_part", "rows_per_batch")
     difference = first_difference(
         {name: getattr(config, name) for name in layout} | {"tokenizer": tokenizer, "corpus": asked, "references": []},

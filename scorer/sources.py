@@ -14,6 +14,9 @@ from scorer.listing import Listing, list_local, list_remote
 from scorer.streamed import HUB, Shard, find_shards
 from shards.store import is_remote, open_store
 
+TEXT_BYTES_PER_STAGED_BYTE = 2.5  # plain text against its token ids in zstd; for the estimate of the disk's need
+INFLATION = {"gzip": 3.0, "zstd": 3.5, "bzip2": 4.0, "xz": 4.5, ".parquet": 2.5}
+
 
 @dataclass(frozen=True)
 class Source:
@@ -162,3 +165,12 @@ def _common_folder(locations: list[str]) -> str:
     while folder and not all(location.startswith(folder + "/") for location in locations):
         folder = folder.rpartition("/")[0]
     return folder
+
+
+def staged_estimate(sources: list[Source]) -> float:
+    """Bytes that the sources take as token ids on the disk, about."""
+    estimate = 0.0
+    for source in sources:
+        form, codec = format_of(source.location or "") or ("", "")
+        estimate += (source.size() or 0) * INFLATION.get(codec or form, 1.0)
+    return estimate / TEXT_BYTES_PER_STAGED_BYTE

@@ -23,7 +23,7 @@ from test_pack import pack_to
 from scorer.corpus import BadDocument, BadFile, read_documents
 from scorer.decompress import Damaged, Decompressed, window_of_each
 from scorer.formats import format_of, suffix_of, text_of_path
-from scorer.sources import find_corpus, find_sources
+from scorer.sources import Source, find_corpus, find_sources
 from shards.manifest import Manifest
 from shards.verify import verify_folder
 
@@ -450,7 +450,7 @@ def test_a_bad_file_stops_and_says_the_way_out(many: Path, tokenizer_folder: Pat
         assert code == 1
         assert "3.jsonl.zst: cannot be read beyond line" in error or "8.parquet: not a parquet file" in error
         assert "--on-bad-file reject to leave such files out whole" in error.strip().splitlines()[-1]
-    assert [path.name for path in many.parent.iterdir()] == ["corpus"]
+    assert not (many.parent / "out").exists()
 
 
 def test_bad_files_are_left_out_whole_and_counted(many: Path, tokenizer_folder: Path, remit: Remit) -> None:
@@ -459,7 +459,9 @@ def test_bad_files_are_left_out_whole_and_counted(many: Path, tokenizer_folder: 
     code, output, error = remit(*command, "--out", out)
     assert code == 0, error
     assert "without 2 bad files" in output
-    assert "left out 2 of 9 files, for instance 3.jsonl.zst: cannot be read beyond line" in error
+    assert (
+        "left out 2 of 9 files (_rejected.jsonl lists them), such as 3.jsonl.zst: cannot be read beyond line" in error
+    )
     manifest = Manifest.read(out)
     left = {file.path: file.left_out for file in manifest.corpus if file.left_out}
     assert list(left) == ["3.jsonl.zst", "8.parquet"]
@@ -534,3 +536,85 @@ def test_a_dataset_folder_has_the_name_of_the_link_to_it(tmp_path: Path, monkeyp
     (tmp_path / "mine").symlink_to("3f2a")
     assert names_of("mine:") == ["mine::train"]
     assert texts_of("mine:") == ["a"]
+
+
+# --- a finished folder ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def read_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Names of the sources whose bytes this process hashes; files count as old enough from the start."""
+    hashed: list[str] = []
+    own = Source.sha256
+
+    def sha256(source: Source) -> str | None:
+        hashed.append(source.name)
+        return own(source)
+
+    monkeypatch.setattr(Source, "sha256", sha256)
+    monkeypatch.setattr("scorer.known.RACY_SECONDS", -1e9)
+    monkeypatch.setenv("REMIT_CACHE", str(tmp_path / "cache"))
+    return hashed
+
+
+def test_a_finished_folder_does_not_read_its_corpus(
+    tmp_path: Path, corpus_folder: Path, tokenizer_folder: Path, read_again: list[str]
+) -> None:
+    corpus, out = tmp_path / "corpus", tmp_path / "out"
+    shutil.copytree(corpus_folder, corpus)
+    names = [file.path for file in pack_to(out, corpus, tokenizer_folder).manifest.corpus]
+    assert read_again == []  # the workers' hashes are the driver's too
+    pack_to(out, corpus, tokenizer_folder)
+    assert read_again == []
+    shutil.rmtree(tmp_path / "cache")  # nothing is known
+    pack_to(out, corpus, tokenizer_folder)
+    assert sorted(read_again) == sorted(names)
+    for damage in (b"", b"[]", b'{"x": 1}', b"\xff"):
+        (file,) = (tmp_path / "cache" / "corpus").iterdir()
+        file.write_bytes(damage)
+        read_again.clear()
+        pack_to(out, corpus, tokenizer_folder)
+        assert sorted(read_again) == sorted(names)
+    # what is remembered cannot make another corpus of it
+    known = json.loads(file.read_text())
+    file.write_text(json.dumps({name: [seen, "0" * 64] for name, (seen, _) in known.items()}))
+    read_again.clear()
+    pack_to(out, corpus, tokenizer_folder)
+    assert sorted(read_again) == sorted(names)
+    # a copy elsewhere is read, since nothing is known of it
+    shutil.copytree(corpus, tmp_path / "copy")
+    read_again.clear()
+    pack_to(out, tmp_path / "copy", tokenizer_folder)
+    assert sorted(read_again) == sorted(names)
+
+
+@pytest.mark.parametrize("restore", [False, True])
+def test_an_edit_of_the_same_size_is_noticed(
+    tmp_path: Path, corpus_folder: Path, tokenizer_folder: Path, read_again: list[str], restore: bool
+) -> None:
+    """Also with the old time put back, which the time of the inode's last change gives away."""
+    corpus, out = tmp_path / "corpus", tmp_path / "out"
+    shutil.copytree(corpus_folder, corpus)
+    pack_to(out, corpus, tokenizer_folder)
+    file, before = corpus / "a.jsonl", (corpus / "a.jsonl").stat()
+    data = file.read_bytes()
+    file.write_bytes(data.replace(b"e", b"a", 1))
+    if restore:
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size
+    with pytest.raises(ValueError, match=r"holds another pack: corpus\[0\]\.sha256"):
+        pack_to(out, corpus, tokenizer_folder)
+    assert read_again == ["a.jsonl"]
+    file.write_bytes(data)
+    pack_to(out, corpus, tokenizer_folder)
+
+
+def test_files_written_just_now_are_read(
+    tmp_path: Path, tokenizer_folder: Path, read_again: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within one tick of the clock a second edit would leave no mark."""
+    monkeypatch.setattr("scorer.known.RACY_SECONDS", 60)
+    corpus = write_corpus(tmp_path / "c.jsonl", ["text"])
+    for expected in ([], ["c.jsonl"]):
+        pack_to(tmp_path / "out", corpus, tokenizer_folder)
+        assert read_again == expected
