@@ -14,7 +14,7 @@ import pyarrow.parquet
 from scorer.decompress import MAX_WINDOW, Damaged, Decompressed
 from scorer.formats import HEAD_BYTES, encoding_of, fault_of_head, fault_of_json, format_of, text_of_path
 from scorer.sources import Source
-from scorer.streamed import HUB, Shard, json_files, read_rows
+from scorer.streamed import HUB, REMEDY, Shard, json_files, read_rows
 from shards.store import StoreSilent, is_remote
 
 MAGIC_BYTES = 64
@@ -228,14 +228,26 @@ def _streamed_values(shard: Shard, text_field: str, max_window: int) -> Iterator
             yield from _row_values(shard, text_field, file)
         else:
             name, opener = text_of_path(file), partial(_open_found, file)
-            for where, value, _ in _jsonl_values(name, opener, form, text_field, max_window):
-                yield where, value, 0
+            try:
+                for where, value, _ in _jsonl_values(name, opener, form, text_field, max_window):
+                    yield where, value, 0
+            except BadFile:
+                raise
+            except Exception as error:
+                if not file.startswith(HUB):
+                    raise
+                raise ValueError(f"{name}: cannot be read to its end ({error}); {REMEDY}") from None
 
 
 def _row_values(shard: Shard, text_field: str, file: str | None) -> Iterator[tuple[str, Any, int]]:
-    for number, row in enumerate(read_rows(shard, text_field, file)):
-        where = f"{shard.name}: row {number}"
-        yield where, row[text_field] if text_field in row else _no_field(where, text_field, row), 0
+    try:
+        for number, row in enumerate(read_rows(shard, text_field, file)):
+            where = f"{shard.name}: row {number}"
+            yield where, row[text_field] if text_field in row else _no_field(where, text_field, row), 0
+    except ValueError as error:
+        if shard.revision:  # of the hub: it may have been the network
+            raise
+        raise BadFile(shard.name, str(error).removeprefix(f"{shard.name}: ")) from None
 
 
 def _open_found(file: str) -> pa.NativeFile:

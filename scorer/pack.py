@@ -121,10 +121,9 @@ def pack(
             out.require_free(staging.used_bytes(), "writing the parts")
             _write_parts(folder, staging, staged, lease, progress, stop)
         remember(config.out, sources, before, [file.sha256 for file in manifest.corpus])
-        left_out = [file for file in manifest.corpus if file.left_out]
+        left_out = [f"{file.path}: {file.left_out}" for file in manifest.corpus if file.left_out]
         if left_out:
-            example = f"{left_out[0].path}: {left_out[0].left_out}"
-            note(f"left out {len(left_out):,} of {len(sources):,} files ({REJECTED} lists them), such as {example}")
+            note(f"left out {len(left_out):,} of {len(sources):,} files ({REJECTED} lists them), such as {left_out[0]}")
         crash_point("driver.finished")
         staging.remove()
     except LeaseLost:  # what stands there is another driver's now
