@@ -158,10 +158,19 @@ def _require_lines(where: str, line: bytes, form: tuple[str, str]) -> None:
         raise BadFile(where, fault)
 
 
+def _object(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        if "integer string conversion" not in str(error):
+            raise
+        return json.loads(text, parse_int=float)  # thousands of digits, in a field that nobody asked for
+
+
 def _json_field(where: str, line: bytes, text_field: str) -> Any:
     remedy = "correct the line, or pass --on-bad-document reject to leave such documents out"
     try:
-        value = json.loads(line.decode())
+        value = _object(line.decode())
     except UnicodeDecodeError as error:
         return BadDocument(
             f"{where}: byte {error.start} is {line[error.start]:#04x}, which is not valid UTF-8; {remedy}"

@@ -74,7 +74,8 @@ def hashes_now(out: str, sources: Sequence[Source], packed: Sequence[str | None]
 
     with ThreadPoolExecutor(min(HASHED_AT_ONCE, os.cpu_count() or 1)) as pool:
         found = list(pool.map(sha256, range(len(sources))))
-    remember(out, sources, before, found)
+    if any(seen and known.get(source.where) != [seen, sha256] for source, seen, sha256 in zip(sources, before, found)):
+        remember(out, sources, before, found)
     return found
 
 

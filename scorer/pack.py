@@ -167,11 +167,12 @@ def _save_rejected(staged: list[dict], out: Store) -> None:
 def _refuse_other_plan(config: PackConfig, folder: ShardFolder, sources: list[Source], tokenizer: dict) -> None:
     """ValueError where `folder` was packed from something else than is asked for now."""
     manifest = folder.manifest
-    corpus: list[dict] = [{"path": file.path, "size": file.size, "sha256": file.sha256} for file in manifest.corpus]
-    asked: list[dict] = [{"path": source.name, "size": source.size(), "sha256": None} for source in sources]
-    if [{**file, "sha256": None} for file in corpus] == asked:  # names and sizes alone do not tell
-        hashes = hashes_now(config.out, sources, [file.sha256 for file in manifest.corpus])
-        asked = [{**file, "sha256": sha256} for file, sha256 in zip(asked, hashes)]
+    corpus: list[dict] = [{"path": file.path, "size": file.size} for file in manifest.corpus]
+    asked: list[dict] = [{"path": source.name, "size": source.size()} for source in sources]
+    if corpus == asked:  # names and sizes alone do not tell
+        packed = [file.sha256 for file in manifest.corpus]
+        for ours, theirs, now, then in zip(asked, corpus, hashes_now(config.out, sources, packed), packed):
+            ours["sha256"], theirs["sha256"] = now, then
     layout = ("seq_len", "rows_per_part", "rows_per_batch")
     difference = first_difference(
         {name: getattr(config, name) for name in layout} | {"tokenizer": tokenizer, "corpus": asked, "references": []},
@@ -243,7 +244,8 @@ def _plan(config: PackConfig, staged: list[dict], tokenizer: dict) -> Manifest:
     if not any(file.rows for file in files):
         read = sum(file.documents_read for file in files)
         rejected = sum(file.documents_rejected for file in files)
-        example = next((reason for record in staged for reason in record["rejected"]), "")
+        reasons = [[*record["rejected"], record["file"]["left_out"]] for record in staged]
+        example = next((reason for some in reasons for reason in some if reason), "")
         raise ValueError(
             f"the corpus is empty: {len(files)} file(s), {read} documents read, none with text ({rejected} rejected"
             + (f", for instance {example}" if example else "")

@@ -301,6 +301,13 @@ def test_marks_are_skipped_wherever_a_file_begins(tmp_path: Path) -> None:
     assert texts_of(tmp_path) == ["\ufeffkept"] * 1004
 
 
+def test_a_number_of_any_length_in_another_field(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": "a", "n": ' + "7" * 9999 + '}\n{"text": ' + "7" * 9999 + "}\n")
+    good, bad = texts_of(tmp_path)
+    assert good == "a"
+    assert "x.jsonl:2: field 'text' is float" in str(bad)
+
+
 def test_lines_end_in_newlines_alone(tmp_path: Path) -> None:
     raw = b'{"text": "a"}\r\n\r\n\n{"text": "b\xe2\x80\xa8c"}\n   \n{"text": "d\\u0000"}'
     (tmp_path / "x.jsonl").write_bytes(raw)
@@ -491,7 +498,9 @@ def test_bad_files_are_left_out_whole_and_counted(many: Path, tokenizer_folder: 
 def test_only_bad_files_are_an_empty_corpus(tmp_path: Path, tokenizer_folder: Path) -> None:
     file = write_corpus(tmp_path / "c" / "x.jsonl.gz", ["text"] * 50)
     cut(file)
-    with pytest.raises(ValueError, match=r"the corpus is empty: 1 file.*x\.jsonl\.gz: cannot be read beyond line 0"):
+    with pytest.raises(
+        ValueError, match=r"the corpus is empty: 1 file.*for instance cannot be read beyond line 0: the"
+    ):
         pack_to(tmp_path / "out", tmp_path / "c", tokenizer_folder, on_bad_file="reject")
     assert not (tmp_path / "out").exists()
 

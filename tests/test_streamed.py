@@ -86,8 +86,8 @@ def test_hub_datasets_are_streamed(tmp_path: Path, hub: Hub, tokenizer_folder: P
     for source, texts in enumerate([*TRAIN, GERMAN]):
         encoded = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
         assert ids_of(out, source) == [token for ids in encoded if ids for token in [*ids, 0]]
-    # of other splits at most the columns are looked at, and no data file is kept
-    assert {Path(path).name for path in hub.served if "train-" not in path} == {"README.md", "a.jsonl", "b.jsonl"}
+    # no other split is looked at, and no data file is kept
+    assert {Path(path).name for path in hub.served if "train-" not in path} == {"README.md", "b.jsonl"}
     assert {file.name for file in home.rglob("*") if file.suffix in (".parquet", ".jsonl", ".gz", ".arrow")} == set()
 
 
@@ -231,9 +231,10 @@ def test_documents_that_cannot_be_read(local: Path) -> None:
     write_corpus(local / "field" / "train.jsonl", ["a"], field="body")
     (bad,) = texts_of("field:")
     assert "field/train.jsonl:1: has no field 'text', only body; set --text-field" in str(bad)
-    (local / "csv" / "x.csv").write_text("body,other\nfive,1\n")
-    with pytest.raises(ValueError, match=r"csv::train: has no column 'text', only body, other; set --text-field"):
-        texts_of("csv:")
+    write_corpus(local / "column" / "train.parquet", ["a"])
+    pyarrow.parquet.write_table(pa.table({"body": ["a"]}), local / "column" / "train.parquet")
+    with pytest.raises(ValueError, match=r"column::train: has no column 'text', only body; set --text-field"):
+        texts_of("column:")
     write_corpus(local / "broken" / "train.jsonl", ["a"] * 3)
     with (local / "broken" / "train.jsonl").open("a") as file:
         file.write("{not JSON\n")
