@@ -183,6 +183,8 @@ def list_remote(entry: str, text_field: str, own: set[str]) -> Listing:
     else:
         found = asked_again(lambda: fs.find(path, detail=True), entry)  # the file itself, or all below a folder
         literal, folder = len(path.split("/")), list(found) != [path]
+        if not folder and format_of(path) is None:
+            raise ValueError(f"{entry}: not a corpus file; expected {EXPECTED}")
     owned = tuple(url.partition("://")[2] + "/" for url in own if url.startswith(f"{protocol}://"))
     names = [
         name

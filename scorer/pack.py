@@ -85,9 +85,8 @@ def pack(
     require_empty(out)
     if corpus.note:
         note(corpus.note)
-    if config.on_bad_file == "stop":
-        for source in sources:
-            require_kind(source)
+    for source in sources if config.on_bad_file == "stop" else []:
+        require_kind(source)
     out.require_free(int(2 * staged_estimate(sources)), "packing this corpus")
     lease = Lease(out).acquire(note)
     before = stamps(sources)
@@ -244,8 +243,9 @@ def _plan(config: PackConfig, staged: list[dict], tokenizer: dict) -> Manifest:
     if not any(file.rows for file in files):
         read = sum(file.documents_read for file in files)
         rejected = sum(file.documents_rejected for file in files)
-        reasons = [[*record["rejected"], record["file"]["left_out"]] for record in staged]
-        example = next((reason for some in reasons for reason in some if reason), "")
+        example = next(
+            (why for record in staged for why in (*record["rejected"], record["file"]["left_out"]) if why), ""
+        )
         raise ValueError(
             f"the corpus is empty: {len(files)} file(s), {read} documents read, none with text ({rejected} rejected"
             + (f", for instance {example}" if example else "")
