@@ -243,9 +243,8 @@ def _plan(config: PackConfig, staged: list[dict], tokenizer: dict) -> Manifest:
     if not any(file.rows for file in files):
         read = sum(file.documents_read for file in files)
         rejected = sum(file.documents_rejected for file in files)
-        example = next(
-            (why for record in staged for why in (*record["rejected"], record["file"]["left_out"]) if why), ""
-        )
+        causes = (why for record in staged for why in (*record["rejected"], record["file"]["left_out"]) if why)
+        example = next(causes, "")
         raise ValueError(
             f"the corpus is empty: {len(files)} file(s), {read} documents read, none with text ({rejected} rejected"
             + (f", for instance {example}" if example else "")

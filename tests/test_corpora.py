@@ -499,7 +499,7 @@ def test_only_bad_files_are_an_empty_corpus(tmp_path: Path, tokenizer_folder: Pa
     file = write_corpus(tmp_path / "c" / "x.jsonl.gz", ["text"] * 50)
     cut(file)
     with pytest.raises(
-        ValueError, match=r"the corpus is empty: 1 file.*for instance cannot be read beyond line 0: the"
+        ValueError, match=r"the corpus is empty: 1 file.*for instance cannot be read beyond line \d+: the"
     ):
         pack_to(tmp_path / "out", tmp_path / "c", tokenizer_folder, on_bad_file="reject")
     assert not (tmp_path / "out").exists()
