@@ -85,9 +85,9 @@ def fault_of_head(head: bytes, kind: str) -> str | None:
     found = next((name for magic, name in MAGIC.items() if head.startswith(magic)), "")
     if found == kind or (kind == "parquet" and not found):  # its reader says more
         return None
-    return f"holds {found or 'no'} data, its name says {kind or 'JSON lines'} (it begins with {head[:8]!r}); " + (
-        "give it the suffix of what it is" if found else "write it again, or give it the suffix of what it is"
-    )
+    if found:
+        return f"holds {found} data, its name says {kind or 'JSON lines'}; give it the suffix of what it is"
+    return f"holds no {kind} data (it begins with {head[:8]!r}); give it the suffix of what it is, or write it again"
 
 
 def fault_of_json(head: bytes, whole: bool) -> str | None:

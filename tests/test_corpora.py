@@ -329,7 +329,7 @@ def test_other_encodings_are_one_line(tmp_path: Path, encoding: str, codec: str)
     [
         ("x.jsonl", gzip.compress(LINES), "holds gzip data, its name says JSON lines"),
         ("x.jsonl", zstd_frame(LINES), "holds zstd data"),
-        ("x.jsonl.gz", LINES, "holds no data, its name says gzip (it begins with b'{\"text\":')"),
+        ("x.jsonl.gz", LINES, "holds no gzip data (it begins with b'{\"text\":')"),
         ("x.jsonl.zst", gzip.compress(LINES), "holds gzip data, its name says zstd"),
         ("x.jsonl.xz", b"", "0 bytes, which is not a xz file"),
         ("x.parquet", LINES, "x.parquet: not a parquet file"),
