@@ -33,6 +33,8 @@ def summary(what: str, folder: ShardFolder, out: str, seconds: float) -> str:
     line += f"{', a selection' if manifest.selections else ''} from {documents['packed']:,} documents"
     if documents["empty"] or documents["rejected"]:
         line += f" ({documents['empty']:,} empty, {documents['rejected']:,} rejected)"
+    left_out = sum(bool(file.left_out) for file in manifest.corpus)
+    line += f", without {left_out:,} bad files" if left_out else ""
     return f"{line} -> {out} ({seconds:.0f} s)"
 
 

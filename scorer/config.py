@@ -18,8 +18,9 @@ class PackConfig:
     """Tokenise a corpus and cut it into rows of seq_len tokens."""
 
     corpus: list[str]
-    """Files, globs or folders (.jsonl, .jsonl.gz, .jsonl.zst, .parquet); or datasets: of the Hugging Face hub as
-    NAME[@REVISION][:CONFIG[:SPLIT]], of a local folder as FOLDER:[CONFIG][:SPLIT]. The split is train unless named."""
+    """Files, globs or folders (.jsonl, .ndjson or .json with an object a line, also with .gz, .zst, .bz2 or .xz behind
+    it; .parquet; in any case); or datasets: of the Hugging Face hub as NAME[@REVISION][:CONFIG[:SPLIT]], of a local
+    folder as FOLDER:[CONFIG][:SPLIT]. The split is train unless named."""
     tokenizer: str
     """Folder of the model's fast tokenizer, or its hub id."""
     out: str
@@ -40,6 +41,8 @@ class PackConfig:
     call puts it in front of a text, as of Gemma, Llama 3 and Mistral."""
     on_bad_document: Literal["stop", "reject"] = "stop"
     """A document that is not valid JSON, lacks the field or is not Unicode: stop, or leave it out and count it."""
+    on_bad_file: Literal["stop", "reject"] = "stop"
+    """A file that is cut off, damaged or not what its suffix says: stop, or leave it out whole and record why."""
     grace_seconds: float = 60.0
     """After SIGTERM or SIGINT: how long what runs may take to end."""
     debug: bool = field(default=False, repr=False)
