@@ -26,8 +26,8 @@ from trainer.layout import INDEX, SINGLE, Files, Layout, State
 MODEL = "model"
 EXPORTS = "exports"
 
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".tflite")
 COPIED = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".yaml", ".yml")
+TEMPLATES = "additional_chat_templates"
 NAMES_COPIED = ("license", "licence", "notice", "use_policy")
 
 
@@ -81,26 +81,14 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json")
 
 
 def copy_files(base: Path, folder: Path) -> None:
-    """Copy what stands beside the weights: configs, tokenizer, templates, processors, licence; of subfolders those
-    without weights. Not the model card, which is about the base."""
-    for path in sorted(base.iterdir()):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            inside = [file for file in sorted(path.rglob("*")) if file.is_file()]
-            if not any(file.suffix in WEIGHTS for file in inside):
-                for file in inside:
-                    if _is_copied(file):
-                        (folder / file.relative_to(base)).parent.mkdir(parents=True, exist_ok=True)
-                        shutil.copyfile(file, folder / file.relative_to(base))
-        elif _is_copied(path):
-            shutil.copyfile(path, folder / path.name)
-
-
-def _is_copied(file: Path) -> bool:
-    if file.name.endswith(".index.json") or file.suffix in WEIGHTS:
-        return False
-    return file.suffix in COPIED or file.stem.lower().startswith(NAMES_COPIED)
+    """Copy what stands beside the weights: configs, tokenizer, templates, processors, licence. Not the model card, which
+    is about the base, and no folders but that of templates: one of them may be the run."""
+    for path in sorted([*base.iterdir(), *(base / TEMPLATES).glob("*")]):
+        is_wanted = path.suffix in COPIED or path.stem.lower().startswith(NAMES_COPIED)
+        if is_wanted and path.is_file() and not path.name.startswith(".") and not path.name.endswith(".index.json"):
+            copy = folder / path.relative_to(base)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 def write_config(layout: Layout, folder: Path, export_dtype: str) -> None:

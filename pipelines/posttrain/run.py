@@ -31,7 +31,16 @@ if TYPE_CHECKING:
 
 RUN, METRICS, CHECKPOINTS, MODEL = "run.json", "metrics.jsonl", "checkpoints", "model"
 # where things are, what is shown, and what changes the machine's work but not what is computed
-NOT_SETTINGS = ("model", "data", "out", "debug", "checkpoint_every", "micro_batch_size", "gradient_checkpointing")
+NOT_SETTINGS = (
+    "model",
+    "data",
+    "out",
+    "debug",
+    "checkpoint_every",
+    "micro_batch_size",
+    "gradient_checkpointing",
+    "export_dtype",
+)
 
 
 @dataclass(frozen=True)
@@ -86,6 +95,7 @@ def post_train(config: PostTrainConfig, stage: Stage, should_stop: ShouldStop) -
 
     from pipelines.posttrain.loop import run_trainer, trainer_arguments
     from trainer.export import export
+    from trainer.exported import rounding_notes
     from trainer.layout import read_layout
 
     open_run(config.out, settings)
@@ -94,7 +104,9 @@ def post_train(config: PostTrainConfig, stage: Stage, should_stop: ShouldStop) -
     if not run_trainer(config, trainer, should_stop):
         return STOPPED
     if trainer.is_world_process_zero():
-        export(base.model, layout, base.model.state_dict(), final)
+        rounding = export(base.model, layout, base.model.state_dict(), final, config.export_dtype)
+        for line in rounding_notes(rounding, None, {}):
+            note(line)
         shutil.rmtree(config.out / CHECKPOINTS, ignore_errors=True)
         print(f"trained {trainer.state.global_step:,} steps on {len(short):,} examples -> {final}")
     return DONE
@@ -140,6 +152,7 @@ def run_settings(config: PostTrainConfig, folder: Path) -> dict[str, Any]:
     return {
         "stage": type(config).__name__.removesuffix("Config").lower(),
         **{name: value for name, value in asdict(config).items() if name not in NOT_SETTINGS},
+        **({} if config.export_dtype == "base" else {"export_dtype": config.export_dtype}),  # older runs have none
         "data_sha256": sha256_file(config.data),
         "weights_sha256": weights_fingerprint(folder),
         **({} if reward is None else {"reward_sha256": reward}),
