@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from shards.folder import ShardFolder
 from shards.store import fsync_folder, temporary_name
 from trainer.layout import INDEX, SINGLE, Files, Layout, State
+from trainer.tokenizer import make_faithful
 
 MODEL = "model"
 EXPORTS = "exports"
@@ -67,6 +68,7 @@ def export(
     rounding = write_weights(model, layout, state, temporary, export_dtype)
     if shards is not None and not any((layout.folder / name).exists() for name in _TOKENIZERS):
         shards.copy_tokenizer(temporary)
+    make_faithful(temporary)
     for file in temporary.rglob("*"):
         if file.is_file():
             with open(file, "rb") as written:
