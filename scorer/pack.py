@@ -25,12 +25,14 @@ from scorer.sources import Source, find_sources
 from scorer.staging import stage_source, write_part_from_staging
 from scorer.tokenizer import describe_tokenizer, load_tokenizer
 from shards.crash import crash_point
+from shards.fingerprint import model_origin
 from shards.folder import TOKENIZER, ShardFolder
 from shards.lease import LEASE, Lease, LeaseLost
 from shards.manifest import MANIFEST, CorpusFile, Manifest, PartPlan, first_difference, part_name
 from shards.store import Store, open_store
 
 REJECTED = "_rejected.jsonl"
+ORIGIN = ("model", "revision")  # what the manifest says of a tokenizer of the hub beside what it is
 KEEP_STAGING_BYTES = 1 << 26
 TEXT_BYTES_PER_STAGED_BYTE = 2.5  # plain text against its token ids in zstd; for the estimate of the disk's need
 INFLATION = {".gz": 3.0, ".zst": 3.5, ".parquet": 2.5}
@@ -57,6 +59,8 @@ def pack(
     sources = find_sources(config.corpus)
     tokenizer = load_tokenizer(config.tokenizer)
     description = describe_tokenizer(tokenizer, config.special_tokens)
+    model, revision = model_origin(Path(config.tokenizer))
+    origin = dict(zip(ORIGIN, (model, revision))) if revision else {}  # folders are called differently everywhere
     settings = {
         "seq_len": config.seq_len,
         "tokenizer": description,
@@ -73,7 +77,8 @@ def pack(
     staging = open_store(f"{parent}/.{last}.staging")
     if out.size(MANIFEST) is not None:
         folder = ShardFolder(out)
-        _refuse_other_plan(config, folder, sources, description)
+        origin = {key: value for key, value in folder.manifest.tokenizer.items() if key in ORIGIN}
+        _refuse_other_plan(config, folder, sources, description | origin)  # the same tokenizer from elsewhere goes on
         if not folder.missing_parts():
             if out.names(LEASE) or staging.names():  # of a driver that died when all was done
                 lease = Lease(out).acquire(note)
@@ -91,7 +96,7 @@ def pack(
             raw = tokenizer.backend_tokenizer.to_str()
             staged = _stage_all(config, sources, staging, raw, settings, out, lease, progress, stop)
             crash_point("staging.done")
-            manifest = _plan(config, staged, description)
+            manifest = _plan(config, staged, description | origin)
             lease.check()
             if out.size(MANIFEST) is None:  # what is there may be half a tokenizer, of a run that died
                 out.remove(TOKENIZER)

@@ -66,7 +66,8 @@ class Manifest:
 
     rows_per_part, rows_per_batch: rows of every part but the last, and of every record batch of a part
     but its last; so a reader knows the place of each row without opening the parts.
-    tokenizer: fingerprint, eos_token_id, vocab_size (largest id + 1), special_tokens ("parse" or "text").
+    tokenizer: fingerprint, eos_token_id, vocab_size (largest id + 1), special_tokens ("parse" or "text"), and
+    model and revision where it came from the hub.
     references: per name its model name, revision, weights_sha256, dtype, engine, engine_version,
     tensor_parallel_size, context, logprob_step, and top_k where its most probable tokens are stored.
     selections: by which rule rows of the packed corpus were kept, oldest first: method, rows_read, rows_unscored,

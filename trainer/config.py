@@ -15,7 +15,7 @@ class TrainConfig(ObjectiveSettings):
     shards: str
     """Shard folder with the log-probs of the reference."""
     model: str
-    """Base model: a Hugging Face folder or a hub id."""
+    """Base model: a Hugging Face folder, or NAME or NAME@REVISION (branch, tag or commit) of the hub."""
     out: Path
     """Folder for metrics, checkpoints and the trained model; the same command again resumes."""
     reference: str = "rl"

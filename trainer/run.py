@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from shards.fingerprint import weights_fingerprint
+from shards.fingerprint import model_origin, weights_fingerprint
 from shards.folder import ShardFolder
 from shards.manifest import first_difference
 from shards.part import encode_json, publish_json
@@ -32,6 +32,8 @@ NOT_SETTINGS = (
     # these change the machine's work and the last digits, not what is computed
     *("micro_batch_size", "sharding", "activation_checkpointing", "compile", "deterministic"),
 )
+# what run.json says beside the settings: a resume may have it otherwise, as the base's folder may be moved
+RECORDED = ("base",)
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,9 @@ def run_settings(config: TrainConfig, shards: ShardFolder, context: str, process
     if config.objective == "rho1" and config.scope == "micro":  # what is ranked together depends on both
         settings |= {"micro_batch_size": config.micro_batch_size, "processes": processes}
     settings = {name: str(value) if value == math.inf else value for name, value in settings.items()}
+    name, revision = model_origin(Path(config.model))
     return settings | {
+        "base": {"model": name, "revision": revision},
         "context": context,
         "shards": shards.manifest.provenance(),
         "base_weights_sha256": weights_fingerprint(Path(config.model)),
@@ -64,8 +68,13 @@ def run_settings(config: TrainConfig, shards: ShardFolder, context: str, process
 def prepare_out(out: Path, settings: dict[str, Any]) -> None:
     """ValueError where `out` holds another run or something else."""
     if (out / RUN).exists():
-        difference = first_difference(settings, json.loads((out / RUN).read_text(encoding="utf-8")))
+        before = json.loads((out / RUN).read_text(encoding="utf-8"))
+        ours, theirs = ({key: run[key] for key in run if key not in RECORDED} for run in (settings, before))
+        difference = first_difference(ours, theirs)
         if difference:
+            began = before.get("base") or {}
+            if difference.startswith("base_weights_sha256") and began.get("revision"):
+                difference += f" (it began with {began['model']}@{began['revision']})"  # a branch moves on
             raise ValueError(
                 f"{out}: holds another run: {difference}; choose another --out, or delete it to start over"
             )

@@ -20,7 +20,7 @@ from pipelines.models import resolve_model
 from pipelines.posttrain.data import Example, keep_short, read_examples
 from pipelines.posttrain.rewards import reward_fingerprint
 from pipelines.posttrain.settings import PostTrainConfig, RlConfig
-from shards.fingerprint import weights_fingerprint
+from shards.fingerprint import model_origin, weights_fingerprint
 from shards.manifest import first_difference
 from shards.part import encode_json, publish_json, sha256_file
 from shards.store import fsync_folder, open_store, temporary_name
@@ -141,6 +141,7 @@ def run_settings(config: PostTrainConfig, folder: Path) -> dict[str, Any]:
     return {
         "stage": type(config).__name__.removesuffix("Config").lower(),
         **{name: value for name, value in asdict(config).items() if name not in NOT_SETTINGS},
+        "base": dict(zip(("model", "revision"), model_origin(folder))),
         "data_sha256": sha256_file(config.data),
         "weights_sha256": weights_fingerprint(folder),
         **({} if reward is None else {"reward_sha256": reward}),
@@ -150,7 +151,9 @@ def run_settings(config: PostTrainConfig, folder: Path) -> dict[str, Any]:
 def prepare_out(out: Path, settings: dict[str, Any]) -> None:
     """ValueError where `out` holds another run or something else."""
     if (out / RUN).exists():
-        difference = first_difference(settings, json.loads((out / RUN).read_text(encoding="utf-8")))
+        before = json.loads((out / RUN).read_text(encoding="utf-8"))
+        # the folder that it starts from may have been moved; the weights are what counts
+        difference = first_difference(settings | {"base": None}, before | {"base": None})
         if difference:
             raise ValueError(
                 f"{out}: holds another run: {difference}; choose another --out, or delete it to start over"
