@@ -1,6 +1,6 @@
 """Compare two runs on the held-out loss that remit train --eval-shards wrote: ten lines, NTP against ReMiT.
 
-python -m pipelines.compare --ntp RUN --remit RUN
+python -P -m pipelines.compare --ntp RUN --remit RUN
 """
 
 import json

@@ -77,7 +77,7 @@ class TrainConfig(ObjectiveSettings):
     eval_every: int = 0
     """Steps between evaluations; 0: only before the first and after the last step, if --eval-shards is given."""
     wandb_project: str | None = None
-    """Also log to this project of Weights & Biases (pip install 'remit[wandb]'); WANDB_MODE=offline: to OUT/wandb."""
+    """Also log to this project of Weights & Biases (in your checkout of remit: pip install '.[wandb]'); WANDB_MODE=offline: to OUT/wandb."""
     debug: bool = field(default=False, repr=False)
     """Show tracebacks."""
 

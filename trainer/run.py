@@ -14,7 +14,8 @@ from shards.fingerprint import model_origin, weights_fingerprint
 from shards.folder import ShardFolder
 from shards.manifest import first_difference
 from shards.part import encode_json, publish_json
-from shards.store import fsync_folder, open_store, temporary_name
+from shards.publish import fsync_folder, require_naming
+from shards.store import open_store, temporary_name
 from trainer.config import TrainConfig
 from trainer.model import Base
 from trainer.objectives.settings import OPTIONS
@@ -80,6 +81,8 @@ def prepare_out(out: Path, settings: dict[str, Any]) -> None:
             )
     elif out.exists() and any(out.iterdir()):
         raise ValueError(f"{out}: is not empty and not a run of remit train; choose another --out or empty it")
+    else:
+        require_naming(out)
 
 
 def open_run(out: Path, settings: dict[str, Any]) -> None:

@@ -166,7 +166,9 @@ def load_task(index: Any, name: str, allow_code_execution: bool) -> list[Any]:
     try:
         objects = index.load([name])
     except ImportError as error:
-        raise TaskError(f"{name}: needs a package ({error}); pip install 'remit[eval]'") from error
+        raise TaskError(
+            f"{name}: needs a package ({error}); in your checkout of remit: pip install '.[eval]'"
+        ) from error
     except Exception as error:
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         if data in ("json", "csv", "parquet", "arrow", "text"):
