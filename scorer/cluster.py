@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -100,12 +101,17 @@ def ray_cluster(debug: bool = False) -> Iterator[None]:
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():
             signal.signal(number, handler)  # ray.init replaced the caller's by one that exits with 15
+    session = None if address else ray._private.worker._global_node.get_session_dir_path()
+    went_well = False
     try:
         yield
+        went_well = True
     except SystemError as error:  # what a signal's handler raises within one of Ray's calls arrives so
         raise cause(error) from None
     finally:
         ray.shutdown()
+        if went_well and session and not debug:  # else the logs of Ray's processes may be wanted
+            shutil.rmtree(session, ignore_errors=True)
 
 
 def require_ray() -> None:

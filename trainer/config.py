@@ -20,6 +20,9 @@ class TrainConfig(ObjectiveSettings):
     """Folder for metrics, checkpoints and the trained model; the same command again resumes."""
     reference: str = "rl"
     """Name of the reference whose stored log-probs the objective reads (the --name of remit score)."""
+    leave_out: Literal["any", "reference"] = "any"
+    """Rows that could not be scored train on nothing: those of any reference of the folder, so that runs with different
+    objectives and references train on the same rows, or those of --reference alone (none with ntp)."""
     context: Literal["auto", "packed", "document"] = "auto"
     """Attention over the whole row or within each document; auto: as the reference was scored."""
     max_steps: int | None = None
