@@ -101,7 +101,8 @@ def ray_cluster(debug: bool = False) -> Iterator[None]:
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():
             signal.signal(number, handler)  # ray.init replaced the caller's by one that exits with 15
-    session = None if address else ray._private.worker._global_node.get_session_dir_path()
+    node: Any = ray._private.worker._global_node
+    session = None if address else node.get_session_dir_path()
     went_well = False
     try:
         yield
