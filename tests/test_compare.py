@@ -92,5 +92,5 @@ def test_only_settings_of_objectives_may_differ() -> None:
     fields = set(vars(TrainConfig("s", "m", Path("o"))))
     assert fields & MAY_DIFFER == {
         *(name for names in OPTIONS.values() for name in names),
-        *("objective", "reference", "eval_every", "micro_batch_size"),
+        *("objective", "reference", "eval_every", "micro_batch_size", "leave_out"),
     }

@@ -77,6 +77,7 @@ class RowReader:
             self.block_rows[last] = (plan.rows - 1) % manifest.rows_per_batch + 1
         self._parts: OrderedDict[int, pa.ipc.RecordBatchFileReader] = OrderedDict()
         self._quarantined: dict[int, set[int]] = {}  # rows of a part that were not scored
+        self._left_out: dict[int, set[int]] = {}
         self._blocks: OrderedDict[int, list[Row]] = OrderedDict()
 
     def __reduce__(self) -> tuple:
@@ -101,10 +102,11 @@ class RowReader:
             columns = ["input_ids", "doc_lengths", "source", *self._names.values()]
             self._parts[part] = self.folder.open_part(self.folder.manifest.parts[part].name, columns)
             quarantined = self.folder.record(self.folder.manifest.parts[part].name).quarantined
-            self._quarantined[part] = {row for name in self.left_out for row in quarantined.get(name, [])}
+            self._quarantined[part] = set(quarantined.get(self.reference or "", []))
+            self._left_out[part] = {row for name in self.left_out for row in quarantined.get(name, [])}
             if len(self._parts) > (2 * WINDOW_BLOCKS if self.folder.store.local is None else OPEN_FILES):
                 old, _ = self._parts.popitem(last=False)
-                del self._quarantined[old]
+                del self._quarantined[old], self._left_out[old]
         self._parts.move_to_end(part)
         return self._parts[part]
 
@@ -131,18 +133,17 @@ class RowReader:
             tokens = slice(token_ends[row] - lengths[row], token_ends[row])
             # a row that the reference could not score keeps its place in the order, and predicts nothing
             scored = first_row + row not in self._quarantined[part]
-            rows.append(
-                self._check(
-                    Row(
-                        f"{self.folder.store.where(name)} row {first_row + row}",
-                        int(source[row]),
-                        ids[tokens],
-                        doc_lengths[piece_ends[row] - pieces[row] : piece_ends[row]],
-                        predicted[tokens] & scored,
-                        {column: values[tokens] for column, values in stored.items()},
-                    )
+            checked = self._check(
+                Row(
+                    f"{self.folder.store.where(name)} row {first_row + row}",
+                    int(source[row]),
+                    ids[tokens],
+                    doc_lengths[piece_ends[row] - pieces[row] : piece_ends[row]],
+                    predicted[tokens] & scored,
+                    {column: values[tokens] for column, values in stored.items()},
                 )
             )
+            rows.append(checked.silent() if first_row + row in self._left_out[part] else checked)
         return rows
 
     def _check(self, row: Row) -> Row:
