@@ -22,7 +22,7 @@ class PackConfig:
     it; .parquet; in any case); or datasets: of the Hugging Face hub as NAME[@REVISION][:CONFIG[:SPLIT]], of a local
     folder as FOLDER:[CONFIG][:SPLIT]. The split is train unless named."""
     tokenizer: str
-    """Folder of the model's fast tokenizer, or its hub id."""
+    """Folder of the model's fast tokenizer, or NAME or NAME@REVISION of the hub."""
     out: str
     """Shard folder to write."""
     seq_len: int = 4096
@@ -80,7 +80,7 @@ class ScoreConfig:
     shards: str
     """Shard folder to annotate, from remit pack or an earlier remit score."""
     model: str
-    """Reference model: a Hugging Face folder or a hub id."""
+    """Reference model: a Hugging Face folder, or NAME or NAME@REVISION (branch, tag or commit) of the hub."""
     out: str
     """Shard folder to write; the same command again finishes an interrupted run."""
     name: str = "rl"

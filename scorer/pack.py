@@ -28,6 +28,7 @@ from scorer.staging import stage_source, write_part_from_staging
 from scorer.tokenizer import describe_tokenizer, load_tokenizer
 from scorer.vocabulary import Vocabulary, hashes
 from shards.crash import crash_point
+from shards.fingerprint import model_origin
 from shards.folder import TOKEN_IDS, TOKENIZER, ShardFolder
 from shards.lease import LEASE, Lease, LeaseLost
 from shards.manifest import MANIFEST, Manifest, PartPlan
@@ -35,6 +36,7 @@ from shards.store import Store, open_store
 from shards.tokens import added_tokens, other_beginning
 
 REJECTED = "_rejected.jsonl"
+ORIGIN = ("model", "revision")  # what the manifest says of a tokenizer of the hub beside what it is
 KEEP_STAGING_BYTES = 1 << 26
 
 Progress = Callable[[str, int, int, int], None]
@@ -65,6 +67,8 @@ def pack(
     description = describe_tokenizer(tokenizer, config.special_tokens, config.bos)
     for line in filter(None, [*tokenizer.notes, other_beginning(tokenizer.encoder, description["bos_token_id"])]):
         note(line)
+    model, revision = model_origin(Path(config.tokenizer))
+    origin = dict(zip(ORIGIN, (model, revision))) if revision else {}  # folders are called differently everywhere
     settings = {
         "seq_len": config.seq_len,
         "tokenizer": description,
@@ -82,6 +86,8 @@ def pack(
     if out.size(MANIFEST) is not None:
         folder = ShardFolder(out)
         refuse_other_plan(config, folder, sources, description, tokenizer)
+        # the same tokenizer from elsewhere goes on
+        origin = {key: value for key, value in folder.manifest.tokenizer.items() if key in ORIGIN}
         if not folder.missing_parts():
             if out.names(LEASE) or staging.names():  # of a driver that died when all was done
                 lease = Lease(out).acquire(note)
@@ -108,7 +114,9 @@ def pack(
             say_what_changed(staged, note)
             files = tokenizer.files | {TOKEN_IDS: vocabulary.token_ids()}
             tokens = {"added_tokens": vocabulary.added_tokens(), "files": hashes(files)}
-            manifest = replace(plan_parts(config, staged, description | tokens), passed_over=corpus.passed_over)
+            manifest = replace(
+                plan_parts(config, staged, description | origin | tokens), passed_over=corpus.passed_over
+            )
             lease.check()
             if out.size(MANIFEST) is None:  # what is there may be half a tokenizer, of a run that died
                 out.remove(TOKENIZER)

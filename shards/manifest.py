@@ -86,8 +86,8 @@ class Manifest:
     but its last; so a reader knows the place of each row without opening the parts.
     tokenizer: fingerprint, vocab_size (largest id + 1), special_tokens ("parse" or "text"), eos_token and eos_token_id,
     which end each document; bos_token and bos_token_id, with which each document piece of a row begins, None where none
-    was put there; files: sha256 of each file in _tokenizer/; added_tokens: how often
-    each of those that occur does. Folders of earlier releases have fingerprint, eos_token_id, vocab_size, special_tokens.
+    was put there; files: sha256 of each file in _tokenizer/; added_tokens: how often each of
+    those that occur does; model and revision where it came from the hub. Folders of earlier releases have fingerprint, eos_token_id, vocab_size, special_tokens.
     references: per name its model name, revision, weights_sha256, dtype, engine, engine_version,
     tensor_parallel_size, context, logprob_step, and top_k where its most probable tokens are stored.
     selections: by which rule rows of the packed corpus were kept, oldest first: method, rows_read, rows_unscored,

@@ -47,6 +47,7 @@ from trainer.run import (
     keep_lines,
     open_run,
     prepare_out,
+    references_left_out,
     run_result,
     run_settings,
 )
@@ -110,7 +111,11 @@ def train_in(
     layout = world.from_first(read_layout(Path(config.model), base.model) if world.first else None)
     for line in untrained_notes(layout, type(base.model).__name__):
         note(line)
-    reader = RowReader(shards, context, reference, base.num_embeddings, objective.columns)
+    left_out = references_left_out(config, shards)
+    reader = RowReader(shards, context, reference, base.num_embeddings, objective.columns, left_out)
+    if settings["rows_left_out"]["rows"]:
+        counts = ", ".join(f"{name} {rows:,}" for name, rows in settings["rows_left_out"]["by_reference"].items())
+        note(f"{settings['rows_left_out']['rows']:,} rows train on nothing, since they could not be scored ({counts})")
     sources = Sources(shards.manifest.corpus)
     order = RowOrder(reader.block_rows, config.seed)
     last_row = None if config.max_steps else math.ceil(config.epochs * order.num_rows)

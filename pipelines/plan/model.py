@@ -70,7 +70,9 @@ def read_config(option: str, folder: Path) -> Any:
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{option} {folder}: has no config.json, expected a Hugging Face model folder or a hub id")
+        raise ValueError(
+            f"{option} {folder}: has no config.json, expected a Hugging Face model folder, or NAME or NAME@REVISION of the hub"
+        )
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:

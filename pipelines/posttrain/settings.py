@@ -24,7 +24,7 @@ class PostTrainConfig:
     """What the three stages share."""
 
     model: str
-    """Model to start from: a Hugging Face folder or a hub id. No remote code is run."""
+    """Model to start from: a Hugging Face folder, or NAME or NAME@REVISION of the hub. No remote code is run."""
     data: Path
     """Examples, one JSON object per line."""
     out: Path
