@@ -146,7 +146,7 @@ def head_alone(tensors: dict[str, torch.Tensor]) -> None:
     [redundant_head, head_in_float32, without_prefix, norms_in_float32, zeros_with_a_sign, head_alone],
     ids=lambda change: change.__name__,
 )
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
 def test_odd_files_come_out_as_they_are(
     tmp_path: Path, annotated: dict[str, Path], change: Callable, dtype: torch.dtype
 ) -> None:
@@ -162,6 +162,26 @@ def test_odd_files_come_out_as_they_are(
     }
     if "lm_head.weight" in after and "model.embed_tokens.weight" in after:
         assert torch.equal(after["lm_head.weight"][1].float(), after["model.embed_tokens.weight"][1].float())
+    last = evaluations(tmp_path / "more")[-1]
+    assert last["exported_loss"] == pytest.approx(loss_of(tmp_path / "more/model", annotated["packed"]), abs=1e-5)
+
+
+def test_names_and_buffers_of_older_files(tmp_path: Path, annotated: dict[str, Path]) -> None:
+    """As GPT-2 is published: names without the prefix of the class, and masks that are no longer read."""
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    base = make_base(tmp_path / "base", "GPT2", torch.float32, "5GB", **sizes)
+
+    def age(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+        for layer in range(2):
+            tensors[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
+
+    edit_weights(base, age)
+    train_at_0(base, tmp_path / "out", annotated["packed"])
+    require_same_weights(tmp_path / "out/model", base)
+    run(tmp_path / "more", annotated["packed"], base, max_steps=2, learning_rate=1e-3, eval_shards=annotated["packed"])
+    assert raw(tmp_path / "more/model").keys() == raw(base).keys()
     last = evaluations(tmp_path / "more")[-1]
     assert last["exported_loss"] == pytest.approx(loss_of(tmp_path / "more/model", annotated["packed"]), abs=1e-5)
 

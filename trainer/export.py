@@ -153,9 +153,9 @@ def write_weights(model: PreTrainedModel, layout: Layout, state: State, folder: 
                         f"{name}: has values of up to {tensor.abs().max():.4g}, more than {dtype} holds; "
                         "run the same command again with --export-dtype float32"
                     )
-                # the base's own bits, which may be a zero with a sign
+                # what is as it was has the base's own bits: a zero with a sign, digits beyond float32
                 same = before.to(dtype)
-                waiting[stored.file][name] = torch.where(value == same, same, value).contiguous()
+                waiting[stored.file][name] = torch.where(is_updated & (value != same), value, same).contiguous()
                 missing[stored.file].remove(name)
                 if not missing[stored.file]:
                     size += save(stored.file)
