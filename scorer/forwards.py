@@ -40,7 +40,8 @@ class ForwardTask:
         self._model, self._note = engine.model, note
         tokens = sum(len(prompt) for prompt in prompts)
         self._what = f"a transformers forward of {tokens:,} tokens in {' and '.join(('float32', *dtypes))}"
-        threads = int(os.environ.get("OMP_NUM_THREADS") or 0)
+        limit = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+        threads = int(limit) if limit.isdigit() else 0
         task: Any = ray.remote(compute).options(num_cpus=0, max_retries=2)
         self._reference = task.remote(engine.model, prompts, engine.top_k, dtypes, threads)
         self._result: Forwards | None = None

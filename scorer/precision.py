@@ -47,8 +47,8 @@ def settled_dtype(
         return "float32"
     if own != "bfloat16":
         return own
-    if recorded in ("bfloat16", "float16"):
-        return recorded
+    if recorded is not None:  # in float32: another run, which is refused by that field
+        return recorded if recorded == "float16" else own
     if refused is None:
         why = "this release of vLLM does not say which models it runs in float16; --dtype float16 tries"
     elif model_type in refused:

@@ -68,7 +68,7 @@ class Manifest:
     but its last; so a reader knows the place of each row without opening the parts.
     tokenizer: fingerprint, eos_token_id, vocab_size (largest id + 1), special_tokens ("parse" or "text").
     references: per name its model name, revision, weights_sha256, dtype, engine, engine_version,
-    tensor_parallel_size, context, logprob_step, and top_k where its most probable tokens are stored.
+    engine_distribution, device, head_dtype (these three are missing in older ones), tensor_parallel_size, context, logprob_step, and top_k where its most probable tokens are stored.
     selections: by which rule rows of the packed corpus were kept, oldest first: method, rows_read, rows_unscored,
     rows_kept, source_manifest_sha256, and what else the method says (pipelines/select.py).
     """

@@ -301,7 +301,7 @@ def test_dtypes_that_need_no_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert settle(model, "llama", "bfloat16", dtype=explicit, recorded="bfloat16") == (explicit, [])
     for recorded in ("float16", "bfloat16"):  # a run that goes on does not choose again
         assert settle(model, "llama", "bfloat16", recorded=recorded, canary=False) == (recorded, [])
-    assert settle(model, "llama", "bfloat16", recorded="float32") == (None, [])
+    assert settle(model, "llama", "bfloat16", recorded="float32") == ("bfloat16", [])  # and refused by that
     dtype, notes = settle(model, "llama", "bfloat16", canary=False)
     assert (dtype, len(notes), "--no-canary" in notes[0]) == ("bfloat16", 1, True)
     for model_type in sorted(refused):
