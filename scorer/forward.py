@@ -95,7 +95,8 @@ def _float32_head(network: Any) -> None:
     import torch
 
     head: Any = network.get_output_embeddings()
-    if isinstance(head, torch.nn.Linear):
+    is_plain = isinstance(head, torch.nn.Linear)
+    if is_plain:
         linear = torch.nn.functional.linear
         bias = None if head.bias is None else head.bias.float()
         head.forward = lambda states: linear(states.float(), head.weight.float(), bias)

@@ -39,7 +39,8 @@ class ForwardTask:
     ) -> None:
         self._model, self._note = engine.model, note
         tokens = sum(len(prompt) for prompt in prompts)
-        self._what = f"a transformers forward of {tokens:,} tokens in {' and '.join(('float32', *dtypes))}"
+        names = ", ".join(("float32", *dtypes))
+        self._what = f"a transformers forward of {tokens:,} tokens ({names}), with which engines are compared"
         limit = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
         threads = int(limit) if limit.isdigit() else 0
         task: Any = ray.remote(compute).options(num_cpus=0, max_retries=2)
