@@ -87,8 +87,9 @@ class ScoreConfig:
     """Name of the reference; its column is NAME_logprobs."""
     context: Literal["packed", "document"] = "packed"
     """What a token is conditioned on: all that precedes it in its row, or in its document only."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the engine; auto: the model's own."""
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    """Of the engine; logits are float32 in any. auto: the model's own, but for a bfloat16 model float16 where a few rows
+    show that it is finite and nearer to float32."""
     logprob_step: float = 1 / 64
     """Log-probs are rounded to multiples of this many nats, which makes the column compress well; 0: exact."""
     top_k: int = 0

