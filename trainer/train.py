@@ -24,12 +24,13 @@ from shards.part import sha256_file
 from trainer.batch import Row, collate
 from trainer.board import Board
 from trainer.checkpoint import Checkpoints, whole_weights
+from trainer.checks import check_document_attention, check_fits
 from trainer.config import TrainConfig, learning_rate_at
 from trainer.data import GlobalBatch, RowReader, global_batches
 from trainer.deterministic import deterministic
 from trainer.distributed import World, accumulate_only, connect, scalar, spread
 from trainer.first_pass import global_weights, second_pass
-from trainer.model import Base, check_document_attention, check_fits, load_base
+from trainer.model import Base, load_base
 from trainer.objectives import make_objective
 from trainer.objectives.ntp import NTP
 from trainer.order import RowOrder
