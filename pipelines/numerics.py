@@ -16,8 +16,9 @@ from rich.table import Table
 from pipelines.inspect.terminal import read_row
 from scorer.canary import TOLERANCE
 from scorer.forward import load_forward
-from shards.fingerprint import refuse_code_and_pickles, weights_fingerprint
+from shards.fingerprint import weights_fingerprint
 from shards.folder import ShardFolder
+from shards.modelfolder import require_language_model
 from shards.schema import logprobs_column, topk_columns
 from trainer.objectives.remit import remit_weights
 
@@ -54,7 +55,7 @@ class Numerics:
 
 def choose_reference(folder: ShardFolder, model: Path, name: str | None) -> str:
     """The column that `model` has scored; ValueError where there is none, or the one named is another's."""
-    refuse_code_and_pickles(model)
+    require_language_model(model)
     fingerprint = weights_fingerprint(model)
     if name is not None:
         scored = folder.require_reference(name)["weights_sha256"]
@@ -90,6 +91,8 @@ def measure(
     if reference.get("engine") == "fake":
         raise ValueError(f"{folder.path}: {logprobs_column(name)} comes from the fake engine, not from a model")
     forward = load_forward(model)
+    if base:
+        require_language_model(base)
     base_forward = load_forward(base) if base else forward
     chosen = np.random.default_rng(seed).permutation(folder.manifest.rows)[:rows]
     differences: list[np.ndarray] = []

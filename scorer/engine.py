@@ -8,10 +8,13 @@ Import this only in a process of its own: vLLM's Transformers backend patches th
 import math
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+
+from scorer.overrides import engine_config
 
 # The logits of a prompt's chunk, [tokens of the chunk, vocabulary], are not seen by vLLM's own memory profiling:
 # their size is bounded here, by a share of the device's memory.
@@ -26,6 +29,7 @@ class EngineConfig:
     """What an engine needs to know. dtype is resolved (float32, bfloat16, float16), never auto.
 
     weights_sha256, config_sha256: fingerprints of the model that the run began with. kind: vllm, or fake (scorer/fake.py).
+    text_alone: the model is a multimodal wrapper, of which the language model alone is read.
     """
 
     model: Path
@@ -39,6 +43,7 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None
     kind: str = "vllm"
     top_k: int = 0
+    text_alone: bool = False
 
 
 class Answer(NamedTuple):
@@ -150,7 +155,8 @@ class VllmEngine:
             gpu_memory_utilization=0.8,
             enforce_eager=config.device == "cpu",  # compiling takes 10-20 s there and gains 3 %
             distributed_executor_backend="mp" if config.tensor_parallel_size > 1 else None,
-            worker_extension_cls="scorer.kernel.LogprobKernel",
+            hf_overrides=partial(engine_config, seq_len=config.seq_len),
+            worker_extension_cls=f"scorer.{'textkernel.TextKernel' if config.text_alone else 'kernel.LogprobKernel'}",
         )
         self._llm = llm  # keeps the engine alive
         self._engine = llm.llm_engine

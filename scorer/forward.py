@@ -19,12 +19,8 @@ def load_forward(model: Path | str) -> Callable[..., Any]:
     The model's weights are computed with in float32, whatever they are stored in.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
-    network: Any = AutoModelForCausalLM.from_pretrained(
-        model, dtype=torch.float32, trust_remote_code=False, local_files_only=True, use_safetensors=True
-    )
-    network.eval()
+    network = load_network(model)
 
     @torch.no_grad()
     def forward(prompt: np.ndarray, ids_NK: np.ndarray | None = None, best: int = 0) -> Any:
@@ -40,6 +36,36 @@ def load_forward(model: Path | str) -> Callable[..., Any]:
         return own_N
 
     return forward
+
+
+def load_network(model: Path | str) -> Any:
+    """The model with all its weights, in float32, for evaluation; ValueError where some would be random numbers.
+
+    A wrapper with other inputs beside text, which transformers does not count among the causal language models, is loaded
+    as what it is: its forward of text alone is the language model's.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False, local_files_only=True)
+    causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    kind_of_model: Any = AutoModelForCausalLM if causal else AutoModelForImageTextToText
+    network, loading = kind_of_model.from_pretrained(
+        model,
+        dtype=torch.float32,
+        trust_remote_code=False,
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    for kind in ("missing_keys", "mismatched_keys"):
+        if loading.get(kind):
+            raise ValueError(
+                f"{model}: its weights lack {sorted(map(str, loading[kind]))[0]} ({len(loading[kind])} {kind}), which would be "
+                "random numbers; write the folder again with save_pretrained"
+            )
+    return network.eval()
 
 
 def forward_all(model: Path | str, prompts: list[np.ndarray], best: int = 0) -> list[Any]:

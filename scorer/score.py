@@ -20,6 +20,8 @@ from scorer.reference import (
     check_reference,
     engine_version,
     provenance,
+    require_head_size,
+    require_quantised_readable,
     require_vocabulary,
     resolve_dtype,
 )
@@ -58,11 +60,15 @@ def score(
     require_vocabulary(config, model_config["vocab_size"])
     if config.engine == "vllm":
         engine_version()  # found missing now, and not once Ray runs
+        if config.canary:
+            require_quantised_readable(reference.path)
     out = open_store(config.out)
     if out.size(MANIFEST) is None:
         require_empty(out)
     with ray_cluster(config.debug):
         device = "cuda" if ray.cluster_resources().get("GPU") and config.engine == "vllm" else "cpu"
+        if config.engine == "vllm":
+            require_head_size(model_config, reference.path, device)
         engine = EngineConfig(
             model=reference.path.absolute(),
             dtype=resolve_dtype(config.dtype, model_config, device),
@@ -75,6 +81,7 @@ def score(
             max_num_batched_tokens=config.max_num_batched_tokens,
             kind=config.engine,
             top_k=config.top_k,
+            text_alone=model_config["text_alone"],
         )
         manifest = replace(
             shards.manifest,

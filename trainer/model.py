@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
-from shards.fingerprint import refuse_code_and_pickles
+from shards.modelfolder import max_positions, require_base
 from trainer.checks import check_plain_head
 
 
@@ -54,7 +54,11 @@ class Base:
 
     @property
     def max_position(self) -> int | None:
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        text = self.model.config.get_text_config()
+        # by attribute too, because some architectures have other names for it in their config.json
+        return max_positions(
+            text.to_dict() | {"max_position_embeddings": getattr(text, "max_position_embeddings", None)}
+        )
 
     def autocast(self) -> Any:
         """Context in which matrix products run in `dtype`."""
@@ -113,7 +117,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 def load_base(folder: Path, dtype: str, device: torch.device, context: str = "packed") -> Base:
     """Load the model with float32 weights for rows of one sequence (packed) or several (document); ValueError where it is missing, carries code or pickles, or its head is not
     plain."""
-    refuse_code_and_pickles(folder)
+    require_base(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     original_dtype = getattr(config, "dtype", None) or torch.float32
     # Dropout would add noise to the losses that the weights are made of; mid-training runs without it.
