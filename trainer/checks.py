@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from shards.folder import ShardFolder
+from shards.modelfolder import require_one_scaling
 
 if TYPE_CHECKING:
     from trainer.model import Base
@@ -95,6 +96,7 @@ def check_document_attention(base: "Base") -> None:
 def check_fits(base: "Base", folder: Path, shards: ShardFolder) -> None:
     """ValueError unless this model can take the rows of `shards`: same tokenizer, ids and length in range."""
     shards.require_positions(base.max_position, str(folder))
+    require_one_scaling(base.model.config.get_text_config().to_dict(), shards.manifest.seq_len, str(folder))
     if (folder / "tokenizer.json").exists() or (folder / "tokenizer_config.json").exists():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         shards.require_tokenizer(json.loads(tokenizer.backend_tokenizer.to_str()), str(folder))
