@@ -187,7 +187,9 @@ def train(config: TrainConfig, should_stop: ShouldStop) -> int:
         config = replace(config, model=str(model.path))
         if config.ray_workers:
             from pipelines.ray_train import train_on_ray
+            from trainer.experts import check_experts
 
+            check_experts(model.path, config.router_aux_loss)  # here, and not in each worker
             result = train_on_ray(config, should_stop)
         else:
             result = run(config, progress, should_stop, note)

@@ -66,7 +66,13 @@ class Base:
         return torch.autocast(self.device.type, self.dtype) if mixed else contextlib.nullcontext()
 
     def hidden_states(self, input_ids_BT: Tensor, position_ids_BT: Tensor | None = None) -> Tensor:
-        """Last hidden states [B, T, H] in `dtype`, the input of the output embedding.
+        """Last hidden states [B, T, H] in `dtype`, the input of the output embedding."""
+        return self.run_body(input_ids_BT, position_ids_BT)[0]
+
+    def run_body(
+        self, input_ids_BT: Tensor, position_ids_BT: Tensor | None = None, routed: bool = False
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Last hidden states [B, T, H] in `dtype`; with routed also the router logits of each layer with experts.
 
         Rows are padded on the right; causal attention keeps the padding out of the tokens before it.
         position_ids_BT: restarting at 0 with each document; transformers then confines attention to the
@@ -77,9 +83,11 @@ class Base:
         if position_ids_BT is not None and self.model.config._attn_implementation == "flash_attention_2":
             # transformers looks for documents in batches of one row only; theirs are told apart by their positions
             input_ids_BT, positions = input_ids_BT.view(1, -1), {"position_ids": position_ids_BT.reshape(1, -1)}
+        options: dict[str, Any] = positions | ({"output_router_logits": True} if routed else {})
         with self.autocast():
-            output = self.model.get_decoder()(input_ids=input_ids_BT, use_cache=False, return_dict=True, **positions)
-        return output.last_hidden_state.view(*shape, -1).to(self.dtype)
+            output = self.model.get_decoder()(input_ids=input_ids_BT, use_cache=False, return_dict=True, **options)
+        hidden_BTH = output.last_hidden_state.view(*shape, -1).to(self.dtype)
+        return hidden_BTH, tuple(output.router_logits) if routed else ()
 
     def prepare(self, activation_checkpointing: bool, compile_layers: str, static: bool = False) -> None:
         """Before the weights are spread over ranks. compile_layers: "auto" (on a GPU), "on", "off".
@@ -124,7 +132,7 @@ def load_base(folder: Path, dtype: str, device: torch.device, context: str = "pa
     dropout = {
         name: value
         for name, value in config.to_dict().items()
-        if isinstance(value, float) and value > 0 and ("dropout" in name or name.endswith("_pdrop"))
+        if isinstance(value, float) and value > 0 and ("dropout" in name or name.endswith("_pdrop") or "jitter" in name)
     }
     for name in dropout:
         setattr(config, name, 0.0)

@@ -29,6 +29,7 @@ from trainer.config import TrainConfig, learning_rate_at
 from trainer.data import GlobalBatch, RowReader, global_batches
 from trainer.deterministic import deterministic
 from trainer.distributed import World, accumulate_only, connect, scalar, spread
+from trainer.experts import Balancing, check_experts, describe, router_loss
 from trainer.first_pass import global_weights, second_pass
 from trainer.model import Base, load_base
 from trainer.objectives import make_objective
@@ -99,10 +100,14 @@ def train_in(
         prepare_out(config.out, settings)
     if world.from_first((config.out / MODEL).exists()):
         return world.from_first(run_result(config.out) if world.first else None)
+    check_experts(Path(config.model), config.router_aux_loss)
     base = load_base(Path(config.model), config.dtype, world.device, context)
     check_fits(base, Path(config.model), shards)
     if context == "document":
         check_document_attention(base)
+    balance = None if config.router_aux_loss is None else router_loss(base.model)
+    if line := describe(base.model.config.to_dict(), config.router_aux_loss):
+        note(line)
     reader = RowReader(shards, context, reference, base.num_embeddings, objective.columns)
     sources = Sources(shards.manifest.corpus)
     order = RowOrder(reader.block_rows, config.seed)
@@ -156,6 +161,7 @@ def train_in(
             predicted, step_tokens = world.sum(torch.tensor(own)).tolist()
             if not predicted:
                 raise ValueError(f"step {step}: no row of the batch has a token to predict ({where(batch.rows)})")
+            balancing = balance and Balancing(balance, config.router_aux_loss or 0.0, step_tokens)
             micro_batches = batch.micro_batches(config.micro_batch_size, world.size)
             minimised = objective
             if objective.scope == "global" and len(micro_batches) * world.size == 1:
@@ -168,10 +174,11 @@ def train_in(
                 with contextlib.nullcontext() if is_last else accumulate_only(model):
                     micro_batch = collate(rows, context, world.device, pad_to)
                     # both kinds of spreading average over the ranks, which the factor makes a sum
-                    loss = model(micro_batch, minimised, predicted, world.size, statistics)
+                    loss = model(micro_batch, minimised, predicted, world.size, statistics, balancing)
                     loss.backward()
             grad_norm = scalar(torch.nn.utils.clip_grad_norm_(loss_model.parameters(), config.max_grad_norm))
             world.sum(statistics.table)
+            world.sum(statistics.router_loss)
             loss_sum = statistics.sums["objective_loss"]
             if not math.isfinite(grad_norm) or not math.isfinite(loss_sum):
                 raise FloatingPointError(
@@ -191,6 +198,8 @@ def train_in(
                 "data_wait_seconds": batch.data_wait_seconds,
                 "peak_memory_bytes": peak_memory_bytes(world.device),
             }
+            if balancing:
+                metrics["router_aux_loss"] = statistics.router_loss.item()
             metrics = {"step": step, "tokens": tokens} | metrics
             metrics_file.write(json.dumps(metrics) + "\n")
             metrics_file.flush()
