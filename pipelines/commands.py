@@ -19,6 +19,7 @@ from pipelines.models import resolve_model
 from pipelines.settings import SelectConfig
 from scorer.config import PackConfig, ScoreConfig, Stopped
 from shards.folder import ShardFolder
+from shards.modelfolder import require_base
 from trainer.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -166,6 +167,7 @@ def train(config: TrainConfig, should_stop: ShouldStop) -> int:
     quiet_libraries()
     began = monotonic()
     model = resolve_model("--model", config.model)
+    require_base(model.path)  # before Ray starts workers, or the corpus is looked at
     tokens_at_start: int | None = None
     clips = config.objective == "remit" and config.epsilon < 1
     rank = int(os.environ.get("RANK", "0"))  # of torchrun; the others are quiet
@@ -188,7 +190,9 @@ def train(config: TrainConfig, should_stop: ShouldStop) -> int:
         config = replace(config, model=str(model.path))
         if config.ray_workers:
             from pipelines.ray_train import train_on_ray
+            from trainer.experts import check_experts
 
+            check_experts(model.path, config.router_aux_loss)  # here, and not in each worker
             result = train_on_ray(config, should_stop)
         else:
             result = run(config, progress, should_stop, note)

@@ -17,8 +17,9 @@ from pipelines.inspect.terminal import read_row
 from scorer.canary import BIAS_DEVIATIONS, Distance, Limits
 from scorer.forward import load_forward
 from scorer.rowcheck import round_logprobs
-from shards.fingerprint import refuse_code_and_pickles, weights_fingerprint
+from shards.fingerprint import weights_fingerprint
 from shards.folder import ShardFolder
+from shards.modelfolder import require_language_model
 from shards.schema import logprobs_column, topk_columns
 from trainer.objectives.remit import remit_weights
 
@@ -80,7 +81,7 @@ class Numerics:
 
 def choose_reference(folder: ShardFolder, model: Path, name: str | None) -> str:
     """The column that `model` has scored; ValueError where there is none, or the one named is another's."""
-    refuse_code_and_pickles(model)
+    require_language_model(model)
     fingerprint = weights_fingerprint(model)
     if name is not None:
         scored = folder.require_reference(name)["weights_sha256"]
@@ -116,6 +117,8 @@ def measure(
     if reference.get("engine") == "fake":
         raise ValueError(f"{folder.path}: {logprobs_column(name)} comes from the fake engine, not from a model")
     forward = load_forward(model)
+    if base:
+        require_language_model(base)
     base_forward = load_forward(base) if base else forward
     dtype, step = reference["dtype"], reference["logprob_step"]
     own_forward = forward if dtype == "float32" else load_forward(model, dtype)

@@ -8,12 +8,14 @@ Import this only in a process of its own: vLLM's Transformers backend patches th
 import math
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from scorer.kernel import FLOAT16_IN_FLOAT32, multiply_float16_in_float32
+from scorer.overrides import engine_config
 
 # The logits of a prompt's chunk, [tokens of the chunk, vocabulary], are not seen by vLLM's own memory profiling:
 # their size is bounded here, by a share of the device's memory.
@@ -30,6 +32,7 @@ class EngineConfig:
 
     weights_sha256, config_sha256: fingerprints of the model that the run began with; version, distribution: of the vLLM that
     it began with. kind: vllm, or fake (scorer/fake.py).
+    text_alone: the model is a multimodal wrapper, of which the language model alone is read.
     """
 
     model: Path
@@ -45,6 +48,7 @@ class EngineConfig:
     top_k: int = 0
     version: str = ""
     distribution: str = ""
+    text_alone: bool = False
 
 
 class Answer(NamedTuple):
@@ -133,9 +137,9 @@ def _kv_cache_gib(config: EngineConfig, model_config: dict, tokens: int) -> int:
     return max(1, math.ceil(bytes_per_token * 2 * max(config.seq_len + 1, tokens) / 2**30))
 
 
-def head_overrides(config: EngineConfig) -> dict[str, str]:
-    """What has vLLM multiply states and output embedding to logits of HEAD_DTYPE; nothing where all is that already."""
-    return {} if config.dtype == HEAD_DTYPE else {"head_dtype": HEAD_DTYPE}
+def head_dtype(config: EngineConfig) -> str | None:
+    """In what vLLM multiplies states and output embedding to logits; None where all is HEAD_DTYPE already."""
+    return None if config.dtype == HEAD_DTYPE else HEAD_DTYPE
 
 
 class VllmEngine:
@@ -166,8 +170,8 @@ class VllmEngine:
             gpu_memory_utilization=0.8,
             enforce_eager=config.device == "cpu",  # compiling takes 10-20 s there and gains 3 %
             distributed_executor_backend="mp" if config.tensor_parallel_size > 1 else None,
-            worker_extension_cls="scorer.kernel.LogprobKernel",
-            hf_overrides=head_overrides(config),
+            hf_overrides=partial(engine_config, seq_len=config.seq_len, head_dtype=head_dtype(config)),
+            worker_extension_cls=f"scorer.{'textkernel.TextKernel' if config.text_alone else 'kernel.LogprobKernel'}",
         )
         self._llm = llm  # keeps the engine alive
         self._engine = llm.llm_engine

@@ -27,12 +27,8 @@ def load_forward(model: Path | str, dtype: str = "float32") -> Callable[..., Any
     what a device with float16 units does, and a CPU without them takes eight times as long by itself.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
-    network: Any = AutoModelForCausalLM.from_pretrained(
-        model, dtype=getattr(torch, dtype), trust_remote_code=False, local_files_only=True, use_safetensors=True
-    )
-    network.eval()
+    network = load_network(model, dtype)
     if dtype != "float32":
         _float32_head(network)
     products = _float16_products if dtype == "float16" else contextlib.nullcontext
@@ -55,6 +51,36 @@ def load_forward(model: Path | str, dtype: str = "float32") -> Callable[..., Any
         return whole if len(whole) > 1 else whole[0]
 
     return forward
+
+
+def load_network(model: Path | str, dtype: str) -> Any:
+    """The model with all its weights, in `dtype`, for evaluation; ValueError where some would be random numbers.
+
+    A wrapper with other inputs beside text, which transformers does not count among the causal language models, is loaded
+    as what it is: its forward of text alone is the language model's.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False, local_files_only=True)
+    causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    kind_of_model: Any = AutoModelForCausalLM if causal else AutoModelForImageTextToText
+    network, loading = kind_of_model.from_pretrained(
+        model,
+        dtype=getattr(torch, dtype),
+        trust_remote_code=False,
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    for kind in ("missing_keys", "mismatched_keys"):
+        if loading.get(kind):
+            raise ValueError(
+                f"{model}: its weights lack {sorted(map(str, loading[kind]))[0]} ({len(loading[kind])} {kind}), which would be "
+                "random numbers; write the folder again with save_pretrained"
+            )
+    return network.eval()
 
 
 def _logits(network: Any, ids_T: Any) -> Iterator[tuple[slice, Any]]:

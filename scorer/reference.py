@@ -11,10 +11,14 @@ from transformers import AutoConfig
 from scorer.config import ScoreConfig
 from scorer.engine import HEAD_DTYPE, EngineConfig
 from scorer.installed import installed_vllm
+from scorer.textonly import is_wrapper, text_architecture
 from scorer.tokenizer import canonical, has_tokenizer, load_encoder
-from shards.fingerprint import refuse_code_and_pickles
 from shards.folder import ShardFolder
+from shards.modelfolder import max_positions, quantisation, require_language_model, require_one_scaling
 from shards.tokens import other_beginning
+
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+CPU_HEAD_SIZES_OF = "0.32"  # the release of vLLM that has these; others are asked when an engine starts
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,7 @@ def check_reference(
 
     ValueError unless it can score the rows of `shards`. note: told what a user should know.
     """
-    if not (reference.path / "config.json").exists():
-        raise ValueError(f"{reference.path}: has no config.json; give a Hugging Face model folder")
-    refuse_code_and_pickles(reference.path)
+    require_language_model(reference.path)
     differences: list[str] = []
     if has_tokenizer(reference.path):
         encoder, where = load_encoder(reference.path), str(reference.path)
@@ -44,14 +46,62 @@ def check_reference(
             note(f"{where}: its tokenizer differs in tokens that no row has: {'; '.join(differences)}")
         if line := other_beginning(encoder, shards.manifest.tokenizer.get("bos_token_id")):
             note(f"{where}: {line}")
-    config = AutoConfig.from_pretrained(
-        reference.path, trust_remote_code=False, local_files_only=True
-    ).get_text_config()
-    shards.require_embeddings(config.vocab_size, str(reference.path))
-    shards.require_positions(getattr(config, "max_position_embeddings", None), str(reference.path))
+    whole = AutoConfig.from_pretrained(reference.path, trust_remote_code=False, local_files_only=True)
+    config = whole.get_text_config(decoder=True)
+    if is_wrapper(whole) and text_architecture(whole) is None:
+        raise ValueError(
+            f"{reference.path}: {type(whole).__name__} holds {type(config).__name__}, expected a language model that "
+            "transformers has by itself (as Gemma 3's); give the folder of the language model alone"
+        )
     # by attribute too, because some architectures have other names for these in their config.json
-    names = ("vocab_size", "num_attention_heads", "num_hidden_layers", "hidden_size")
-    return config.to_dict() | {name: getattr(config, name, None) for name in names}, differences
+    names = ("vocab_size", "num_attention_heads", "num_hidden_layers", "hidden_size", "max_position_embeddings")
+    values = config.to_dict() | {name: getattr(config, name, None) for name in names}
+    values["dtype"] = getattr(config, "dtype", None) or getattr(whole, "dtype", None)
+    shards.require_embeddings(config.vocab_size, str(reference.path))
+    shards.require_positions(max_positions(values), str(reference.path))
+    require_one_scaling(values, shards.manifest.seq_len, str(reference.path))
+    return values | {"text_alone": is_wrapper(whole)}, differences
+
+
+def require_quantised_readable(path: Path) -> None:
+    """ValueError where the weights of a quantised reference cannot be read here by transformers, the second opinion.
+
+    vLLM may serve what transformers cannot load; then nothing would tell whether its numbers are the model's.
+    """
+    method = quantisation(path)
+    if method is None:
+        return
+    without = "--no-canary scores without a second opinion"
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    settings = getattr(config, "quantization_config", None)
+    settings = settings or getattr(config.get_text_config(decoder=True), "quantization_config", None)
+    if settings is None:
+        raise ValueError(
+            f"{path}: its weights are quantised ({method}), but config.json has no quantization_config to read them by; give "
+            "the folder as the quantising tool's save_pretrained writes it, or the unquantised one"
+        )
+    from transformers.quantizers import AutoHfQuantizer
+
+    try:
+        AutoHfQuantizer.from_config(settings, pre_quantized=True).validate_environment(device_map="cpu")
+    except Exception as error:  # each method has its own kind
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{path}: its weights are quantised ({method}), and the transformers forward that engines are compared with cannot "
+            f"load them here: {reason}; install what it asks for, give the unquantised folder, or {without}"
+        ) from None
+
+
+def require_head_size(model_config: dict[str, Any], path: Path, device: str) -> None:
+    """ValueError where the CPU build of vLLM has no attention for the model's heads."""
+    heads, hidden = model_config.get("num_attention_heads"), model_config.get("hidden_size")
+    size = model_config.get("head_dim") or (heads and hidden and hidden // heads)
+    known = device == "cpu" and require_vllm()[1].startswith(CPU_HEAD_SIZES_OF)
+    if known and size and "kv_lora_rank" not in model_config and size not in CPU_HEAD_SIZES:
+        raise ValueError(
+            f"{path}: has attention heads of {size} numbers, expected one of {', '.join(map(str, CPU_HEAD_SIZES))}, which "
+            "vLLM has on CPUs; score on a machine with a GPU"
+        )
 
 
 def provenance(

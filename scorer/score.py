@@ -22,6 +22,8 @@ from scorer.reference import (
     Reference,
     check_reference,
     provenance,
+    require_head_size,
+    require_quantised_readable,
     require_vllm,
     require_vocabulary,
 )
@@ -60,12 +62,16 @@ def score(
     require_vocabulary(config, model_config["vocab_size"])
     # found missing now, and not once Ray runs
     distribution, version = require_vllm() if config.engine == "vllm" else ("", "")
+    if config.engine == "vllm" and config.canary:
+        require_quantised_readable(reference.path)
     out = open_store(config.out)
     if out.size(MANIFEST) is None:
         require_empty(out)
     dtype = settled_dtype(config, reference.path, model_config, recorded_dtype(out, config.name), note)
     with ray_cluster(config.debug):
         device = "cuda" if ray.cluster_resources().get("GPU") and config.engine == "vllm" else "cpu"
+        if config.engine == "vllm":
+            require_head_size(model_config, reference.path, device)
         engine = EngineConfig(
             model=reference.path.absolute(),
             dtype=dtype or "bfloat16",
@@ -80,6 +86,7 @@ def score(
             top_k=config.top_k,
             version=version,
             distribution=distribution,
+            text_alone=model_config["text_alone"],
         )
         bundle = engine_bundle(config, device)
         forwards = None

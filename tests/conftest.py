@@ -122,6 +122,7 @@ FAMILIES = {
     "Gemma2": {"head_dim": 32, "query_pre_attn_scalar": 32},
     "Granite": {"logits_scaling": 4.0},
     "Cohere": {},
+    "Phi3": {},
 }
 
 

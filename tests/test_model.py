@@ -8,7 +8,8 @@ import transformers
 from conftest import make_model
 from oracles import load
 
-from trainer.model import Base, check_document_attention, check_plain_head, load_base
+from trainer.checks import check_document_attention, check_plain_head
+from trainer.model import Base, load_base
 
 CPU = torch.device("cpu")
 

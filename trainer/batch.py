@@ -33,7 +33,7 @@ class MicroBatch:
     """Rows padded on the right. predicted_BT: bool, true where x_t counts (never at t = 0), on the CPU so that a GPU need
     not be waited for. columns: as of a Row, [B, T] or [B, T, K]. document_BT: int64, which document piece of the row;
     None: it is one. position_ids_BT: None in packed context, else they restart with each document. sources: corpus file
-    of each row, for the figures of a step."""
+    of each row, for the figures of a step. lengths: tokens of each row, without the padding."""
 
     input_ids_BT: Tensor
     predicted_BT: Tensor
@@ -41,6 +41,12 @@ class MicroBatch:
     document_BT: Tensor | None = None
     position_ids_BT: Tensor | None = None
     sources: tuple[int, ...] | None = None
+    lengths: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Of all rows, without the padding."""
+        return sum(self.lengths)
 
 
 def collate(rows: list[Row], context: str, device: torch.device | str, length: int | None = None) -> MicroBatch:
@@ -80,4 +86,5 @@ def collate(rows: list[Row], context: str, device: torch.device | str, length: i
         move(document),
         move(positions) if context == "document" else None,
         tuple(row.source for row in rows) or (0,),
+        tuple(len(row.input_ids) for row in rows) or (0,),
     )

@@ -56,6 +56,9 @@ class TrainConfig(ObjectiveSettings):
     """Decides the order of the rows, together with the epoch."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the matrix products; weights and optimizer stay in float32. auto: bfloat16 on a GPU, float32 elsewhere."""
+    router_aux_loss: float | None = None
+    """For a base with experts: coefficient of the loss that balances their load, which transformers calls aux_loss; 0:
+    without. Such a base is refused while this is not given."""
     sharding: Literal["auto", "replicate", "full", "hybrid"] = "auto"
     """With several processes: a replica on each (DDP), weights sharded over all (FSDP2), or sharded within a machine
     and replicated across machines. auto: replicas up to 1.5B parameters, else full on one machine, hybrid on more."""
@@ -109,6 +112,8 @@ class TrainConfig(ObjectiveSettings):
         ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 0 or more")
+        if self.router_aux_loss is not None and not 0 <= self.router_aux_loss < math.inf:
+            raise ValueError(f"--router-aux-loss is {self.router_aux_loss}, expected 0 (without) or more, as 0.001")
         if not 0 < self.decay_fraction <= 1:
             raise ValueError(
                 f"--decay-fraction is {self.decay_fraction}, expected a share of the steps above 0, up to 1"

@@ -14,11 +14,12 @@ import torch
 
 from shards.folder import ShardFolder
 from trainer.batch import collate
+from trainer.checks import check_fits
 from trainer.config import TrainConfig
 from trainer.data import GlobalBatch, RowReader
 from trainer.distributed import World
 from trainer.export import rounded, rounds
-from trainer.model import Base, check_fits
+from trainer.model import Base
 from trainer.objectives.ntp import NTP
 from trainer.run import EVALUATION, keep_lines
 from trainer.statistics import StepStatistics

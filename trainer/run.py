@@ -54,6 +54,8 @@ def run_settings(config: TrainConfig, shards: ShardFolder, context: str, process
         del settings[name]  # of other objectives
     if config.objective == "rho1" and config.scope == "micro":  # what is ranked together depends on both
         settings |= {"micro_batch_size": config.micro_batch_size, "processes": processes}
+    if config.router_aux_loss is None:
+        del settings["router_aux_loss"]  # of a base without experts
     settings = {name: str(value) if value == math.inf else value for name, value in settings.items()}
     unscored = unscored_rows(shards)
     left_out = {row for name in references_left_out(config, shards) for row in unscored[name]}

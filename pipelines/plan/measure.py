@@ -27,9 +27,10 @@ from pipelines.plan.model import ModelShape, reduced
 from pipelines.plan.planner import GPUS, Job, Layout, Machine, memory, propose
 from pipelines.plan.settings import PlanConfig
 from trainer.batch import MicroBatch
+from trainer.checks import check_plain_head
 from trainer.config import TrainConfig
 from trainer.head import token_losses
-from trainer.model import Base, check_plain_head, resolve_dtype
+from trainer.model import Base, resolve_dtype
 from trainer.objectives import ObjectiveSettings, make_objective
 from trainer.statistics import Sources, StepStatistics
 from trainer.step import LossModel
