@@ -101,6 +101,7 @@ def environment(config: EngineConfig, model_config: dict, cores: list[int], toke
         "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # for rows of exactly max_position_embeddings tokens, see VllmEngine
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
         "VLLM_NO_USAGE_STATS": "1",
+        "PYTHONSAFEPATH": "1",  # what vLLM starts with python -m looks for no modules where the user stands
         "HF_HUB_OFFLINE": "1",  # the model is a local folder by now
         "VLLM_HOST_IP": "127.0.0.1",  # an engine lives on one node: what its workers listen on stays there
         "GLOO_SOCKET_IFNAME": "lo",
