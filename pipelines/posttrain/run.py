@@ -23,7 +23,8 @@ from pipelines.posttrain.settings import PostTrainConfig, RlConfig
 from shards.fingerprint import model_origin, weights_fingerprint
 from shards.manifest import first_difference
 from shards.part import encode_json, publish_json, sha256_file
-from shards.store import fsync_folder, open_store, temporary_name
+from shards.publish import fsync_folder, require_naming
+from shards.store import open_store, temporary_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,7 +63,9 @@ class Job:
 def post_train(config: PostTrainConfig, stage: Stage, should_stop: ShouldStop) -> int:
     """Train and write OUT/model; returns DONE or STOPPED. Raises ValueError for data, models and folders of no use."""
     if find_spec("trl") is None or find_spec("accelerate") is None:
-        raise ValueError("post-training needs TRL, which is not installed; pip install 'remit[flywheel]'")
+        raise ValueError(
+            "post-training needs TRL, which is not installed; in your checkout of remit: pip install '.[flywheel]'"
+        )
     quiet_libraries()
     folder = resolve_model("--model", config.model).path
     examples = read_examples(config.data, stage.fields)
@@ -160,6 +163,8 @@ def prepare_out(out: Path, settings: dict[str, Any]) -> None:
             )
     elif out.exists() and any(out.iterdir()):
         raise ValueError(f"{out}: is not empty and holds no run of post-training; choose another --out or empty it")
+    else:
+        require_naming(out)
 
 
 def open_run(out: Path, settings: dict[str, Any]) -> None:
