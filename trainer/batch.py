@@ -1,7 +1,7 @@
 """Rows, and micro-batches of them. B rows of at most T tokens, K most probable tokens stored for each."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,11 @@ class Row:
     doc_lengths: np.ndarray
     predicted: np.ndarray
     columns: Mapping[str, np.ndarray]
+
+    def silent(self) -> "Row":
+        """The same tokens, none of them predicted: the row keeps its place and trains on nothing."""
+        columns = {name: np.zeros_like(values) for name, values in self.columns.items()}
+        return replace(self, predicted=np.zeros_like(self.predicted), columns=columns)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,9 @@ class TrainConfig(ObjectiveSettings):
     """Folder for metrics, checkpoints and the trained model; the same command again resumes."""
     reference: str = "rl"
     """Name of the reference whose stored log-probs the objective reads (the --name of remit score)."""
+    leave_out: Literal["any", "reference"] = "any"
+    """Rows that could not be scored train on nothing: those of any reference of the folder, so that runs with different
+    objectives and references train on the same rows, or those of --reference alone (none with ntp)."""
     context: Literal["auto", "packed", "document"] = "auto"
     """Attention over the whole row or within each document; auto: as the reference was scored."""
     max_steps: int | None = None
@@ -77,7 +80,7 @@ class TrainConfig(ObjectiveSettings):
     eval_every: int = 0
     """Steps between evaluations; 0: only before the first and after the last step, if --eval-shards is given."""
     wandb_project: str | None = None
-    """Also log to this project of Weights & Biases (pip install 'remit[wandb]'); WANDB_MODE=offline: to OUT/wandb."""
+    """Also log to this project of Weights & Biases (in your checkout of remit: pip install '.[wandb]'); WANDB_MODE=offline: to OUT/wandb."""
     debug: bool = field(default=False, repr=False)
     """Show tracebacks."""
 

@@ -1,5 +1,6 @@
 """The folder of a run: its settings, its metrics files, the exported model."""
 
+import hashlib
 import json
 import math
 import os
@@ -14,8 +15,10 @@ from shards.fingerprint import model_origin, weights_fingerprint
 from shards.folder import ShardFolder
 from shards.manifest import first_difference
 from shards.part import encode_json, publish_json
-from shards.store import fsync_folder, open_store, temporary_name
+from shards.publish import fsync_folder, require_naming
+from shards.store import open_store, temporary_name
 from trainer.config import TrainConfig
+from trainer.data import unscored_rows
 from trainer.model import Base
 from trainer.objectives.settings import OPTIONS
 
@@ -32,8 +35,8 @@ NOT_SETTINGS = (
     # these change the machine's work and the last digits, not what is computed
     *("micro_batch_size", "sharding", "activation_checkpointing", "compile", "deterministic"),
 )
-# what run.json says beside the settings: a resume may have it otherwise, as the base's folder may be moved
-RECORDED = ("base",)
+# what run.json says beside the settings: not compared by a resume, since the base's folder may be moved and older runs lack it
+RECORDED = ("base", "rows_left_out")
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,31 @@ def run_settings(config: TrainConfig, shards: ShardFolder, context: str, process
     if config.objective == "rho1" and config.scope == "micro":  # what is ranked together depends on both
         settings |= {"micro_batch_size": config.micro_batch_size, "processes": processes}
     settings = {name: str(value) if value == math.inf else value for name, value in settings.items()}
+    unscored = unscored_rows(shards)
+    left_out = {row for name in references_left_out(config, shards) for row in unscored[name]}
+    if config.leave_out == "reference" or left_out == unscored.get(
+        config.reference if config.objective != "ntp" else "", set()
+    ):
+        del settings["leave_out"]  # as in runs from before there was a choice, which go on
     name, revision = model_origin(Path(config.model))
     return settings | {
         "base": {"model": name, "revision": revision},
+        "rows_left_out": {
+            "rows": len(left_out),
+            "by_reference": {reference: len(rows) for reference, rows in unscored.items()},
+            "sha256": hashlib.sha256(json.dumps(sorted(left_out)).encode()).hexdigest(),
+        },
         "context": context,
         "shards": shards.manifest.provenance(),
         "base_weights_sha256": weights_fingerprint(Path(config.model)),
     }
+
+
+def references_left_out(config: TrainConfig, shards: ShardFolder) -> tuple[str, ...]:
+    """Names of the references whose unscored rows train on nothing, as --leave-out says."""
+    if config.leave_out == "any":
+        return tuple(shards.manifest.references)
+    return () if config.objective == "ntp" else (config.reference,)
 
 
 def prepare_out(out: Path, settings: dict[str, Any]) -> None:
@@ -80,6 +101,8 @@ def prepare_out(out: Path, settings: dict[str, Any]) -> None:
             )
     elif out.exists() and any(out.iterdir()):
         raise ValueError(f"{out}: is not empty and not a run of remit train; choose another --out or empty it")
+    else:
+        require_naming(out)
 
 
 def open_run(out: Path, settings: dict[str, Any]) -> None:

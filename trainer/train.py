@@ -47,6 +47,7 @@ from trainer.run import (
     keep_lines,
     open_run,
     prepare_out,
+    references_left_out,
     run_result,
     run_settings,
 )
@@ -102,7 +103,11 @@ def train_in(
     check_fits(base, Path(config.model), shards)
     if context == "document":
         check_document_attention(base)
-    reader = RowReader(shards, context, reference, base.num_embeddings, objective.columns)
+    left_out = references_left_out(config, shards)
+    reader = RowReader(shards, context, reference, base.num_embeddings, objective.columns, left_out)
+    if settings["rows_left_out"]["rows"]:
+        counts = ", ".join(f"{name} {rows:,}" for name, rows in settings["rows_left_out"]["by_reference"].items())
+        note(f"{settings['rows_left_out']['rows']:,} rows train on nothing, since they could not be scored ({counts})")
     sources = Sources(shards.manifest.corpus)
     order = RowOrder(reader.block_rows, config.seed)
     last_row = None if config.max_steps else math.ceil(config.epochs * order.num_rows)
