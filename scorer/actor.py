@@ -19,6 +19,7 @@ from scorer.canary import compare, compare_topk
 from scorer.cores import claim_cores
 from scorer.engine import Engine, EngineConfig, batched_tokens, device_memory, environment
 from scorer.loop import EngineDied, EngineLoop, Job
+from scorer.scratch import own_temporary_folder
 from shards.fingerprint import config_fingerprint, weights_fingerprint
 from shards.folder import ShardFolder
 from shards.lease import LeaseLost, check_fence
@@ -218,6 +219,7 @@ def make_engine(config: EngineConfig, model_config: dict[str, Any], cores: int) 
         return FakeEngine(config.vocab_size, config.top_k)
     tokens = batched_tokens(config, device_memory(config.device))
     os.environ.update(environment(config, model_config, claim_cores(cores), tokens))
+    own_temporary_folder()  # after the claim of cores, which all engines of a machine look for in one place
     from scorer.engine import VllmEngine
 
     return VllmEngine(config, tokens)
