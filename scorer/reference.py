@@ -83,5 +83,5 @@ def engine_version() -> str:
         except metadata.PackageNotFoundError:
             continue
     raise ValueError(
-        "vLLM is not installed, which scores; pip install 'remit[gpu]', or 'remit[cpu]' on a machine without a GPU"
+        "vLLM is not installed, which scores; in your checkout of remit: pip install '.[gpu]', or '.[cpu]' without a GPU"
     )

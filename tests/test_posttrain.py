@@ -426,7 +426,7 @@ def test_without_trl(tmp_path: Path, start: Path, posttrain: Callable, monkeypat
     monkeypatch.setattr(sys.modules[post_train.__module__], "find_spec", lambda name: None)
     code, error = posttrain("sft", "--model", start, "--data", tmp_path, "--out", tmp_path / "out")
     assert code == 1
-    assert "pip install 'remit[flywheel]'" in error
+    assert "pip install '.[flywheel]'" in error
 
 
 def test_models_of_no_use(tmp_path: Path, start: Path, posttrain: Callable) -> None:

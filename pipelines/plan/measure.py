@@ -135,7 +135,9 @@ def measure(
     engine = config.measure_engine
     has_vllm = importlib.util.find_spec("vllm") is not None
     if engine == "vllm" and not has_vllm:
-        raise ValueError("--measure-engine is vllm, which is not installed; install remit[cpu] or remit[gpu]")
+        raise ValueError(
+            "--measure-engine is vllm, which is not installed; in your checkout of remit: pip install '.[gpu]', or '.[cpu]' without a GPU"
+        )
     if engine == "auto":
         engine = "vllm" if has_vllm else "transformers"
     if engine == "vllm":
