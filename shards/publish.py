@@ -39,8 +39,7 @@ def give_name(temporary: Path, final: Path) -> None:
             if other.errno in FINAL:
                 raise
             raise OSError(
-                error.errno,
-                f"{final}: its filesystem has neither hard links ({os.strerror(error.errno or 0)}) nor a rename that never "
+                f"{final.parent}: its filesystem has neither hard links ({os.strerror(error.errno or 0)}) nor a rename that never "
                 f"replaces a file ({os.strerror(other.errno or 0)}), one of which keeps two commands from overwriting each "
                 "other; choose a folder on another filesystem, or for a mounted object store its URL, s3:// or gs://",
             ) from None
