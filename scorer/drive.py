@@ -10,7 +10,7 @@ from time import monotonic
 from typing import Any
 
 from scorer.actor import ScoringTask
-from scorer.canary import Distance, Forwards
+from scorer.canary import Forwards
 from scorer.cluster import one_line, ray_errors, require_ray
 from scorer.config import ScoreConfig, Stopped
 from scorer.engine import EngineConfig
@@ -99,7 +99,7 @@ class Drive:
             if self.config.canary and self.engine.kind == "vllm":
                 prompts = find_prompts(self.shards, list(self.waiting), self.config.context, self.engine.vocab_size)
             if not prompts:
-                self._forwards = Forwards([], [], {self.engine.dtype: Distance(0, 0, 0, 0, 0)})
+                self._forwards = Forwards([], [], {})
                 return self._forwards
             dtypes = () if self.engine.dtype == "float32" else (self.engine.dtype,)
             self._task = ForwardTask(self.engine, prompts, dtypes, self.note)

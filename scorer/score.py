@@ -88,19 +88,16 @@ def score(
             distribution=distribution,
             text_alone=model_config["text_alone"],
         )
-        bundle = engine_bundle(config, device)
-        forwards = None
-        if dtype is None:
-            engine, forwards = choose_dtype(config, shards, engine, should_stop, note)
-        manifest = replace(
-            shards.manifest,
-            references=shards.manifest.references
-            | {config.name: provenance(config, reference, engine, tokenizer_differences)},
-        )
+        manifest = with_reference(shards.manifest, config, reference, engine, tokenizer_differences)
         names = manifest.schema.names
         if len(set(names)) < len(names):  # rl with --top-k beside a reference called rl_topk
             raise ValueError(f"{config.shards}: --name {config.name} would give two columns one name; choose another")
         refuse_other_scoring(out, manifest)
+        bundle = engine_bundle(config, device)
+        forwards = None
+        if dtype is None:  # of a new folder: one that was begun has it recorded
+            engine, forwards = choose_dtype(config, shards, engine, should_stop, note)
+            manifest = with_reference(shards.manifest, config, reference, engine, tokenizer_differences)
         lease = Lease(out).acquire(note)
         try:
             refuse_other_scoring(out, manifest)  # another driver may have had the lease since we looked
@@ -115,6 +112,18 @@ def score(
         finally:
             leave(out, lease)
     return folder
+
+
+def with_reference(
+    manifest: Manifest,
+    config: ScoreConfig,
+    reference: Reference,
+    engine: EngineConfig,
+    tokenizer_differences: list[str],
+) -> Manifest:
+    """The plan of the annotated folder."""
+    entry = {config.name: provenance(config, reference, engine, tokenizer_differences)}
+    return replace(manifest, references=manifest.references | entry)
 
 
 def recorded_dtype(out: Store, name: str) -> str | None:
