@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 from shards.modelfolder import max_positions, require_base
-from trainer.checks import check_plain_head
+from trainer.checks import check_plain_head, check_runs
+from trainer.noise import silence, write_back
 
 
 @dataclass
@@ -22,7 +23,8 @@ class Base:
     """A causal language model taken apart into body and head.
 
     dtype: of the matrix products; the weights are kept in float32. max_position: longest sequence, or None
-    where the architecture has no bound. dropout: the settings of the config that were set to 0 for training.
+    where the architecture has no bound. dropout: the settings of the config, by dotted name, that
+    were set to 0 for training (trainer/noise.py).
     """
 
     model: PreTrainedModel
@@ -104,8 +106,7 @@ class Base:
     def export(self, folder: Path, state: dict[str, Tensor]) -> None:
         """Write a Hugging Face folder in the dtype and with the settings of the base. state: all weights, by name."""
         config = type(self.model.config).from_dict(self.model.config.to_dict())
-        for name, value in self.dropout.items():
-            setattr(config, name, value)
+        write_back(config, self.dropout)
         with torch.device("meta"):
             model: Any = type(self.model)(config)
         rounded = {name: tensor.to(self.original_dtype) for name, tensor in state.items()}
@@ -128,14 +129,7 @@ def load_base(folder: Path, dtype: str, device: torch.device, context: str = "pa
     require_base(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     original_dtype = getattr(config, "dtype", None) or torch.float32
-    # Dropout would add noise to the losses that the weights are made of; mid-training runs without it.
-    dropout = {
-        name: value
-        for name, value in config.to_dict().items()
-        if isinstance(value, float) and value > 0 and ("dropout" in name or name.endswith("_pdrop") or "jitter" in name)
-    }
-    for name in dropout:
-        setattr(config, name, 0.0)
+    dropout = silence(config)
     # PyTorch's own attention is as fast where a row is one sequence, but masks T x T where it holds several
     can_flash = device.type == "cuda" and resolve_dtype(dtype, device) != torch.float32 and is_flash_attn_2_available()
     use_flash = context == "document" and can_flash and architecture_has_flash(config)
@@ -159,6 +153,7 @@ def load_base(folder: Path, dtype: str, device: torch.device, context: str = "pa
     model.to(device)
     base = Base(model, resolve_dtype(dtype, device), original_dtype, dropout)
     check_plain_head(base)
+    check_runs(base)
     model.train()
     return base
 

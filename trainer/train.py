@@ -104,7 +104,9 @@ def train_in(
     base = load_base(Path(config.model), config.dtype, world.device, context)
     check_fits(base, Path(config.model), shards)
     if context == "document":
-        check_document_attention(base)
+        check_document_attention(base, shards.manifest.seq_len)
+    if base.dropout:
+        note(f"off while training, kept in the export: {', '.join(f'{k} {v:g}' for k, v in base.dropout.items())}")
     balance = None if config.router_aux_loss is None else router_loss(base.model)
     if line := describe(base.model.config.to_dict(), config.router_aux_loss):
         note(line)
