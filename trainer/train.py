@@ -111,6 +111,8 @@ def train_in(
     if line := describe(base.model.config.to_dict(), config.router_aux_loss):
         note(line)
     reader = RowReader(shards, context, reference, base.num_embeddings, objective.columns)
+    if line := reader.require_top_k_fits():
+        note(line)
     sources = Sources(shards.manifest.corpus)
     order = RowOrder(reader.block_rows, config.seed)
     last_row = None if config.max_steps else math.ceil(config.epochs * order.num_rows)
