@@ -16,6 +16,7 @@ from rich.table import Table
 from pipelines.inspect.terminal import read_row
 from scorer.canary import TOLERANCE
 from scorer.forward import load_forward
+from scorer.reference import require_quantised_readable
 from shards.fingerprint import weights_fingerprint
 from shards.folder import ShardFolder
 from shards.modelfolder import require_language_model
@@ -56,6 +57,7 @@ class Numerics:
 def choose_reference(folder: ShardFolder, model: Path, name: str | None) -> str:
     """The column that `model` has scored; ValueError where there is none, or the one named is another's."""
     require_language_model(model)
+    require_quantised_readable(model)
     fingerprint = weights_fingerprint(model)
     if name is not None:
         scored = folder.require_reference(name)["weights_sha256"]
@@ -93,6 +95,7 @@ def measure(
     forward = load_forward(model)
     if base:
         require_language_model(base)
+        require_quantised_readable(base)
     base_forward = load_forward(base) if base else forward
     chosen = np.random.default_rng(seed).permutation(folder.manifest.rows)[:rows]
     differences: list[np.ndarray] = []

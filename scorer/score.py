@@ -61,7 +61,7 @@ def score(
     if config.engine == "vllm":
         engine_version()  # found missing now, and not once Ray runs
         if config.canary:
-            require_quantised_readable(reference.path)
+            require_quantised_readable(reference.path, "; --no-canary scores without a second opinion")
     out = open_store(config.out)
     if out.size(MANIFEST) is None:
         require_empty(out)

@@ -104,15 +104,15 @@ def check_runs(base: "Base") -> None:
     """
     name = type(base.model).__name__
     generator = torch.Generator().manual_seed(0)
-    input_ids = torch.randint(0, base.num_embeddings, (2, 32), generator=generator).to(base.device)
+    input_ids = torch.randint(0, base.num_embeddings, (1, 24), generator=generator).to(base.device)
     other_end = input_ids.clone()
-    other_end[:, 24:] = (other_end[:, 24:] + 1) % base.num_embeddings
+    other_end[:, 16:] = (other_end[:, 16:] + 1) % base.num_embeddings
     devices = [base.device] if base.device.type == "cuda" else []
     with torch.random.fork_rng(devices), _in_float32(base) as exact:
         expected = exact.hidden_states(input_ids)
-        ahead = _relative(exact.hidden_states(other_end)[:, :24], expected[:, :24])
+        ahead = _relative(exact.hidden_states(other_end)[:, :16], expected[:, :16])
         base.model.train()
-        noise = max(_relative(exact.hidden_states(input_ids), expected) for _ in range(3))
+        noise = max(_relative(exact.hidden_states(input_ids), expected) for _ in range(2))
     if ahead > EXACT:
         raise ValueError(
             f"{name}: is no causal language model: hidden states move by {ahead:.2g} with the tokens that follow, expected 0; "
