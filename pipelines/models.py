@@ -34,6 +34,11 @@ def resolve_model(option: str, model: str, weights: bool = True) -> LocalModel:
     path = Path(model)
     if path.is_dir():
         return LocalModel(path, *model_origin(path))
+    if path.suffix.lower() == ".gguf" and path.exists():
+        raise ValueError(
+            f"{option} {model}: a GGUF file, which is not read, expected a Hugging Face model folder; load it in transformers "
+            "(gguf_file=) and write the folder with save_pretrained, or give the one that it was made from"
+        )
     if path.exists():
         raise ValueError(f"{option} {model}: is a file, {EXPECTED}")
     name, at, revision = model.partition("@")

@@ -16,6 +16,7 @@ from rich.table import Table
 from pipelines.inspect.terminal import read_row
 from scorer.canary import BIAS_DEVIATIONS, Distance, Limits
 from scorer.forward import load_forward
+from scorer.reference import require_quantised_readable
 from scorer.rowcheck import round_logprobs
 from shards.fingerprint import weights_fingerprint
 from shards.folder import ShardFolder
@@ -82,6 +83,7 @@ class Numerics:
 def choose_reference(folder: ShardFolder, model: Path, name: str | None) -> str:
     """The column that `model` has scored; ValueError where there is none, or the one named is another's."""
     require_language_model(model)
+    require_quantised_readable(model)
     fingerprint = weights_fingerprint(model)
     if name is not None:
         scored = folder.require_reference(name)["weights_sha256"]
@@ -119,6 +121,7 @@ def measure(
     forward = load_forward(model)
     if base:
         require_language_model(base)
+        require_quantised_readable(base)
     base_forward = load_forward(base) if base else forward
     dtype, step = reference["dtype"], reference["logprob_step"]
     own_forward = forward if dtype == "float32" else load_forward(model, dtype)

@@ -63,15 +63,15 @@ def check_reference(
     return values | {"text_alone": is_wrapper(whole)}, differences
 
 
-def require_quantised_readable(path: Path) -> None:
+def require_quantised_readable(path: Path, otherwise: str = "") -> None:
     """ValueError where the weights of a quantised reference cannot be read here by transformers, the second opinion.
 
-    vLLM may serve what transformers cannot load; then nothing would tell whether its numbers are the model's.
+    vLLM may serve what transformers cannot load; then nothing would tell whether its numbers are the model's. otherwise: what
+    to do without them, for the message.
     """
     method = quantisation(path)
     if method is None:
         return
-    without = "--no-canary scores without a second opinion"
     config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     settings = getattr(config, "quantization_config", None)
     settings = settings or getattr(config.get_text_config(decoder=True), "quantization_config", None)
@@ -88,7 +88,7 @@ def require_quantised_readable(path: Path) -> None:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{path}: its weights are quantised ({method}), and the transformers forward that engines are compared with cannot "
-            f"load them here: {reason}; install what it asks for, give the unquantised folder, or {without}"
+            f"load them here: {reason}; install what it asks for, or give the unquantised folder{otherwise}"
         ) from None
 
 

@@ -63,7 +63,7 @@ def score(
     # found missing now, and not once Ray runs
     distribution, version = require_vllm() if config.engine == "vllm" else ("", "")
     if config.engine == "vllm" and config.canary:
-        require_quantised_readable(reference.path)
+        require_quantised_readable(reference.path, "; --no-canary scores without a second opinion")
     out = open_store(config.out)
     if out.size(MANIFEST) is None:
         require_empty(out)

@@ -268,6 +268,12 @@ def test_a_dense_base_has_no_balancing_loss(tmp_path: Path, models: dict[str, Pa
         check_experts(models["base"], 0.1)
 
 
+def test_a_config_without_a_causal_language_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    with pytest.raises(ValueError, match=r"LlavaConfig has no causal language model in transformers"):
+        check_experts(tmp_path, None)
+
+
 def test_a_note_where_the_config_asks_for_it(tmp_path: Path, small: Path, mixtral: Path, remit: Remit) -> None:
     line = ("train", "--shards", small, "--model", mixtral, "--out", tmp_path / "run", "--objective", "ntp")
     code, _, err = remit(*line, "--max-steps", 1, "--global-batch-size", 2, "--router-aux-loss", 0)

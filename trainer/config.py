@@ -34,7 +34,8 @@ class TrainConfig(ObjectiveSettings):
     global_batch_size: int = 64
     """Rows per optimizer step."""
     micro_batch_size: int = 1
-    """Rows per forward pass; more is faster and takes more memory, the result is the same (but for --scope micro)."""
+    """Rows per forward pass; more is faster and takes more memory, the result is the same (but for --scope micro, and what
+    --router-aux-loss balances)."""
     learning_rate: float = 3e-4
     """Peak of the learning rate."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"

@@ -75,6 +75,10 @@ class RowReader:
         self.block_rows = np.full(self._first_block[-1], manifest.rows_per_batch, dtype=np.int64)
         for plan, last in zip(manifest.parts, self._first_block[1:] - 1):
             self.block_rows[last] = (plan.rows - 1) % manifest.rows_per_batch + 1
+        # an embedding may have more rows than the tokenizer has tokens, and the reference's more than the base's
+        self.reference_rows = 0
+        if reference is not None and "topk_ids" in columns:
+            self.reference_rows = folder.require_reference(reference).get("vocab_size", 0)
         self._parts: OrderedDict[int, pa.ipc.RecordBatchFileReader] = OrderedDict()
         self._quarantined: dict[int, set[int]] = {}  # rows of a part that were not scored
         self._left_out: dict[int, set[int]] = {}
@@ -84,6 +88,24 @@ class RowReader:
         # opens its own files
         arguments = (self.folder, self.context, self.reference, self.num_embeddings, self.columns, self.left_out)
         return RowReader, arguments
+
+    def require_top_k_fits(self, blocks: int = 16) -> str | None:
+        """ValueError, before the first step, where one of some blocks has a most probable token that the base lacks.
+
+        Blocks all over the folder are read, all of a small one. Returns what to note where none has: it may come yet.
+        """
+        if self.reference_rows <= self.num_embeddings:
+            return None
+        step = max(1, len(self.block_rows) // blocks)
+        for block in range(0, len(self.block_rows), step):
+            self._read_block(block)
+        if step == 1:
+            return None
+        return (
+            f"the reference {self.reference!r} has {self.reference_rows} embedding rows, the base {self.num_embeddings}; none of "
+            f"the {blocks} blocks of rows that were looked at has a token of its padding among the most probable ones, and a row "
+            "that has one would stop the run"
+        )
 
     def rows(self, places: np.ndarray) -> list[Row]:
         """The rows at `places`, [rows, 2] block and row within the block."""
@@ -166,6 +188,13 @@ class RowReader:
             if column == "topk_ids":
                 if not np.all((present >= 0) & (present < self.num_embeddings)):
                     fault = f"that is not a token of the model (0..{self.num_embeddings - 1})"
+                    if present.min() >= 0 and self.reference_rows > self.num_embeddings:
+                        raise ValueError(
+                            f"{row.where}: {self._names[column]} has token {present.max()}, and the base has "
+                            f"{self.num_embeddings} embedding rows, the reference {self.reference!r} {self.reference_rows}: the "
+                            "reference holds one of its padding rows probable there; score again with a smaller --top-k, or "
+                            f"train a base with at least {present.max() + 1} rows"
+                        )
             elif not np.all(np.isfinite(present) & (present <= 0)) or not np.all(np.isnan(values[~row.predicted])):
                 fault = "that is missing, not finite or positive"
             elif column == "topk_logprobs" and np.any(np.exp(present).sum(-1) > self._most_mass):

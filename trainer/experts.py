@@ -59,6 +59,11 @@ def check_experts(folder: Path, coefficient: float | None) -> None:
     From config.json alone: the model is built without weights. coefficient: of --router-aux-loss.
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ValueError(
+            f"{folder}: {type(config).__name__} has no causal language model in transformers, expected one; give the folder of a "
+            "language model by itself"
+        )
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
     values, name = config.to_dict(), type(model).__name__

@@ -4,7 +4,7 @@ In: a model folder. Out: a Base, whose body gives hidden states and whose output
 """
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 from shards.modelfolder import max_positions, require_base
-from trainer.checks import check_plain_head
+from trainer.checks import check_plain_head, check_runs
+from trainer.noise import silence
 
 
 @dataclass
@@ -22,11 +23,13 @@ class Base:
     """A causal language model taken apart into body and head.
 
     dtype: of the matrix products; the weights are kept in float32. max_position: longest sequence, or None
-    where the architecture has no bound.
+    where the architecture has no bound. dropout: the settings of the config, by dotted name, that were set to 0 for training
+    (trainer/noise.py).
     """
 
     model: PreTrainedModel
     dtype: torch.dtype
+    dropout: dict[str, float] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -117,14 +120,7 @@ def load_base(folder: Path, dtype: str, device: torch.device, context: str = "pa
     plain."""
     require_base(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    # Dropout would add noise to the losses that the weights are made of; mid-training runs without it.
-    dropout = {
-        name: value
-        for name, value in config.to_dict().items()
-        if isinstance(value, float) and value > 0 and ("dropout" in name or name.endswith("_pdrop") or "jitter" in name)
-    }
-    for name in dropout:
-        setattr(config, name, 0.0)
+    dropout = silence(config)
     # PyTorch's own attention is as fast where a row is one sequence, but masks T x T where it holds several
     can_flash = device.type == "cuda" and resolve_dtype(dtype, device) != torch.float32 and is_flash_attn_2_available()
     use_flash = context == "document" and can_flash and architecture_has_flash(config)
@@ -146,10 +142,11 @@ def load_base(folder: Path, dtype: str, device: torch.device, context: str = "pa
                 "these would train from random numbers; write the folder again with save_pretrained"
             )
     model.to(device)
-    base = Base(model, resolve_dtype(dtype, device))
+    base = Base(model, resolve_dtype(dtype, device), dropout)
     for parameter in base.idle_parameters():
         parameter.requires_grad_(False)
     check_plain_head(base)
+    check_runs(base)
     model.train()
     return base
 

@@ -110,7 +110,9 @@ def train_in(
     base = load_base(Path(config.model), config.dtype, world.device, context)
     check_fits(base, Path(config.model), shards)
     if context == "document":
-        check_document_attention(base)
+        check_document_attention(base, shards.manifest.seq_len)
+    if base.dropout:
+        note(f"off while training, kept in the export: {', '.join(f'{k} {v:g}' for k, v in base.dropout.items())}")
     balance = None if config.router_aux_loss is None else router_loss(base.model)
     if line := describe(base.model.config.to_dict(), config.router_aux_loss):
         note(line)
@@ -122,6 +124,8 @@ def train_in(
     if settings["rows_left_out"]["rows"]:
         counts = ", ".join(f"{name} {rows:,}" for name, rows in settings["rows_left_out"]["by_reference"].items())
         note(f"{settings['rows_left_out']['rows']:,} rows train on nothing, since they could not be scored ({counts})")
+    if line := reader.require_top_k_fits():
+        note(line)
     sources = Sources(shards.manifest.corpus)
     order = RowOrder(reader.block_rows, config.seed)
     last_row = None if config.max_steps else math.ceil(config.epochs * order.num_rows)
