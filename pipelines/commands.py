@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.console import DONE, STOPPED, ShouldStop, note, progress_bar, quiet_libraries
+from pipelines.console import DONE, STOPPED, ShouldStop, note, progress_bar, quiet_libraries, tokens_summary
 from pipelines.flywheel.settings import FlywheelOptions, read_config
 from pipelines.models import resolve_model
 from pipelines.settings import SelectConfig
@@ -62,6 +62,7 @@ def pack(config: PackConfig, should_stop: ShouldStop) -> int:
             return STOPPED
     what = "packed" if worked else "nothing to do (remit verify checks every byte), packed before:"
     print(summary(what, folder, config.out, monotonic() - began))
+    print(tokens_summary(folder.manifest))
     return DONE
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from shards.manifest import Manifest
+
 DONE, FAILED, BAD_USAGE, STOPPED = 0, 1, 2, 3  # exit codes
 ShouldStop = Callable[[], bool]
 
@@ -38,3 +40,20 @@ def note(line: str) -> None:
 
 class BadUsage(ValueError):
     """What the user asks for cannot be meant: exit code 2, before anything has begun."""
+
+
+def tokens_summary(manifest: Manifest) -> str:
+    """One line about the tokens of packed rows: what documents begin and end with, what the tokenizer did to the text."""
+    tokenizer, files = manifest.tokenizer, manifest.corpus
+    end = f"{tokenizer['eos_token']} ({tokenizer['eos_token_id']})" if "eos_token" in tokenizer else "EOS"
+    bos = tokenizer.get("bos_token_id")
+    begin = "without BOS" if bos is None else f"with {tokenizer['bos_token']} ({bos})"
+    line = f"documents begin {begin} and end with {end}"
+    sampled, changed, unknown = (
+        sum(getattr(file, name) or 0 for file in files)
+        for name in ("documents_sampled", "documents_changed", "unknown_tokens")
+    )
+    if sampled:
+        line += f"; {sampled - changed:,} of {sampled:,} sampled documents decode to what they were, "
+        line += f"{unknown / max(1, manifest.tokens):.2%} of the tokens are unknown"
+    return line

@@ -117,7 +117,8 @@ def plan_selection(manifest: Manifest, places: np.ndarray, selection: dict[str, 
     tokens_of_file = rows_of_file * manifest.seq_len
     np.subtract.at(tokens_of_file, before.source_of(short), lacking)
     corpus = tuple(
-        replace(file, rows=int(rows), tokens=int(tokens))
+        # which of the tokens were put in front of pieces, or are unknown, was counted for the whole file
+        replace(file, rows=int(rows), tokens=int(tokens), bos_tokens=None, unknown_tokens=None)
         for file, rows, tokens in zip(manifest.corpus, rows_of_file, tokens_of_file)
     )
 

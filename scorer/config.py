@@ -35,6 +35,9 @@ class PackConfig:
     special_tokens: Literal["parse", "text"] = "parse"
     """Text that spells a special token, such as the end of text: parse it to its id as transformers does, or
     encode it as ordinary text."""
+    bos: Literal["auto", "always", "never"] = "auto"
+    """Begin each document, and each row that begins inside one, with the tokenizer's BOS; auto: where the tokenizer's own
+    call puts it in front of a text, as of Gemma, Llama 3 and Mistral."""
     on_bad_document: Literal["stop", "reject"] = "stop"
     """A document that is not valid JSON, lacks the field or is not Unicode: stop, or leave it out and count it."""
     grace_seconds: float = 60.0

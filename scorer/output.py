@@ -55,11 +55,10 @@ def clean(out: Store) -> None:
 
 
 def begin_output(shards: ShardFolder, out: Store, manifest: Manifest) -> ShardFolder:
-    """Freeze `manifest` in `out`, with a copy of the tokenizer of `shards`, unless it is frozen there."""
+    """Freeze `manifest` in `out`, with a copy of the tokenizer of `shards` and of its list of ids, unless it is frozen there."""
     if out.size(MANIFEST) is None:
         out.remove(TOKENIZER)  # of a run that died while it copied one
-        for name in shards.store.names(TOKENIZER):
-            out.replace(f"{TOKENIZER}/{name}", shards.store.read(f"{TOKENIZER}/{name}"))
+        shards.copy_tokenizer_to(out)
         crash_point("output.begun")
         manifest.write(out)
     return ShardFolder(out)

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -23,14 +22,17 @@ from scorer.config import PackConfig
 from scorer.output import StopGuard, absolute, clean, leave, require_empty
 from scorer.sources import Source, find_sources
 from scorer.staging import stage_source, write_part_from_staging
-from scorer.tokenizer import describe_tokenizer, load_tokenizer
+from scorer.tokenizer import PackTokenizer, describe_tokenizer, load_tokenizer
+from scorer.vocabulary import Vocabulary, hashes
 from shards.crash import crash_point
-from shards.folder import TOKENIZER, ShardFolder
+from shards.folder import TOKEN_IDS, TOKENIZER, ShardFolder
 from shards.lease import LEASE, Lease, LeaseLost
 from shards.manifest import MANIFEST, CorpusFile, Manifest, PartPlan, first_difference, part_name
 from shards.store import Store, open_store
+from shards.tokens import added_tokens, other_beginning
 
 REJECTED = "_rejected.jsonl"
+NOTED_SHARE = 0.01  # of unknown tokens, of documents that do not come back
 KEEP_STAGING_BYTES = 1 << 26
 TEXT_BYTES_PER_STAGED_BYTE = 2.5  # plain text against its token ids in zstd; for the estimate of the disk's need
 INFLATION = {".gz": 3.0, ".zst": 3.5, ".parquet": 2.5}
@@ -56,7 +58,9 @@ def pack(
     config = replace(config, out=absolute(config.out), tokenizer=str(Path(config.tokenizer).absolute()))
     sources = find_sources(config.corpus)
     tokenizer = load_tokenizer(config.tokenizer)
-    description = describe_tokenizer(tokenizer, config.special_tokens)
+    description = describe_tokenizer(tokenizer, config.special_tokens, config.bos)
+    for line in filter(None, [*tokenizer.notes, other_beginning(tokenizer.encoder, description["bos_token_id"])]):
+        note(line)
     settings = {
         "seq_len": config.seq_len,
         "tokenizer": description,
@@ -64,7 +68,9 @@ def pack(
         "rows_per_batch": config.rows_per_batch,
         "on_bad_document": config.on_bad_document,
         # more than its fingerprint, which leaves normalisation and the splitting into words out
-        "tokenizer_sha256": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "tokenizer_sha256": hashlib.sha256(tokenizer.encoder.to_str().encode()).hexdigest(),
+        "unknown_id": tokenizer.unknown_id,
+        "added_tokens": added_tokens(tokenizer.json),
     }
     out = open_store(config.out)
     parent, _, last = config.out.rstrip("/").rpartition("/")
@@ -73,7 +79,7 @@ def pack(
     staging = open_store(f"{parent}/.{last}.staging")
     if out.size(MANIFEST) is not None:
         folder = ShardFolder(out)
-        _refuse_other_plan(config, folder, sources, description)
+        _refuse_other_plan(config, folder, sources, description, tokenizer)
         if not folder.missing_parts():
             if out.names(LEASE) or staging.names():  # of a driver that died when all was done
                 lease = Lease(out).acquire(note)
@@ -88,14 +94,19 @@ def pack(
         staging.clean()
         stop = StopGuard(should_stop, config.grace_seconds)
         with ray_cluster(config.debug), ray_errors(stop.requested):
-            raw = tokenizer.backend_tokenizer.to_str()
-            staged = _stage_all(config, sources, staging, raw, settings, out, lease, progress, stop)
+            raw = tokenizer.encoder.to_str()
+            vocabulary = Vocabulary(description["vocab_size"])
+            staged = _stage_all(config, sources, staging, raw, settings, out, lease, progress, stop, vocabulary)
             crash_point("staging.done")
-            manifest = _plan(config, staged, description)
+            _say_what_changed(staged, note)
+            files = tokenizer.files | {TOKEN_IDS: vocabulary.token_ids()}
+            tokens = {"added_tokens": vocabulary.added_tokens(), "files": hashes(files)}
+            manifest = _plan(config, staged, description | tokens)
             lease.check()
             if out.size(MANIFEST) is None:  # what is there may be half a tokenizer, of a run that died
                 out.remove(TOKENIZER)
-                _save_tokenizer(tokenizer, out)
+                for name, data in files.items():
+                    out.replace(f"{TOKENIZER}/{name}", data)
             elif Manifest.read(out).checksum != manifest.checksum:
                 raise ValueError(
                     f"{out.url}: holds another pack, with other documents or counts; was it begun with another "
@@ -132,11 +143,24 @@ def _staged_estimate(sources: list[Source]) -> float:
     return sum(size * INFLATION.get(suffix, 1.0) for size, suffix in sizes) / TEXT_BYTES_PER_STAGED_BYTE
 
 
-def _save_tokenizer(tokenizer: Any, out: Store) -> None:
-    with TemporaryDirectory() as temporary:
-        tokenizer.save_pretrained(temporary)
-        for file in sorted(Path(temporary).iterdir()):
-            out.replace(f"{TOKENIZER}/{file.name}", file.read_bytes())
+def _say_what_changed(staged: list[dict], note: Callable[[str], None]) -> None:
+    """Notes where more than 1 % of the sampled documents do not come back from their rows, or of the tokens are unknown."""
+    files = [record["file"] for record in staged]
+    sampled, changed, tokens, unknown = (
+        sum(file[name] for file in files)
+        for name in ("documents_sampled", "documents_changed", "tokens", "unknown_tokens")
+    )
+    if changed > NOTED_SHARE * sampled:
+        path, (document, how) = next((r["file"]["path"], r["changed"]) for r in staged if r["changed"])
+        note(
+            f"{changed:,} of {sampled:,} sampled documents do not decode to what they were ({changed / sampled:.1%}), for "
+            f"instance document {document} of {path}: {how}; the tokenizer changes or drops what it cannot spell"
+        )
+    if unknown > NOTED_SHARE * tokens:
+        note(
+            f"{unknown:,} of {tokens:,} tokens ({unknown / tokens:.1%}) are the unknown one: the tokenizer cannot spell "
+            "this text"
+        )
 
 
 def _save_rejected(staged: list[dict], out: Store) -> None:
@@ -152,16 +176,26 @@ def _save_rejected(staged: list[dict], out: Store) -> None:
         out.delete(REJECTED)
 
 
-def _refuse_other_plan(config: PackConfig, folder: ShardFolder, sources: list[Source], tokenizer: dict) -> None:
+def _refuse_other_plan(
+    config: PackConfig, folder: ShardFolder, sources: list[Source], description: dict, tokenizer: PackTokenizer
+) -> None:
     """ValueError where `folder` was packed from something else than is asked for now."""
     manifest = folder.manifest
+    packed = {name: value for name, value in manifest.tokenizer.items() if name in description}
+    if "files" not in manifest.tokenizer:  # of an earlier release, which put no BOS
+        description = {name: description[name] for name in [*packed, "bos_token_id"]}
+        packed["bos_token_id"] = None
+    else:  # what its fingerprint leaves out: normalisation, the splitting into words
+        packed["tokenizer.json"] = manifest.tokenizer["files"].get("tokenizer.json")
+        description = description | {"tokenizer.json": hashes(tokenizer.files)["tokenizer.json"]}
     corpus: list[dict] = [{"path": file.path, "size": file.size, "sha256": file.sha256} for file in manifest.corpus]
     asked = [{"path": source.name, "size": source.size(), "sha256": source.sha256()} for source in sources]
     layout = ("seq_len", "rows_per_part", "rows_per_batch")
     difference = first_difference(
-        {name: getattr(config, name) for name in layout} | {"tokenizer": tokenizer, "corpus": asked, "references": []},
+        {name: getattr(config, name) for name in layout}
+        | {"tokenizer": description, "corpus": asked, "references": []},
         {name: getattr(manifest, name) for name in layout}
-        | {"tokenizer": manifest.tokenizer, "corpus": corpus, "references": sorted(manifest.references)},
+        | {"tokenizer": packed, "corpus": corpus, "references": sorted(manifest.references)},
     )
     if difference:
         raise ValueError(f"{folder.path}: holds another pack: {difference}; choose another --out or delete it")
@@ -180,6 +214,7 @@ def _stage_all(
     lease: Lease,
     progress: Progress,
     stop: StopGuard,
+    vocabulary: Vocabulary,
 ) -> list[dict]:
     """Tokenise every source that is not staged yet; returns their records in corpus order."""
     total_cpus = int(ray.cluster_resources().get("CPU", 1))
@@ -211,6 +246,7 @@ def _stage_all(
                 done[index] = update["bytes"], update["tokens"]
                 if "record" in update:
                     records[index] = update["record"]
+                    vocabulary.add(records[index])
                     del running[generator]
             bytes_done, tokens = np.sum(list(done.values()), axis=0).tolist() if done else (0, 0)
             progress("tokenise", bytes_done, total, tokens)

@@ -1,5 +1,7 @@
 """What a reference model is, whether it fits the rows, and what the manifest records of it."""
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -9,9 +11,10 @@ from transformers import AutoConfig
 
 from scorer.config import ScoreConfig
 from scorer.engine import EngineConfig
-from scorer.tokenizer import has_tokenizer, load_tokenizer, tokenizer_json
+from scorer.tokenizer import canonical, has_tokenizer, load_encoder
 from shards.fingerprint import refuse_code_and_pickles
 from shards.folder import ShardFolder
+from shards.tokens import other_beginning
 
 
 @dataclass(frozen=True)
@@ -23,13 +26,24 @@ class Reference:
     revision: str | None = None
 
 
-def check_reference(shards: ShardFolder, reference: Reference) -> dict[str, Any]:
-    """Parsed config of the reference; ValueError unless it can score the rows of `shards`."""
+def check_reference(
+    shards: ShardFolder, reference: Reference, note: Callable[[str], None] = lambda line: None
+) -> tuple[dict[str, Any], list[str]]:
+    """Parsed config of the reference, and in which tokens that no row has its tokenizer differs from the rows'.
+
+    ValueError unless it can score the rows of `shards`. note: told what a user should know.
+    """
     if not (reference.path / "config.json").exists():
         raise ValueError(f"{reference.path}: has no config.json; give a Hugging Face model folder")
     refuse_code_and_pickles(reference.path)
+    differences: list[str] = []
     if has_tokenizer(reference.path):
-        shards.require_tokenizer(tokenizer_json(load_tokenizer(str(reference.path))), str(reference.path))
+        encoder, where = load_encoder(reference.path), str(reference.path)
+        differences = shards.require_tokenizer(json.loads(encoder.to_str()), where, canonical)
+        if differences:
+            note(f"{where}: its tokenizer differs in tokens that no row has: {'; '.join(differences)}")
+        if line := other_beginning(encoder, shards.manifest.tokenizer.get("bos_token_id")):
+            note(f"{where}: {line}")
     config = AutoConfig.from_pretrained(
         reference.path, trust_remote_code=False, local_files_only=True
     ).get_text_config()
@@ -37,7 +51,7 @@ def check_reference(shards: ShardFolder, reference: Reference) -> dict[str, Any]
     shards.require_positions(getattr(config, "max_position_embeddings", None), str(reference.path))
     # by attribute too, because some architectures have other names for these in their config.json
     names = ("vocab_size", "num_attention_heads", "num_hidden_layers", "hidden_size")
-    return config.to_dict() | {name: getattr(config, name, None) for name in names}
+    return config.to_dict() | {name: getattr(config, name, None) for name in names}, differences
 
 
 def resolve_dtype(name: str, model_config: dict[str, Any], device: str) -> str:
@@ -48,9 +62,12 @@ def resolve_dtype(name: str, model_config: dict[str, Any], device: str) -> str:
     return "float32" if own == "float16" and device == "cpu" else own
 
 
-def provenance(config: ScoreConfig, reference: Reference, engine: EngineConfig) -> dict[str, Any]:
-    """What the manifest records of a reference; top_k and the bound of its ids only where they are stored."""
-    entry = {
+def provenance(
+    config: ScoreConfig, reference: Reference, engine: EngineConfig, tokenizer_differences: list[str]
+) -> dict[str, Any]:
+    """What the manifest records of a reference; top_k and the bound of its ids only where they are stored, differences
+    of its tokenizer only where there are any."""
+    entry: dict[str, Any] = {
         "model": reference.name,
         "revision": reference.revision,
         "weights_sha256": engine.weights_sha256,
@@ -62,6 +79,8 @@ def provenance(config: ScoreConfig, reference: Reference, engine: EngineConfig) 
         "context": config.context,
         "logprob_step": config.logprob_step,
     }
+    if tokenizer_differences:
+        entry["tokenizer_differences"] = tokenizer_differences
     if config.top_k:
         entry |= {"top_k": config.top_k, "vocab_size": engine.vocab_size}
     return entry

@@ -1,6 +1,7 @@
 """Cut a stream of tokenised documents into rows of seq_len tokens.
 
-Documents are laid end to end; a row may begin and end inside one. Only the last row of a source is short.
+Documents are laid end to end; a row may begin and end inside one. Only the last row of a source is short. With a BOS each
+document piece of a row begins with one: that of a document's beginning, and that of a row that begins inside a document.
 """
 
 from collections.abc import Iterator
@@ -15,24 +16,37 @@ class RowCutter:
     """Collects documents and gives record batches of exactly `rows_per_batch` full rows.
 
     Batch borders depend on the tokens alone, not on how the documents arrived, so that the same corpus
-    gives the same bytes.
+    gives the same bytes. bos: id with which each piece begins, beside the document's own tokens; None for none.
     """
 
-    def __init__(self, seq_len: int, rows_per_batch: int, source: int) -> None:
-        self.seq_len, self.rows_per_batch, self.source = seq_len, rows_per_batch, source
+    def __init__(self, seq_len: int, rows_per_batch: int, source: int, bos: int | None = None) -> None:
+        self.seq_len, self.rows_per_batch, self.source, self.bos = seq_len, rows_per_batch, source, bos
+        self.bos_tokens = 0
         self._ids: list[np.ndarray] = []  # int32, tokens not cut yet
         self._lengths: list[int] = []  # of the document pieces among them
         self._doc_ids: list[int] = []
         self._pending = 0
 
     def add(self, doc_id: int, ids: np.ndarray) -> Iterator[pa.RecordBatch]:
-        """Append one document, int32 [tokens] with its EOS; yields the batches that it fills."""
+        """Append one document, int32 [tokens] with its EOS and without BOS; yields the batches that it fills."""
+        if self.bos is not None:
+            ids = self._with_bos(ids, self.bos)
         self._ids.append(ids)
         self._lengths.append(len(ids))
         self._doc_ids.append(doc_id)
         self._pending += len(ids)
         while self._pending >= self.seq_len * self.rows_per_batch:
             yield self._cut(self.rows_per_batch * self.seq_len)
+
+    def _with_bos(self, ids: np.ndarray, bos: int) -> np.ndarray:
+        """The tokens of a document with a BOS in front of each of its pieces.
+
+        A document that begins at the last place of a row leaves its BOS there, alone.
+        """
+        room = self.seq_len - self._pending % self.seq_len - 1  # of this row for the first piece, after its BOS
+        starts = [0, *range(room, len(ids), self.seq_len - 1)]
+        self.bos_tokens += len(starts)
+        return np.insert(ids, starts, bos)
 
     def finish(self) -> Iterator[pa.RecordBatch]:
         """The rest: full rows and the short last one."""

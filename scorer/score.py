@@ -54,7 +54,7 @@ def score(
         raise ValueError(
             f"{config.shards}: has log-probs of a reference named {config.name!r} already; choose another --name"
         )
-    model_config = check_reference(shards, reference)
+    model_config, tokenizer_differences = check_reference(shards, reference, note)
     require_vocabulary(config, model_config["vocab_size"])
     if config.engine == "vllm":
         engine_version()  # found missing now, and not once Ray runs
@@ -78,7 +78,8 @@ def score(
         )
         manifest = replace(
             shards.manifest,
-            references=shards.manifest.references | {config.name: provenance(config, reference, engine)},
+            references=shards.manifest.references
+            | {config.name: provenance(config, reference, engine, tokenizer_differences)},
         )
         names = manifest.schema.names
         if len(set(names)) < len(names):  # rl with --top-k beside a reference called rl_topk

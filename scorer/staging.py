@@ -18,8 +18,10 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 from scorer.corpus import BadDocument, read_documents
+from scorer.roundtrip import DocumentSample
 from scorer.rows import RowCutter
 from scorer.sources import Source
+from scorer.vocabulary import pack_bits
 from shards.crash import crash_point
 from shards.folder import ShardFolder
 from shards.lease import check_fence
@@ -67,7 +69,10 @@ def stage_source(
 
     description = settings["tokenizer"]
     encoder, eos = _encoder(tokenizer_json, description["special_tokens"]), description["eos_token_id"]
-    cutter = RowCutter(settings["seq_len"], settings["rows_per_batch"], index)
+    bos = description["bos_token_id"]
+    cutter = RowCutter(settings["seq_len"], settings["rows_per_batch"], index, bos)
+    sample = DocumentSample(index)
+    occurrences_V = np.zeros(description["vocab_size"], dtype=np.int64)
     counts: dict[str, Any] = dict.fromkeys(("read", "packed", "empty", "rejected"), 0)
     rejected: list[str] = []
     rows = tokens = 0
@@ -89,7 +94,9 @@ def stage_source(
                 for batch in batches:
                     writer.write_batch(batch)
                     rows += batch.num_rows
-                    tokens += len(batch.column("input_ids").flatten())
+                    ids = batch.column("input_ids").flatten().to_numpy()
+                    tokens += len(ids)
+                    occurrences_V[:] += np.bincount(ids, minlength=len(occurrences_V))
 
             for documents, position in read_documents(source, settings["text_field"]):
                 good: list[tuple[int, str]] = []
@@ -103,8 +110,10 @@ def stage_source(
                         rejected.append(str(document))
                 counts["read"] += len(documents)
                 encodings = encoder.encode_batch_fast([text for _, text in good], add_special_tokens=False)
-                for (doc_id, _), encoding in zip(good, encodings):
+                for (doc_id, text), encoding in zip(good, encodings):
                     ids = encoding.ids
+                    if text:  # nothing comes back of an empty one
+                        sample.offer(doc_id, text)
                     if not ids:
                         counts["empty"] += 1
                         continue
@@ -117,6 +126,9 @@ def stage_source(
             write(cutter.finish())
         if source.version() != version or (not version and source.sha256() != sha256):
             raise ValueError(f"{source.location}: changed while it was read; run again when nothing writes to it")
+        with pa.OSFile(str(temporary)) as staged:
+            changed = sample.changed(staged, encoder, bos)
+        unknown = settings["unknown_id"]
         record = {
             "key": key,
             "settings": settings,
@@ -127,9 +139,18 @@ def stage_source(
                     **{f"documents_{kind}": count for kind, count in counts.items()},
                     rows=rows,
                     tokens=tokens,
+                    bos_tokens=cutter.bos_tokens,
+                    unknown_tokens=0 if unknown is None else int(occurrences_V[unknown]),
+                    documents_sampled=len(sample.texts),
+                    documents_changed=len(changed),
                 )
             ),
             "rejected": rejected,
+            "changed": changed[0] if changed else None,
+            "added_tokens": {
+                token: int(occurrences_V[its]) for token, its in settings["added_tokens"].items() if occurrences_V[its]
+            },
+            "occurs": pack_bits(occurrences_V > 0),
         }
         crash_point("staging.written")
         may_go_on()

@@ -1,16 +1,59 @@
-"""Load the fast tokenizer that packs a corpus, and compare it with a model's."""
+"""The tokenizer that packs a corpus: what stands in tokenizer.json, and nothing else, decides the ids.
+
+transformers builds some tokenizer classes anew from the vocabulary and leaves the file's normaliser, pre-tokenizer or
+decoder out: a byte-level tokenizer.json whose config names a Llama class loses every space. So the file is loaded by the
+`tokenizers` library. transformers is asked which tokens end and begin a text, and for folders without the file.
+"""
 
 import json
 import os
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer
 
 from shards.fingerprint import tokenizer_fingerprint
+from shards.tokens import own_prefix, role_of
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
+COPIED = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
+COMPONENTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+FAITHFUL = "PreTrainedTokenizerFast"  # the class that takes tokenizer.json as it is
+
+
+@dataclass
+class PackTokenizer:
+    """A tokenizer as its file has it. prefix: ids that its own call puts in front of a text.
+
+    files: what the shard folder keeps of it, by name. notes: what a user should know.
+    """
+
+    encoder: Tokenizer
+    eos_token: str
+    eos_token_id: int
+    bos_token: str | None
+    bos_token_id: int | None
+    prefix: list[int]
+    files: dict[str, bytes]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """Parsed tokenizer.json, defaults spelled out."""
+        return json.loads(self.encoder.to_str())
+
+    @property
+    def unknown_id(self) -> int | None:
+        """Id that stands for text which the tokenizer cannot spell; None where it has none."""
+        model = self.json["model"]
+        if model.get("type") == "Unigram":
+            return model.get("unk_id")
+        unknown = model.get("unk_token")
+        return None if unknown is None else self.encoder.token_to_id(unknown)
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -18,39 +61,178 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).exists() for name in TOKENIZER_FILES)
 
 
+def canonical(tokenizer_json: dict[str, Any]) -> dict[str, Any]:
+    """A parsed tokenizer.json as the `tokenizers` library writes it, defaults spelled out."""
+    return json.loads(Tokenizer.from_str(json.dumps(tokenizer_json)).to_str())
+
+
+def tokenizer_json(folder: Path | str) -> dict[str, Any]:
+    """Parsed tokenizer.json of a model folder, defaults spelled out; ValueError where there is none that can be read."""
+    return json.loads(load_encoder(folder).to_str())
+
+
 @lru_cache(maxsize=4)
-def load_tokenizer(folder: str) -> Any:
-    """The transformers tokenizer of a folder; ValueError where it is missing or has no fast version."""
-    if not has_tokenizer(Path(folder)):
-        raise ValueError(f"{folder}: has no tokenizer; expected a folder with a tokenizer.json")
+def load_tokenizer(folder: str) -> PackTokenizer:
+    """The tokenizer of a folder; ValueError where it cannot be loaded, or has no end-of-sequence token."""
+    path = Path(folder)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:
-        raise ValueError(f"{folder}: its tokenizer cannot be loaded ({str(error).splitlines()[0]})") from error
-    if not tokenizer.is_fast:
+    encoder, theirs, failure = _encoder(path)
+    if theirs is None:
+        theirs, failure = _transformers_tokenizer(path)
+    eos_token, bos_token = (_role(path, encoder, role, theirs) for role in ("eos_token", "bos_token"))
+    if eos_token is None:
         raise ValueError(
-            f"{folder}: its tokenizer has no fast version (tokenizer.json), which packing needs; convert it"
+            f"{folder}: its tokenizer has no EOS token, which ends every document; set eos_token in its "
+            "tokenizer_config.json"
         )
+    if encoder.token_to_id(eos_token) is None:  # only the config knows it; transformers appends it too
+        encoder.add_special_tokens([AddedToken(eos_token, special=True, normalized=False)])
+    eos_token_id = encoder.get_vocab(with_added_tokens=True)[eos_token]
+    bos_token_id = None if bos_token is None else encoder.token_to_id(bos_token)
+    tokenizer = PackTokenizer(encoder, eos_token, eos_token_id, bos_token, bos_token_id, own_prefix(encoder), {})
+    tokenizer.files = _kept_files(path, encoder)
+    tokenizer.notes = _notes(path, tokenizer, theirs, failure)
     return tokenizer
 
 
-def tokenizer_json(tokenizer: Any) -> dict[str, Any]:
-    """Parsed tokenizer.json of a transformers tokenizer."""
-    return json.loads(tokenizer.backend_tokenizer.to_str())
-
-
-def describe_tokenizer(tokenizer: Any, special_tokens: str) -> dict[str, Any]:
-    """What the manifest records of the tokenizer; ValueError where it has no end-of-sequence token."""
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"{tokenizer.name_or_path}: its tokenizer has no EOS token, which ends every document; set eos_token in its "
-            "tokenizer_config.json"
-        )
-    ids = tokenizer.get_vocab().values()
+def describe_tokenizer(tokenizer: PackTokenizer, special_tokens: str, bos: str) -> dict[str, Any]:
+    """What the manifest records of the tokenizer before a document is read. bos: auto, always or never."""
+    bos_token_id = choose_bos(tokenizer, bos)
     return {
-        "fingerprint": tokenizer_fingerprint(tokenizer_json(tokenizer)),
+        "fingerprint": tokenizer_fingerprint(tokenizer.json),
+        "eos_token": tokenizer.eos_token,
         "eos_token_id": tokenizer.eos_token_id,
-        "vocab_size": max(ids) + 1,
+        "bos_token": None if bos_token_id is None else tokenizer.encoder.id_to_token(bos_token_id),
+        "bos_token_id": bos_token_id,
+        "vocab_size": max(tokenizer.encoder.get_vocab(with_added_tokens=True).values()) + 1,
         "special_tokens": special_tokens,
     }
+
+
+def choose_bos(tokenizer: PackTokenizer, bos: str) -> int | None:
+    """Id with which each document piece of a row begins, or None. auto: where the tokenizer's own call begins so."""
+    if bos == "never":
+        return None
+    if len(tokenizer.prefix) == 1 and (bos == "auto" or tokenizer.bos_token_id is None):
+        return tokenizer.prefix[0]
+    if bos == "always":
+        if tokenizer.bos_token_id is None:
+            raise ValueError(
+                "--bos always: the tokenizer names no BOS token that it has; set bos_token in its tokenizer_config.json"
+            )
+        return tokenizer.bos_token_id
+    return None
+
+
+def load_encoder(folder: Path | str) -> Tokenizer:
+    """The encoder of a model folder, as its tokenizer.json has it; ValueError where it cannot be loaded."""
+    return _encoder(Path(folder))[0]
+
+
+def _encoder(path: Path) -> tuple[Tokenizer, Any, str]:
+    """The encoder of a folder; where there is no tokenizer.json, the transformers tokenizer whose it is too."""
+    if not has_tokenizer(path):
+        raise ValueError(f"{path}: has no tokenizer; expected a folder with a tokenizer.json")
+    if (path / "tokenizer.json").exists():
+        try:
+            encoder = Tokenizer.from_file(str(path / "tokenizer.json"))
+        except Exception as error:
+            raise ValueError(f"{path}: its tokenizer cannot be loaded ({str(error).splitlines()[0]})") from error
+        encoder.no_truncation()  # a tokenizer.json may carry both, and documents must stay whole
+        encoder.no_padding()
+        return encoder, None, ""
+    theirs, failure = _transformers_tokenizer(path)
+    if theirs is None:
+        raise ValueError(f"{path}: its tokenizer cannot be loaded ({failure})")
+    if not theirs.is_fast:
+        raise ValueError(f"{path}: its tokenizer has no fast version (tokenizer.json), which packing needs; convert it")
+    return Tokenizer.from_str(theirs.backend_tokenizer.to_str()), theirs, ""
+
+
+def _transformers_tokenizer(path: Path) -> tuple[Any, str]:
+    """What AutoTokenizer makes of a folder, or why it cannot."""
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True), ""
+    except Exception as error:
+        return None, (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _config(path: Path) -> dict[str, Any]:
+    file = path / "tokenizer_config.json"
+    value = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return value if isinstance(value, dict) else {}
+
+
+def _role(path: Path, encoder: Tokenizer, role: str, theirs: Any) -> str | None:
+    """The token that has a role: as the folder's files name it, else as the class does if the file has such a token."""
+    named = role_of(path, role)
+    if named is not None:
+        return named
+    default = getattr(theirs, role, None)
+    return None if default is None or encoder.token_to_id(str(default)) is None else str(default)
+
+
+def differing_components(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """Parts in which two parsed tokenizer.json differ so that ids or texts may be others."""
+
+    def model(value: dict[str, Any]) -> dict[str, Any]:
+        return {key: entry or None for key, entry in value["model"].items()}  # some classes write "" for null
+
+    def added(value: dict[str, Any]) -> list[tuple[int, str]]:
+        return sorted((token["id"], token["content"]) for token in value.get("added_tokens") or [])
+
+    found = [name for name in COMPONENTS if theirs.get(name) != ours.get(name)]
+    found += ["vocabulary or merges"] if model(theirs) != model(ours) else []
+    return found + (["added tokens"] if added(theirs) != added(ours) else [])
+
+
+def _components_elsewhere(theirs: Any, encoder: Tokenizer) -> list[str]:
+    if theirs is None or not theirs.is_fast:
+        return []
+    return differing_components(json.loads(theirs.backend_tokenizer.to_str()), json.loads(encoder.to_str()))
+
+
+def _kept_files(path: Path, encoder: Tokenizer) -> dict[str, bytes]:
+    """Files of the folder's copy, from which transformers makes the tokenizer of the file and no other."""
+    files = {name: (path / name).read_bytes() for name in COPIED if (path / name).is_file()}
+    original = path / "tokenizer.json"
+    same = original.exists() and json.loads(Tokenizer.from_file(str(original)).to_str()) == json.loads(encoder.to_str())
+    files["tokenizer.json"] = original.read_bytes() if same else encoder.to_str(pretty=True).encode()
+    with TemporaryDirectory() as folder:
+        for name, data in files.items():
+            (Path(folder) / name).write_bytes(data)
+        theirs, _ = _transformers_tokenizer(Path(folder))
+    if theirs is None or _components_elsewhere(theirs, encoder) or "auto_map" in _config(path):
+        files["tokenizer_config.json"] = faithful_config(_config(path), FAITHFUL)
+    return files
+
+
+def faithful_config(config: dict[str, Any], name: str) -> bytes:
+    """A tokenizer_config.json with which transformers takes tokenizer.json as it is.
+
+    What would change it on loading, tokens and settings that the class adds by itself, is left out.
+    """
+    dropped = ("added_tokens_decoder", "add_prefix_space", "auto_map", "extra_special_tokens")
+    kept = {key: value for key, value in config.items() if key not in dropped}
+    return (json.dumps(kept | {"tokenizer_class": name}, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _notes(path: Path, tokenizer: PackTokenizer, theirs: Any, failure: str) -> list[str]:
+    notes = []
+    name = _config(path).get("tokenizer_class", "the class")
+    if theirs is None:
+        notes.append(f"{path}: transformers cannot load the tokenizer ({failure}); tokenizer.json is used as it is")
+    elif found := _components_elsewhere(theirs, tokenizer.encoder):
+        notes.append(
+            f"{path}: transformers would put others in the place of the {', '.join(found)} of tokenizer.json, by the class "
+            f"{type(theirs).__name__} (tokenizer_config.json says {name}); the ids are those of the file"
+        )
+    asked = _config(path).get("add_bos_token")
+    if asked is True and not tokenizer.prefix:
+        notes.append(
+            f"{path}: tokenizer_config.json says add_bos_token true, but tokenizer.json adds none, and the file counts; "
+            "--bos always puts it in front of documents"
+        )
+    if len(tokenizer.prefix) > 1:
+        notes.append(f"{path}: its own call puts {len(tokenizer.prefix)} tokens in front of a text; --bos can put one")
+    return notes

@@ -11,7 +11,7 @@ from typing import Any
 from shards.part import sha256_file
 
 
-def _vocabulary(tokenizer_json: dict[str, Any]) -> tuple[dict[str, int], list[list[Any]], list[list[Any]]]:
+def vocabulary(tokenizer_json: dict[str, Any]) -> tuple[dict[str, int], list[list[Any]], list[list[Any]]]:
     """Token-to-id map, merges and special tokens of a parsed tokenizer.json."""
     model = tokenizer_json["model"]
     entries = model["vocab"]
@@ -31,7 +31,7 @@ def parse_tokenizer_json(data: bytes, where: str) -> dict[str, Any]:
     """Parsed content of a tokenizer.json; ValueError where it is damaged."""
     try:
         value = json.loads(data)
-        _vocabulary(value)
+        vocabulary(value)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{where}: damaged ({error}); copy it from the tokenizer that packed the rows") from None
     return value
@@ -39,26 +39,9 @@ def parse_tokenizer_json(data: bytes, where: str) -> dict[str, Any]:
 
 def tokenizer_fingerprint(tokenizer_json: dict[str, Any]) -> str:
     """sha256 over the token-to-id map, the merges and the special tokens of a parsed tokenizer.json."""
-    ids, merges, special = _vocabulary(tokenizer_json)
+    ids, merges, special = vocabulary(tokenizer_json)
     canonical = json.dumps([sorted(ids.items()), merges, special], ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()
-
-
-def tokenizer_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
-    """One phrase that says where two parsed tokenizer.json differ, for an error message."""
-    (our_ids, our_merges, our_special), (ids, merges, special) = _vocabulary(ours), _vocabulary(theirs)
-    for token, index in sorted(our_ids.items(), key=lambda item: item[1]):
-        if ids.get(token) != index:
-            other = f"id {ids[token]}" if token in ids else "absent"
-            return f"token {token!r} is id {index} in the one and {other} in the other"
-    extra = sorted(ids.keys() - our_ids.keys(), key=lambda token: ids[token])
-    if extra:
-        return f"token {extra[0]!r} (id {ids[extra[0]]}) is absent in the one and present in the other"
-    if our_merges != merges:
-        return f"the merges differ ({len(our_merges)} and {len(merges)})"
-    if our_special != special:
-        return f"the special tokens differ ({len(our_special)} and {len(special)})"
-    return "no difference"
 
 
 def weights_fingerprint(model_folder: Path) -> str:

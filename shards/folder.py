@@ -6,19 +6,23 @@ commit record first, because Arrow reads a flipped bit back as data without an e
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from shards.decompressed import check_decompressed_size
-from shards.fingerprint import parse_tokenizer_json, tokenizer_difference, tokenizer_fingerprint
+from shards.fingerprint import parse_tokenizer_json, vocabulary
 from shards.manifest import Manifest
 from shards.part import COMMITS, METADATA_KEY, CommitRecord, read_record
 from shards.schema import logprobs_column, topk_columns
 from shards.store import Store, open_store
+from shards.tokens import decode_token_ids, differences, disagreement
 
 TOKENIZER = "_tokenizer"
+TOKEN_IDS = "token_ids.json"  # in that folder: which ids the rows have
 REMEDY = "run remit verify --repair, then the command that writes this folder"
 
 
@@ -40,21 +44,57 @@ class ShardFolder:
         """Expected schema of every part, without metadata."""
         return self.manifest.schema
 
+    def tokenizer_file(self, name: str) -> bytes:
+        """A file of _tokenizer/; ValueError where it is missing or not the one of the manifest."""
+        where, expected = self.store.where(f"{TOKENIZER}/{name}"), self.manifest.tokenizer.get("files", {}).get(name)
+        try:
+            data = self.store.read(f"{TOKENIZER}/{name}")
+        except FileNotFoundError:
+            raise ValueError(f"{where}: missing; copy it from the tokenizer that packed the rows") from None
+        sha256 = hashlib.sha256(data).hexdigest()
+        if expected is not None and sha256 != expected:
+            raise ValueError(
+                f"{where}: sha256 {sha256[:12]}.. differs from the manifest's {expected[:12]}..; copy it from a sound "
+                "folder of the same rows"
+            )
+        return data
+
+    def tokenizer_files(self) -> list[str]:
+        """Names of the files in _tokenizer/ that belong there; ValueError where there are others."""
+        found, known = self.store.names(TOKENIZER), self.manifest.tokenizer.get("files")
+        if known is None:  # of an earlier release
+            return found
+        foreign = sorted(name for name in found if name not in known and not name.startswith("."))
+        if foreign:
+            raise ValueError(f"{self.store.where(f'{TOKENIZER}/{foreign[0]}')}: is not in the manifest; delete it")
+        return sorted(known)
+
     def tokenizer_json(self) -> dict[str, Any]:
         """Parsed tokenizer.json of the tokenizer that packed the rows."""
-        name = f"{TOKENIZER}/tokenizer.json"
-        try:
-            return parse_tokenizer_json(self.store.read(name), self.store.where(name))
-        except FileNotFoundError:
-            raise ValueError(
-                f"{self.store.where(name)}: missing; copy it from the tokenizer that packed the rows"
-            ) from None
+        where = self.store.where(f"{TOKENIZER}/tokenizer.json")
+        return parse_tokenizer_json(self.tokenizer_file("tokenizer.json"), where)
 
-    def copy_tokenizer(self, to: Store | Path | str) -> None:
-        """Copy the files of the tokenizer that packed the rows into the folder `to`."""
-        target = open_store(to)
-        for name in self.store.names(TOKENIZER):
-            target.replace(name, self.store.read(f"{TOKENIZER}/{name}"))
+    def copy_tokenizer(self, to: Path | str) -> None:
+        """Copy the files of the tokenizer that packed the rows into a model folder, each checked against its hash."""
+        for name in self.tokenizer_files():
+            if name != TOKEN_IDS:
+                open_store(to).replace(name, self.tokenizer_file(name))
+
+    def copy_tokenizer_to(self, other: Store) -> None:
+        """Copy the tokenizer, with the list of ids that the rows have, into another shard folder."""
+        for name in self.tokenizer_files():
+            other.replace(f"{TOKENIZER}/{name}", self.tokenizer_file(name))
+
+    @property
+    def knows_token_ids(self) -> bool:
+        """Whether the folder says which ids its rows have; those of earlier releases do not."""
+        return TOKEN_IDS in self.manifest.tokenizer.get("files", {})
+
+    def token_ids(self) -> np.ndarray:
+        """bool [ids], True for each id that the packed corpus has; all of the tokenizer where that is not known."""
+        if not self.knows_token_ids:
+            return np.ones(self.manifest.tokenizer["vocab_size"], dtype=bool)
+        return decode_token_ids(self.tokenizer_file(TOKEN_IDS), self.store.where(f"{TOKENIZER}/{TOKEN_IDS}"))
 
     def missing_parts(self) -> list[str]:
         """Planned parts that are not committed yet; lists the folder once, opens no record."""
@@ -62,8 +102,10 @@ class ShardFolder:
         return [plan.name for plan in self.manifest.parts if plan.name.replace(".arrow", ".json") not in committed]
 
     def require_complete(self) -> None:
-        """ValueError unless every planned part is committed and the tokenizer is there, no symbolic link."""
+        """ValueError unless every planned part is committed and the tokenizer's files are there, unaltered, no links."""
         self.tokenizer_json()
+        for name in self.tokenizer_files():
+            self.tokenizer_file(name)
         missing = self.missing_parts()
         if missing:
             raise ValueError(
@@ -98,22 +140,33 @@ class ShardFolder:
                 "score with --top-k 32, for instance"
             )
 
-    def require_tokenizer(self, tokenizer_json: dict, model: str) -> None:
-        """ValueError unless a model's parsed tokenizer.json has the content of the one that packed the rows."""
-        fingerprint, packed = tokenizer_fingerprint(tokenizer_json), self.manifest.tokenizer["fingerprint"]
-        if fingerprint != packed:
-            ours = self.tokenizer_json()
+    def require_tokenizer(
+        self, tokenizer_json: dict, model: str, canonical: Callable[[dict], dict] = lambda value: value
+    ) -> list[str]:
+        """ValueError unless a model's tokenizer agrees with the one that packed the rows on every id that they have.
+
+        tokenizer_json: the model's, parsed; canonical: brings a parsed tokenizer.json into the form that this one has.
+        Returns the differences in tokens that no row has, in words.
+        """
+        ours, occurs_V = canonical(self.tokenizer_json()), self.token_ids()
+        reason = disagreement(ours, tokenizer_json, occurs_V, self.manifest.tokenizer.get("added_tokens", {}))
+        if reason:
             raise ValueError(
-                f"{model}: its tokenizer {fingerprint[:12]}.. is not the one that packed {self.path}, {packed[:12]}..: "
-                f"{tokenizer_difference(ours, tokenizer_json)}; pack again with this model's tokenizer"
+                f"{model}: its tokenizer is not the one that packed {self.path}: {reason}; pack again with this model's "
+                "tokenizer, or copy the rows' tokenizer.json over the model's if the two are meant to be one"
             )
+        return differences(ours, tokenizer_json, occurs_V)
 
     def require_embeddings(self, num_embeddings: int, model: str) -> None:
-        """ValueError unless a model has an embedding row for every id of the tokenizer."""
-        if self.manifest.tokenizer["vocab_size"] > num_embeddings:
+        """ValueError unless a model has an embedding row for every id that the rows have."""
+        beyond = np.flatnonzero(self.token_ids()[num_embeddings:])
+        if len(beyond):
+            index = int(beyond[0]) + num_embeddings
+            token = next((name for name, its in vocabulary(self.tokenizer_json())[0].items() if its == index), None)
             raise ValueError(
-                f"{model}: has {num_embeddings} embedding rows, the tokenizer of {self.path} has ids up to "
-                f"{self.manifest.tokenizer['vocab_size'] - 1}; pack again with this model's tokenizer"
+                f"{model}: has {num_embeddings} embedding rows, and the rows of {self.path} have token {token!r} (id "
+                f"{index}) and {len(beyond) - 1} others beyond them; pack again with this model's tokenizer, or without "
+                "the documents that spell these tokens"
             )
 
     def require_positions(self, max_position: int | None, model: str) -> None:

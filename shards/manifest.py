@@ -38,6 +38,10 @@ class CorpusFile:
     path: relative to the corpus; of a dataset NAME:CONFIG:SPLIT#SHARD-of-COUNT, which of the hub is hf://NAME@REVISION
     and has no size and sha256.
     documents_read = documents_packed + documents_empty + documents_rejected.
+    Folders packed by earlier releases have none of the last four: bos_tokens: of the tokens those that pack put in front
+    of document pieces; unknown_tokens: those with the id that stands for text the tokenizer cannot spell;
+    documents_sampled, documents_changed: documents that were decoded again from the rows, and those of them that did not
+    come back as they were.
     """
 
     path: str
@@ -49,6 +53,14 @@ class CorpusFile:
     documents_rejected: int
     rows: int
     tokens: int
+    bos_tokens: int | None = None
+    unknown_tokens: int | None = None
+    documents_sampled: int | None = None
+    documents_changed: int | None = None
+
+    def entry(self) -> dict[str, Any]:
+        """As the manifest has it: what an earlier release did not know is left out."""
+        return {key: value for key, value in vars(self).items() if value is not None or key in ("size", "sha256")}
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,9 @@ class PartPlan:
     rows: int
     tokens: int
 
+    def entry(self) -> dict[str, Any]:
+        return dict(vars(self))
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -66,7 +81,10 @@ class Manifest:
 
     rows_per_part, rows_per_batch: rows of every part but the last, and of every record batch of a part
     but its last; so a reader knows the place of each row without opening the parts.
-    tokenizer: fingerprint, eos_token_id, vocab_size (largest id + 1), special_tokens ("parse" or "text").
+    tokenizer: fingerprint, vocab_size (largest id + 1), special_tokens ("parse" or "text"), eos_token and eos_token_id,
+    which end each document; bos_token and bos_token_id, with which each document piece of a row begins, None where none
+    was put there; files: sha256 of each file in _tokenizer/; added_tokens: how often
+    each of those that occur does. Folders of earlier releases have fingerprint, eos_token_id, vocab_size, special_tokens.
     references: per name its model name, revision, weights_sha256, dtype, engine, engine_version,
     tensor_parallel_size, context, logprob_step, and top_k where its most probable tokens are stored.
     selections: by which rule rows of the packed corpus were kept, oldest first: method, rows_read, rows_unscored,
@@ -105,7 +123,7 @@ class Manifest:
 
     def provenance(self) -> dict[str, Any]:
         """All but the list of parts, as a JSON object."""
-        return {**self._common(), "corpus": [vars(file) for file in self.corpus]}
+        return {**self._common(), "corpus": [file.entry() for file in self.corpus]}
 
     def _common(self) -> dict[str, Any]:
         common = {
@@ -126,10 +144,12 @@ class Manifest:
     def _text(self) -> tuple[str, str]:
         """sha256 of the JSON text from its second line on, and that text; corpus files and parts one a line."""
         head = json.dumps(self._common(), indent=1, ensure_ascii=False, sort_keys=True).removeprefix("{\n")
-        lists = {"corpus": self.corpus, "parts": self.parts}
+        lists: dict[str, Any] = {"corpus": self.corpus, "parts": self.parts}
         lines = [head.removesuffix("\n}")]
         for name, entries in lists.items():
-            inner = ",\n".join("  " + json.dumps(vars(entry), ensure_ascii=False, sort_keys=True) for entry in entries)
+            inner = ",\n".join(
+                "  " + json.dumps(entry.entry(), ensure_ascii=False, sort_keys=True) for entry in entries
+            )
             lines.append(f' "{name}": [\n{inner}\n ]')
         text = ",\n".join(lines) + "\n}\n"
         return hashlib.sha256(text.encode()).hexdigest(), text
@@ -149,7 +169,7 @@ class Manifest:
         first = index * self.rows_per_part
         last = first + self.parts[index].rows - 1
         low, high = np.searchsorted(self._first_rows, [first, last], side="right") - 1
-        files = [{"source": source, **vars(self.corpus[source])} for source in range(low, high + 1)]
+        files = [{"source": source, **self.corpus[source].entry()} for source in range(low, high + 1)]
         files = [file for file in files if file["rows"]]
         return {**self._common(), "corpus": files, "part": self.parts[index].name, "manifest_sha256": self.checksum}
 

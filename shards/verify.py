@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from shards.folder import TOKENIZER, ShardFolder
+from shards.folder import ShardFolder
 from shards.manifest import CorpusFile, PartPlan
 from shards.part import METADATA_KEY
 from shards.quarantine import failure_reason, read_quarantined_rows, rows_name
 from shards.schema import has_predecessor, list_lengths, logprobs_column, topk_columns
 from shards.topk import fault_of_topk, topk_values
+from shards.verify_tokenizer import VocabularyCount, tokenizer_problems
 
 
 @dataclass
@@ -44,6 +45,7 @@ class _SourceCount:
     rows: int = 0
     tokens: int = 0
     documents: int = 0
+    bos_tokens: int = 0
     last_document: int = -1
     last_token: int = -1
     short_row: bool = False
@@ -54,13 +56,11 @@ def verify_folder(folder: ShardFolder, on_part: Callable[[PartPlan], object] = l
     names = folder.manifest.references
     report = Report(logprobs=dict.fromkeys(names, 0), quarantined=dict.fromkeys(names, 0))
     counts = [_SourceCount() for _ in folder.manifest.corpus]
-    try:
-        folder.require_tokenizer(folder.tokenizer_json(), folder.store.where(TOKENIZER))
-    except ValueError as error:
-        report.problems.append(str(error))
+    vocabulary = VocabularyCount(folder)
+    report.problems += tokenizer_problems(folder)
     for plan in folder.manifest.parts:
         try:
-            _verify_part(folder, plan, counts, report)
+            _verify_part(folder, plan, counts, vocabulary, report)
         except (ValueError, pa.ArrowException) as error:
             report.problems.append(f"{error}{failure_reason(folder.store, plan.name)}")
             report.bad_parts.append(plan.name)
@@ -75,6 +75,7 @@ def verify_folder(folder: ShardFolder, on_part: Callable[[PartPlan], object] = l
     if not report.problems:  # a missing part would make every count differ
         for file, count in zip(folder.manifest.corpus, counts):
             report.problems += _compare_counts(folder, file, count)
+        report.problems += vocabulary.problems()
     # with a part missing, a document that reaches over it would count twice
     report.documents = None if report.bad_parts else sum(count.documents for count in counts)
     return report
@@ -83,9 +84,11 @@ def verify_folder(folder: ShardFolder, on_part: Callable[[PartPlan], object] = l
 def _compare_counts(folder: ShardFolder, file: CorpusFile, count: _SourceCount) -> list[str]:
     selected = bool(folder.manifest.selections)
     expected = {"rows": file.rows, "tokens": file.tokens}
+    if file.bos_tokens is not None:
+        expected["bos_tokens"] = file.bos_tokens
     if not selected:
         expected["documents"] = file.documents_packed
-    found = {"rows": count.rows, "tokens": count.tokens, "documents": count.documents}
+    found = {name: getattr(count, name) for name in ("rows", "tokens", "documents", "bos_tokens")}
     problems = [
         f"{folder.path}: corpus file {file.path}: {found[key]} {key} found, the manifest says {expected[key]}"
         for key in expected
@@ -98,7 +101,9 @@ def _compare_counts(folder: ShardFolder, file: CorpusFile, count: _SourceCount) 
     return problems
 
 
-def _verify_part(folder: ShardFolder, plan: PartPlan, counts: list[_SourceCount], report: Report) -> None:
+def _verify_part(
+    folder: ShardFolder, plan: PartPlan, counts: list[_SourceCount], vocabulary: VocabularyCount, report: Report
+) -> None:
     reader = folder.open_part(plan.name)
     if json.loads(reader.schema.metadata[METADATA_KEY]) != json.loads(json.dumps(folder.part_metadata(plan.name))):
         raise ValueError(f"{folder.store.where(plan.name)}: its schema metadata is not the provenance of the manifest")
@@ -118,8 +123,10 @@ def _verify_part(folder: ShardFolder, plan: PartPlan, counts: list[_SourceCount]
             for name in folder.manifest.references
         }
         _verify_batch(folder, batch, here, counts, report, where)
+        ids = batch.column("input_ids").flatten().to_numpy()
+        vocabulary.add(ids)
         rows += batch.num_rows
-        tokens += len(batch.column("input_ids").flatten())
+        tokens += len(ids)
     if (rows, tokens) != (plan.rows, plan.tokens):
         raise ValueError(
             f"{folder.store.where(plan.name)}: {rows} rows and {tokens} tokens found, "
@@ -197,6 +204,9 @@ def _verify_batch(
         report.logprobs[name] += len(values)
         report.quarantined[name] += int(quarantined[name].sum())
 
+    bos = manifest.tokenizer.get("bos_token_id")
+    if bos is not None:
+        expect(np.all(ids[np.cumsum(piece_lengths) - piece_lengths] == bos), "a document piece does not begin with BOS")
     row_ends = np.cumsum(row_lengths)
     piece_ends = np.cumsum(pieces_per_row)
     for row in range(batch.num_rows):
@@ -216,6 +226,7 @@ def _verify_batch(
         count.rows += 1
         count.tokens += len(row_ids)
         count.documents += len(documents) - continues
+        count.bos_tokens += 0 if bos is None else len(documents)
         count.last_document, count.last_token = int(documents[-1]), int(row_ids[-1])
         count.short_row = len(row_ids) < manifest.seq_len
 

@@ -156,7 +156,7 @@ def test_another_or_a_damaged_tokenizer_is_named(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, rows())
     file = tmp_path / "_tokenizer" / "tokenizer.json"
     file.write_text(json.dumps(TOKENIZER_JSON | {"added_tokens": [{"id": 2, "content": "<pad>", "special": True}]}))
-    assert "is not the one that packed" in verify_folder(folder).problems[0]
+    assert "is not the tokenizer of the manifest" in verify_folder(folder).problems[0]
     file.write_text('{"model"')
     assert "damaged" in verify_folder(folder).problems[0]
     file.unlink()

@@ -4,7 +4,6 @@ In: a model folder. Out: a Base, whose body gives hidden states and whose output
 """
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 from shards.fingerprint import refuse_code_and_pickles
 from shards.folder import ShardFolder
+from trainer.tokenizer import check_tokenizer
 
 
 @dataclass
@@ -235,7 +235,5 @@ def check_document_attention(base: Base) -> None:
 def check_fits(base: Base, folder: Path, shards: ShardFolder) -> None:
     """ValueError unless this model can take the rows of `shards`: same tokenizer, ids and length in range."""
     shards.require_positions(base.max_position, str(folder))
-    if (folder / "tokenizer.json").exists() or (folder / "tokenizer_config.json").exists():
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        shards.require_tokenizer(json.loads(tokenizer.backend_tokenizer.to_str()), str(folder))
+    check_tokenizer(folder, shards)
     shards.require_embeddings(base.num_embeddings, str(folder))

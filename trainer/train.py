@@ -52,6 +52,7 @@ from trainer.run import (
 )
 from trainer.statistics import Sources, StepStatistics
 from trainer.step import LossModel, peak_memory_bytes
+from trainer.tokenizer import check_tokenizer
 from trainer.wandb_run import WandbRun, require_wandb
 
 Progress = Callable[[int, int, dict[str, Any]], None]
@@ -93,7 +94,10 @@ def train_in(
     reference = config.reference if objective.columns else None
     context = choose_context(config, shards, reference)
 
+    differences = check_tokenizer(Path(config.model), shards, note)
     settings = world.from_first(run_settings(config, shards, context, world.size) if world.first else None)
+    if differences:
+        settings["tokenizer_differences"] = differences
     if world.first:
         prepare_out(config.out, settings)
     if world.from_first((config.out / MODEL).exists()):

@@ -21,8 +21,8 @@ from pipelines.flywheel.settings import FlywheelConfig, PostTrain
 from pipelines.flywheel.stage import Input, Output, Pattern, Stage, State, Unkeyed, Word
 from pipelines.models import resolve_model
 from pipelines.posttrain.rewards import reward_source
-from shards.fingerprint import tokenizer_difference, tokenizer_fingerprint
 from shards.store import is_remote
+from shards.tokens import disagreement, ordinary_ids
 
 REFERENCE = "rl"  # name of the column that every round scores
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -81,13 +81,15 @@ class _Builder:
                 f"seq_len is {self.config.seq_len}, expected at most {positions}, the max_position_embeddings of {key} {model}"
             )
         if model != self.tokenizer and (model / "tokenizer.json").is_file():
-            from scorer.tokenizer import load_tokenizer, tokenizer_json  # transformers, which most loops need not load
+            from scorer.tokenizer import tokenizer_json  # transformers, which most loops need not load
 
-            packs, its = (tokenizer_json(load_tokenizer(str(folder))) for folder in (self.tokenizer, model))
-            if tokenizer_fingerprint(packs) != tokenizer_fingerprint(its):
+            packs, its = tokenizer_json(self.tokenizer), tokenizer_json(model)
+            # which added tokens the rows will have is known when they are packed
+            reason = disagreement(packs, its, ordinary_ids(packs, its), {})
+            if reason:
                 raise BadUsage(
-                    f"{key} {model}: its tokenizer is not that of {self.tokenizer}, which packs: "
-                    f"{tokenizer_difference(packs, its)}; expected the same in base, reference and tokenizer"
+                    f"{key} {model}: its tokenizer is not that of {self.tokenizer}, which packs: {reason}; expected the "
+                    "same in base, reference and tokenizer"
                 )
 
     def build(self) -> Loop:

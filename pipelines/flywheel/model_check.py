@@ -9,9 +9,8 @@ from typing import Any
 from shards.fingerprint import (
     parse_tokenizer_json,
     refuse_code_and_pickles,
-    tokenizer_difference,
-    tokenizer_fingerprint,
 )
+from shards.tokens import disagreement, ordinary_ids
 
 
 def check_model(folder: Path, inputs: Mapping[str, Path]) -> None:
@@ -44,11 +43,14 @@ def check_vocabulary(folder: Path, start: Path) -> None:
 
 def check_tokenizer(folder: Path, start: Path) -> None:
     """ValueError unless both folders have one tokenizer: the log-probs of other tokens are of no use."""
-    ours, theirs = (_tokenizer(place) for place in (start, folder))
-    if tokenizer_fingerprint(ours) != tokenizer_fingerprint(theirs):
+    from scorer.tokenizer import canonical
+
+    ours, theirs = (canonical(_tokenizer(place)) for place in (start, folder))
+    reason = disagreement(ours, theirs, ordinary_ids(ours, theirs), {})
+    if reason:
         raise ValueError(
-            f"{folder}: its tokenizer is not that of the model it was made of ({tokenizer_difference(ours, theirs)}); save "
-            "the tokenizer of REMIT_MODEL beside the weights, without added tokens"
+            f"{folder}: its tokenizer is not that of the model it was made of ({reason}); save the tokenizer of "
+            "REMIT_MODEL beside the weights"
         )
 
 

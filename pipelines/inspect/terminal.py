@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from tokenizers.pre_tokenizers import ByteLevel
 
+from pipelines.console import tokens_summary
 from pipelines.inspect.find_rows import read_rows
 from pipelines.settings import InspectConfig
 from shards.folder import ShardFolder
@@ -137,7 +138,8 @@ def _show_folder(folder: ShardFolder, console: Console) -> None:
         f"{len(manifest.parts):,} parts" + (f", {missing} of them missing" if missing else ", complete"),
         ("documents as packed: " if manifest.selections else "documents: ")
         + ", ".join(f"{kind} {count:,}" for kind, count in manifest.documents.items()),
-        f"tokenizer: {json.dumps(manifest.tokenizer)}",
+        f"tokenizer: {manifest.tokenizer['fingerprint'][:12]}.., ids 0 to {manifest.tokenizer['vocab_size'] - 1}",
+        tokens_summary(manifest),
         *(f"corpus file {index}: {file.path}, {file.tokens:,} tokens" for index, file in enumerate(manifest.corpus)),
         *(f"reference {name}: {json.dumps(reference)}" for name, reference in manifest.references.items()),
         *(f"selection: {json.dumps(selection)}" for selection in manifest.selections),

@@ -1,0 +1,68 @@
+"""Does the base read the rows as they were packed? Its tokenizer against that of the shards.
+
+Ids are those of tokenizer.json, as the `tokenizers` library loads it; transformers is asked only where there is no such
+file, since it builds some classes anew and leaves parts of the file out.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from shards.folder import ShardFolder
+from shards.tokens import other_beginning, role_of
+
+
+def load_encoder(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a model folder; None where it has none, ValueError where it cannot be loaded."""
+    try:
+        if (folder / "tokenizer.json").exists():
+            return Tokenizer.from_file(str(folder / "tokenizer.json"))
+        if (folder / "tokenizer_config.json").exists():
+            theirs: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            return Tokenizer.from_str(theirs.backend_tokenizer.to_str())
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{folder}: its tokenizer cannot be loaded ({reason})") from None
+    return None
+
+
+def check_tokenizer(folder: Path, shards: ShardFolder, note: Callable[[str], None] = lambda line: None) -> list[str]:
+    """In which tokens that no row has the base's tokenizer differs from the rows'; ValueError where it matters.
+
+    note: told of such tokens, and of another BOS or end token than the base's own.
+    """
+    encoder, rows = load_encoder(folder), shards.manifest.tokenizer
+    if encoder is None:
+        return []
+    canonical = lambda value: json.loads(Tokenizer.from_str(json.dumps(value)).to_str())  # noqa: E731
+    differences = shards.require_tokenizer(json.loads(encoder.to_str()), str(folder), canonical)
+    if differences:
+        note(f"{folder}: its tokenizer differs in tokens that no row has: {'; '.join(differences)}")
+    if line := other_beginning(encoder, rows.get("bos_token_id")):
+        note(f"{folder}: {line}")
+    if line := other_end(folder, encoder, rows["eos_token_id"]):
+        note(f"{folder}: {line}")
+    return differences
+
+
+def other_end(folder: Path, encoder: Tokenizer, eos_token_id: int) -> str:
+    """Words for a base whose own end token is another than that of the rows; empty where it is the same or unknown."""
+    named = role_of(folder, "eos_token")
+    own = {encoder.token_to_id(named)} if named is not None else _config_eos(folder)
+    if not own - {None} or eos_token_id in own:
+        return ""
+    theirs = ", ".join(f"{encoder.id_to_token(index)!r} ({index})" for index in sorted(own - {None}))
+    return (
+        f"documents in the rows end with {encoder.id_to_token(eos_token_id)!r} ({eos_token_id}), the base's own end token is "
+        f"{theirs}: training teaches it to end with the rows'"
+    )
+
+
+def _config_eos(folder: Path) -> set[Any]:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    own = config.get("eos_token_id", (config.get("text_config") or {}).get("eos_token_id"))
+    return set(own) if isinstance(own, list) else {own}
