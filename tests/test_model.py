@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 def as_base(model: transformers.PreTrainedModel) -> Base:
-    return Base(model.eval(), torch.float32, torch.float32, {})
+    return Base(model.eval(), torch.float32)
 
 
 @pytest.mark.parametrize("family", ["Olmo2", "SmolLM3", "Llama", "Qwen3", "Youtu", "Gemma2"])

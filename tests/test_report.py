@@ -332,6 +332,22 @@ def test_names_that_are_no_unicode(tmp_path: Path, remit: Remit) -> None:
     assert page_data(tmp_path / "page.html")["runs"][0]["name"] == "run-\ufffd"
 
 
+def test_held_out_loss_of_the_exported_model(tmp_path: Path, remit: Remit) -> None:
+    lines = [{"step": 0, "loss": 3.0}, {"step": 2, "loss": 2.4119, "exported_loss": 2.503}]
+    rounded = write_run(tmp_path / "rounded", [figures(1), figures(2)], lines)
+    lines = [{"step": 0, "loss": 3.0}, {"step": 2, "loss": 2.4, "exported_loss": 2.4}]
+    same = write_run(tmp_path / "same", [figures(1), figures(2)], lines)
+    assert remit("report", "--run", rounded, same, "--out", tmp_path / "page.html")[0] == 0
+    assert table_rows(tmp_path / "page.html")["held-out loss, last"] == [
+        "2.5030 (step 2, of the exported model; 2.4119 before rounding)", "2.4000 (step 2)",
+    ]  # fmt: skip
+    plot = next(p for p in page_data(tmp_path / "page.html")["plots"] if p["title"] == "Held-out loss")
+    assert "before rounding" in plot["note"]
+    assert remit("report", "--run", same, "--out", tmp_path / "page.html")[0] == 0
+    plot = next(p for p in page_data(tmp_path / "page.html")["plots"] if p["title"] == "Held-out loss")
+    assert "before rounding" not in plot["note"]
+
+
 def test_held_out_losses_that_do_not_compare(tmp_path: Path, remit: Remit) -> None:
     def evaluated(name: str, *sets: dict, **settings: object) -> Path:
         lines = [{"step": step, "loss": 2.0, **own} for step, own in enumerate(sets)]

@@ -7,6 +7,8 @@ from typing import Literal
 
 from trainer.objectives.settings import ObjectiveSettings
 
+LOWEST = 1e-7
+
 
 @dataclass(frozen=True)
 class TrainConfig(ObjectiveSettings):
@@ -37,8 +39,8 @@ class TrainConfig(ObjectiveSettings):
     --decay-fraction of the steps (wsd: warm-up, stable, decay); or stay constant."""
     decay_fraction: float = 0.2
     """Share of the steps in which the learning rate of --schedule wsd falls, along a line."""
-    min_learning_rate: float = 1e-7
-    """Learning rate at the last step."""
+    min_learning_rate: float = LOWEST
+    """Learning rate at the last step, or --learning-rate where that is less."""
     warmup_steps: int | None = None
     """Steps of linear warm-up; default: 1 % of the steps."""
     weight_decay: float = 0.1
@@ -68,6 +70,9 @@ class TrainConfig(ObjectiveSettings):
     """The newest so many checkpoints are kept."""
     export_every: int = 0
     """Steps between models in mid-run, OUT/exports/step-000100 and so on, as Hugging Face folders; 0: only OUT/model."""
+    export_dtype: Literal["base", "float32", "bfloat16"] = "base"
+    """Of the weights in the exported models. base: of each tensor as in the base's files, so that a model that was not
+    trained is the base; rounding to bfloat16 takes a part of a short training, which float32 keeps."""
     ray_workers: int = 0
     """Have Ray Train start so many processes, on the cluster of RAY_ADDRESS; 0: this process, or those of torchrun."""
     timeout_seconds: float = 600.0
@@ -86,10 +91,11 @@ class TrainConfig(ObjectiveSettings):
         for name in ("global_batch_size", "micro_batch_size", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
-        for name in ("learning_rate", "max_grad_norm", "epochs", "timeout_seconds"):
+        for name in ("max_grad_norm", "epochs", "timeout_seconds"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected a number above 0")
         for name in (
+            "learning_rate",
             "min_learning_rate",
             "weight_decay",
             "checkpoint_every",
@@ -110,7 +116,7 @@ class TrainConfig(ObjectiveSettings):
             raise ValueError(f"--warmup-steps is {self.warmup_steps}, expected 0 or more")
         if self.wandb_project is not None and not self.wandb_project.strip():
             raise ValueError(f"--wandb-project is {self.wandb_project!r}, expected the name of a project")
-        if self.min_learning_rate > self.learning_rate:
+        if self.min_learning_rate > max(self.learning_rate, LOWEST):
             raise ValueError(
                 f"--min-learning-rate is {self.min_learning_rate}, expected at most --learning-rate ({self.learning_rate})"
             )
@@ -128,4 +134,5 @@ def learning_rate_at(step: int, config: TrainConfig, num_steps: int) -> float:
         return config.learning_rate
     progress = (step - decay_from) / max(1, num_steps - decay_from)
     left = (1 + math.cos(math.pi * progress)) / 2 if config.schedule == "cosine" else 1 - progress
-    return config.min_learning_rate + (config.learning_rate - config.min_learning_rate) * left
+    lowest = min(config.min_learning_rate, config.learning_rate)
+    return lowest + (config.learning_rate - lowest) * left

@@ -24,13 +24,11 @@ class Base:
     """A causal language model taken apart into body and head.
 
     dtype: of the matrix products; the weights are kept in float32. max_position: longest sequence, or None
-    where the architecture has no bound. dropout: the settings of the config that were set to 0 for training.
+    where the architecture has no bound.
     """
 
     model: PreTrainedModel
     dtype: torch.dtype
-    original_dtype: torch.dtype
-    dropout: dict[str, float]
 
     @property
     def device(self) -> torch.device:
@@ -47,6 +45,11 @@ class Base:
         """The decoder layers: the list of modules that holds most of the parameters."""
         lists = [module for module in self.model.get_decoder().modules() if isinstance(module, nn.ModuleList)]
         return list(max(lists, key=lambda module: sum(p.numel() for p in module.parameters()), default=[]))
+
+    def idle_parameters(self) -> list[nn.Parameter]:
+        """Those that no text goes through, such as a vision tower: they have no gradient, for which DDP would wait."""
+        used = {id(p) for part in (self.model.get_decoder(), self.head) for p in part.parameters()}
+        return [p for p in self.model.parameters() if id(p) not in used]
 
     @property
     def num_embeddings(self) -> int:
@@ -91,19 +94,6 @@ class Base:
             for layer in self.layers:
                 layer.compile(dynamic=False if static else None)
 
-    def export(self, folder: Path, state: dict[str, Tensor]) -> None:
-        """Write a Hugging Face folder in the dtype and with the settings of the base. state: all weights, by name."""
-        config = type(self.model.config).from_dict(self.model.config.to_dict())
-        for name, value in self.dropout.items():
-            setattr(config, name, value)
-        with torch.device("meta"):
-            model: Any = type(self.model)(config)
-        rounded = {name: tensor.to(self.original_dtype) for name, tensor in state.items()}
-        model.load_state_dict(rounded, strict=True, assign=True)
-        model.tie_weights()
-        model.generation_config = self.model.generation_config
-        model.save_pretrained(folder)
-
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """auto: bfloat16 on a GPU that has it, float32 elsewhere."""
@@ -117,7 +107,6 @@ def load_base(folder: Path, dtype: str, device: torch.device, context: str = "pa
     plain."""
     refuse_code_and_pickles(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    original_dtype = getattr(config, "dtype", None) or torch.float32
     # Dropout would add noise to the losses that the weights are made of; mid-training runs without it.
     dropout = {
         name: value
@@ -147,7 +136,9 @@ def load_base(folder: Path, dtype: str, device: torch.device, context: str = "pa
                 "these would train from random numbers; write the folder again with save_pretrained"
             )
     model.to(device)
-    base = Base(model, resolve_dtype(dtype, device), original_dtype, dropout)
+    base = Base(model, resolve_dtype(dtype, device))
+    for parameter in base.idle_parameters():
+        parameter.requires_grad_(False)
     check_plain_head(base)
     model.train()
     return base

@@ -8,27 +8,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from shards.fingerprint import weights_fingerprint
 from shards.folder import ShardFolder
 from shards.manifest import first_difference
 from shards.part import encode_json, publish_json
-from shards.store import fsync_folder, open_store, temporary_name
+from shards.store import open_store, temporary_name
 from trainer.config import TrainConfig
-from trainer.model import Base
+from trainer.export import EXPORTS, MODEL
 from trainer.objectives.settings import OPTIONS
 
 RUN = "run.json"
 METRICS = "metrics.jsonl"
 EVALUATION = "evaluation.jsonl"
-MODEL = "model"
-EXPORTS = "exports"
 TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
 NOT_SETTINGS = (
     *("out", "debug", "shards", "model", "eval_shards", "checkpoint_every", "keep_checkpoints", "timeout_seconds"),
-    *("export_every", "ray_workers", "wandb_project"),
+    *("export_every", "export_dtype", "ray_workers", "wandb_project"),
     # these change the machine's work and the last digits, not what is computed
     *("micro_batch_size", "sharding", "activation_checkpointing", "compile", "deterministic"),
 )
@@ -106,29 +102,6 @@ def drop_exports(out: Path, last_step: int) -> None:
         step = folder.name.removeprefix("step-")
         if step.isdigit() and int(step) > last_step:  # others are the user's own
             shutil.rmtree(folder)
-
-
-def export(base: Base, state: dict[str, Tensor], shards: ShardFolder, model: Path, final: Path) -> None:
-    """Write the model with its tokenizer (the base's own, else the one of the shards) to `final`."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in final.parent.glob(f".{final.name}.*.tmp"):
-        shutil.rmtree(leftover)  # of an export that was cut off
-    temporary = temporary_name(final)
-    base.export(temporary, state)
-    own = (model / "tokenizer.json").exists() or (model / "tokenizer_config.json").exists()
-    if own:
-        for file in sorted(model.iterdir()):
-            is_tokenizer = any(word in file.name for word in ("token", "vocab", "merges", "chat_template"))
-            if file.suffix in (".json", ".model", ".txt", ".jinja") and is_tokenizer:
-                shutil.copyfile(file, temporary / file.name)
-    else:
-        shards.copy_tokenizer(temporary)
-    for file in temporary.rglob("*"):
-        if file.is_file():
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
-    os.rename(temporary, final)
-    fsync_folder(final.parent)
 
 
 def run_result(out: Path) -> TrainResult:

@@ -12,11 +12,11 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
 
 from shards.folder import ShardFolder
@@ -25,25 +25,25 @@ from trainer.batch import Row, collate
 from trainer.board import Board
 from trainer.checkpoint import Checkpoints, whole_weights
 from trainer.config import TrainConfig, learning_rate_at
-from trainer.data import GlobalBatch, RowReader, global_batches
+from trainer.data import RowReader, global_batches
 from trainer.deterministic import deterministic
 from trainer.distributed import World, accumulate_only, connect, scalar, spread
+from trainer.evaluation import Evaluation
+from trainer.export import EXPORTS, MODEL, Rounding, export
+from trainer.exported import Exported, rounding_notes, untrained_notes
 from trainer.first_pass import global_weights, second_pass
-from trainer.model import Base, check_document_attention, check_fits, load_base
+from trainer.layout import read_layout
+from trainer.model import check_document_attention, check_fits, load_base
 from trainer.objectives import make_objective
-from trainer.objectives.ntp import NTP
 from trainer.order import RowOrder
 from trainer.run import (
     CHECKPOINTS,
     EVALUATION,
-    EXPORTS,
     METRICS,
-    MODEL,
     RUN,
     TENSORBOARD,
     TrainResult,
     drop_exports,
-    export,
     keep_lines,
     open_run,
     prepare_out,
@@ -100,12 +100,16 @@ def train_in(
         settings["tokenizer_differences"] = differences
     if world.first:
         prepare_out(config.out, settings)
+        Exported(config.out).require_dtype(config.export_dtype)
     if world.from_first((config.out / MODEL).exists()):
         return world.from_first(run_result(config.out) if world.first else None)
     base = load_base(Path(config.model), config.dtype, world.device, context)
     check_fits(base, Path(config.model), shards)
     if context == "document":
         check_document_attention(base)
+    layout = world.from_first(read_layout(Path(config.model), base.model) if world.first else None)
+    for line in untrained_notes(layout, type(base.model).__name__):
+        note(line)
     reader = RowReader(shards, context, reference, base.num_embeddings, objective.columns)
     sources = Sources(shards.manifest.corpus)
     order = RowOrder(reader.block_rows, config.seed)
@@ -117,7 +121,8 @@ def train_in(
     loss_model = LossModel(base)
     model = spread(loss_model, base.layers, world, config.sharding, base.dtype)
     optimizer = make_optimizer(loss_model, config)
-    evaluate = open_evaluation(config, base, model, world, context)
+    dtypes = layout.rounding(config.export_dtype)
+    evaluation = Evaluation(config, base, loss_model, model, world, context, dtypes)
     if world.first:
         open_run(config.out, settings)
     fingerprint = world.from_first(sha256_file(config.out / RUN) if world.first else None)
@@ -131,14 +136,18 @@ def train_in(
             note(f"passed over a damaged checkpoint: {problem}")
         tokens = keep_lines(config.out / METRICS, first_step).get("tokens", 0)
         drop_exports(config.out, first_step)
+        Exported(config.out).begin(layout)
         keep_lines(config.out / EVALUATION, first_step or -1)  # the evaluation before step 1 is made again
-    if first_step == 0 and evaluate:
-        evaluate(0)
 
-    def export_model(final: Path) -> None:
+    def export_model(name: str, step: int) -> Rounding | None:
         state = whole_weights(loss_model)  # all ranks take part
-        if world.first:
-            export(base, state, shards, Path(config.model), final)
+        if not world.first:
+            return None
+        record = partial(Exported(config.out).add, name, step, config.export_dtype)
+        return export(base.model, layout, state, config.out / name, config.export_dtype, shards, record)
+
+    if first_step == 0:
+        evaluation.write(0, of_export=False)
 
     stopping = False
     batches = global_batches(
@@ -199,10 +208,11 @@ def train_in(
             metrics_file.flush()
             board.write(metrics)
             wandb_run.write(metrics)
-            if evaluate and (step == num_steps or (config.eval_every and step % config.eval_every == 0)):
-                evaluate(step)
-            if config.export_every and step % config.export_every == 0 and step < num_steps:
-                export_model(config.out / EXPORTS / f"step-{step:06d}")
+            is_exported = step == num_steps or bool(config.export_every and step % config.export_every == 0)
+            if is_exported or (config.eval_every and step % config.eval_every == 0):
+                evaluation.write(step, is_exported)
+            if is_exported and step < num_steps:
+                export_model(f"{EXPORTS}/step-{step:06d}", step)
             # a signal may have come to one rank alone
             stopping = bool(world.sum(torch.tensor(int(should_stop())))) and step < num_steps
             # after the last step too, so that an export that fails need not train again
@@ -214,7 +224,11 @@ def train_in(
             if stopping:
                 break
     if not stopping:
-        export_model(config.out / MODEL)
+        evaluation.require_of_export(num_steps)
+        rounding = export_model(MODEL, num_steps)
+        if rounding:
+            for line in rounding_notes(rounding, *evaluation.first_and_last()):
+                note(line)
     return world.from_first(run_result(config.out) if world.first else None)
 
 
@@ -255,35 +269,3 @@ def choose_context(config: TrainConfig, shards: ShardFolder, reference: str | No
                 "score again without --engine fake"
             )
     return context
-
-
-def open_evaluation(
-    config: TrainConfig, base: Base, model: torch.nn.Module, world: World, context: str
-) -> Callable[[int], None] | None:
-    """A function that appends the mean loss over --eval-shards to evaluation.jsonl, or None."""
-    if config.eval_shards is None:
-        return None
-    shards = ShardFolder(config.eval_shards)
-    check_fits(base, Path(config.model), shards)
-    reader = RowReader(shards, context, None, base.num_embeddings)
-    pad_to = shards.manifest.seq_len if config.deterministic else None
-
-    def evaluate(step: int) -> None:
-        statistics = StepStatistics(world.device)
-        model.eval()
-        with torch.no_grad():
-            for block, num_rows in enumerate(reader.block_rows):
-                places = np.array([(block, row) for row in range(num_rows)])[world.rank :: world.size]
-                batch = GlobalBatch(reader.rows(places), int(num_rows), 0)
-                for rows in batch.micro_batches(config.micro_batch_size, world.size):
-                    model(collate(rows, context, world.device, pad_to), NTP, 1, 1, statistics)
-        model.train()
-        world.sum(statistics.table)
-        if world.first:
-            with open(config.out / EVALUATION, "a", encoding="utf-8") as file:
-                sums = statistics.sums
-                line: dict[str, Any] = {"step": step, "loss": sums["loss"] / sums["tokens"], "tokens": sums["tokens"]}
-                line["manifest_sha256"] = shards.manifest.checksum  # losses over other tokens do not compare
-                file.write(json.dumps(line) + "\n")
-
-    return evaluate

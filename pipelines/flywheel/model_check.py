@@ -23,7 +23,7 @@ def check_model(folder: Path, inputs: Mapping[str, Path]) -> None:
         raise ValueError(f"{folder}: has no config.json (it has: {has}), expected what save_pretrained writes")
     refuse_code_and_pickles(folder)
     check_tokenizer(folder, inputs["model"])
-    check_weights(folder)
+    check_weights(folder, inputs["model"])
     check_vocabulary(folder, inputs["model"])
 
 
@@ -62,8 +62,9 @@ def _tokenizer(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: missing, expected the tokenizer beside the weights") from None
 
 
-def check_weights(folder: Path) -> None:
-    """ValueError unless the weights are whole, finite, and those that config.json describes."""
+def check_weights(folder: Path, start: Path) -> None:
+    """ValueError unless the weights are whole, finite, and those of `start` by name and shape, or what config.json
+    describes."""
     import torch
     from safetensors import SafetensorError, safe_open
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -85,7 +86,28 @@ def check_weights(folder: Path) -> None:
                     shapes[name] = tuple(tensor.shape)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file}: cannot be read ({_line(error)}); it is damaged or cut off") from None
-    _compare(folder, model, shapes)
+    # names on disk need not be those in memory, and some are of parts that the class does not load
+    if shapes != _shapes(start) or _describes(folder) != _describes(start):
+        _compare(folder, model, shapes)
+
+
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor in the weight files of `folder`, by name; of what can be read."""
+    from safetensors import SafetensorError
+
+    from trainer.layout import read_stored
+
+    try:
+        return {name: stored.shape for name, stored in read_stored(folder).items()}
+    except (ValueError, OSError, SafetensorError):
+        return {}
+
+
+def _describes(folder: Path) -> dict[str, Any]:
+    """config.json, but for what says nothing of the shapes of the weights."""
+    value: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    others = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "tie_word_embeddings")
+    return {key: entry for key, entry in value.items() if key not in others}
 
 
 def _compare(folder: Path, model: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:

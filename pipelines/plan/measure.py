@@ -209,7 +209,7 @@ def random_model(config: Any, layers: int, device: torch.device, dtype: str) -> 
     smaller = reduced(config, layers)
     with torch.device(device):
         model: Any = AutoModelForCausalLM.from_config(smaller, dtype=torch.float32)
-    base = Base(model, resolve_dtype(dtype, device), torch.float32, {})
+    base = Base(model, resolve_dtype(dtype, device))
     model.train()
     return base
 

@@ -6,7 +6,6 @@ needed to go on, OUT/model the result: the start's folder with other weights. A 
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from pipelines.posttrain.settings import PostTrainConfig, RlConfig
 from shards.fingerprint import weights_fingerprint
 from shards.manifest import first_difference
 from shards.part import encode_json, publish_json, sha256_file
-from shards.store import fsync_folder, open_store, temporary_name
+from shards.store import open_store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,16 +85,16 @@ def post_train(config: PostTrainConfig, stage: Stage, should_stop: ShouldStop) -
         note(f"left out: {len(examples) - len(short):,} of {len(examples):,} examples, longer than {limit} tokens")
 
     from pipelines.posttrain.loop import run_trainer, trainer_arguments
+    from trainer.export import export
+    from trainer.layout import read_layout
 
     open_run(config.out, settings)
-    padding = base.model.config.pad_token_id, base.model.generation_config.pad_token_id
+    layout = read_layout(folder, base.model)
     trainer = stage.trainer(Job(base, tokenizer, short, trainer_arguments(config)))
     if not run_trainer(config, trainer, should_stop):
         return STOPPED
     if trainer.is_world_process_zero():
-        # TRL tells the model which token it pads with; the folder says what the one of the start says
-        base.model.config.pad_token_id, base.model.generation_config.pad_token_id = padding
-        export(base, folder, final)
+        export(base.model, layout, base.model.state_dict(), final)
         shutil.rmtree(config.out / CHECKPOINTS, ignore_errors=True)
         print(f"trained {trainer.state.global_step:,} steps on {len(short):,} examples -> {final}")
     return DONE
@@ -178,21 +177,3 @@ def trl_config(kind: type, arguments: dict[str, Any], options: dict[str, Any], e
         return kind(**arguments, **options, **extra)
     except (TypeError, ValueError) as error:
         raise ValueError(f"TRL's {kind.__name__} refuses the settings: {error}") from None
-
-
-def export(base: "Base", start: Path, final: Path) -> None:
-    """Write the model beside the tokenizer files of `start`, whole or not at all."""
-    for leftover in final.parent.glob(f".{final.name}.*.tmp"):
-        shutil.rmtree(leftover)  # of an export that was cut off
-    temporary = temporary_name(final)
-    base.export(temporary, {name: tensor.cpu() for name, tensor in base.model.state_dict().items()})
-    for file in sorted(start.iterdir()):
-        is_tokenizer = any(word in file.name for word in ("token", "vocab", "merges", "chat_template"))
-        if file.suffix in (".json", ".model", ".txt", ".jinja") and is_tokenizer:
-            shutil.copyfile(file, temporary / file.name)
-    for file in temporary.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
-    os.rename(temporary, final)
-    fsync_folder(final.parent)

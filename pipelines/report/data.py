@@ -30,8 +30,9 @@ class Run:
     """name: the shortest end of its path that no other run of the report has. steps_n, tokens_n: at which the points
     stand. curves: by figure; sources: by corpus source and figure; None where a point has no such figure.
     heat_edges: steps (and tokens) between which each column lies, one more than columns; heat: share of the tokens in
-    each bin of weight, by bin and column. held_out: (step, tokens, loss); held_out_sets: what that loss is over, tokens and
-    checksum of the manifest, None where it is not written; more than one where it changed on the way. hours: of steps, from tokens per second. missing: first and
+    each bin of weight, by bin and column. held_out: (step, tokens, loss); exported: held-out loss of the
+    exported models, by step; held_out_sets: what these losses are over, tokens and checksum of the manifest, None where it
+    is not written; more than one where it changed on the way. hours: of steps, from tokens per second. missing: first and
     last of each stretch of steps that metrics.jsonl does not have."""
 
     name: str
@@ -46,6 +47,7 @@ class Run:
     heat_edges: dict[str, list[float | None]] = field(default_factory=dict)
     heat: dict[str, list[float]] = field(default_factory=dict)
     held_out: list[tuple[int, float | None, float]] = field(default_factory=list)
+    exported: dict[int, float] = field(default_factory=dict)
     held_out_sets: list[tuple[float | None, str | None]] = field(default_factory=list)
     last: dict[str, float] = field(default_factory=dict)
     num_steps: int = 0
@@ -64,6 +66,8 @@ def read_run(out: Path, max_points: int = MAX_POINTS, progress: Callable[[int], 
     run = Run(out.name, settings, (out / "model").exists())
     evaluations = [line for line, _ in read_lines(out / "evaluation.jsonl", run)]
     losses = {line["step"]: number(line.get("loss")) for line in evaluations}
+    exported = {line["step"]: number(line.get("exported_loss")) for line in evaluations}
+    run.exported = {step: loss for step, loss in exported.items() if loss is not None}
     run.held_out_sets = list(
         dict.fromkeys((number(line.get("tokens")), line.get("manifest_sha256")) for line in evaluations)
     )

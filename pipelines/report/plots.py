@@ -95,6 +95,10 @@ def make_plots(runs: Sequence[Run]) -> tuple[list[Plot], list[str]]:
         groups[entry.title] = [plot] if plot.lines else []
         if entry.title == "Loss of the objective":
             note = "Over all tokens of --eval-shards."
+            if any(
+                f"{run.exported.get(step, loss):.4f}" != f"{loss:.4f}" for run in runs for step, _, loss in run.held_out
+            ):
+                note += " Of the weights before rounding; that of the exported models is in the table of totals."
             if _differ(runs):
                 note += (
                     " They are not the same, or not in the same context, for all of these points: do not compare them."

@@ -63,7 +63,7 @@ def run_totals(run: Run) -> dict[str, str]:
         "tokens": ABSENT if run.tokens is None else f"{run.tokens:,.0f}",
         "hours of training, from tokens/s": ABSENT if run.hours is None else f"{run.hours:,.3g}",
         "next-token loss, last step": _figure(run.last.get("ntp_loss"), ".4f"),
-        "held-out loss, last": ABSENT if held_out is None else f"{held_out[2]:.4f} (step {held_out[0]:,})",
+        "held-out loss, last": ABSENT if held_out is None else _held_out(held_out[0], held_out[2], run.exported),
         "held-out tokens": "; ".join(_held_out_set(*own) for own in run.held_out_sets) or ABSENT,
         "peak memory": ABSENT if peak is None else f"{peak / 2**30:.2f} GiB",
         "left out": run.damaged or ABSENT,
@@ -76,6 +76,14 @@ def _missing(stretches: list[tuple[int, int]]) -> str:
     shown = [f"{first:,}" if first == last else f"{first:,} to {last:,}" for first, last in stretches[:3]]
     more = f" and {len(stretches) - 3:,} more stretches" if len(stretches) > 3 else ""
     return f"; metrics.jsonl lacks {', '.join(shown)}{more}"
+
+
+def _held_out(step: int, loss: float, exported: dict[int, float]) -> str:
+    """The loss of the model that was exported, where one was; what rounding did to it is said beside it."""
+    model = exported.get(step, loss)
+    if f"{model:.4f}" == f"{loss:.4f}":
+        return f"{loss:.4f} (step {step:,})"
+    return f"{model:.4f} (step {step:,}, of the exported model; {loss:.4f} before rounding)"
 
 
 def _held_out_set(tokens: float | None, manifest: str | None) -> str:

@@ -1,0 +1,112 @@
+"""Held-out loss of a run, of its float32 weights and of what is exported, as lines of OUT/evaluation.jsonl.
+
+A line: step, loss and tokens; where a model of that step is exported, exported_loss and export_dtype too: the same rows
+through the same forward, with the weights rounded as the export has them.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from shards.folder import ShardFolder
+from trainer.batch import collate
+from trainer.config import TrainConfig
+from trainer.data import GlobalBatch, RowReader
+from trainer.distributed import World
+from trainer.export import rounded, rounds
+from trainer.model import Base, check_fits
+from trainer.objectives.ntp import NTP
+from trainer.run import EVALUATION, keep_lines
+from trainer.statistics import StepStatistics
+from trainer.step import LossModel
+
+
+def open_measure(
+    config: TrainConfig, base: Base, model: torch.nn.Module, world: World, context: str
+) -> Callable[[], dict[str, Any]] | None:
+    """A function that gives the mean loss over --eval-shards, in nats per token, the tokens, and what they are; or None."""
+    if config.eval_shards is None:
+        return None
+    shards = ShardFolder(config.eval_shards)
+    check_fits(base, Path(config.model), shards)
+    reader = RowReader(shards, context, None, base.num_embeddings)
+    pad_to = shards.manifest.seq_len if config.deterministic else None
+
+    def measure() -> dict[str, Any]:
+        statistics = StepStatistics(world.device)
+        model.eval()
+        with torch.no_grad():
+            for block, num_rows in enumerate(reader.block_rows):
+                places = np.array([(block, row) for row in range(num_rows)])[world.rank :: world.size]
+                batch = GlobalBatch(reader.rows(places), int(num_rows), 0)
+                for rows in batch.micro_batches(config.micro_batch_size, world.size):
+                    model(collate(rows, context, world.device, pad_to), NTP, 1, 1, statistics)
+        model.train()
+        world.sum(statistics.table)
+        sums = statistics.sums
+        # losses over other tokens do not compare
+        return {
+            "loss": sums["loss"] / sums["tokens"],
+            "tokens": sums["tokens"],
+            "manifest_sha256": shards.manifest.checksum,
+        }
+
+    return measure
+
+
+class Evaluation:
+    """Appends to evaluation.jsonl, if there are --eval-shards. model: to call for a forward; loss_model: what it spreads.
+    dtypes: to which an export rounds each weight."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        base: Base,
+        loss_model: LossModel,
+        model: torch.nn.Module,
+        world: World,
+        context: str,
+        dtypes: Mapping[str, torch.dtype],
+    ) -> None:
+        self.measure = open_measure(config, base, model, world, context)
+        self.loss_model, self.world, self.dtypes = loss_model, world, dtypes
+        self.path, self.export_dtype = config.out / EVALUATION, config.export_dtype
+
+    def write(self, step: int, of_export: bool) -> None:
+        """of_export: whether the model of this step is exported. All ranks take part."""
+        if self.measure is None:
+            return
+        line = {"step": step, **self.measure()}
+        if of_export:
+            line |= {"exported_loss": line["loss"], "export_dtype": self.export_dtype}
+        if of_export and rounds(self.dtypes):
+            with rounded(self.loss_model, self.dtypes):
+                line["exported_loss"] = self.measure()["loss"]
+        if self.world.first:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def require_of_export(self, step: int) -> None:
+        """Evaluate the last step again where it was evaluated for an export in another dtype, or by an older version."""
+        if self.measure is None:
+            return
+        is_there = self.world.first and read_lines(self.path)[-1].get("export_dtype") == self.export_dtype
+        if not self.world.from_first(is_there):
+            if self.world.first:
+                keep_lines(self.path, step - 1)
+            self.write(step, of_export=True)
+
+    def first_and_last(self) -> tuple[float | None, dict[str, Any]]:
+        """Loss of the base, and the newest line; on the first rank."""
+        if self.measure is None:
+            return None, {}
+        lines = read_lines(self.path)
+        return lines[0]["loss"] if lines[0]["step"] == 0 else None, lines[-1]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else [{}]

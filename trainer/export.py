@@ -1,0 +1,220 @@
+"""Write a trained model as its base was: the same files, tensor names, dtypes, config and everything beside them.
+
+In: the weights of a run by their names in memory, and the Layout of the base. Out: a Hugging Face folder, renamed into
+place, and a Rounding, which says what the dtypes of the export did to the training.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from shards.folder import ShardFolder
+from shards.store import fsync_folder, temporary_name
+from trainer.layout import INDEX, SINGLE, Files, Layout, State
+
+MODEL = "model"
+EXPORTS = "exports"
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".tflite")
+COPIED = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".yaml", ".yml")
+NAMES_COPIED = ("license", "licence", "notice", "use_policy")
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What rounding did: how many weights were updated by the training, and how many of them have the base's value again."""
+
+    updated_weights: int = 0
+    returned_weights: int = 0
+
+    @property
+    def returned_share(self) -> float:
+        return self.returned_weights / max(1, self.updated_weights)
+
+
+def export(
+    model: PreTrainedModel,
+    layout: Layout,
+    state: State,
+    final: Path,
+    export_dtype: str = "base",
+    shards: ShardFolder | None = None,
+    record: Callable[[Rounding], None] = lambda rounding: None,
+) -> Rounding:
+    """Write the model to `final`, whole or not at all, and empty `state`, its weights by name.
+
+    shards: whose tokenizer the model gets where the base has none. record: called when all is written, before `final`
+    is there. OSError where the disk is full or the base is gone, ValueError where a weight is too large for its dtype.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in final.parent.glob(f".{final.name}.*.tmp"):
+        shutil.rmtree(leftover)  # of an export that was cut off
+    temporary = temporary_name(final)
+    temporary.mkdir()
+    copy_files(layout.folder, temporary)
+    write_config(layout, temporary, export_dtype)
+    rounding = write_weights(model, layout, state, temporary, export_dtype)
+    if shards is not None and not any((layout.folder / name).exists() for name in _TOKENIZERS):
+        shards.copy_tokenizer(temporary)
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+    record(rounding)
+    os.rename(temporary, final)
+    fsync_folder(final.parent)
+    return rounding
+
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json")
+
+
+def copy_files(base: Path, folder: Path) -> None:
+    """Copy what stands beside the weights: configs, tokenizer, templates, processors, licence; of subfolders those
+    without weights. Not the model card, which is about the base."""
+    for path in sorted(base.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            inside = [file for file in sorted(path.rglob("*")) if file.is_file()]
+            if not any(file.suffix in WEIGHTS for file in inside):
+                for file in inside:
+                    if _is_copied(file):
+                        (folder / file.relative_to(base)).parent.mkdir(parents=True, exist_ok=True)
+                        shutil.copyfile(file, folder / file.relative_to(base))
+        elif _is_copied(path):
+            shutil.copyfile(path, folder / path.name)
+
+
+def _is_copied(file: Path) -> bool:
+    if file.name.endswith(".index.json") or file.suffix in WEIGHTS:
+        return False
+    return file.suffix in COPIED or file.stem.lower().startswith(NAMES_COPIED)
+
+
+def write_config(layout: Layout, folder: Path, export_dtype: str) -> None:
+    """config.json, of which only what is no longer true of the weights is changed; else it stays byte for byte."""
+    config = json.loads((layout.folder / "config.json").read_text(encoding="utf-8"))
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+    changed = False
+    if layout.config_ties and not layout.is_tied:
+        for part in parts:
+            if part is config or "tie_word_embeddings" in part:
+                part["tie_word_embeddings"], changed = False, True
+    if export_dtype != "base":
+        for part in parts:
+            names = [name for name in ("dtype", "torch_dtype") if name in part]
+            for name in names or (["dtype"] if part is config else []):
+                changed |= part[name] != export_dtype if name in part else True
+                part[name] = export_dtype
+    if changed:
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (folder / "config.json").write_text(text, encoding="utf-8")
+
+
+@torch.no_grad()
+def write_weights(model: PreTrainedModel, layout: Layout, state: State, folder: Path, export_dtype: str) -> Rounding:
+    """The base's weight files with the weights of `state`, which is emptied on the way; one file after the other."""
+    rounding = layout.rounding(export_dtype)
+    waiting: dict[str, dict[str, Tensor]] = {stored.file: {} for stored in layout.stored.values()}
+    missing: dict[str, set[str]] = {file: set() for file in waiting}
+    for name, stored in layout.stored.items():
+        missing[stored.file].add(name)
+    for name in layout.carried_over:
+        missing[layout.stored[name].file].remove(name)
+    updated = returned = size = 0
+    with Files(layout.folder) as files:
+
+        def save(file: str) -> int:
+            for name in layout.carried_over:
+                if layout.stored[name].file == file:
+                    waiting[file][name] = files.read(file, name)
+            tensors = waiting.pop(file)
+            save_file(tensors, folder / file, metadata=files.handle(file).metadata() or {"format": "pt"})
+            return sum(tensor.nbytes for tensor in tensors.values())
+
+        for file in [file for file, names_left in missing.items() if not names_left]:
+            size += save(file)
+        for group in layout.groups:
+            part = {name: state.pop(name).to("cpu") for name in group}
+            is_trained = any(name in layout.trained for name in group)
+            for name, tensor in layout.as_stored(model, part).items():
+                stored = layout.stored[name]
+                dtype = stored.dtype if export_dtype == "base" or not is_trained else getattr(torch, export_dtype)
+                value = tensor.to(rounding[group[0]]).to(dtype)
+                before = files.read(stored.file, name)
+                is_updated = tensor != before.to(tensor.dtype)
+                is_returned = is_updated & (value == before)
+                updated += int(is_updated.sum())
+                returned += int(is_returned.sum())
+                if not value.isfinite().all() and tensor.isfinite().all():
+                    raise ValueError(
+                        f"{name}: has values of up to {tensor.abs().max():.4g}, more than {dtype} holds; "
+                        "run the same command again with --export-dtype float32"
+                    )
+                # the base's own bits, which may be a zero with a sign
+                same = before.to(dtype)
+                waiting[stored.file][name] = torch.where(value == same, same, value).contiguous()
+                missing[stored.file].remove(name)
+                if not missing[stored.file]:
+                    size += save(stored.file)
+    state.clear()
+    write_index(layout, folder, size)
+    return Rounding(updated, returned)
+
+
+def write_index(layout: Layout, folder: Path, size: int) -> None:
+    """The base's index; byte for byte, unless the weights now take another number of bytes."""
+    source = layout.folder / INDEX
+    if not source.is_file() or {stored.file for stored in layout.stored.values()} == {SINGLE}:
+        return
+    index = json.loads(source.read_text(encoding="utf-8"))
+    before = sum(math.prod(stored.shape) * stored.dtype.itemsize for stored in layout.stored.values())
+    if size == before or not isinstance(index.get("metadata"), dict):
+        shutil.copyfile(source, folder / INDEX)
+        return
+    index["metadata"]["total_size"] = size
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def rounded(module: nn.Module, dtypes: Mapping[str, torch.dtype]) -> Iterator[None]:
+    """The weights of `module` as an export in `dtypes` has them, by their names in memory; afterwards as they were.
+
+    The copy takes the room of the gradients, of which there are none between two steps.
+    """
+    kept: list[tuple[Tensor, Tensor]] = []
+    seen: set[int] = set()
+    with torch.no_grad():
+        # asking for the state also makes FSDP2 give up what it gathered
+        for name, tensor in module.state_dict().items():
+            dtype = dtypes.get(name.removeprefix("model."))
+            own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            if dtype in (None, torch.float32, torch.float64) or not own.is_floating_point() or not own.numel():
+                continue
+            if own.data_ptr() not in seen:  # tied weights have two names
+                seen.add(own.data_ptr())
+                kept.append((own, own.clone()))
+                own.copy_(own.to(dtype))
+        try:
+            yield
+        finally:
+            module.state_dict()
+            for own, before in kept:
+                own.copy_(before)
+
+
+def rounds(dtypes: Mapping[str, torch.dtype]) -> bool:
+    """Whether an export in `dtypes` can differ from weights in float32."""
+    return any(dtype.is_floating_point and dtype.itemsize < 4 for dtype in dtypes.values())
