@@ -130,7 +130,7 @@ class Project:
         """The same text of some documents behind BOS, behind nothing and behind EOS."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         some = [texts[place] for texts in self.texts.values() for place in (0, 2)]
-        ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"][:192] for text in some]
+        ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"][:128] for text in some]
         return {"bos": [[bos, *i] for i in ids], "none": ids, "eos": [[eos, *i] for i in ids]}
 
     @cached_property
