@@ -48,7 +48,7 @@ def main() -> None:
             logits_TV = model(input_ids=ids_T[None], use_cache=False).logits[0]
             # a few places at a time: float64 over 262,144 tokens is 2 MB a place
             values = [
-                logits_NV.double().log_softmax(-1).gather(-1, next_N[:, None])[:, 0]
+                logits_NV.gather(-1, next_N[:, None])[:, 0].double() - logits_NV.double().logsumexp(-1)
                 for logits_NV, next_N in zip(logits_TV[:-1].split(32), ids_T[1:].split(32))
             ]
             answers.append(torch.cat([torch.zeros(0, dtype=torch.float64), *values]).tolist())

@@ -83,14 +83,16 @@ def test_float32_is_the_forward(project: Project, results: list[table.Result]) -
     assert found.moved == 0
 
 
-def test_auto_is_nearer_than_the_models_own(project: Project, results: list[table.Result]) -> None:
-    """auto takes float16 where that is finite and nearer to float32 than bfloat16; here both are looked at in full."""
-    own = table.result(project, project.scored("packed", "--dtype", "bfloat16"), "packed")
-    results.append(own)
+def test_auto_is_the_nearer_of_the_short_dtypes(project: Project, results: list[table.Result]) -> None:
+    """float16, where vLLM runs the model in it: it has no Gemma 3 in float16, whose activations overflow there."""
     auto = table.result(project, project.scored("packed"), "packed")
-    assert own.error <= ERROR["bfloat16"] + STEP / 4, own
-    assert auto.error <= own.error
-    assert auto.moved <= own.moved
+    assert auto.dtype == ("float16" if project.name == "smollm2" else "bfloat16")
+    if auto.dtype == "float16":
+        own = table.result(project, project.scored("packed", "--dtype", "bfloat16"), "packed")
+        results.append(own)
+        assert own.error <= ERROR["bfloat16"] + STEP / 4, own
+        assert auto.error < own.error / 2
+        assert auto.moved < own.moved / 2
 
 
 def test_documents_begin_as_the_tokenizer_has_them(project: Project) -> None:
