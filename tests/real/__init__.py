@@ -1,0 +1,1 @@
+"""Real weights: two published models through the whole command line; `make test-real`."""
