@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 Run = Callable[..., str]
 
 
-@pytest.fixture(scope="module", params=["plain", "editable"])
+@pytest.fixture(scope="module", params=[pytest.param("plain", marks=pytest.mark.slow), "editable"])
 def environment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An environment in which a copy of this tree is installed, over the packages of this one."""
     folder = tmp_path_factory.mktemp(request.param)
