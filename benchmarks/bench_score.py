@@ -32,8 +32,8 @@ def measurable_engine(config: Any, tokens: int, vocabulary: int) -> Any:
 
     from scorer.engine import Answer, VllmEngine
 
-    head = torch.randn(vocabulary, 256, dtype=torch.bfloat16)
-    states = torch.randn(SEQ_LEN, 256, dtype=torch.bfloat16)
+    head = torch.randn(vocabulary, 256)  # logits are float32, whatever the dtype of the engine
+    states = torch.randn(SEQ_LEN, 256)
     bare = vllm.SamplingParams(max_tokens=1, temperature=0, detokenize=False)
 
     class Measurable(VllmEngine):
@@ -173,7 +173,7 @@ def scored_tokens_per_second(shards_folder: Path, model: Path, out: Path, engine
 
     try:
         score(
-            ScoreConfig(str(shards_folder), str(model), str(out), num_engines=engines),
+            ScoreConfig(str(shards_folder), str(model), str(out), num_engines=engines, dtype="bfloat16"),
             Reference(model, "bench"),
             progress,
         )

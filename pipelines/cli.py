@@ -11,6 +11,10 @@ from dataclasses import field, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
+from pipelines.own_packages import what_is_in_the_way
+
+if obstacle := what_is_in_the_way():  # before an import of what is in the way fails, with a traceback
+    sys.exit(f"remit: error: {obstacle}")
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 import tyro

@@ -19,6 +19,7 @@ from pipelines.models import resolve_model
 from pipelines.settings import SelectConfig
 from scorer.config import PackConfig, ScoreConfig, Stopped
 from shards.folder import ShardFolder
+from shards.modelfolder import require_base
 from trainer.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ def summary(what: str, folder: ShardFolder, out: str, seconds: float) -> str:
     line += f"{', a selection' if manifest.selections else ''} from {documents['packed']:,} documents"
     if documents["empty"] or documents["rejected"]:
         line += f" ({documents['empty']:,} empty, {documents['rejected']:,} rejected)"
+    left_out = sum(bool(file.left_out) for file in manifest.corpus)
+    line += f", without {left_out:,} bad files" if left_out else ""
     return f"{line} -> {out} ({seconds:.0f} s)"
 
 
@@ -164,6 +167,7 @@ def train(config: TrainConfig, should_stop: ShouldStop) -> int:
     quiet_libraries()
     began = monotonic()
     model = resolve_model("--model", config.model)
+    require_base(model.path)  # before Ray starts workers, or the corpus is looked at
     tokens_at_start: int | None = None
     clips = config.objective == "remit" and config.epsilon < 1
     rank = int(os.environ.get("RANK", "0"))  # of torchrun; the others are quiet
@@ -186,7 +190,9 @@ def train(config: TrainConfig, should_stop: ShouldStop) -> int:
         config = replace(config, model=str(model.path))
         if config.ray_workers:
             from pipelines.ray_train import train_on_ray
+            from trainer.experts import check_experts
 
+            check_experts(model.path, config.router_aux_loss)  # here, and not in each worker
             result = train_on_ray(config, should_stop)
         else:
             result = run(config, progress, should_stop, note)

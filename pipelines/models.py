@@ -1,9 +1,18 @@
-"""Turn a --model or --tokenizer option into a local folder: a path as it is, a hub id through the hub's cache."""
+"""Turn a --model or --tokenizer option into a local folder: a path as it is, NAME or NAME@REVISION through the hub's
+cache."""
 
+import contextlib
+import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
+from shards.fingerprint import model_origin
+
 PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+EXPECTED = "expected a Hugging Face model folder, or NAME or NAME@REVISION of the hub"
+# what git allows in no branch or tag
+_NO_REVISION = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|^[-/]|[/.]$|^$")
 
 
 @dataclass(frozen=True)
@@ -18,24 +27,60 @@ class LocalModel:
 def resolve_model(option: str, model: str, weights: bool = True) -> LocalModel:
     """Folder for `model`; ValueError where it is neither a folder nor an id that the hub answers for.
 
-    option: its name on the command line, for the message. weights: False fetches only config and tokenizer.
+    model: a folder, or NAME[@REVISION] of the hub, where REVISION is a branch (with slashes or without), a tag or a
+    commit. option: its name on the command line, for the message. weights: False fetches only config and tokenizer.
     Python files and pickled weights are never fetched.
     """
     path = Path(model)
     if path.is_dir():
-        return LocalModel(path, path.resolve().name, None)
+        return LocalModel(path, *model_origin(path))
+    if path.suffix.lower() == ".gguf" and path.exists():
+        raise ValueError(
+            f"{option} {model}: a GGUF file, which is not read, expected a Hugging Face model folder; load it in transformers "
+            "(gguf_file=) and write the folder with save_pretrained, or give the one that it was made from"
+        )
     if path.exists():
-        raise ValueError(f"{option} {model}: is a file, expected a Hugging Face model folder or a hub id")
-    if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise ValueError(f"{option} {model}: no such folder; expected a Hugging Face model folder or a hub id")
+        raise ValueError(f"{option} {model}: is a file, {EXPECTED}")
+    name, at, revision = model.partition("@")
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        remedy = f"the folder {name} has no revisions, leave @{revision} out" if Path(name).is_dir() else EXPECTED
+        raise ValueError(f"{option} {model}: no such folder; {remedy}")
+    if at and _NO_REVISION.search(revision):
+        raise ValueError(
+            f"{option} {model}: its revision is {revision!r}, expected a branch, a tag or a commit, for instance {name}@main"
+        )
+    local = _fetch(option, model, name, revision or None, weights)
+    return LocalModel(local, name, local.name)
+
+
+def _fetch(option: str, model: str, name: str, revision: str | None, weights: bool) -> Path:
+    """The snapshot of a commit in the hub's cache, fetched as far as it is not there."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RevisionNotFoundError
 
     patterns = [pattern for pattern in PATTERNS if weights or pattern != "*.safetensors"]
     try:
-        local = Path(snapshot_download(model, allow_patterns=patterns))
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except RevisionNotFoundError:
+        near = _near(name, revision or "main")
+        hint = f"; near it: {', '.join(near)}" if near else ""
         raise ValueError(
-            f"{option} {model}: neither a folder nor a model that the Hugging Face hub answers for ({reason})"
+            f"{option} {model}: {name} has no revision {revision or 'main'!r} on the Hugging Face hub, expected a branch, a "
+            f"tag or a whole commit of it{hint}"
         ) from None
-    return LocalModel(local, model, local.name)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        what = f"neither a folder nor a model that the Hugging Face hub answers for ({reason})"
+        if revision is not None:
+            what = f"no such folder, and the Hugging Face hub does not answer for revision {revision!r} of {name} ({reason})"
+        raise ValueError(f"{option} {model}: {what}") from None
+
+
+def _near(name: str, revision: str) -> list[str]:
+    """The branches and tags of a model that are spelled most like `revision`."""
+    from huggingface_hub import HfApi
+
+    with contextlib.suppress(Exception):
+        refs = HfApi().list_repo_refs(name)
+        return get_close_matches(revision, [ref.name for ref in [*refs.branches, *refs.tags]], 3)
+    return []

@@ -14,14 +14,18 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.inspect.terminal import read_row
-from scorer.canary import TOLERANCE
+from scorer.canary import BIAS_DEVIATIONS, Distance, Limits
 from scorer.forward import load_forward
-from shards.fingerprint import refuse_code_and_pickles, weights_fingerprint
+from scorer.reference import require_quantised_readable
+from scorer.rowcheck import round_logprobs
+from shards.fingerprint import weights_fingerprint
 from shards.folder import ShardFolder
+from shards.modelfolder import require_language_model
 from shards.schema import logprobs_column, topk_columns
 from trainer.objectives.remit import remit_weights
 
 WEIGHT_CHANGE = 0.02
+AS_GOOD_AS_EXACT, NOISE = 0.01, 0.1  # shares of weights that change by more than WEIGHT_CHANGE
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,11 @@ class Numerics:
 
     weights_changed: by more than 0.02; clip_changed: clipped with the one log-prob and not with the other. Both
     with the losses of `base`; where none is given the reference stands in for it, which makes every weight as
-    sensitive as it can be. tolerance: largest mean that passes. topk_mean: mean |difference| of the stored most probable
-    tokens, None where there are none.
+    sensitive as it can be. topk_mean: mean |difference| of the stored most probable tokens, None where there are none.
+
+    tolerance, topk_tolerance: largest means that pass; bias_tolerance: largest |bias - rounding_bias|, which is what
+    rounding to the column's step adds to these very log-probs. They come from own_mean: mean |difference| between a
+    transformers forward in the column's dtype and one in float32, on the same rows.
     """
 
     reference: str
@@ -44,17 +51,39 @@ class Numerics:
     clip_changed: float
     epsilon: float
     base: str | None
+    dtype: str
+    own_mean: float
     tolerance: float
+    rounding_bias: float
+    bias_tolerance: float
     topk_mean: float | None = None
+    topk_tolerance: float | None = None
 
     @property
     def passes(self) -> bool:
-        return self.mean <= self.tolerance and (self.topk_mean is None or self.topk_mean <= self.tolerance)
+        if self.topk_mean is not None and not self.topk_mean <= (self.topk_tolerance or 0.0):
+            return False
+        return self.mean <= self.tolerance and abs(self.bias - self.rounding_bias) <= self.bias_tolerance
+
+    @property
+    def verdict(self) -> str:
+        """What the share of weights that change means for training."""
+        line = f"{self.weights_changed:.1%} of ReMiT's weights change by more than {WEIGHT_CHANGE}"
+        if not self.passes:
+            return f"{line}, and the column is not what the model gives in {self.dtype}: do not train from it"
+        if self.weights_changed < AS_GOOD_AS_EXACT:
+            return f"{line}: as good as exact"
+        if self.weights_changed < NOISE:
+            return f"{line}: little beside what the clip lets through; --dtype float32 is exact"
+        part = "a third" if 0.28 < self.weights_changed < 0.4 else f"{self.weights_changed:.0%}"
+        better = "float32" if self.dtype == "float16" else "float16 or float32"
+        return f"{line}: {part} of ReMiT's weights are noise at this precision; score with --dtype {better}"
 
 
 def choose_reference(folder: ShardFolder, model: Path, name: str | None) -> str:
     """The column that `model` has scored; ValueError where there is none, or the one named is another's."""
-    refuse_code_and_pickles(model)
+    require_language_model(model)
+    require_quantised_readable(model)
     fingerprint = weights_fingerprint(model)
     if name is not None:
         scored = folder.require_reference(name)["weights_sha256"]
@@ -90,21 +119,30 @@ def measure(
     if reference.get("engine") == "fake":
         raise ValueError(f"{folder.path}: {logprobs_column(name)} comes from the fake engine, not from a model")
     forward = load_forward(model)
+    if base:
+        require_language_model(base)
+        require_quantised_readable(base)
     base_forward = load_forward(base) if base else forward
+    dtype, step = reference["dtype"], reference["logprob_step"]
+    own_forward = forward if dtype == "float32" else load_forward(model, dtype)
     chosen = np.random.default_rng(seed).permutation(folder.manifest.rows)[:rows]
     differences: list[np.ndarray] = []
-    top_differences: list[np.ndarray] = []
+    own_differences: list[np.ndarray] = []
+    rounding: list[np.ndarray] = []
+    top_differences: list[tuple[np.ndarray, np.ndarray]] = []
     changed = clip_changed = used = 0
     for row in sorted(map(int, chosen)):
         values = read_row(folder, row)
-        stored, again, losses = _row(values, name, reference["context"], forward, base_forward)
+        stored, again, own, losses = _row(values, name, reference["context"], forward, own_forward, base_forward)
         if reference.get("top_k"):
-            top_differences.append(_top_row(values, name, reference["context"], forward))
+            top_differences.append(_top_row(values, name, reference["context"], forward, own_forward))
         on_row()
         if not len(stored):
             continue
         used += 1
         differences.append(stored - again)
+        own_differences.append(own - again)
+        rounding.append(round_logprobs(again.astype(np.float32), step) - again)
         with_stored = remit_weights(torch.from_numpy(losses), torch.from_numpy(stored), epsilon)
         with_again = remit_weights(torch.from_numpy(losses), torch.from_numpy(again), epsilon)
         changed += int(((with_stored.weights_N - with_again.weights_N).abs() > WEIGHT_CHANGE).sum())
@@ -112,7 +150,13 @@ def measure(
             clip_changed += int((getattr(with_stored, kind) != getattr(with_again, kind)).sum())
     if not differences:
         raise ValueError(f"{folder.path}: none of {len(chosen)} rows has a log-prob to compare; raise --rows")
-    all_ = np.concatenate(differences)
+    all_, own_all = np.concatenate(differences), np.concatenate(own_differences)
+    topk, own_topk = None, 0.0
+    if top_differences:
+        topk, own_topk = (float(np.concatenate(sizes).mean()) for sizes in zip(*top_differences))
+    rms = float(np.sqrt((own_all**2).mean()))
+    own_distance = Distance(len(all_), float(np.abs(own_all).mean()), rms, 0.0, 0.0, own_topk)
+    limits = Limits(dtype, own_distance)
     return Numerics(
         reference=name,
         rows=used,
@@ -124,30 +168,43 @@ def measure(
         clip_changed=clip_changed / len(all_),
         epsilon=epsilon,
         base=None if base is None else base.name,
-        tolerance=TOLERANCE[reference["dtype"]] + reference["logprob_step"] / 2,
-        topk_mean=float(np.concatenate(top_differences).mean()) if top_differences else None,
+        dtype=dtype,
+        own_mean=own_distance.mean,
+        tolerance=limits.mean + step / 2,
+        rounding_bias=float(np.concatenate(rounding).mean()),
+        bias_tolerance=limits.bias(len(all_)) + BIAS_DEVIATIONS * step / 2 / len(all_) ** 0.5,
+        topk_mean=topk,
+        topk_tolerance=None if topk is None else limits.topk_mean + step / 2,
     )
 
 
-def _top_row(row: dict[str, Any], name: str, context: str, forward: Callable) -> np.ndarray:
-    """|stored - rescored| of the most probable tokens of a row: the model's own log-probs of the stored ids."""
+def _top_row(
+    row: dict[str, Any], name: str, context: str, forward: Callable, own_forward: Callable
+) -> tuple[np.ndarray, np.ndarray]:
+    """|stored - rescored| of the most probable tokens of a row, and |in the column's dtype - rescored| of the same."""
     ids_column, logprobs_column_ = topk_columns(name)
-    found, start = [np.zeros(0)], 0
+    found, own, start = [np.zeros(0)], [np.zeros(0)], 0
     for length in [len(row["input_ids"])] if context == "packed" else row["doc_lengths"]:
         here = slice(start + 1, start + length)
         if length > 1 and row[ids_column][start + 1] is not None:
             ids_NK, stored_NK = np.array(row[ids_column][here]), np.array(row[logprobs_column_][here])
-            again_NK = forward(np.array(row["input_ids"][start : start + length]), ids_NK=ids_NK)[1]
+            prompt = np.array(row["input_ids"][start : start + length])
+            again_NK = forward(prompt, ids_NK=ids_NK)[1]
             found.append(np.abs(stored_NK - again_NK).ravel())
+            if own_forward is not forward:
+                own.append(np.abs(own_forward(prompt, ids_NK=ids_NK)[1] - again_NK).ravel())
+            else:
+                own.append(np.zeros(again_NK.size))
         start += length
-    return np.concatenate(found)
+    return np.concatenate(found), np.concatenate(own)
 
 
 def _row(
-    row: dict[str, Any], name: str, context: str, forward: Callable, base_forward: Callable
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Stored and rescored log-probs of a row and the base's losses, float64 [tokens that have one]."""
-    stored, again, losses = [], [], []
+    row: dict[str, Any], name: str, context: str, forward: Callable, own_forward: Callable, base_forward: Callable
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Stored log-probs of a row, those rescored in float32 and in the column's dtype, and the base's losses: float64
+    [tokens that have one]."""
+    stored, again, own, losses = [], [], [], []
     start = 0
     values = row[logprobs_column(name)]
     for length in [len(row["input_ids"])] if context == "packed" else row["doc_lengths"]:
@@ -155,11 +212,12 @@ def _row(
         if length > 1 and values[start + 1] is not None:  # else the row is quarantined
             stored.append(np.array(values[start + 1 : start + length], dtype=np.float64))
             again.append(forward(ids).astype(np.float64))
-            losses.append(-base_forward(ids).astype(np.float64))
+            own.append(own_forward(ids).astype(np.float64) if own_forward is not forward else again[-1])
+            losses.append(-base_forward(ids).astype(np.float64) if base_forward is not forward else -again[-1])
         start += length
     if not stored:
-        return (np.zeros(0),) * 3
-    return np.concatenate(stored), np.concatenate(again), np.concatenate(losses)
+        return (np.zeros(0),) * 4
+    return np.concatenate(stored), np.concatenate(again), np.concatenate(own), np.concatenate(losses)
 
 
 def show(numerics: Numerics, console: Console) -> None:
@@ -169,8 +227,10 @@ def show(numerics: Numerics, console: Console) -> None:
         "column": logprobs_column(numerics.reference),
         "compared": f"{numerics.tokens:,} log-probs in {numerics.rows:,} rows",
         "mean |difference|": f"{numerics.mean:.2e} nat (at most {numerics.tolerance:.2e})",
+        f"of a forward in {numerics.dtype}": f"{numerics.own_mean:.2e} nat",
         "max |difference|": f"{numerics.max:.2e} nat",
-        "bias": f"{numerics.bias:+.2e} nat",
+        "bias": f"{numerics.bias:+.2e} nat (at most {numerics.bias_tolerance:.2e} from {numerics.rounding_bias:+.2e}, "
+        "which rounding gives)",
         f"weights changed by > {WEIGHT_CHANGE}": f"{numerics.weights_changed:.3%}",
         "clipped in one only": f"{numerics.clip_changed:.3%}",
         "weights with the losses of": numerics.base or "the reference itself (no --base given)",
@@ -180,4 +240,5 @@ def show(numerics: Numerics, console: Console) -> None:
     for key, value in rows.items():
         table.add_row(key, value)
     console.print(table)
+    console.print(numerics.verdict)
     console.print_json(data=asdict(numerics) | {"passes": numerics.passes}, indent=None)

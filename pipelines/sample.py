@@ -1,6 +1,6 @@
 """Build the sample project: a corpus, a tokenizer, a tiny base model and a better reference. No network.
 
-    python -m pipelines.sample --out DIR
+    python -P -m pipelines.sample --out DIR
 
 Out: DIR/corpus/ (four .jsonl.zst files and one .parquet), DIR/heldout/ (reasoning that nothing trains on),
 DIR/tokenizer, DIR/base, DIR/reference. Deterministic from the seed; what is there already is kept.

@@ -98,7 +98,8 @@ class InspectConfig:
     base: str | None = None
     """Name of the base's stored log-probs, for the page; default: base, where the folder has it."""
     model: str | None = None
-    """Base model that computes its log-probs of the rows now, instead of stored ones; folder or hub id."""
+    """Base model that computes its log-probs of the rows now, instead of stored ones; a folder, or NAME or
+    NAME@REVISION of the hub."""
     epsilon: float = 0.2
     """Clip of the ReMiT weights on the page; inf: no clip."""
     debug: bool = field(default=False, repr=False)

@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from scorer.batch import Rows
-from scorer.canary import compare, compare_topk
+from scorer.canary import Forwards, compare
 from scorer.cores import claim_cores
 from scorer.engine import Engine, EngineConfig, batched_tokens, device_memory, environment
+from scorer.installed import installed_vllm
 from scorer.loop import EngineDied, EngineLoop, Job
+from scorer.scratch import own_temporary_folder
 from shards.fingerprint import config_fingerprint, weights_fingerprint
 from shards.folder import ShardFolder
 from shards.lease import LeaseLost, check_fence
@@ -55,19 +56,16 @@ class ScoringActor:
         """Description of the engine, once it runs."""
         return self._loop.wait_ready() | {"pid": os.getpid()}
 
-    def canary(self, prompts: list[np.ndarray], expected: list[Any], dtype: str) -> dict[str, float]:
+    def canary(self, forwards: Forwards, dtype: str) -> dict[str, float]:
         """Score prompts whose log-probs transformers has computed; CanaryFailed where they are too far apart."""
-        if not prompts:
+        if not forwards.prompts:
             return {}
         job = Job()
-        for index, prompt in enumerate(prompts):
+        for index, prompt in enumerate(forwards.prompts):
             self._loop.submit(job, index, prompt)
         self._loop.wait(job)
-        answers = [job.values[index] for index in range(len(prompts))]
-        if not self._task.top_k:
-            return compare([answer.logprobs for answer in answers], expected, dtype)
-        result = compare([answer.logprobs for answer in answers], [entry[0] for entry in expected], dtype)
-        return result | compare_topk(answers, expected, dtype)
+        answers = [job.values[index] for index in range(len(forwards.prompts))]
+        return compare(answers, forwards.expected, forwards.limits(dtype))
 
     def progress(self) -> tuple[int, dict[str, int]]:
         """Tokens done so far, by steps that finished something, and those of each part in work."""
@@ -200,6 +198,28 @@ def leave() -> None:
     timer.start()
 
 
+def require_same_vllm(config: EngineConfig) -> None:
+    """ValueError where this node would score with another vLLM, or on another kind of device, than the run began with.
+
+    A CPU build is known by its name or version: torch must not be imported before the environment of a CPU engine is set.
+    """
+    distribution, version = installed_vllm() or ("none", "none")
+    device = "cpu"
+    if distribution == "vllm" and "cpu" not in version:
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = {"distribution": distribution, "version": version, "device": device}
+    for name, value in found.items():
+        expected = getattr(config, name)
+        if value != expected:
+            raise ValueError(
+                f"engine {name} is {value} on this node, {expected} where the run began (there {config.distribution} "
+                f"{config.version} on {config.device}, here {distribution} {version} on {device}); give all nodes the same "
+                "vLLM, or leave this one out"
+            )
+
+
 def make_engine(config: EngineConfig, model_config: dict[str, Any], cores: int) -> Engine:
     """The engine that the config names; sets the environment that it reads.
 
@@ -212,12 +232,15 @@ def make_engine(config: EngineConfig, model_config: dict[str, Any], cores: int) 
                 f"{config.model}: {name} is {found} on this node now, {expected} where the run began; "
                 "give all nodes the same files and leave them alone while they are scored with"
             )
+    if config.kind == "vllm":
+        require_same_vllm(config)
     if config.kind == "fake":
         from scorer.fake import FakeEngine
 
         return FakeEngine(config.vocab_size, config.top_k)
     tokens = batched_tokens(config, device_memory(config.device))
     os.environ.update(environment(config, model_config, claim_cores(cores), tokens))
+    own_temporary_folder()  # after the claim of cores, which all engines of a machine look for in one place
     from scorer.engine import VllmEngine
 
     return VllmEngine(config, tokens)

@@ -1,22 +1,26 @@
-"""Before an engine scores anything: a few rows that transformers has scored too.
+"""Before an engine scores anything: a few prompts that transformers has scored too.
 
-A wrong kernel, wrong position scaling or wrong weights show here in the first second, not after a week.
+A wrong kernel, wrong position scaling or wrong weights show here in the first second, not after a week. How far an engine
+may be off is measured on the same prompts: by how much a transformers forward in the engine's dtype differs from one in
+float32.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from scorer.engine import Answer
-from scorer.forward import forward_all, spans
+from scorer.forward import load_forward, spans
 from shards.folder import ShardFolder
 from shards.schema import list_lengths
 
-CANARY_TOKENS = (1024, 256, 256, 256)  # of each prompt at most; the first is long for the sake of the positions
-# Mean |difference| in nats that rounding explains; a wrong model is off by tenths at least. Measured: docs/log.md
-TOLERANCE = {"float32": 2e-3, "bfloat16": 0.1, "float16": 0.05}
-
+SHORT_PROMPTS, SHORT_TOKENS = 3, 256  # beside a whole one, which has all positions that an engine will see
+FLOOR = 2e-3  # nat: float32 kernels that add in another order; a wrong model is off by tenths
+TIMES_OWN = 2  # an engine's kernels round at other places than transformers' do
+BIAS_SHARE = 1 / 4  # of the mean |difference|: what does not cancel in a batch matters more
+BIAS_DEVIATIONS = 4  # of the mean of as many independent differences: by chance it is exceeded once in 16,000 times
 TOPK_ELSEWHERE = 0.02  # share of an engine's most probable tokens that may be far from transformers'
 
 
@@ -24,78 +28,192 @@ class CanaryFailed(ValueError):
     """The engine's log-probs are not those of the model."""
 
 
+@dataclass(frozen=True)
+class Distance:
+    """How far log-probs are from a float32 forward's, in nats: over `tokens` of them mean |difference|, its root mean
+    square, the largest, the mean signed difference. topk_mean, topk_elsewhere: of the most probable tokens the mean
+    |difference|, and the share that float32 does not have among its first.
+
+    A mean of inf or NaN: not finite where float32 is.
+    """
+
+    tokens: int
+    mean: float
+    rms: float
+    max: float
+    bias: float
+    topk_mean: float = 0.0
+    topk_elsewhere: float = 0.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What passes, in nats: mean |difference|, |mean difference| (bias) beside what chance explains, and likewise of the
+    most probable tokens. own: distance of a transformers forward in the engine's `dtype`; None in float32, which has none.
+    """
+
+    dtype: str
+    own: Distance | None = None
+
+    @property
+    def mean(self) -> float:
+        return FLOOR + TIMES_OWN * (self.own.mean if self.own else 0.0)
+
+    def bias(self, tokens: int) -> float:
+        """The mean of `tokens` differences that have no bias strays from 0 by their root mean square / sqrt(tokens)."""
+        chance = self.own.rms / max(1, tokens) ** 0.5 if self.own else 0.0
+        return self.mean * BIAS_SHARE + BIAS_DEVIATIONS * chance
+
+    @property
+    def topk_mean(self) -> float:
+        return FLOOR + TIMES_OWN * (self.own.topk_mean if self.own else 0.0)
+
+    @property
+    def topk_elsewhere(self) -> float:
+        return TOPK_ELSEWHERE + TIMES_OWN * (self.own.topk_elsewhere if self.own else 0.0)
+
+
+@dataclass(frozen=True)
+class Forwards:
+    """What transformers says of prompts, int [tokens]. expected: per prompt the log-probs in float32, with top_k tuples
+    with ids and log-probs of the most probable tokens; distances: of other dtypes from them."""
+
+    prompts: list[np.ndarray]
+    expected: list[Any]
+    distances: dict[str, Distance]
+
+    def limits(self, dtype: str) -> Limits:
+        """What an engine in `dtype` may differ by."""
+        return Limits(dtype, None if dtype == "float32" else self.distances[dtype])
+
+
 def canary_prompts(shards: ShardFolder, part: str, context: str, num_embeddings: int) -> list[np.ndarray]:
-    """The first prompts of a part that are long enough to tell something, int [tokens]; at least one if any."""
+    """The first prompts of a part, int [tokens]; at least one if any.
+
+    The longest of the first record batch is whole, as an engine gets it, in chunks perhaps; the others are cut.
+    """
     prompts: list[np.ndarray] = []
     reader = shards.open_part(part)
     for index in range(reader.num_record_batches):
         batch = reader.get_batch(index)
         ids = batch.column("input_ids").flatten().to_numpy()
         pieces = batch.column("doc_lengths").flatten().to_numpy().astype(np.int64)
-        for start, end in spans(list_lengths(batch.column("input_ids")), pieces, context):
-            prompt = ids[start:end]
-            if prompt.min() >= 0 and prompt.max() < num_embeddings:
-                prompts.append(prompt[: CANARY_TOKENS[len(prompts)]])
-            if len(prompts) == len(CANARY_TOKENS):
-                return prompts
+        found = [ids[start:end] for start, end in spans(list_lengths(batch.column("input_ids")), pieces, context)]
+        found = [prompt for prompt in found if prompt.min() >= 0 and prompt.max() < num_embeddings]
+        if found and not prompts:
+            longest = max(range(len(found)), key=lambda place: len(found[place]))  # the first of those
+            prompts.append(found.pop(longest))
+        prompts += [prompt[:SHORT_TOKENS] for prompt in found[: 1 + SHORT_PROMPTS - len(prompts)]]
+        if len(prompts) == 1 + SHORT_PROMPTS:
+            break
     return prompts
 
 
-def compute(model: Path, prompts: list[np.ndarray], top_k: int = 0) -> list[Any]:
-    """What transformers says of the prompts; a Ray task, because vLLM must not be in its process.
+def compute(model: Path, prompts: list[np.ndarray], top_k: int, dtypes: tuple[str, ...], threads: int) -> Forwards:
+    """What transformers says of the prompts, in float32 and in `dtypes`; a Ray task, as vLLM must not be in its process.
 
-    With top_k tuples, with more of the most probable tokens than that: the last ones of an engine in 16 bit may stand
-    further down here.
+    threads: 0 for all cores of the node. With top_k more of the most probable tokens than that: the last ones of an
+    engine in 16 bit may stand further down here. A float16 forward that fails has no finite number.
     """
-    return forward_all(model, prompts, 4 * top_k + 16 if top_k else 0)
+    import torch
+
+    torch.set_num_threads(threads or node_cores())
+    forward = load_forward(model)
+    wide = 4 * top_k + 16 if top_k else 0
+    expected = [forward(prompt, best=wide) for prompt in prompts]
+    del forward  # the weights of one dtype at a time
+    distances = {}
+    for dtype in dtypes:
+        try:
+            forward = load_forward(model, dtype)
+            own = [forward(prompt, best=top_k) for prompt in prompts]
+            answers = [Answer(*values) if top_k else Answer(values) for values in own]
+            distances[dtype] = measure(answers, expected)
+            del forward
+        except (RuntimeError, NotImplementedError):
+            if dtype != "float16":
+                raise
+            distances[dtype] = Distance(0, np.inf, np.inf, np.inf, np.inf)
+    return Forwards(prompts, expected, distances)
 
 
-def compare_topk(answers: list[Answer], expected: list[tuple], dtype: str) -> dict[str, float]:
-    """Differences of the engine's most probable tokens to transformers'; CanaryFailed where ids or log-probs are others.
+def node_cores() -> int:
+    """Cores that this process may use; in a container with a share of a machine what Ray counts is less."""
+    import os
 
-    expected: per prompt log-probs, ids [N, W], log-probs [N, W] of more tokens than the engine gives.
+    import ray
+
+    cores = len(os.sched_getaffinity(0))
+    if not ray.is_initialized():
+        return cores
+    here = ray.get_runtime_context().get_node_id()
+    counted = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["NodeID"] == here]
+    return max(1, min([cores, *(count for count in counted if count)]))
+
+
+def measure(answers: list[Answer], expected: list[Any]) -> Distance:
+    """Distance of answers from a float32 forward.
+
+    expected: per prompt the log-probs, or with top_k tuples of log-probs, ids [N, W], log-probs [N, W] of more tokens than
+    the answers have. Tokens for which both give no finite number are left out: a model may be broken for a token of its own.
     """
+    with_topk = bool(expected) and isinstance(expected[0], tuple)
+    want = np.concatenate([entry[0] if with_topk else entry for entry in expected]).astype(np.float64)
+    got = np.concatenate([answer.logprobs for answer in answers]).astype(np.float64)
+    both_broken = ~np.isfinite(got) & ~np.isfinite(want)
+    difference = (got - want)[~both_broken]
+    if not len(difference):
+        raise CanaryFailed(f"the model gives no finite log-prob for any of {len(want)} tokens; check its weights")
+    size = np.abs(difference)
+    with np.errstate(invalid="ignore"):  # of inf on one side alone, which is a mean of inf
+        return Distance(
+            len(difference), float(size.mean()), float(np.sqrt((size**2).mean())), float(size.max()),
+            float(difference.mean()), *(_topk_distance(answers, expected) if with_topk else ()),
+        )  # fmt: skip
+
+
+def _topk_distance(answers: list[Answer], expected: list[tuple]) -> tuple[float, float]:
+    """Mean |difference| of the most probable tokens that float32 has among its first, and the share of the others."""
     differences, missing, entries = [], 0, 0
     for answer, (_, wide_ids, wide_logprobs) in zip(answers, expected):
         assert answer.topk_ids is not None
         assert answer.topk_logprobs is not None
         for ids, logprobs, other_ids, other in zip(answer.topk_ids, answer.topk_logprobs, wide_ids, wide_logprobs):
             if np.isnan(other).any() and np.isnan(logprobs).any():
-                continue  # a model may be broken for a token of its own, as in `compare`
+                continue  # as in `measure`
             known = dict(zip(other_ids.tolist(), other.tolist()))
             found = np.array([known.get(token, np.nan) for token in ids.tolist()])
             missing += int(np.isnan(found).sum())
             entries += len(found)
             differences.append(np.abs(found - logprobs)[~np.isnan(found)])
     all_ = np.concatenate([np.zeros(0), *differences])
-    mean, share = float(all_.mean()) if len(all_) else np.inf, missing / max(1, entries)
-    if not mean <= TOLERANCE[dtype] or share > TOPK_ELSEWHERE:
-        raise CanaryFailed(
-            f"the engine's most probable tokens are not the model's: of {entries} entries {missing} are not among the first "
-            f"of a transformers forward, the others differ by {mean:.3g} nat in the mean, expected at most "
-            f"{TOPK_ELSEWHERE:.0%} and {TOLERANCE[dtype]:g} in {dtype}; try --dtype float32 or another vLLM release"
-        )
-    return {"topk_mean": mean, "topk_elsewhere": share}
+    return float(all_.mean()) if len(all_) else np.inf, missing / max(1, entries)
 
 
-def compare(ours: list[np.ndarray], expected: list[np.ndarray], dtype: str) -> dict[str, float]:
-    """Differences of the engine's log-probs to transformers'; CanaryFailed where their mean is beyond tolerance.
-
-    Tokens for which both give no finite number are left out: a model may be broken for a token of its own.
-    """
-    got, want = np.concatenate(ours).astype(np.float64), np.concatenate(expected).astype(np.float64)
-    both_broken = ~np.isfinite(got) & ~np.isfinite(want)
-    got, want = got[~both_broken], want[~both_broken]
-    if not len(got):
+def compare(answers: list[Answer], expected: list[Any], limits: Limits) -> dict[str, float]:
+    """How far an engine's answers are from the model's; CanaryFailed where that is more than `limits`."""
+    found = measure(answers, expected)
+    remedy = "try --dtype float32 or another vLLM release"
+    own = f", {TIMES_OWN} times what {limits.dtype} costs a transformers forward" if limits.own else ""
+    if not found.mean <= limits.mean:  # also where it is NaN
         raise CanaryFailed(
-            f"the model gives no finite log-prob for any of {len(both_broken)} tokens; check its weights"
+            f"the engine's log-probs are not the model's: over {found.tokens} tokens they differ from a transformers forward "
+            f"by {found.mean:.3g} nat in the mean and {found.max:.3g} at most, expected a mean of at most "
+            f"{limits.mean:.3g} in {limits.dtype}{own}; {remedy}, or --no-canary if you know why"
         )
-    difference = np.abs(got - want)
-    mean, largest = float(difference.mean()), float(difference.max())
-    if not mean <= TOLERANCE[dtype]:  # also where it is NaN
+    if not abs(found.bias) <= limits.bias(found.tokens):
         raise CanaryFailed(
-            f"the engine's log-probs are not the model's: over {len(got)} tokens they differ from a transformers forward "
-            f"by {mean:.3g} nat in the mean and {largest:.3g} at most, expected a mean of at most {TOLERANCE[dtype]:g} in "
-            f"{dtype}; try --dtype float32 or another vLLM release, or --no-canary if you know why"
+            f"the engine's log-probs are biased: over {found.tokens} tokens they are {found.bias:+.3g} nat from a "
+            f"transformers forward's in the mean, expected at most {limits.bias(found.tokens):.3g} either way in "
+            f"{limits.dtype}; {remedy}, or --no-canary if you know why"
         )
-    return {"tokens": float(len(got)), "mean": mean, "max": largest}
+    facts = {"tokens": float(found.tokens), "mean": found.mean, "max": found.max, "bias": found.bias}
+    if not expected or not isinstance(expected[0], tuple):
+        return facts
+    if not found.topk_mean <= limits.topk_mean or found.topk_elsewhere > limits.topk_elsewhere:
+        raise CanaryFailed(
+            f"the engine's most probable tokens are not the model's: {found.topk_elsewhere:.1%} of them are not among the "
+            f"first of a transformers forward, the others differ by {found.topk_mean:.3g} nat in the mean, expected at most "
+            f"{limits.topk_elsewhere:.0%} and {limits.topk_mean:.3g} in {limits.dtype}; {remedy}"
+        )
+    return facts | {"topk_mean": found.topk_mean, "topk_elsewhere": found.topk_elsewhere}

@@ -3,18 +3,38 @@
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray._private import ray_constants
+from ray.job_config import JobConfig
 
 from scorer.config import Stopped
 
 LOOPBACK = ("127.0.0.1", "localhost")
+PACKAGES = Path(__file__).resolve().parent.parent
+
+
+class OwnPath(JobConfig):
+    """What Ray's workers are told of this driver: where our packages are.
+
+    Of itself Ray would put the current folder and the script's in front of their path, where a trainer.py or a folder
+    shards of the user's own hides ours. It leaves that out for jobs whose code it brings along.
+    """
+
+    def __init__(self) -> None:
+        # in front of the path, the folder of installed packages would hide some of Python's own
+        installed = {"site-packages", "dist-packages"} & {*PACKAGES.parts}
+        super().__init__(_py_driver_sys_path=[] if installed else [str(PACKAGES)])
+
+    def _runtime_env_has_working_dir(self) -> bool:
+        return True
 
 
 class RayGone(ray.exceptions.RayError):
@@ -56,7 +76,13 @@ def ray_cluster(debug: bool = False) -> Iterator[None]:
             # workers of a private cluster inherit these, those of one that was there before do not
             runtime_env = {"env_vars": own} if own else None
             with loopback() if on_loopback else contextlib.nullcontext():
-                ray.init(address=address, log_to_driver=debug, logging_level=level, runtime_env=runtime_env)
+                ray.init(
+                    address=address,
+                    log_to_driver=debug,
+                    logging_level=level,
+                    runtime_env=runtime_env,
+                    job_config=OwnPath(),
+                )
         except (OSError, RuntimeError) as error:
             raise ValueError(
                 f"RAY_ADDRESS is {address}, where no Ray cluster lets us in ({str(error).splitlines()[0]}); start it, "
@@ -69,16 +95,24 @@ def ray_cluster(debug: bool = False) -> Iterator[None]:
         # Ray gives its workers nice 15: beside any other work on the machine an engine would not come up for minutes
         os.environ.setdefault("RAY_worker_niceness", "0")
         with loopback():
-            ray.init(address="local", log_to_driver=debug, logging_level=level, include_dashboard=False)
+            ray.init(
+                address="local", log_to_driver=debug, logging_level=level, include_dashboard=False, job_config=OwnPath()
+            )
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():
             signal.signal(number, handler)  # ray.init replaced the caller's by one that exits with 15
+    node: Any = ray._private.worker._global_node
+    session = None if address else node.get_session_dir_path()
+    went_well = False
     try:
         yield
+        went_well = True
     except SystemError as error:  # what a signal's handler raises within one of Ray's calls arrives so
         raise cause(error) from None
     finally:
         ray.shutdown()
+        if went_well and session and not debug:  # else the logs of Ray's processes may be wanted
+            shutil.rmtree(session, ignore_errors=True)
 
 
 def require_ray() -> None:

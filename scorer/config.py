@@ -18,10 +18,11 @@ class PackConfig:
     """Tokenise a corpus and cut it into rows of seq_len tokens."""
 
     corpus: list[str]
-    """Files, globs or folders (.jsonl, .jsonl.gz, .jsonl.zst, .parquet); or datasets: of the Hugging Face hub as
-    NAME[@REVISION][:CONFIG[:SPLIT]], of a local folder as FOLDER:[CONFIG][:SPLIT]. The split is train unless named."""
+    """Files, globs or folders (.jsonl, .ndjson or .json with an object a line, also with .gz, .zst, .bz2 or .xz behind
+    it; .parquet; in any case); or datasets: of the Hugging Face hub as NAME[@REVISION][:CONFIG[:SPLIT]], of a local
+    folder as FOLDER:[CONFIG][:SPLIT]. The split is train unless named."""
     tokenizer: str
-    """Folder of the model's fast tokenizer, or its hub id."""
+    """Folder of the model's fast tokenizer, or NAME or NAME@REVISION of the hub."""
     out: str
     """Shard folder to write."""
     seq_len: int = 4096
@@ -40,6 +41,8 @@ class PackConfig:
     call puts it in front of a text, as of Gemma, Llama 3 and Mistral."""
     on_bad_document: Literal["stop", "reject"] = "stop"
     """A document that is not valid JSON, lacks the field or is not Unicode: stop, or leave it out and count it."""
+    on_bad_file: Literal["stop", "reject"] = "stop"
+    """A file that is cut off, damaged or not what its suffix says: stop, or leave it out whole and record why."""
     grace_seconds: float = 60.0
     """After SIGTERM or SIGINT: how long what runs may take to end."""
     debug: bool = field(default=False, repr=False)
@@ -77,15 +80,16 @@ class ScoreConfig:
     shards: str
     """Shard folder to annotate, from remit pack or an earlier remit score."""
     model: str
-    """Reference model: a Hugging Face folder or a hub id."""
+    """Reference model: a Hugging Face folder, or NAME or NAME@REVISION (branch, tag or commit) of the hub."""
     out: str
     """Shard folder to write; the same command again finishes an interrupted run."""
     name: str = "rl"
     """Name of the reference; its column is NAME_logprobs."""
     context: Literal["packed", "document"] = "packed"
     """What a token is conditioned on: all that precedes it in its row, or in its document only."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the engine; auto: the model's own."""
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    """Of the engine; logits are float32 in any. auto: the model's own, but for a bfloat16 model float16 where a few rows
+    show that it is finite and nearer to float32."""
     logprob_step: float = 1 / 64
     """Log-probs are rounded to multiples of this many nats, which makes the column compress well; 0: exact."""
     top_k: int = 0

@@ -1,19 +1,23 @@
 """Stream the documents of a corpus file: batches of texts in file order, with bounded memory, no file loaded whole."""
 
+import codecs
 import io
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import IO, Any
+import os
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
 
+from scorer.decompress import MAX_WINDOW, Damaged, Decompressed
+from scorer.formats import HEAD_BYTES, encoding_of, fault_of_head, fault_of_json, format_of, text_of_path
 from scorer.sources import Source
-from scorer.streamed import Shard, read_rows
-from shards.store import StoreSilent
+from scorer.streamed import HUB, REMEDY, Shard, json_files, read_rows
+from shards.store import StoreSilent, is_remote
 
+MAGIC_BYTES = 64
 BATCH_DOCUMENTS = 1024
 MAX_LINE_BYTES = 1 << 28
 BOMB_BYTES, BOMB_RATIO = 1 << 30, 2000
@@ -24,18 +28,33 @@ class BadDocument(ValueError):
     """A document that cannot be packed; the message names file, place, value and remedy."""
 
 
-def read_documents(source: Source, text_field: str) -> Iterator[tuple[list[str | BadDocument], int]]:
+class BadFile(ValueError):
+    """A file whose bytes are at fault, so that it cannot be packed: where it is, and the reason."""
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(where, reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        where, reason = self.args
+        return f"{where}: {reason}; or pass --on-bad-file reject to leave such files out whole"
+
+
+def read_documents(
+    source: Source, text_field: str, max_window: int = MAX_WINDOW
+) -> Iterator[tuple[list[str | BadDocument], int]]:
     """Batches of the documents of one source, in order; a bad one stands as a BadDocument in its place.
 
-    With each batch comes the number of bytes of the file that were read so far (0 for a dataset).
-    Raises ValueError where the file itself cannot be read to its end: truncated, not what its suffix says.
+    With each batch comes the number of bytes of the file that were read so far (0 for a dataset). max_window: bytes
+    that a compressed file may make its reader keep. Raises BadFile where the file itself cannot be read to its end:
+    cut off, not what its suffix says.
     """
     if source.shard is not None:
-        values = _streamed_values(source.shard, text_field)
-    elif str(source.location).endswith(".parquet"):
+        values = _streamed_values(source.shard, text_field, max_window)
+    elif source.format[0] == ".parquet":
         values = _parquet_values(source, text_field)
     else:
-        values = _jsonl_values(source, text_field)
+        values = _jsonl_values(source.where, source.open, source.format, text_field, max_window)
     batch: list[str | BadDocument] = []
     characters = 0
     position = 0
@@ -48,6 +67,16 @@ def read_documents(source: Source, text_field: str) -> Iterator[tuple[list[str |
             batch, characters = [], 0
     if batch:
         yield batch, position
+
+
+def require_kind(source: Source) -> None:
+    """BadFile where the first bytes of a local file show that it is not what its suffix says."""
+    if source.shard is None and source.location is not None and not is_remote(source.location):
+        form, codec = source.format
+        with source.open() as file:
+            fault = fault_of_head(file.read(MAGIC_BYTES), "parquet" if form == ".parquet" else codec)
+        if fault:
+            raise BadFile(source.where, fault)
 
 
 def _text(where: str, value: Any, text_field: str) -> str | BadDocument:
@@ -66,44 +95,82 @@ def _text(where: str, value: Any, text_field: str) -> str | BadDocument:
     return value
 
 
-def _jsonl_values(source: Source, text_field: str) -> Iterator[tuple[str, Any, int]]:
-    path = source.location
-    with _open_lines(source) as (lines, raw):
-        number = inflated = 0
+def _jsonl_values(
+    where: str, open_file: Callable[[], pa.NativeFile], form: tuple[str, str], text_field: str, max_window: int
+) -> Iterator[tuple[str, Any, int]]:
+    """The field of each line that is not empty. where: name of the file; form: its format and codec."""
+    with open_file() as raw:
+        fault = fault_of_head(raw.read(MAGIC_BYTES), form[1])
+        if fault:
+            raise BadFile(where, fault)
+        raw.seek(0)
+        lines = io.BufferedReader(Decompressed(raw, form[1], max_window) if form[1] else raw, 1 << 20)
+        number, inflated, first = 0, 0, True
         while True:
             try:
                 line = lines.readline(MAX_LINE_BYTES + 1)
+            except Damaged as error:
+                raise BadFile(where, f"cannot be read beyond line {number}: {error}") from None
             except StoreSilent:
                 raise
             except OSError as error:
                 raise ValueError(
-                    f"{path}: cannot be read beyond line {number} ({error}); the file is damaged or was cut off, "
-                    "write it again"
+                    f"{where}: cannot be read beyond line {number} ({error}); see that the disk is sound and run the "
+                    "same command again"
                 ) from None
             if not line:
                 return
             number += 1
             inflated += len(line)
             if len(line) > MAX_LINE_BYTES:
-                raise ValueError(
-                    f"{path}:{number}: is longer than {MAX_LINE_BYTES:,} bytes, expected one document a line; "
-                    "cut the document, or look whether the file is a decompression bomb"
+                raise BadFile(
+                    f"{where}:{number}",
+                    f"is longer than {MAX_LINE_BYTES:,} bytes, expected one document a line; "
+                    "cut the document, or look whether the file is a decompression bomb",
                 )
             if inflated > BOMB_BYTES and inflated > BOMB_RATIO * raw.tell():
-                raise ValueError(
-                    f"{path}:{number}: {inflated:,} bytes came out of {raw.tell():,} compressed ones, more than "
-                    f"{BOMB_RATIO} times as many, which no text does: a decompression bomb; leave the file out"
+                raise BadFile(
+                    f"{where}:{number}",
+                    f"{inflated:,} bytes came out of {raw.tell():,} compressed ones, more than "
+                    f"{BOMB_RATIO} times as many, which no text does: a decompression bomb; leave the file out",
                 )
-            if line.isspace():
-                continue
-            where = f"{path}:{number}"
-            yield where, _json_field(where, line, text_field), raw.tell()
+            line = _without_mark(line)
+            if line and not line.isspace():
+                if first:
+                    _require_lines(where, line, form)
+                    first = False
+                yield f"{where}:{number}", _json_field(f"{where}:{number}", line, text_field), raw.tell()
+
+
+def _without_mark(line: bytes) -> bytes:
+    """`line` without the byte-order marks that it begins with: a file from Windows has one, also behind others."""
+    while line.startswith(codecs.BOM_UTF8):
+        line = line[len(codecs.BOM_UTF8) :]
+    return line
+
+
+def _require_lines(where: str, line: bytes, form: tuple[str, str]) -> None:
+    """BadFile where the first line shows that the file as a whole is something else than an object a line."""
+    if encoding := encoding_of(line):  # inside a compressed file, of which the head says nothing
+        raise BadFile(where, f"is {encoding}, expected UTF-8; iconv -f {encoding} -t UTF-8 makes that of it")
+    fault = fault_of_json(line, True) if form[0] == ".json" or line.strip() in (b"[", b"{", b"[{") else None
+    if fault:
+        raise BadFile(where, fault)
+
+
+def _object(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        if "integer string conversion" not in str(error):
+            raise
+        return json.loads(text, parse_int=float)  # thousands of digits, in a field that nobody asked for
 
 
 def _json_field(where: str, line: bytes, text_field: str) -> Any:
     remedy = "correct the line, or pass --on-bad-document reject to leave such documents out"
     try:
-        value = json.loads(line.decode())
+        value = _object(line.decode())
     except UnicodeDecodeError as error:
         return BadDocument(
             f"{where}: byte {error.start} is {line[error.start]:#04x}, which is not valid UTF-8; {remedy}"
@@ -119,42 +186,36 @@ def _json_field(where: str, line: bytes, text_field: str) -> Any:
     return value[text_field]
 
 
-@contextmanager
-def _open_lines(source: Source) -> Iterator[tuple[IO[bytes], pa.NativeFile]]:
-    """Binary lines of a plain or compressed file, and the file below them; reading raises OSError where compressed data is cut off."""
-    path = str(source.location)
-    codec = {".gz": "gzip", ".zst": "zstd"}.get(Path(path).suffix)
-    with source.open() as raw:
-        if codec and raw.size() == 0:
-            raise ValueError(f"{path}: 0 bytes, which is not a {codec} file; write it again")
-        # Arrow's decompressor, because zstandard's and fsspec's read a truncated file short without an error
-        stream = pa.CompressedInputStream(raw, codec) if codec else raw
-        yield io.BufferedReader(stream, 1 << 20), raw
-
-
 def _parquet_values(source: Source, text_field: str) -> Iterator[tuple[str, Any, int]]:
-    path = source.location
+    where = source.where
     try:
         file = pyarrow.parquet.ParquetFile(source.open(), pre_buffer=False)
     except StoreSilent:
         raise
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not a parquet file ({str(error).splitlines()[0]}); write it again") from None
+        if getattr(error, "errno", None):  # the disk's, not the file's
+            raise
+        with source.open() as raw:
+            fault = fault_of_head(raw.read(MAGIC_BYTES), "parquet")
+        reason = fault or f"not a parquet file ({str(error).splitlines()[0]}); write it again"
+        raise BadFile(where, reason) from None
     with file:
         if text_field not in file.schema_arrow.names:
-            raise ValueError(
-                f"{path}: has no column {text_field!r}, only {', '.join(file.schema_arrow.names)[:80]}; set --text-field"
+            raise BadFile(
+                where, f"has no column {text_field!r}, only {', '.join(file.schema_arrow.names)[:80]}; set --text-field"
             )
         row, size, num_rows = 0, source.size() or 0, max(1, file.metadata.num_rows)
         try:
             for batch in file.iter_batches(batch_size=64, columns=[text_field], use_threads=False):
                 for value in _column_values(batch.column(0)):
-                    yield f"{path}: row {row}", value, size * row // num_rows
+                    yield f"{where}: row {row}", value, size * row // num_rows
                     row += 1
         except StoreSilent:
             raise
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path}: cannot be read beyond row {row} ({error}); write it again") from None
+            if getattr(error, "errno", None):
+                raise
+            raise BadFile(where, f"cannot be read beyond row {row} ({error}); write it again") from None
 
 
 def _column_values(column: pa.Array) -> Iterator[Any]:
@@ -165,10 +226,57 @@ def _column_values(column: pa.Array) -> Iterator[Any]:
             yield scalar.as_buffer().to_pybytes()  # not a string, so it is reported as such
 
 
-def _streamed_values(shard: Shard, text_field: str) -> Iterator[tuple[str, Any, int]]:
-    for number, row in enumerate(read_rows(shard, text_field)):
-        where = f"{shard.name}: row {number}"
-        yield where, row[text_field] if text_field in row else _no_field(where, text_field, row), 0
+def _streamed_values(shard: Shard, text_field: str, max_window: int) -> Iterator[tuple[str, Any, int]]:
+    files = json_files(shard)
+    if files is None:
+        yield from _row_values(shard, text_field, None)
+        return
+    for file in files:
+        form = format_of(file)
+        if form is None or _holds_no_lines(file, form, max_window):  # a .zip, or an array
+            yield from _row_values(shard, text_field, file)
+        else:
+            name, opener = text_of_path(file), partial(_open_found, file)
+            try:
+                for where, value, _ in _jsonl_values(name, opener, form, text_field, max_window):
+                    yield where, value, 0
+            except BadFile:
+                raise
+            except Exception as error:
+                if not file.startswith(HUB):
+                    raise
+                raise ValueError(f"{name}: cannot be read to its end ({error}); {REMEDY}") from None
+
+
+def _row_values(shard: Shard, text_field: str, file: str | None) -> Iterator[tuple[str, Any, int]]:
+    try:
+        for number, row in enumerate(read_rows(shard, text_field, file)):
+            where = f"{shard.name}: row {number}"
+            yield where, row[text_field] if text_field in row else _no_field(where, text_field, row), 0
+    except ValueError as error:
+        if shard.revision:  # of the hub: it may have been the network
+            raise
+        raise BadFile(shard.name, str(error).removeprefix(f"{shard.name}: ")) from None
+
+
+def _open_found(file: str) -> pa.NativeFile:
+    """A data file that `datasets` found: a path, or a URL of the hub."""
+    if not file.startswith(HUB):
+        return pa.OSFile(os.fsencode(file))
+    from huggingface_hub import HfFileSystem
+
+    return pa.PythonFile(HfFileSystem().open(file), mode="r")
+
+
+def _holds_no_lines(file: str, form: tuple[str, str], max_window: int) -> bool:
+    """Whether a file of JSON is one array or object, which `datasets` reads too."""
+    with _open_found(file) as raw:
+        text = Decompressed(raw, form[1], max_window) if form[1] else raw
+        try:
+            head = io.BufferedReader(text, HEAD_BYTES).read(HEAD_BYTES)
+        except Damaged:  # said better when it is read
+            return False
+    return fault_of_json(head, len(head) < HEAD_BYTES) is not None
 
 
 def _no_field(where: str, text_field: str, names: Iterable[str]) -> BadDocument:

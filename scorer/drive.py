@@ -9,13 +9,12 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
-import ray
-
 from scorer.actor import ScoringTask
-from scorer.canary import canary_prompts, compute
-from scorer.cluster import cause, one_line, ray_errors, require_ray
+from scorer.canary import Forwards
+from scorer.cluster import one_line, ray_errors, require_ray
 from scorer.config import ScoreConfig, Stopped
 from scorer.engine import EngineConfig
+from scorer.forwards import ForwardTask, find_prompts
 from scorer.output import StopGuard
 from scorer.placement import capacity
 from scorer.pool import EnginePool, Outcome
@@ -57,7 +56,9 @@ class Drive:
         lease: Lease,
         progress: Progress,
         note: Callable[[str], None],
+        forwards: Forwards | None = None,
     ) -> None:
+        """forwards: where they are known already, from the choice of the dtype."""
         self.config, self.shards, self.folder, self.engine, self.lease = config, shards, folder, engine, lease
         self.show, self.note = progress, note
         plans = folder.manifest.parts
@@ -71,7 +72,8 @@ class Drive:
         self.log = ScoreLog(folder.store)
         self.bundle = bundle
         self._capacity = (0.0, 0)
-        self._canary: Any = None
+        self._forwards = forwards
+        self._task: ForwardTask | None = None
         self._announced = False
         task = ScoringTask(
             config.shards, config.out, lease.fence, config.name, config.context, config.logprob_step,
@@ -79,7 +81,7 @@ class Drive:
         )  # fmt: skip
         cores = int(self.bundle.get("CPU", 1))
         self.pool = EnginePool(
-            self.bundle, (engine, model_config, cores, task), self.num_engines, self.canary,
+            self.bundle, (engine, model_config, cores, task), self.num_engines, self.canary, engine.dtype,
             config.progress_timeout_seconds,
         )  # fmt: skip
 
@@ -90,38 +92,20 @@ class Drive:
         wanted = self.config.num_engines or self._capacity[1]
         return max(1, min(wanted, len(self.waiting) + self.pool.running()))
 
-    def canary(self) -> tuple | None:
-        """Prompts, expected log-probs, dtype: once transformers has computed them; no prompts where not wanted."""
-        if isinstance(self._canary, tuple):
-            return self._canary
-        if self._canary is None:
+    def canary(self) -> Forwards | None:
+        """What engines are compared with, once transformers has computed it; no prompts where that is not wanted."""
+        if self._forwards is None and self._task is None:
             prompts = []
             if self.config.canary and self.engine.kind == "vllm":
-                prompts = self._canary_prompts()
+                prompts = find_prompts(self.shards, list(self.waiting), self.config.context, self.engine.vocab_size)
             if not prompts:
-                self._canary = ([], [], self.engine.dtype)
-                return self._canary
-            task: Any = ray.remote(compute).options(num_cpus=0, max_retries=2)
-            self._canary = [prompts, task.remote(self.engine.model, prompts, self.config.top_k)]
-        prompts, reference = self._canary
-        if not ray.wait([reference], timeout=0)[0]:
-            return None
-        try:
-            self._canary = (prompts, ray.get(reference), self.engine.dtype)
-        except Exception as error:
-            raise RuntimeError(
-                f"the transformers forward of {self.engine.model} that engines are compared with failed: "
-                f"{one_line(cause(error))}; --no-canary goes on without it"
-            ) from None
-        return self._canary
-
-    def _canary_prompts(self) -> list[Any]:
-        for part in self.waiting:
-            try:
-                return canary_prompts(self.shards, part, self.config.context, self.engine.vocab_size)
-            except ValueError:
-                continue  # a damaged part gets its own message when its turn comes
-        return []
+                self._forwards = Forwards([], [], {})
+                return self._forwards
+            dtypes = () if self.engine.dtype == "float32" else (self.engine.dtype,)
+            self._task = ForwardTask(self.engine, prompts, dtypes, self.note)
+        if self._forwards is None and self._task is not None:
+            self._forwards = self._task.result()
+        return self._forwards
 
     def drive(self, should_stop: Callable[[], bool]) -> None:
         """Give engines parts until all are done or have failed."""
@@ -216,6 +200,8 @@ class Drive:
 
     def _report(self) -> None:
         ready = self.pool.ready()
+        if self._task is not None and self._forwards is None and self.pool.testing():
+            self._task.tell()
         if ready and not self._announced:
             self._announced = True
             facts = ready[0].description | {"dtype": self.engine.dtype} | {"resources": self.bundle}

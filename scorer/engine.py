@@ -8,16 +8,21 @@ Import this only in a process of its own: vLLM's Transformers backend patches th
 import math
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+
+from scorer.kernel import FLOAT16_IN_FLOAT32, multiply_float16_in_float32
+from scorer.overrides import engine_config
 
 # The logits of a prompt's chunk, [tokens of the chunk, vocabulary], are not seen by vLLM's own memory profiling:
 # their size is bounded here, by a share of the device's memory.
 LOGITS_SHARE = {"cpu": 1 / 16, "cuda": 1 / 16}
 LOGITS_MAX_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
 MAX_BATCHED_TOKENS = 8192
+HEAD_DTYPE = "float32"  # of the logits: rounded to bfloat16 they alone would be off by 0.03 nat
 BLOCK_ENTRIES = {"cpu": 1 << 18, "cuda": 1 << 27}  # of logits turned into log-probs at once; fits the cache of a core
 
 
@@ -25,7 +30,9 @@ BLOCK_ENTRIES = {"cpu": 1 << 18, "cuda": 1 << 27}  # of logits turned into log-p
 class EngineConfig:
     """What an engine needs to know. dtype is resolved (float32, bfloat16, float16), never auto.
 
-    weights_sha256, config_sha256: fingerprints of the model that the run began with. kind: vllm, or fake (scorer/fake.py).
+    weights_sha256, config_sha256: fingerprints of the model that the run began with; version, distribution: of the vLLM that
+    it began with. kind: vllm, or fake (scorer/fake.py).
+    text_alone: the model is a multimodal wrapper, of which the language model alone is read.
     """
 
     model: Path
@@ -39,6 +46,9 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None
     kind: str = "vllm"
     top_k: int = 0
+    version: str = ""
+    distribution: str = ""
+    text_alone: bool = False
 
 
 class Answer(NamedTuple):
@@ -71,13 +81,13 @@ class Engine(Protocol):
 def batched_tokens(config: EngineConfig, memory_bytes: int) -> int:
     """Tokens per engine step, so that a step's logits fit into a share of the device's memory.
 
-    Held at once are a chunk's logits in the engine's dtype, twice where the model scales or gathers them, and a
-    block of them in float32; with top_k that many ids and log-probs a token, on their way to the host.
+    Held at once are a chunk's logits in HEAD_DTYPE, twice where the model scales or gathers them, and a block of their
+    log-probs; with top_k that many ids and log-probs a token, on their way to the host.
     """
     if config.max_num_batched_tokens is not None:
         return config.max_num_batched_tokens
     budget = min(LOGITS_MAX_BYTES[config.device], memory_bytes * LOGITS_SHARE[config.device])
-    bytes_per_token = 2 * config.vocab_size * (4 if config.dtype == "float32" else 2) + 16 * config.top_k
+    bytes_per_token = 2 * config.vocab_size * 4 + 16 * config.top_k
     fit = max(1, int(budget / bytes_per_token))
     return max(256, min(MAX_BATCHED_TOKENS, 2 ** int(math.log2(fit))))
 
@@ -101,6 +111,7 @@ def environment(config: EngineConfig, model_config: dict, cores: list[int], toke
         "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # for rows of exactly max_position_embeddings tokens, see VllmEngine
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
         "VLLM_NO_USAGE_STATS": "1",
+        "PYTHONSAFEPATH": "1",  # what vLLM starts with python -m looks for no modules where the user stands
         "HF_HUB_OFFLINE": "1",  # the model is a local folder by now
         "VLLM_HOST_IP": "127.0.0.1",  # an engine lives on one node: what its workers listen on stays there
         "GLOO_SOCKET_IFNAME": "lo",
@@ -110,6 +121,8 @@ def environment(config: EngineConfig, model_config: dict, cores: list[int], toke
         values["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, rank)) for rank in ranks)
         values["OMP_NUM_THREADS"] = str(len(ranks[0]))
         values["VLLM_CPU_KVCACHE_SPACE"] = str(_kv_cache_gib(config, model_config, tokens))
+        if config.dtype == "float16":
+            values[FLOAT16_IN_FLOAT32] = "1"
         if "kv_lora_rank" in model_config:
             values["VLLM_MLA_DISABLE"] = "1"  # the CPU kernels of multi-head latent attention lack most head sizes
     return values
@@ -124,12 +137,19 @@ def _kv_cache_gib(config: EngineConfig, model_config: dict, tokens: int) -> int:
     return max(1, math.ceil(bytes_per_token * 2 * max(config.seq_len + 1, tokens) / 2**30))
 
 
+def head_dtype(config: EngineConfig) -> str | None:
+    """In what vLLM multiplies states and output embedding to logits; None where all is HEAD_DTYPE already."""
+    return None if config.dtype == HEAD_DTYPE else HEAD_DTYPE
+
+
 class VllmEngine:
     """A running vLLM engine for one model."""
 
     def __init__(self, config: EngineConfig, tokens: int) -> None:
         import vllm
 
+        if os.environ.get(FLOAT16_IN_FLOAT32):
+            multiply_float16_in_float32()
         self._params = vllm.SamplingParams(
             prompt_logprobs=config.top_k, flat_logprobs=True, max_tokens=1, temperature=0, detokenize=False
         )
@@ -150,13 +170,21 @@ class VllmEngine:
             gpu_memory_utilization=0.8,
             enforce_eager=config.device == "cpu",  # compiling takes 10-20 s there and gains 3 %
             distributed_executor_backend="mp" if config.tensor_parallel_size > 1 else None,
-            worker_extension_cls="scorer.kernel.LogprobKernel",
+            hf_overrides=partial(engine_config, seq_len=config.seq_len, head_dtype=head_dtype(config)),
+            worker_extension_cls=f"scorer.{'textkernel.TextKernel' if config.text_alone else 'kernel.LogprobKernel'}",
         )
         self._llm = llm  # keeps the engine alive
         self._engine = llm.llm_engine
         self.forget = lambda: llm.collective_rpc("zero_kv_cache")
+        heads = {dtype for worker in llm.collective_rpc("head_dtypes") for dtype in worker}
+        if heads - {HEAD_DTYPE}:
+            raise ValueError(
+                f"this vLLM gives logits in {', '.join(sorted(heads))}, expected {HEAD_DTYPE}; install release 0.32, or "
+                "score with --dtype float32"
+            )
         fused = all(llm.collective_rpc("use_remit_kernel", args=(BLOCK_ENTRIES[config.device],)))
         self.description = {"engine": "vllm", "max_num_batched_tokens": tokens, "fused_logprobs": fused}
+        self.description |= {"head_dtype": HEAD_DTYPE}
         self._asked: dict[str, np.ndarray] = {}
         self._width, self._fused = 1 + config.top_k, fused
 

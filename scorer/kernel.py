@@ -8,7 +8,10 @@ worker_extension_cls).
 T = tokens, V = vocabulary, K = most probable tokens that are asked for, 0 or more.
 """
 
+import os
 from typing import Any
+
+FLOAT16_IN_FLOAT32 = "REMIT_FLOAT16_IN_FLOAT32"  # set for CPU engines in float16: see multiply_float16_in_float32
 
 
 def token_logprobs(logits_TV: Any, token_ids_T: Any, top_k: int, block_entries: int) -> tuple[Any, Any]:
@@ -55,6 +58,44 @@ def most_probable(logprobs_TV: Any, top_k: int) -> tuple[Any, Any]:
     return ids_TK.gather(-1, ordered.indices), ordered.values
 
 
+def multiply_float16_in_float32() -> bool:
+    """Have a CPU engine's linear layers multiply float16 in float32, and round their results; False where nothing changes.
+
+    That is what units for float16 do. A CPU that has none takes thirty times as long in oneDNN's own way.
+    """
+    import torch
+    from vllm import _custom_ops
+
+    ops: Any = _custom_ops
+
+    if _has_float16_units() or not (hasattr(ops, "create_onednn_mm") and hasattr(ops, "onednn_mm")):
+        return False
+    if ops.onednn_mm.__module__ == __name__:
+        return True  # done already
+    create, multiply = ops.create_onednn_mm, ops.onednn_mm
+
+    def create_float32(weight: Any, *rest: Any, **named: Any) -> Any:
+        return create(weight.float() if weight.dtype == torch.float16 else weight, *rest, **named)
+
+    def multiply_float32(handler: Any, states: Any, bias: Any) -> Any:
+        if states.dtype != torch.float16:
+            return multiply(handler, states, bias)
+        return multiply(handler, states.float(), None if bias is None else bias.float()).half()
+
+    ops.create_onednn_mm, ops.onednn_mm = create_float32, multiply_float32
+    return True
+
+
+def _has_float16_units() -> bool:
+    """Whether this CPU multiplies float16 by itself, as Linux names its features (x86, Arm)."""
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+            features = {word for line in file if line.startswith(("flags", "Features")) for word in line.split()}
+    except OSError:
+        return True  # leave all as it is
+    return bool(features & {"avx512_fp16", "amx_fp16", "fphp", "asimdhp"})
+
+
 def _zero(cache: Any) -> None:
     if hasattr(cache, "zero_"):
         cache.zero_()
@@ -78,6 +119,15 @@ class LogprobKernel:
         """
         _zero(getattr(self.model_runner, "kv_caches", []))
 
+    def head_dtypes(self) -> list[str]:
+        """Dtypes that the model's products with its output embedding have."""
+        from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+        model = self.model_runner.get_model()
+        found = {getattr(part, "head_dtype", None) for part in model.modules() if isinstance(part, LogitsProcessor)}
+        default = self.model_runner.model_config.dtype
+        return [str(dtype or default).removeprefix("torch.") for dtype in found]
+
     def use_remit_kernel(self, block_entries: int) -> bool:
         """Put `token_logprobs` in the place of the sampler's two functions; False where vLLM has others by now."""
         import torch
@@ -98,3 +148,7 @@ class LogprobKernel:
         sampler.compute_logprobs = lambda logits_TV, *rest, **named: logits_TV
         sampler.gather_logprobs = gather
         return True
+
+
+if os.environ.get(FLOAT16_IN_FLOAT32):  # a worker process loads this module before its model, and has no later chance
+    multiply_float16_in_float32()

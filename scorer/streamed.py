@@ -9,9 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from scorer.listing import absolute
+
 HUB = "hf://"
 MAX_HUB_SHARDS = 1024  # opening one takes some requests, of which the hub allows so many in five minutes
 ROWS_AT_ONCE = 64  # of a parquet file
+REMEDY = "correct the dataset, or run the same command again where it was the network"
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ def find_shards(entry: str) -> list[tuple[Shard, str | None]]:
         path, _, asked = path.partition("@")
         revision = _commit(entry, path, asked or None)
     else:
-        path = str(Path(path).resolve())
+        path = absolute(path)
     whole = Shard(path, revision, config, split or "train")
     try:
         builder, stream = open_stream(whole)
@@ -89,21 +92,59 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
+@dataclass(frozen=True)
+class JsonFiles:
+    """Stands for the stream of a dataset of JSON files, of which `datasets` would give a type to every field: one that
+    is a text here and a number there is an error to it, whether anybody wants the field or not."""
+
+    files: list[str]
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.files)
+
+    def of_shard(self, shard: Shard) -> list[str]:
+        """The files of one of `shard.count` shards."""
+        each, more = divmod(len(self.files), shard.count)
+        first = each * shard.index + min(shard.index, more)
+        return self.files[first : first + each + (shard.index < more)]
+
+
 def open_stream(shard: Shard) -> tuple[Any, Any]:
-    """The builder and the IterableDataset of the shard's whole split."""
+    """The builder and the stream of the shard's whole split: an IterableDataset, or JsonFiles."""
     import datasets
 
     builder = datasets.load_dataset_builder(shard.path, shard.config or None, revision=shard.revision)
+    if builder.name == "json" and builder.config.field is None and builder.config.encoding == "utf-8":
+        splits = builder.config.data_files
+        if shard.split not in splits:
+            raise ValueError(f"Bad split: {shard.split}. Available splits: {list(splits)}")
+        return builder, JsonFiles([str(file) for file in splits[shard.split]])
     return builder, builder.as_streaming_dataset(split=shard.split)
 
 
-def read_rows(shard: Shard, text_field: str) -> Iterator[dict[str, Any]]:
-    """The rows of a shard, with `text_field` where they have it; ValueError where they cannot be read to the end."""
+def json_files(shard: Shard) -> list[str] | None:
+    """Paths or hf:// URLs of a shard's files of JSON, None where it is of another kind."""
+    try:
+        _, stream = open_stream(shard)
+    except Exception as error:
+        raise ValueError(f"{shard.name}: cannot be opened ({_reason(error)}); {REMEDY}") from None
+    return stream.of_shard(shard) if isinstance(stream, JsonFiles) else None
+
+
+def read_rows(shard: Shard, text_field: str, file: str | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a shard, with `text_field` where they have it; ValueError where they cannot be read to the end.
+
+    file: the one to read, of a shard of JSON files.
+    """
     import pyarrow.dataset
 
     number = 0
     try:
         builder, stream = open_stream(shard)
+        if file is not None:
+            builder.config.data_files = {shard.split: [file]}
+            stream = builder.as_streaming_dataset(split=shard.split)
         columns = list(stream.features or [text_field])
         if text_field in columns and builder.name == "parquet":
             # as it comes, a whole file is asked for at once, with all its columns
@@ -111,17 +152,14 @@ def read_rows(shard: Shard, text_field: str) -> Iterator[dict[str, Any]]:
             options = pyarrow.dataset.ParquetFragmentScanOptions(pre_buffer=False, use_buffered_stream=True)
             builder.config.fragment_scan_options = options
             stream = builder.as_streaming_dataset(split=shard.split)
-        if shard.count > 1:
+        if shard.count > 1 and file is None:
             stream = stream.shard(num_shards=shard.count, index=shard.index)
         if text_field in columns:
             for row in stream:
                 yield row
                 number += 1
     except Exception as error:
-        raise ValueError(
-            f"{shard.name}: cannot be read beyond row {number} ({_reason(error)}); correct the dataset, or run the same "
-            "command again where it was the network"
-        ) from None
+        raise ValueError(f"{shard.name}: cannot be read beyond row {number} ({_reason(error)}); {REMEDY}") from None
     if text_field not in columns:
         raise ValueError(
             f"{shard.name}: has no column {text_field!r}, only {', '.join(columns)[:80]}; set --text-field"

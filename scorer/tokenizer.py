@@ -17,12 +17,10 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer
 
 from shards.fingerprint import tokenizer_fingerprint
-from shards.tokens import own_prefix, role_of
+from shards.tokens import FAITHFUL, differing_components, faithful_config, own_prefix, role_of
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
 COPIED = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
-COMPONENTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
-FAITHFUL = "PreTrainedTokenizerFast"  # the class that takes tokenizer.json as it is
 
 
 @dataclass
@@ -172,20 +170,6 @@ def _role(path: Path, encoder: Tokenizer, role: str, theirs: Any) -> str | None:
     return None if default is None or encoder.token_to_id(str(default)) is None else str(default)
 
 
-def differing_components(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """Parts in which two parsed tokenizer.json differ so that ids or texts may be others."""
-
-    def model(value: dict[str, Any]) -> dict[str, Any]:
-        return {key: entry or None for key, entry in value["model"].items()}  # some classes write "" for null
-
-    def added(value: dict[str, Any]) -> list[tuple[int, str]]:
-        return sorted((token["id"], token["content"]) for token in value.get("added_tokens") or [])
-
-    found = [name for name in COMPONENTS if theirs.get(name) != ours.get(name)]
-    found += ["vocabulary or merges"] if model(theirs) != model(ours) else []
-    return found + (["added tokens"] if added(theirs) != added(ours) else [])
-
-
 def _components_elsewhere(theirs: Any, encoder: Tokenizer) -> list[str]:
     if theirs is None or not theirs.is_fast:
         return []
@@ -203,18 +187,8 @@ def _kept_files(path: Path, encoder: Tokenizer) -> dict[str, bytes]:
             (Path(folder) / name).write_bytes(data)
         theirs, _ = _transformers_tokenizer(Path(folder))
     if theirs is None or _components_elsewhere(theirs, encoder) or "auto_map" in _config(path):
-        files["tokenizer_config.json"] = faithful_config(_config(path), FAITHFUL)
+        files["tokenizer_config.json"] = faithful_config(_config(path), FAITHFUL[0])
     return files
-
-
-def faithful_config(config: dict[str, Any], name: str) -> bytes:
-    """A tokenizer_config.json with which transformers takes tokenizer.json as it is.
-
-    What would change it on loading, tokens and settings that the class adds by itself, is left out.
-    """
-    dropped = ("added_tokens_decoder", "add_prefix_space", "auto_map", "extra_special_tokens")
-    kept = {key: value for key, value in config.items() if key not in dropped}
-    return (json.dumps(kept | {"tokenizer_class": name}, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _notes(path: Path, tokenizer: PackTokenizer, theirs: Any, failure: str) -> list[str]:

@@ -5,6 +5,7 @@ Names and paths do not enter: a tokenizer or a model is what its content is.
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,16 @@ def weights_fingerprint(model_folder: Path) -> str:
     for file in files:
         digest.update(f"{file.name} {sha256_file(file)}\n".encode())
     return digest.hexdigest()
+
+
+def model_origin(model_folder: Path) -> tuple[str, str | None]:
+    """Hub id and commit of a folder in the hub's cache, which is laid out as models--ORG--NAME/snapshots/COMMIT; the
+    folder's name and None of any other."""
+    folder = model_folder.resolve()
+    kind, _, hub_id = folder.parent.parent.name.partition("--")
+    if kind == "models" and hub_id and folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name):
+        return hub_id.replace("--", "/", 1), folder.name
+    return folder.name, None
 
 
 def config_fingerprint(model_folder: Path) -> str:

@@ -6,6 +6,7 @@ and publishes nothing more. Numbers begin anew once a lease was given back, so t
 Works alike on filesystems and on object stores with a conditional put.
 """
 
+import contextlib
 import json
 import os
 import secrets
@@ -107,6 +108,11 @@ class Lease:
             self.store.create(self._name(self.number), self._encoded())
         except FileExistsError:
             self._refuse(self._read(self.number) or {})
+        except FileNotFoundError:
+            raise
+        except OSError:  # a filesystem of no use here: nothing stays in what may be a new folder
+            self._remove_empty_folders()
+            raise
         if self._highest() != self.number:
             self._remove(self.number)
             self._refuse(self._read(self._highest()) or {})
@@ -121,12 +127,16 @@ class Lease:
             with self._writing:
                 if (self._read(self.number) or {}).get("token") == self._value.get("token"):
                     self._remove(self.number)
+        except OSError:
+            pass
+        self._remove_empty_folders()
+        crash_point("lease.released")
+
+    def _remove_empty_folders(self) -> None:
+        with contextlib.suppress(OSError):
             if isinstance(self.store, LocalStore):
                 self.store.path(LEASE).rmdir()
                 self.store.path("").rmdir()  # where nothing was written
-        except OSError:
-            pass
-        crash_point("lease.released")
 
     def check(self) -> None:
         """LeaseLost where another driver has taken over."""

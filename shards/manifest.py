@@ -38,10 +38,11 @@ class CorpusFile:
     path: relative to the corpus; of a dataset NAME:CONFIG:SPLIT#SHARD-of-COUNT, which of the hub is hf://NAME@REVISION
     and has no size and sha256.
     documents_read = documents_packed + documents_empty + documents_rejected.
-    Folders packed by earlier releases have none of the last four: bos_tokens: of the tokens those that pack put in front
+    Folders packed by earlier releases have none of the next four: bos_tokens: of the tokens those that pack put in front
     of document pieces; unknown_tokens: those with the id that stands for text the tokenizer cannot spell;
     documents_sampled, documents_changed: documents that were decoded again from the rows, and those of them that did not
     come back as they were.
+    left_out: why nothing of the file was packed (--on-bad-file reject); "" for all others.
     """
 
     path: str
@@ -57,10 +58,12 @@ class CorpusFile:
     unknown_tokens: int | None = None
     documents_sampled: int | None = None
     documents_changed: int | None = None
+    left_out: str = ""
 
     def entry(self) -> dict[str, Any]:
-        """As the manifest has it: what an earlier release did not know is left out."""
-        return {key: value for key, value in vars(self).items() if value is not None or key in ("size", "sha256")}
+        """As a JSON object, without what says nothing: left_out, or what an earlier release did not count."""
+        always = ("size", "sha256")
+        return {name: value for name, value in vars(self).items() if name in always or value not in (None, "")}
 
 
 @dataclass(frozen=True)
@@ -83,12 +86,13 @@ class Manifest:
     but its last; so a reader knows the place of each row without opening the parts.
     tokenizer: fingerprint, vocab_size (largest id + 1), special_tokens ("parse" or "text"), eos_token and eos_token_id,
     which end each document; bos_token and bos_token_id, with which each document piece of a row begins, None where none
-    was put there; files: sha256 of each file in _tokenizer/; added_tokens: how often
-    each of those that occur does. Folders of earlier releases have fingerprint, eos_token_id, vocab_size, special_tokens.
+    was put there; files: sha256 of each file in _tokenizer/; added_tokens: how often each of
+    those that occur does; model and revision where it came from the hub. Folders of earlier releases have fingerprint, eos_token_id, vocab_size, special_tokens.
     references: per name its model name, revision, weights_sha256, dtype, engine, engine_version,
-    tensor_parallel_size, context, logprob_step, and top_k where its most probable tokens are stored.
+    engine_distribution, device, head_dtype (these three are missing in older ones), tensor_parallel_size, context, logprob_step, and top_k where its most probable tokens are stored.
     selections: by which rule rows of the packed corpus were kept, oldest first: method, rows_read, rows_unscored,
     rows_kept, source_manifest_sha256, and what else the method says (pipelines/select.py).
+    passed_over: files of the corpus folders that were not read, counted by suffix or what else they are.
     """
 
     seq_len: int
@@ -99,6 +103,7 @@ class Manifest:
     parts: tuple[PartPlan, ...]
     references: dict[str, dict[str, Any]] = field(default_factory=dict)
     selections: tuple[dict[str, Any], ...] = ()
+    passed_over: dict[str, int] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -138,18 +143,17 @@ class Manifest:
             "references": self.references,
         }
         # only where there are any, so that other folders keep their bytes
-        return common | {"selections": list(self.selections)} if self.selections else common
+        common |= {"selections": list(self.selections)} if self.selections else {}
+        return common | ({"passed_over": self.passed_over} if self.passed_over else {})
 
     @cached_property
     def _text(self) -> tuple[str, str]:
         """sha256 of the JSON text from its second line on, and that text; corpus files and parts one a line."""
         head = json.dumps(self._common(), indent=1, ensure_ascii=False, sort_keys=True).removeprefix("{\n")
-        lists: dict[str, Any] = {"corpus": self.corpus, "parts": self.parts}
+        lists = {"corpus": [file.entry() for file in self.corpus], "parts": [vars(part) for part in self.parts]}
         lines = [head.removesuffix("\n}")]
         for name, entries in lists.items():
-            inner = ",\n".join(
-                "  " + json.dumps(entry.entry(), ensure_ascii=False, sort_keys=True) for entry in entries
-            )
+            inner = ",\n".join("  " + json.dumps(entry, ensure_ascii=False, sort_keys=True) for entry in entries)
             lines.append(f' "{name}": [\n{inner}\n ]')
         text = ",\n".join(lines) + "\n}\n"
         return hashlib.sha256(text.encode()).hexdigest(), text
@@ -214,6 +218,7 @@ class Manifest:
                 parts=tuple(PartPlan(**part) for part in value["parts"]),
                 references={name: dict(reference) for name, reference in value["references"].items()},
                 selections=tuple(dict(selection) for selection in value.get("selections", [])),
+                passed_over=dict(value.get("passed_over", {})),
             )
             manifest._check()
             if {key: value[key] for key in manifest._common()} != manifest._common():
@@ -241,6 +246,8 @@ class Manifest:
             pure = PurePosixPath(file.path)
             if pure.is_absolute() or ".." in pure.parts:
                 raise ValueError(f"corpus path {file.path!r} is not relative")
+            if file.left_out and (file.documents_read or file.rows):
+                raise ValueError(f"corpus file {file.path!r} was left out and has {file.documents_read} documents")
         for total in ("rows", "tokens"):
             planned, packed = getattr(self, total), sum(getattr(file, total) for file in self.corpus)
             if planned != packed:

@@ -17,6 +17,7 @@ from typing import IO
 import pyarrow as pa
 
 from shards.crash import crash_point
+from shards.publish import fsync_folder, give_name
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 TEMPORARY_SUFFIX = ".tmp"
@@ -239,7 +240,7 @@ class LocalStore(Store):
     def publish(self, temporary: Path, name: str, kind: str = "part") -> None:
         final = self.path(name)
         try:
-            os.link(temporary, final)  # unlike rename, link never replaces what is there
+            give_name(temporary, final)
             if kind:
                 crash_point(f"{kind}.linked")
         finally:
@@ -273,15 +274,6 @@ class LocalStore(Store):
         assert self.local is not None
         existing = next(path for path in (self.local, *self.local.parents) if path.exists())
         return shutil.disk_usage(existing).free
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make renames and links in `folder` survive a power cut."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def temporary_name(final: Path) -> Path:

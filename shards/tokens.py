@@ -14,6 +14,10 @@ import numpy as np
 
 from shards.fingerprint import vocabulary
 
+COMPONENTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+# classes with which transformers takes tokenizer.json as it is; the first is known to older releases too, but some kinds
+# of model put a class of their own in its place
+FAITHFUL = ("PreTrainedTokenizerFast", "TokenizersBackend")
 NAMED = 8  # differences that are named; the others are counted
 
 
@@ -76,6 +80,27 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any], occurs_V: np.ndarr
         if token != other and not (index < len(occurs_V) and occurs_V[index]):
             found.append(f"id {index} is {_name(token)} in the rows' tokenizer, {_name(other)} here")
     return found[:NAMED] + ([f"and {len(found) - NAMED:,} more"] if len(found) > NAMED else [])
+
+
+def differing_components(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """Parts in which two parsed tokenizer.json differ so that ids or texts may be others."""
+
+    def model(value: dict[str, Any]) -> dict[str, Any]:
+        return {key: entry or None for key, entry in value["model"].items()}  # some classes write "" for null
+
+    found = [name for name in COMPONENTS if theirs.get(name) != ours.get(name)]
+    found += ["vocabulary or merges"] if model(theirs) != model(ours) else []
+    return found + (["added tokens"] if added_tokens(theirs) != added_tokens(ours) else [])
+
+
+def faithful_config(config: dict[str, Any], name: str) -> bytes:
+    """A tokenizer_config.json with which transformers takes tokenizer.json as it is, name being one of FAITHFUL.
+
+    What would change it on loading, tokens and settings that the class adds by itself, is left out.
+    """
+    dropped = ("added_tokens_decoder", "add_prefix_space", "auto_map", "extra_special_tokens")
+    kept = {key: value for key, value in config.items() if key not in dropped}
+    return (json.dumps(kept | {"tokenizer_class": name}, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def ordinary_ids(ours: dict[str, Any], theirs: dict[str, Any]) -> np.ndarray:

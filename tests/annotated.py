@@ -27,13 +27,14 @@ def annotate(
     step: float = 0.0,
     name: str = "rl",
     top: Callable[[dict], list] | None = None,
+    **provenance: object,
 ) -> Path:
     """Write `shards` again with a column NAME_logprobs that `values` gives for each row: scoring without an engine.
 
     top: for each row a pair (ids, log-probs) for each token, or None, for the columns of the most probable tokens.
     """
     old = Manifest.read(shards)
-    reference = {"context": context, "logprob_step": step, "model": "oracle"}
+    reference = {"context": context, "logprob_step": step, "model": "oracle", **provenance}
     parts = {part.name: pa.ipc.open_file(shards / part.name).read_all() for part in old.parts}
     tops = {part: [top(row) for row in table.to_pylist()] for part, table in parts.items()} if top else {}
     if top:

@@ -5,11 +5,15 @@ import json
 import os
 import random
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models of these sizes only wait for a second thread
+
+# what remit remembers of corpora in a user's cache; these tests are no user
+os.environ["REMIT_CACHE"] = (_cache := tempfile.TemporaryDirectory(prefix="cache-of-tests-")).name
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -118,6 +122,7 @@ FAMILIES = {
     "Gemma2": {"head_dim": 32, "query_pre_attn_scalar": 32},
     "Granite": {"logits_scaling": 4.0},
     "Cohere": {},
+    "Phi3": {},
 }
 
 

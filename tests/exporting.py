@@ -22,6 +22,7 @@ KINDS: dict[str, dict] = {
     "Glm4Moe": {**ROUTED, **GROUPED, "head_dim": 32},
     "Phi3": {},
     "GPTNeoX": {},
+    "GPT2": {},
     "Gemma3Text": {"head_dim": 32, "query_pre_attn_scalar": 32, "tie_word_embeddings": True},
 }
 
@@ -88,4 +89,4 @@ def require_same_weights(ours: Path, base: Path) -> None:
     for name, (file, tensor) in right.items():
         assert left[name][0] == file, name
         assert left[name][1].dtype == tensor.dtype, name
-        assert torch.equal(left[name][1].view(torch.uint8), tensor.view(torch.uint8)), name
+        assert torch.equal(left[name][1].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name

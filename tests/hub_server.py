@@ -1,4 +1,4 @@
-"""A Hugging Face hub on loopback that serves dataset folders of this machine, counting the bytes it gives."""
+"""A Hugging Face hub on loopback that serves folders of this machine as datasets and models, counting the bytes."""
 
 import hashlib
 import json
@@ -11,11 +11,25 @@ from urllib.parse import unquote, urlsplit
 REVISION = hashlib.sha1(b"revision").hexdigest()
 
 
+def commit_of(name: str, revision: str) -> str:
+    """The commit that a revision of a model points to."""
+    return hashlib.sha1(f"{name}@{revision}".encode()).hexdigest()
+
+
+def _hash(file: Path) -> str:
+    return hashlib.sha1(file.read_bytes()).hexdigest()
+
+
 class Hub:
-    """Serves each folder `root`/USER/NAME as dataset USER/NAME. served: bytes given of each file, by its path."""
+    """Serves each folder `root`/USER/NAME as dataset USER/NAME. served: bytes given of each file, by its path.
+
+    models: the folder of each revision of each model, by the model's name and the revision's, a branch or tag; its
+    commit is `commit_of` them.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.models: dict[str, dict[str, Path]] = {}
         self.served: dict[str, int] = {}
         hub = self
 
@@ -41,12 +55,21 @@ class Hub:
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
-        path = unquote(urlsplit(request.path).path)
-        parts = path.strip("/").split("/")
+        parts = [unquote(part) for part in urlsplit(request.path).path.strip("/").split("/")]
         if parts[:2] == ["api", "datasets"] and len(parts) >= 4 and (self.root / parts[2] / parts[3]).is_dir():
             self.describe(request, f"{parts[2]}/{parts[3]}", parts[4:], body)
         elif parts[0] == "datasets" and len(parts) > 5 and parts[3] == "resolve":
             self.give(request, "/".join([*parts[1:3], *parts[5:]]))
+        elif parts[:2] == ["api", "models"] and "/".join(parts[2:4]) in self.models:
+            self.describe_model(request, "/".join(parts[2:4]), parts[4:])
+        elif parts[2:3] == ["resolve"] and "/".join(parts[:2]) in self.models:
+            name, revision, file = "/".join(parts[:2]), parts[3], "/".join(parts[4:])
+            folder = self.folder_of(name, revision)
+            if folder is None:
+                self.send(request, 404, b"", {"X-Error-Code": "RevisionNotFound"})
+            else:
+                commit = next(commit_of(name, r) for r, f in self.models[name].items() if f == folder)
+                self.give(request, f"{name}@{commit}/{file}", folder / file, commit)
         else:
             self.send(request, 404, b"{}")
 
@@ -84,13 +107,41 @@ class Hub:
             return self.send(request, 404, b"{}", {"X-Error-Code": "EntryNotFound"})
         return self.send(request, 200, json.dumps(found).encode())
 
-    def give(self, request: BaseHTTPRequestHandler, path: str) -> None:
-        file = self.root / path
+    def folder_of(self, name: str, revision: str) -> Path | None:
+        """The folder of a branch, tag or commit of a model."""
+        found = self.models[name]
+        return found.get(revision) or {commit_of(name, other): folder for other, folder in found.items()}.get(revision)
+
+    def describe_model(self, request: BaseHTTPRequestHandler, name: str, what: list[str]) -> None:
+        if what == ["refs"]:
+            refs = [
+                {"name": r, "ref": f"refs/heads/{r}", "targetCommit": commit_of(name, r)} for r in self.models[name]
+            ]
+            return self.send(request, 200, json.dumps({"branches": refs, "tags": [], "converts": []}).encode())
+        revision = what[1] if what else "main"
+        folder = self.folder_of(name, revision)
+        if folder is None:
+            return self.send(request, 404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        commit = next(commit_of(name, r) for r, f in self.models[name].items() if f == folder)
+        files = [file for file in sorted(folder.iterdir()) if file.is_file()]
+        value: Any = {"_id": "0", "id": name, "sha": commit, "private": False, "gated": False, "disabled": False,
+                      "tags": [], "downloads": 0, "likes": 0, "siblings": [{"rfilename": f.name} for f in files]}  # fmt: skip
+        if what[:1] == ["tree"]:
+            value = [
+                {"type": "file", "oid": _hash(file), "size": file.stat().st_size, "path": file.name} for file in files
+            ]
+        return self.send(request, 200, json.dumps(value).encode())
+
+    def give(
+        self, request: BaseHTTPRequestHandler, path: str, file: Path | None = None, commit: str = REVISION
+    ) -> None:
+        etag = "0" if file is None or not file.is_file() else _hash(file)  # the cache keeps a model's files by it
+        file = file or self.root / path
         if not file.is_file():
             return self.send(request, 404, b"", {"X-Error-Code": "EntryNotFound"})
         size = file.stat().st_size
         low, high, status = 0, size - 1, 200
-        headers = {"X-Repo-Commit": REVISION, "ETag": '"0"', "Accept-Ranges": "bytes"}
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
         asked = request.headers.get("Range")
         if asked:
             first, _, last = asked.removeprefix("bytes=").partition("-")

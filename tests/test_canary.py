@@ -1,6 +1,7 @@
 """An engine that disagrees with transformers gets no part; a model that is broken for one token loses only its rows."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.torch
+import torch
+import transformers
 from conftest import make_model, score_to
 from oracles import load, read_rows, row_logprobs
 
-from scorer.canary import CanaryFailed, canary_prompts, compare, compare_topk
+import scorer.forward
+from scorer.canary import CanaryFailed, Distance, Limits, canary_prompts, compare, compute, measure
 from scorer.engine import Answer
 from shards import ShardFolder
 from shards.verify import verify_folder
@@ -21,32 +25,139 @@ from shards.verify import verify_folder
 ROOT = Path(__file__).parent.parent
 
 
-def test_tolerance_by_hand() -> None:
+def answers(values: list[np.ndarray]) -> list[Answer]:
+    return [Answer(part) for part in values]
+
+
+def test_limits_by_hand() -> None:
+    """Without a dtype of its own the floor of 0.002 nat; with one, 2 times its distance more, a quarter of that as bias."""
     expected = [np.full(10, -2.0, np.float32), np.full(30, -1.0, np.float32)]
-    near = [values - np.float32(0.001) for values in expected]
-    figures = compare(near, expected, "float32")
-    assert figures["tokens"] == 40
+    exact = Limits("float32")
+    signs = np.resize([1, -1], 40).astype(np.float32)
+
+    def off(size: float, bias: float = 0.0) -> list[Answer]:
+        return answers([expected[0] + size * signs[:10] + bias, expected[1] + size * signs[10:] + bias])
+
+    figures = compare(off(0.001), expected, exact)
+    assert (figures["tokens"], figures["bias"]) == (40, pytest.approx(0, abs=1e-6))
     assert figures["mean"] == pytest.approx(0.001, rel=1e-3)
-    far = [values - np.float32(0.01) for values in expected]
-    with pytest.raises(CanaryFailed, match=r"in the mean and 0.01 at most, expected a mean of at most 0.002"):
-        compare(far, expected, "float32")
-    assert compare(far, expected, "bfloat16")["max"] == pytest.approx(0.01, rel=1e-3)
+    with pytest.raises(
+        CanaryFailed, match=r"in the mean and 0.01 at most, expected a mean of at most 0.002 in float32"
+    ):
+        compare(off(0.01), expected, exact)
+    with pytest.raises(CanaryFailed, match=r"biased: over 40 tokens they are \+0.000[67]"):
+        compare(off(0.001, bias=0.0006), expected, exact)
+    own = Limits("bfloat16", measure(off(0.04), expected))
+    assert own.mean == pytest.approx(0.082, rel=1e-3)
+    assert own.bias(40) == pytest.approx(0.082 / 4 + 4 * 0.04 / 40**0.5, rel=1e-3)
+    assert own.bias(10**9) == pytest.approx(0.082 / 4, rel=1e-2)
+    assert compare(off(0.08), expected, own)["max"] == pytest.approx(0.08, rel=1e-3)
+    for wrong, message in ((off(0.084), "2 times what bfloat16 costs"), (off(0.04, bias=0.047), "biased")):
+        with pytest.raises(CanaryFailed, match=message):
+            compare(wrong, expected, own)
     # one token that the model is broken for on both sides says nothing; on one side it is a failure
     broken = [values.copy() for values in expected]
     broken[0][3] = np.nan
-    assert compare(broken, broken, "float32")["tokens"] == 39
-    with pytest.raises(CanaryFailed):
-        compare(broken, expected, "float32")
+    assert compare(answers(broken), broken, exact)["tokens"] == 39
+    for bad in (np.nan, -np.inf):
+        broken[0][3] = bad
+        with pytest.raises(CanaryFailed):
+            compare(answers(broken), expected, exact)
     nothing = [np.full(4, np.nan, np.float32)]
     with pytest.raises(CanaryFailed, match="no finite log-prob for any of 4"):
-        compare(nothing, nothing, "float32")
+        compare(answers(nothing), nothing, exact)
 
 
-def test_prompts_come_from_the_rows(packed: Path) -> None:
+REAL = os.environ.get("REMIT_REAL_MODEL", "")
+
+
+def noisy_models(tmp_path: Path) -> list[tuple[Path, int]]:
+    """Models in bfloat16 and their vocabularies; with a real one, where REMIT_REAL_MODEL names its folder."""
+    tiny = [make_model(tmp_path / family, family, seed=3, positions=512) for family in ("Olmo2", "Qwen3")]
+    for folder in tiny:
+        in_dtype(folder, torch.bfloat16)
+    models = [(folder, 521) for folder in tiny]
+    return [*models, (Path(REAL), 40_000)] if REAL else models
+
+
+def in_dtype(folder: Path, dtype: torch.dtype) -> Path:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_noise_and_bias_of_a_bfloat16_engine_fail(tmp_path: Path) -> None:
+    """An engine that rounds otherwise than the forward passes; noise of 0.11 nat or a bias on top does not.
+
+    The engine is a forward in bfloat16 with bfloat16 logits, by transformers alone: it errs more than ours may.
+    """
+    rng = np.random.default_rng(0)
+    for model, vocabulary in noisy_models(tmp_path):
+        prompts = [rng.integers(1, vocabulary, length) for length in (512, 256, 256, 256)]
+        forwards = compute(model, prompts, 0, ("bfloat16",), 1)
+        network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+        engine = []
+        with torch.no_grad():
+            for prompt in prompts:
+                ids = torch.from_numpy(prompt)
+                logprobs = network(ids[None]).logits[0, :-1].float().log_softmax(-1)
+                engine.append(logprobs.gather(-1, ids[1:, None])[:, 0].numpy())
+        limits = forwards.limits("bfloat16")
+        good = compare(answers(engine), forwards.expected, limits)
+        assert good["mean"] > 2e-3, "else the floor alone would pass it"
+        with pytest.raises(CanaryFailed, match="in the mean"):
+            compare(answers([v + rng.normal(0, 0.11, len(v)) for v in engine]), forwards.expected, limits)
+        for bias in (0.05, -0.05):
+            with pytest.raises(CanaryFailed):
+                compare(answers([v + bias for v in engine]), forwards.expected, limits)
+
+
+def test_chance_alone_is_no_bias() -> None:
+    """Errors without bias, heavy tails included, as those of bfloat16: the gate fires in none of 2,000 trials."""
+    rng = np.random.default_rng(1)
+    own = 0.03 * rng.standard_t(4, 20_000)
+    for tokens in (60, 1000):
+        want = [np.full(tokens, -3.0)]
+        limits = Limits("bfloat16", measure(answers([want[0] + own[:tokens]]), want))
+        for _ in range(1000):
+            compare(answers([want[0] + rng.choice(own - own.mean(), tokens)]), want, limits)
+
+
+def test_forward_in_pieces_and_in_float16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits that do not fit at once give the same numbers, soft-capped and scaled ones too; float16 is near float32."""
+    rng = np.random.default_rng(2)
+    for family in ("Olmo2", "SmolLM3", "Gemma2", "Granite", "Cohere"):
+        model = make_model(tmp_path / family, family, seed=4)
+        prompt = rng.integers(1, 521, 61)
+        whole = scorer.forward.load_forward(model)(prompt, best=3)
+        with monkeypatch.context() as patch:
+            patch.setattr(scorer.forward, "LOGITS_BYTES", 4 * 521 * 7)
+            pieces = scorer.forward.load_forward(model)(prompt, best=3)
+        for one, other in zip(whole, pieces, strict=True):
+            assert np.allclose(one, other, atol=1e-5), family
+        distances = compute(model, [prompt], 0, ("bfloat16", "float16"), 1).distances
+        assert 0 < distances["float16"].mean < distances["bfloat16"].mean / 3
+
+
+def pieces(row: dict) -> list[list[int]]:
+    ends = np.cumsum(row["doc_lengths"])
+    return [row["input_ids"][end - length : end] for end, length in zip(ends, row["doc_lengths"])]
+
+
+def test_prompts_come_from_the_rows(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = ShardFolder(packed)
-    rows = [row["input_ids"] for row in read_rows(packed)]
+    table = read_rows(packed)
+    rows = [row["input_ids"] for row in table]
     packed_prompts = canary_prompts(folder, "part-00000.arrow", "packed", 521)
     assert [list(prompt) for prompt in packed_prompts] == [row for row in rows if len(row) > 1][:4]
+    monkeypatch.setattr("scorer.canary.SHORT_TOKENS", 9)
+    cut = [list(prompt) for prompt in canary_prompts(folder, "part-00000.arrow", "packed", 521)]
+    assert cut == [rows[0], *(row[:9] for row in rows[1:4])]
+    monkeypatch.undo()
+    documents = [prompt for row in table for prompt in pieces(row) if len(prompt) > 1]
+    own = [list(prompt) for prompt in canary_prompts(folder, "part-00000.arrow", "document", 521)]
+    assert own[1:] == [piece for piece in documents if piece != own[0]][:3]
+    assert len(own[0]) == max(len(piece) for row in table[:50] for piece in pieces(row))
     for prompt in canary_prompts(folder, "part-00000.arrow", "document", 521):
         assert len(prompt) > 1
         assert 0 not in prompt[:-1]  # EOS only at the end of a document
@@ -59,8 +170,7 @@ def test_engine_of_another_model_is_refused(
     """The forward that the engine is held against belongs to a model with other weights."""
     other = make_model(tmp_path / "other", seed=77)
     monkeypatch.setattr(
-        "scorer.drive.compute",
-        lambda model, prompts, top_k: __import__("scorer.forward").forward.forward_all(other, prompts),
+        "scorer.forwards.compute", lambda model, *rest: __import__("scorer.canary").canary.compute(other, *rest)
     )
     with pytest.raises(CanaryFailed, match="log-probs are not the model's"):
         score_to(tmp_path / "out", packed, reference_model, canary=True)
@@ -72,23 +182,26 @@ def test_engine_of_another_model_is_refused(
 def test_most_probable_tokens_of_another_model_are_refused() -> None:
     """By hand: ids that transformers has far down, log-probs that are others; places that swap in 16 bit are fine."""
     wide_ids, wide = np.array([[7, 3, 9, 1, 4]]), np.array([[-0.5, -1.5, -2.5, -4.0, -5.0]], np.float32)
-    expected = [(np.zeros(1), wide_ids, wide)]
+    one = np.zeros(1, np.float32)
+    expected = [(one, wide_ids, wide)]
+    limits = Limits("bfloat16", Distance(1, 0.03, 0.03, 0.03, 0.03, topk_mean=0.03))
 
     def answer(ids: list[int], logprobs: list[float]) -> Answer:
-        return Answer(np.zeros(1, np.float32), np.array([ids], np.int32), np.array([logprobs], np.float32))
+        return Answer(one, np.array([ids], np.int32), np.array([logprobs], np.float32))
 
-    good = compare_topk([answer([7, 9], [-0.5, -2.4])], expected, "bfloat16")
-    assert good == {"topk_mean": pytest.approx(0.05), "topk_elsewhere": 0}
+    good = compare([answer([7, 9], [-0.5, -2.4])], expected, limits)
+    assert (good["topk_mean"], good["topk_elsewhere"]) == (pytest.approx(0.05), 0)
     # a place for which neither has a number says nothing, one for which the engine alone has none does
-    broken = Answer(np.zeros(2, np.float32), np.array([[7, 9]] * 2, np.int32), np.array([[-0.5, -2.5], [np.nan] * 2]))
+    two = np.zeros(2, np.float32)
+    broken = Answer(two, np.array([[7, 9]] * 2, np.int32), np.array([[-0.5, -2.5], [np.nan] * 2]))
     wide_broken = np.array([wide[0], np.full(5, np.nan)])
     ids = np.concatenate([wide_ids, wide_ids])
-    assert compare_topk([broken], [(np.zeros(2), ids, wide_broken)], "float32")["topk_mean"] == 0
+    assert compare([broken], [(two, ids, wide_broken)], Limits("float32"))["topk_mean"] == 0
     with pytest.raises(CanaryFailed):
-        compare_topk([broken], [(np.zeros(2), ids, np.concatenate([wide, wide]))], "float32")
-    for wrong in (answer([7, 8], [-0.5, -1.5]), answer([3, 7], [-0.5, -1.5])):
+        compare([broken], [(two, ids, np.concatenate([wide, wide]))], Limits("float32"))
+    for wrong in (answer([7, 8], [-0.5, -1.5]), answer([3, 7], [-0.5, -1.5]), answer([7, 9], [-0.5, -2.37])):
         with pytest.raises(CanaryFailed, match="most probable tokens are not the model's"):
-            compare_topk([wrong], expected, "bfloat16")
+            compare([wrong], expected, limits)
 
 
 def test_a_token_that_breaks_the_model(tmp_path: Path, packed: Path, reference_model: Path) -> None:

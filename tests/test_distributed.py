@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from annotated import annotate, by_model, rows_of_step, run, top_by_model
 from conftest import make_model
-from oracles import load, remit_step
+from exporting import make_base
+from oracles import load, read_rows, remit_step
 from processes import Ranks
 from safetensors.torch import load_file
 
@@ -92,6 +93,34 @@ def test_ranks_agree_with_one_process(
     assert got.keys() == want.keys()
     assert all((got[name] - want[name]).abs().max() < 1e-4 for name in want)
     load(tmp_path / "out" / "model")
+
+
+@pytest.mark.parametrize("sharding", ["replicate", "full"])
+def test_rounding_for_an_evaluation_leaves_the_training_alone(
+    tmp_path: Path, annotated: dict[str, Path], sharding: str
+) -> None:
+    """Of a tied bfloat16 base over two ranks: what is evaluated is what is exported, and the next step is as without."""
+    base, shards, out = make_base(tmp_path / "start", "SmolLM3"), annotated["packed"], tmp_path / "out"
+    alone = run(tmp_path / "one", shards, base, max_steps=STEPS, global_batch_size=7, micro_batch_size=2)
+    finish(launch(out, shards, base, 2, "--sharding", sharding, "--eval-shards", shards, "--export-every", 2))
+    assert_same(metrics_of(out), alone)
+    lines = [json.loads(line) for line in (out / "evaluation.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 2, 4, 5]
+    for line, name in zip(lines[1:], ("exports/step-000002", "exports/step-000004", "model")):
+        want = remit_step(load(out / name), read_rows(shards), "packed", None, 0.2)["ntp_loss"]
+        assert line["exported_loss"] == pytest.approx(want, abs=1e-5)
+        assert abs(line["loss"] - want) > 1e-5
+    got, want = (load_all(folder / "model") for folder in (out, tmp_path / "one"))
+    assert got.keys() == want.keys()
+    assert all((got[name].float() - want[name].float()).abs().max() < 1e-2 for name in want)
+    records = [
+        json.loads((folder / "exported.json").read_text())["models"]["model"] for folder in (out, tmp_path / "one")
+    ]
+    assert records[0]["returned_share"] == pytest.approx(records[1]["returned_share"], abs=0.01)
+
+
+def load_all(folder: Path) -> dict:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def chosen(metrics: list[dict]) -> list[dict]:

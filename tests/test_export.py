@@ -9,9 +9,9 @@ import pytest
 import torch
 import transformers
 from annotated import run
-from conftest import VOCABULARY
+from conftest import VOCABULARY, score_to
 from exporting import KINDS, edit_weights, make_base, raw, require_same_weights
-from oracles import load, read_rows, remit_step
+from oracles import load, read_rows, remit_step, row_logprobs
 
 from pipelines.compare import read_losses, table
 from trainer.config import TrainConfig
@@ -146,7 +146,7 @@ def head_alone(tensors: dict[str, torch.Tensor]) -> None:
     [redundant_head, head_in_float32, without_prefix, norms_in_float32, zeros_with_a_sign, head_alone],
     ids=lambda change: change.__name__,
 )
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
 def test_odd_files_come_out_as_they_are(
     tmp_path: Path, annotated: dict[str, Path], change: Callable, dtype: torch.dtype
 ) -> None:
@@ -166,6 +166,26 @@ def test_odd_files_come_out_as_they_are(
     assert last["exported_loss"] == pytest.approx(loss_of(tmp_path / "more/model", annotated["packed"]), abs=1e-5)
 
 
+def test_names_and_buffers_of_older_files(tmp_path: Path, annotated: dict[str, Path]) -> None:
+    """As GPT-2 is published: names without the prefix of the class, and masks that are no longer read."""
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    base = make_base(tmp_path / "base", "GPT2", torch.float32, "5GB", **sizes)
+
+    def age(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+        for layer in range(2):
+            tensors[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
+
+    edit_weights(base, age)
+    train_at_0(base, tmp_path / "out", annotated["packed"])
+    require_same_weights(tmp_path / "out/model", base)
+    run(tmp_path / "more", annotated["packed"], base, max_steps=2, learning_rate=1e-3, eval_shards=annotated["packed"])
+    assert raw(tmp_path / "more/model").keys() == raw(base).keys()
+    last = evaluations(tmp_path / "more")[-1]
+    assert last["exported_loss"] == pytest.approx(loss_of(tmp_path / "more/model", annotated["packed"]), abs=1e-5)
+
+
 def test_a_head_of_its_own_beside_a_config_that_ties(tmp_path: Path, annotated: dict[str, Path]) -> None:
     """transformers keeps the two apart when it loads them; so must whoever loads the export."""
     base = make_base(tmp_path / "base", "Qwen3", shard="5GB")
@@ -181,6 +201,21 @@ def test_a_head_of_its_own_beside_a_config_that_ties(tmp_path: Path, annotated: 
     run(tmp_path / "more", shards, base, max_steps=4, learning_rate=1e-3, eval_shards=shards, export_dtype="float32")
     last = evaluations(tmp_path / "more")[-1]
     assert last["loss"] == last["exported_loss"] == pytest.approx(loss_of(tmp_path / "more/model", shards), abs=1e-5)
+
+
+def test_vllm_reads_a_head_of_its_own(
+    tmp_path: Path, annotated: dict[str, Path], packed: Path, tokenizer_folder: Path
+) -> None:
+    base = make_base(tmp_path / "start", "Qwen3", shard="5GB")
+    dress(base, tokenizer_folder)
+    edit_weights(base, lambda tensors: tensors.update({"lm_head.weight": torch.randn(VOCABULARY, 64).bfloat16() / 4}))
+    run(tmp_path / "out", annotated["packed"], base, max_steps=2, learning_rate=1e-3)
+    score_to(tmp_path / "scored", packed, tmp_path / "out/model")
+    model = load(tmp_path / "out/model")
+    with torch.no_grad():
+        for row in read_rows(tmp_path / "scored")[:5]:
+            want = [None if value is None else value.item() for value in row_logprobs(model, row, "packed")]
+            assert row["rl_logprobs"] == [None if value is None else pytest.approx(value, abs=0.01) for value in want]
 
 
 def test_layers_that_the_class_does_not_load(tmp_path: Path, annotated: dict[str, Path]) -> None:

@@ -308,7 +308,7 @@ def test_what_is_not_installed_is_found_at_once(fake: FakeLoop, remit: Remit, mo
     del fake.values["launch"]["evaluate"]
     code, _, error = remit("flywheel", "--config", fake.write())
     assert (code, fake.starts) == (1, [])
-    assert "evaluate needs lm_eval, which is not installed; pip install 'remit[eval]'" in error
+    assert "evaluate needs lm_eval, which is not installed; in your checkout of remit: pip install '.[eval]'" in error
 
 
 def test_evaluations_of_before_cut_prompts_were_counted_are_shown(capsys: pytest.CaptureFixture[str]) -> None:

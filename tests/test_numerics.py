@@ -9,8 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
+from annotated import annotate
 from conftest import make_model, score_to
 from oracles import load, read_rows, row_logprobs
+
+from pipelines.numerics import Numerics, measure
+from shards import ShardFolder
+from shards.fingerprint import weights_fingerprint
 
 Remit = Callable[..., tuple[int, str, str]]
 
@@ -135,3 +141,45 @@ def test_repair_and_refill(tmp_path: Path, packed: Path, reference_model: Path, 
     assert untouched.stat().st_mtime_ns == before
     assert {path: (folder / path).read_bytes() for path in sound} == sound
     assert remit("verify", "--shards", folder)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("noise", "bias", "passes"), [(0.0, 0.0, True), (0.11, 0.0, False), (0.0, 0.05, False), (0.0, -0.05, False)]
+)
+def test_limits_of_a_bfloat16_column(tmp_path: Path, small: Path, noise: float, bias: float, passes: bool) -> None:
+    """What transformers gives in bfloat16 passes; noise or a bias on top does not, small as they are beside a wrong model."""
+    model = make_model(tmp_path / "model", seed=6)
+    network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+    network.save_pretrained(model)
+    rng = np.random.default_rng(0)
+
+    @torch.no_grad()
+    def values(row: dict) -> list:
+        found = [None if value is None else value.item() for value in row_logprobs(network, row, "packed")]
+        return [None if value is None else min(0, value + bias + noise * rng.normal()) for value in found]
+
+    folder = ShardFolder(annotate(small, tmp_path / "shards", values, "packed"))
+    folder.manifest.references["rl"] |= {"weights_sha256": weights_fingerprint(model), "dtype": "bfloat16"}
+    numerics = measure(folder, model, "rl", 40, None, 0.2, 0)
+    assert numerics.own_mean > 0
+    assert (numerics.passes, numerics.dtype) == (passes, "bfloat16"), numerics
+    if not passes:
+        assert numerics.verdict.endswith("do not train from it")
+
+
+def test_verdict_says_what_the_share_means() -> None:
+    def verdict(share: float, dtype: str = "bfloat16") -> str:
+        return Numerics(
+            reference="rl", rows=1, tokens=9, mean=0.03, max=0.1, bias=0.0, weights_changed=share, clip_changed=0.0,
+            epsilon=0.2, base=None, dtype=dtype, own_mean=0.03, tolerance=0.06, rounding_bias=0.0, bias_tolerance=0.02,
+        ).verdict  # fmt: skip
+
+    assert verdict(0.004) == "0.4% of ReMiT's weights change by more than 0.02: as good as exact"
+    assert "little beside what the clip lets through" in verdict(0.05)
+    assert verdict(0.33).endswith(
+        "a third of ReMiT's weights are noise at this precision; score with --dtype float16 or float32"
+    )
+    assert verdict(0.5).startswith(
+        "50.0% of ReMiT's weights change by more than 0.02: 50% of ReMiT's weights are noise"
+    )
+    assert verdict(0.2, "float16").endswith("score with --dtype float32")

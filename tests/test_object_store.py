@@ -1,5 +1,7 @@
 """Corpus, shards and output in a bucket: the same bytes as in folders, through outages, and nothing left behind."""
 
+import bz2
+import gzip
 import hashlib
 import io
 import json
@@ -36,7 +38,9 @@ from s3fs.errors import translate_boto_error
 from test_score import compare
 
 from scorer.cluster import ray_cluster
-from scorer.sources import find_sources
+from scorer.corpus import read_documents
+from scorer.known import hashes_now
+from scorer.sources import find_corpus, find_sources
 from scorer.staging import stage_source
 from shards import ShardFolder, write_part
 from shards.answers import may_pass, plain
@@ -213,6 +217,54 @@ def test_the_same_command_again_packs_nothing_and_another_corpus_is_refused(
     assert code == 1
     assert "holds another pack: corpus has 3 entries there, 1 asked for now" in error
     assert server.files("packed") == contents(local / "packed")
+
+
+def test_odd_files_are_read_and_passed_over_as_in_a_folder(server: S3Server, tmp_path: Path) -> None:
+    folder = tmp_path / "odd"
+    line = json.dumps({"text": "x"}).encode() + b"\n"
+    contents = {
+        "B.JSONL": line, "a.json": line * 2, "c.json.gz": gzip.compress(line), "d.ndjson.bz2": bz2.compress(line),
+        "long.json": json.dumps({"text": "x" * 100_000}).encode(), "stats.json": b'{"n": 1}', "array.json": b"[1]",
+        "pretty.json": b'{\n"text": "x"}', "x.csv": b"", "sub/y.csv.gz": b"", "sub/README": b"", "sub/e.Parquet": b"PAR1",
+        ".git/a": b"", ".git/b/c": b"", "_x.jsonl": line,
+    }  # fmt: skip
+    for name, data in contents.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    url = server.upload(folder, "odd")
+    server.put("odd/sub/", b"")
+    for below in ("", "/*", "/*/*", "/*.js*"):
+        ours, theirs = find_corpus([f"{folder}{below}"]), find_corpus([f"{url}{below}"])
+        assert [source.name for source in ours.sources] == [source.name for source in theirs.sources]
+        assert ours.passed_over == theirs.passed_over
+    assert find_corpus([url]).passed_over == {
+        "hidden": 2, ".csv": 1, ".csv.gz": 1, "no suffix": 1, ".json without an object a line": 3
+    }  # fmt: skip
+    texts = [
+        text for source in find_sources([f"{url}/*.*"]) for batch, _ in read_documents(source, "text") for text in batch
+    ]
+    assert texts == ["x", "x", "x", "x", "x", "x", "x" * 100_000]
+    with pytest.raises(ValueError, match=r"array\.json: is one JSON array, expected one object a line"):
+        find_sources([f"{url}/array.json"])
+    with pytest.raises(ValueError, match=r"no corpus file there \(there are \.csv\.gz \(y\.csv\.gz\)\)"):
+        find_sources([f"{url}/sub/*.gz"])
+
+
+def test_files_of_a_bucket_are_not_read_again(
+    server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REMIT_CACHE", str(tmp_path))
+    server.put("known/a.jsonl", b"aaa")
+    server.put("known/b.jsonl", b"bbb")
+    url = f"s3://{BUCKET}/known"
+    packed = [hashlib.sha256(data).hexdigest() for data in (b"aaa", b"bbb")]
+    before = int(server.tell("requests"))
+    assert hashes_now("out", find_sources([url]), packed) == packed
+    read = int(server.tell("requests")) - before
+    assert hashes_now("out", find_sources([url]), packed) == packed
+    assert int(server.tell("requests")) - before - read <= read - 4
+    server.put("known/b.jsonl", b"ccc")
+    assert hashes_now("out", find_sources([url]), packed) == [packed[0], hashlib.sha256(b"ccc").hexdigest()]
 
 
 def test_a_listing_is_enough(corpus: Path, server: S3Server) -> None:

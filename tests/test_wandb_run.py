@@ -72,7 +72,7 @@ def test_offline_and_resumed(
     tmp_path: Path, shards: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped after step 12 with a checkpoint of step 10: both sessions under one id, all steps, the same figures."""
-    pytest.importorskip("wandb", reason="pip install 'remit[wandb]'")
+    pytest.importorskip("wandb", reason="pip install '.[wandb]'")
     monkeypatch.setenv("WANDB_MODE", "offline")
     config = TrainConfig(
         str(shards), str(models["base"]), tmp_path / "out", max_steps=14, global_batch_size=16, checkpoint_every=10,
@@ -117,7 +117,10 @@ def test_without_the_library(
     monkeypatch.setitem(sys.modules, "wandb", None)  # what makes an import fail
     common = ("train", "--shards", shards, "--model", models["base"], "--out", tmp_path / "out", "--max-steps", 1)
     code, _, error = remit(*common, "--wandb-project", "mid-training")
-    assert (code, "--wandb-project: wandb is not installed; pip install 'remit[wandb]'" in error) == (1, True)
+    assert (
+        code,
+        "--wandb-project: wandb is not installed; in your checkout of remit: pip install '.[wandb]'" in error,
+    ) == (1, True)
     assert not (tmp_path / "out").exists()
     code, _, error = remit(*common, "--wandb-project", " ")
     words = " ".join(error.replace("│", " ").split())

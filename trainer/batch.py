@@ -1,7 +1,7 @@
 """Rows, and micro-batches of them. B rows of at most T tokens, K most probable tokens stored for each."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,13 +22,18 @@ class Row:
     predicted: np.ndarray
     columns: Mapping[str, np.ndarray]
 
+    def silent(self) -> "Row":
+        """The same tokens, none of them predicted: the row keeps its place and trains on nothing."""
+        columns = {name: np.zeros_like(values) for name, values in self.columns.items()}
+        return replace(self, predicted=np.zeros_like(self.predicted), columns=columns)
+
 
 @dataclass(frozen=True)
 class MicroBatch:
     """Rows padded on the right. predicted_BT: bool, true where x_t counts (never at t = 0), on the CPU so that a GPU need
     not be waited for. columns: as of a Row, [B, T] or [B, T, K]. document_BT: int64, which document piece of the row;
     None: it is one. position_ids_BT: None in packed context, else they restart with each document. sources: corpus file
-    of each row, for the figures of a step."""
+    of each row, for the figures of a step. lengths: tokens of each row, without the padding."""
 
     input_ids_BT: Tensor
     predicted_BT: Tensor
@@ -36,6 +41,12 @@ class MicroBatch:
     document_BT: Tensor | None = None
     position_ids_BT: Tensor | None = None
     sources: tuple[int, ...] | None = None
+    lengths: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Of all rows, without the padding."""
+        return sum(self.lengths)
 
 
 def collate(rows: list[Row], context: str, device: torch.device | str, length: int | None = None) -> MicroBatch:
@@ -75,4 +86,5 @@ def collate(rows: list[Row], context: str, device: torch.device | str, length: i
         move(document),
         move(positions) if context == "document" else None,
         tuple(row.source for row in rows) or (0,),
+        tuple(len(row.input_ids) for row in rows) or (0,),
     )

@@ -28,7 +28,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from shards.part import encode_json, publish_json, sha256_file
-from shards.store import fsync_folder, open_store, temporary_name
+from shards.publish import fsync_folder
+from shards.store import open_store, temporary_name
 from trainer.distributed import World
 
 INDEX = "checkpoint.json"

@@ -17,11 +17,14 @@ class TrainConfig(ObjectiveSettings):
     shards: str
     """Shard folder with the log-probs of the reference."""
     model: str
-    """Base model: a Hugging Face folder or a hub id."""
+    """Base model: a Hugging Face folder, or NAME or NAME@REVISION (branch, tag or commit) of the hub."""
     out: Path
     """Folder for metrics, checkpoints and the trained model; the same command again resumes."""
     reference: str = "rl"
     """Name of the reference whose stored log-probs the objective reads (the --name of remit score)."""
+    leave_out: Literal["any", "reference"] = "any"
+    """Rows that could not be scored train on nothing: those of any reference of the folder, so that runs with different
+    objectives and references train on the same rows, or those of --reference alone (none with ntp)."""
     context: Literal["auto", "packed", "document"] = "auto"
     """Attention over the whole row or within each document; auto: as the reference was scored."""
     max_steps: int | None = None
@@ -31,7 +34,8 @@ class TrainConfig(ObjectiveSettings):
     global_batch_size: int = 64
     """Rows per optimizer step."""
     micro_batch_size: int = 1
-    """Rows per forward pass; more is faster and takes more memory, the result is the same (but for --scope micro)."""
+    """Rows per forward pass; more is faster and takes more memory, the result is the same (but for --scope micro, and what
+    --router-aux-loss balances)."""
     learning_rate: float = 3e-4
     """Peak of the learning rate."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
@@ -53,6 +57,9 @@ class TrainConfig(ObjectiveSettings):
     """Decides the order of the rows, together with the epoch."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the matrix products; weights and optimizer stay in float32. auto: bfloat16 on a GPU, float32 elsewhere."""
+    router_aux_loss: float | None = None
+    """For a base with experts: coefficient of the loss that balances their load, which transformers calls aux_loss; 0:
+    without. Such a base is refused while this is not given."""
     sharding: Literal["auto", "replicate", "full", "hybrid"] = "auto"
     """With several processes: a replica on each (DDP), weights sharded over all (FSDP2), or sharded within a machine
     and replicated across machines. auto: replicas up to 1.5B parameters, else full on one machine, hybrid on more."""
@@ -82,7 +89,7 @@ class TrainConfig(ObjectiveSettings):
     eval_every: int = 0
     """Steps between evaluations; 0: only before the first and after the last step, if --eval-shards is given."""
     wandb_project: str | None = None
-    """Also log to this project of Weights & Biases (pip install 'remit[wandb]'); WANDB_MODE=offline: to OUT/wandb."""
+    """Also log to this project of Weights & Biases (in your checkout of remit: pip install '.[wandb]'); WANDB_MODE=offline: to OUT/wandb."""
     debug: bool = field(default=False, repr=False)
     """Show tracebacks."""
 
@@ -106,6 +113,8 @@ class TrainConfig(ObjectiveSettings):
         ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 0 or more")
+        if self.router_aux_loss is not None and not 0 <= self.router_aux_loss < math.inf:
+            raise ValueError(f"--router-aux-loss is {self.router_aux_loss}, expected 0 (without) or more, as 0.001")
         if not 0 < self.decay_fraction <= 1:
             raise ValueError(
                 f"--decay-fraction is {self.decay_fraction}, expected a share of the steps above 0, up to 1"

@@ -20,12 +20,24 @@ OPEN_FILES = 256
 """Local parts that stay open; each came through its hash when it was opened."""
 
 
+def unscored_rows(folder: ShardFolder) -> dict[str, set[tuple[str, int]]]:
+    """Part and row of all rows that a reference could not score, by the reference's name."""
+    names = list(folder.manifest.references)
+    found: dict[str, set[tuple[str, int]]] = {name: set() for name in names}
+    parts = [plan.name for plan in folder.manifest.parts] if names else []
+    with ThreadPoolExecutor(16) as pool:  # a small file each, perhaps in an object store
+        for part, record in zip(parts, pool.map(folder.record, parts)):
+            for name in names:
+                found[name] |= {(part, row) for row in record.quarantined.get(name, [])}
+    return found
+
+
 class RowReader:
     """Rows of a complete shard folder by block and place, where a block is a record batch of a part.
 
     context: "packed" or "document", which decides what is predicted. reference: name of the reference whose columns
     are read, or None. columns: which of them: "logprobs", "topk_ids", "topk_logprobs". num_embeddings: token ids must
-    be below it. A part is hashed against its commit record before the first of its rows is read. ValueError names the
+    be below it. left_out: names of references whose unscored rows predict nothing; default: the reference alone. A part is hashed against its commit record before the first of its rows is read. ValueError names the
     row that breaks a promise of the format.
     """
 
@@ -36,8 +48,10 @@ class RowReader:
         reference: str | None,
         num_embeddings: int,
         columns: tuple[str, ...] = ("logprobs",),
+        left_out: tuple[str, ...] | None = None,
     ) -> None:
         folder.require_complete()
+        self.left_out = left_out if left_out is not None else () if reference is None else (reference,)
         self._names: dict[str, str] = {}  # of the columns in the folder
         if reference is not None:
             folder.require_logprobs_of(reference, context)
@@ -61,13 +75,37 @@ class RowReader:
         self.block_rows = np.full(self._first_block[-1], manifest.rows_per_batch, dtype=np.int64)
         for plan, last in zip(manifest.parts, self._first_block[1:] - 1):
             self.block_rows[last] = (plan.rows - 1) % manifest.rows_per_batch + 1
+        # an embedding may have more rows than the tokenizer has tokens, and the reference's more than the base's
+        self.reference_rows = 0
+        if reference is not None and "topk_ids" in columns:
+            self.reference_rows = folder.require_reference(reference).get("vocab_size", 0)
         self._parts: OrderedDict[int, pa.ipc.RecordBatchFileReader] = OrderedDict()
         self._quarantined: dict[int, set[int]] = {}  # rows of a part that were not scored
+        self._left_out: dict[int, set[int]] = {}
         self._blocks: OrderedDict[int, list[Row]] = OrderedDict()
 
     def __reduce__(self) -> tuple:
         # opens its own files
-        return RowReader, (self.folder, self.context, self.reference, self.num_embeddings, self.columns)
+        arguments = (self.folder, self.context, self.reference, self.num_embeddings, self.columns, self.left_out)
+        return RowReader, arguments
+
+    def require_top_k_fits(self, blocks: int = 16) -> str | None:
+        """ValueError, before the first step, where one of some blocks has a most probable token that the base lacks.
+
+        Blocks all over the folder are read, all of a small one. Returns what to note where none has: it may come yet.
+        """
+        if self.reference_rows <= self.num_embeddings:
+            return None
+        step = max(1, len(self.block_rows) // blocks)
+        for block in range(0, len(self.block_rows), step):
+            self._read_block(block)
+        if step == 1:
+            return None
+        return (
+            f"the reference {self.reference!r} has {self.reference_rows} embedding rows, the base {self.num_embeddings}; none of "
+            f"the {blocks} blocks of rows that were looked at has a token of its padding among the most probable ones, and a row "
+            "that has one would stop the run"
+        )
 
     def rows(self, places: np.ndarray) -> list[Row]:
         """The rows at `places`, [rows, 2] block and row within the block."""
@@ -87,9 +125,10 @@ class RowReader:
             self._parts[part] = self.folder.open_part(self.folder.manifest.parts[part].name, columns)
             quarantined = self.folder.record(self.folder.manifest.parts[part].name).quarantined
             self._quarantined[part] = set(quarantined.get(self.reference or "", []))
+            self._left_out[part] = {row for name in self.left_out for row in quarantined.get(name, [])}
             if len(self._parts) > (2 * WINDOW_BLOCKS if self.folder.store.local is None else OPEN_FILES):
                 old, _ = self._parts.popitem(last=False)
-                del self._quarantined[old]
+                del self._quarantined[old], self._left_out[old]
         self._parts.move_to_end(part)
         return self._parts[part]
 
@@ -116,18 +155,17 @@ class RowReader:
             tokens = slice(token_ends[row] - lengths[row], token_ends[row])
             # a row that the reference could not score keeps its place in the order, and predicts nothing
             scored = first_row + row not in self._quarantined[part]
-            rows.append(
-                self._check(
-                    Row(
-                        f"{self.folder.store.where(name)} row {first_row + row}",
-                        int(source[row]),
-                        ids[tokens],
-                        doc_lengths[piece_ends[row] - pieces[row] : piece_ends[row]],
-                        predicted[tokens] & scored,
-                        {column: values[tokens] for column, values in stored.items()},
-                    )
+            checked = self._check(
+                Row(
+                    f"{self.folder.store.where(name)} row {first_row + row}",
+                    int(source[row]),
+                    ids[tokens],
+                    doc_lengths[piece_ends[row] - pieces[row] : piece_ends[row]],
+                    predicted[tokens] & scored,
+                    {column: values[tokens] for column, values in stored.items()},
                 )
             )
+            rows.append(checked.silent() if first_row + row in self._left_out[part] else checked)
         return rows
 
     def _check(self, row: Row) -> Row:
@@ -150,6 +188,13 @@ class RowReader:
             if column == "topk_ids":
                 if not np.all((present >= 0) & (present < self.num_embeddings)):
                     fault = f"that is not a token of the model (0..{self.num_embeddings - 1})"
+                    if present.min() >= 0 and self.reference_rows > self.num_embeddings:
+                        raise ValueError(
+                            f"{row.where}: {self._names[column]} has token {present.max()}, and the base has "
+                            f"{self.num_embeddings} embedding rows, the reference {self.reference!r} {self.reference_rows}: the "
+                            "reference holds one of its padding rows probable there; score again with a smaller --top-k, or "
+                            f"train a base with at least {present.max() + 1} rows"
+                        )
             elif not np.all(np.isfinite(present) & (present <= 0)) or not np.all(np.isnan(values[~row.predicted])):
                 fault = "that is missing, not finite or positive"
             elif column == "topk_logprobs" and np.any(np.exp(present).sum(-1) > self._most_mass):

@@ -36,6 +36,7 @@ class RowDataset(IterableDataset):
     DataLoader does so without workers only.
 
     Each item is a trainer.batch.Row. reference: name of the stored log-probs, or None for plain next-token prediction.
+    Rows that a reference of the folder could not score predict nothing, whatever `reference` is.
     context: as trainer.config says; None: as the reference was scored, packed without one. num_embeddings: token ids
     must be below it. rank and world_size: this process takes every world_size-th row; the workers of a DataLoader
     divide those among them in turn, so the order within a batch depends on num_workers (0 and 1 are exact).
@@ -59,7 +60,7 @@ class RowDataset(IterableDataset):
         if context is None:
             context = folder.require_reference(reference)["context"] if reference else "packed"
         self.context = context
-        self._reader = RowReader(folder, context, reference, num_embeddings)
+        self._reader = RowReader(folder, context, reference, num_embeddings, left_out=tuple(folder.manifest.references))
         self._order = RowOrder(self._reader.block_rows, seed)
         self._end = None if epochs is None else round(epochs * self._order.num_rows)
         self._rank, self._world_size = rank, world_size

@@ -14,11 +14,12 @@ import torch
 
 from shards.folder import ShardFolder
 from trainer.batch import collate
+from trainer.checks import check_fits
 from trainer.config import TrainConfig
 from trainer.data import GlobalBatch, RowReader
 from trainer.distributed import World
 from trainer.export import rounded, rounds
-from trainer.model import Base, check_fits
+from trainer.model import Base
 from trainer.objectives.ntp import NTP
 from trainer.run import EVALUATION, keep_lines
 from trainer.statistics import StepStatistics
@@ -109,4 +110,6 @@ class Evaluation:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else [{}]
+    """The lines of evaluation.jsonl; one without fields where there are none."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines()] or [{}]

@@ -22,12 +22,13 @@ from transformers import PreTrainedModel
 from shards.folder import ShardFolder
 from shards.store import fsync_folder, temporary_name
 from trainer.layout import INDEX, SINGLE, Files, Layout, State
+from trainer.tokenizer import make_faithful
 
 MODEL = "model"
 EXPORTS = "exports"
 
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".tflite")
 COPIED = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".yaml", ".yml")
+TEMPLATES = "additional_chat_templates"
 NAMES_COPIED = ("license", "licence", "notice", "use_policy")
 
 
@@ -67,6 +68,7 @@ def export(
     rounding = write_weights(model, layout, state, temporary, export_dtype)
     if shards is not None and not any((layout.folder / name).exists() for name in _TOKENIZERS):
         shards.copy_tokenizer(temporary)
+    make_faithful(temporary)
     for file in temporary.rglob("*"):
         if file.is_file():
             with open(file, "rb") as written:
@@ -81,26 +83,14 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json")
 
 
 def copy_files(base: Path, folder: Path) -> None:
-    """Copy what stands beside the weights: configs, tokenizer, templates, processors, licence; of subfolders those
-    without weights. Not the model card, which is about the base."""
-    for path in sorted(base.iterdir()):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            inside = [file for file in sorted(path.rglob("*")) if file.is_file()]
-            if not any(file.suffix in WEIGHTS for file in inside):
-                for file in inside:
-                    if _is_copied(file):
-                        (folder / file.relative_to(base)).parent.mkdir(parents=True, exist_ok=True)
-                        shutil.copyfile(file, folder / file.relative_to(base))
-        elif _is_copied(path):
-            shutil.copyfile(path, folder / path.name)
-
-
-def _is_copied(file: Path) -> bool:
-    if file.name.endswith(".index.json") or file.suffix in WEIGHTS:
-        return False
-    return file.suffix in COPIED or file.stem.lower().startswith(NAMES_COPIED)
+    """Copy what stands beside the weights: configs, tokenizer, templates, processors, licence. Not the model card, which
+    is about the base, and no folders but that of templates: one of them may be the run."""
+    for path in sorted([*base.iterdir(), *(base / TEMPLATES).glob("*")]):
+        is_wanted = path.suffix in COPIED or path.stem.lower().startswith(NAMES_COPIED)
+        if is_wanted and path.is_file() and not path.name.startswith(".") and not path.name.endswith(".index.json"):
+            copy = folder / path.relative_to(base)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 def write_config(layout: Layout, folder: Path, export_dtype: str) -> None:
@@ -163,9 +153,9 @@ def write_weights(model: PreTrainedModel, layout: Layout, state: State, folder: 
                         f"{name}: has values of up to {tensor.abs().max():.4g}, more than {dtype} holds; "
                         "run the same command again with --export-dtype float32"
                     )
-                # the base's own bits, which may be a zero with a sign
+                # what is as it was has the base's own bits: a zero with a sign, digits beyond float32
                 same = before.to(dtype)
-                waiting[stored.file][name] = torch.where(value == same, same, value).contiguous()
+                waiting[stored.file][name] = torch.where(is_updated & (value != same), value, same).contiguous()
                 missing[stored.file].remove(name)
                 if not missing[stored.file]:
                     size += save(stored.file)

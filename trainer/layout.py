@@ -80,9 +80,13 @@ def weight_files(folder: Path) -> list[str]:
     if not (folder / INDEX).is_file():
         raise ValueError(f"{folder}: has neither {SINGLE} nor {INDEX}; write the folder again with save_pretrained")
     try:
-        return sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / INDEX}: damaged ({error}); copy it again from where the base is from") from None
+    for name in names:
+        if Path(name).name != name:
+            raise ValueError(f"{folder / INDEX}: names {name!r}, expected files of its own folder")
+    return names
 
 
 def read_stored(folder: Path) -> dict[str, Stored]:
@@ -148,7 +152,7 @@ def read_layout(folder: Path, model: PreTrainedModel) -> Layout:
         frozenset(name for name in trained if not any(part in name for part in keep_float32)),
         _dtypes(model, stored, groups, renames, weights),
         head is not None and head.weight is embedding.weight,
-        bool(getattr(config, "tie_word_embeddings", False) or config.get_text_config().tie_word_embeddings),
+        any(getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config())),
     )
 
 

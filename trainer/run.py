@@ -1,5 +1,6 @@
 """The folder of a run: its settings, its metrics files, the exported model."""
 
+import hashlib
 import json
 import math
 import os
@@ -8,12 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from shards.fingerprint import weights_fingerprint
+from shards.fingerprint import model_origin, weights_fingerprint
 from shards.folder import ShardFolder
 from shards.manifest import first_difference
 from shards.part import encode_json, publish_json
+from shards.publish import require_naming
 from shards.store import open_store, temporary_name
 from trainer.config import TrainConfig
+from trainer.data import unscored_rows
 from trainer.export import EXPORTS, MODEL
 from trainer.objectives.settings import OPTIONS
 
@@ -28,6 +31,8 @@ NOT_SETTINGS = (
     # these change the machine's work and the last digits, not what is computed
     *("micro_batch_size", "sharding", "activation_checkpointing", "compile", "deterministic"),
 )
+# what run.json says beside the settings: not compared by a resume, since the base's folder may be moved and older runs lack it
+RECORDED = ("base", "rows_left_out")
 
 
 @dataclass(frozen=True)
@@ -49,24 +54,53 @@ def run_settings(config: TrainConfig, shards: ShardFolder, context: str, process
         del settings[name]  # of other objectives
     if config.objective == "rho1" and config.scope == "micro":  # what is ranked together depends on both
         settings |= {"micro_batch_size": config.micro_batch_size, "processes": processes}
+    if config.router_aux_loss is None:
+        del settings["router_aux_loss"]  # of a base without experts
     settings = {name: str(value) if value == math.inf else value for name, value in settings.items()}
+    unscored = unscored_rows(shards)
+    left_out = {row for name in references_left_out(config, shards) for row in unscored[name]}
+    if config.leave_out == "reference" or left_out == unscored.get(
+        config.reference if config.objective != "ntp" else "", set()
+    ):
+        del settings["leave_out"]  # as in runs from before there was a choice, which go on
+    name, revision = model_origin(Path(config.model))
     return settings | {
+        "base": {"model": name, "revision": revision},
+        "rows_left_out": {
+            "rows": len(left_out),
+            "by_reference": {reference: len(rows) for reference, rows in unscored.items()},
+            "sha256": hashlib.sha256(json.dumps(sorted(left_out)).encode()).hexdigest(),
+        },
         "context": context,
         "shards": shards.manifest.provenance(),
         "base_weights_sha256": weights_fingerprint(Path(config.model)),
     }
 
 
+def references_left_out(config: TrainConfig, shards: ShardFolder) -> tuple[str, ...]:
+    """Names of the references whose unscored rows train on nothing, as --leave-out says."""
+    if config.leave_out == "any":
+        return tuple(shards.manifest.references)
+    return () if config.objective == "ntp" else (config.reference,)
+
+
 def prepare_out(out: Path, settings: dict[str, Any]) -> None:
     """ValueError where `out` holds another run or something else."""
     if (out / RUN).exists():
-        difference = first_difference(settings, json.loads((out / RUN).read_text(encoding="utf-8")))
+        before = json.loads((out / RUN).read_text(encoding="utf-8"))
+        ours, theirs = ({key: run[key] for key in run if key not in RECORDED} for run in (settings, before))
+        difference = first_difference(ours, theirs)
         if difference:
+            began = before.get("base") or {}
+            if difference.startswith("base_weights_sha256") and began.get("revision"):
+                difference += f" (it began with {began['model']}@{began['revision']})"  # a branch moves on
             raise ValueError(
                 f"{out}: holds another run: {difference}; choose another --out, or delete it to start over"
             )
     elif out.exists() and any(out.iterdir()):
         raise ValueError(f"{out}: is not empty and not a run of remit train; choose another --out or empty it")
+    else:
+        require_naming(out)
 
 
 def open_run(out: Path, settings: dict[str, Any]) -> None:

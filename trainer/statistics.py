@@ -76,6 +76,11 @@ class StepStatistics:
         groups = 1 if group is None else max(group) + 1
         columns = len(self._names) + WEIGHT_BINS + EXCESS_BINS
         self.table = torch.zeros(groups, columns, dtype=torch.float64, device=device)
+        self.router_loss = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add_router_loss(self, value: Tensor) -> None:
+        """Add a micro-batch's balancing loss, weighted by its share of the tokens of the step; ranks add up."""
+        self.router_loss += value.double()
 
     def add_weights(self, source: int, losses_N: Tensor, weighted: Weighted) -> None:
         """Add tokens of one row. losses_N: -log p of the base."""

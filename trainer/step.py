@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.batch import MicroBatch
+from trainer.experts import Balancing
 from trainer.head import objective_loss
 from trainer.model import Base
 from trainer.objectives.objective import Objective
@@ -22,14 +23,26 @@ class LossModel(nn.Module):
         self._base = base
 
     def forward(
-        self, batch: MicroBatch, objective: Objective, normaliser: float, scale: float, statistics: StepStatistics
+        self,
+        batch: MicroBatch,
+        objective: Objective,
+        normaliser: float,
+        scale: float,
+        statistics: StepStatistics,
+        balancing: Balancing | None = None,
     ) -> Tensor:
-        """scale times Eq. 6 summed over the rows of `batch` and divided by normaliser, a scalar."""
+        """scale times Eq. 6 summed over the rows of `batch` and divided by normaliser, a scalar.
+
+        With `balancing` its share of the loss that balances the experts is added before the scale.
+        """
         head = self._base.head
-        hidden_BTH = self._base.hidden_states(batch.input_ids_BT, batch.position_ids_BT)
+        routed = balancing is not None and batch.tokens > 0
+        hidden_BTH, router_logits = self._base.run_body(batch.input_ids_BT, batch.position_ids_BT, routed)
         loss = objective_loss(
             hidden_BTH, head.weight, batch, objective, normaliser, bias_V=head.bias, statistics=statistics
         )  # fmt: skip
+        if balancing is not None and routed:
+            loss = loss + balancing.share(router_logits, batch, statistics)
         return loss if scale == 1 else loss * scale
 
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from shards.folder import ShardFolder
-from shards.tokens import other_beginning, role_of
+from shards.tokens import FAITHFUL, differing_components, faithful_config, other_beginning, role_of
 
 
 def load_encoder(folder: Path) -> Tokenizer | None:
@@ -40,6 +40,11 @@ def check_tokenizer(folder: Path, shards: ShardFolder, note: Callable[[str], Non
         return []
     canonical = lambda value: json.loads(Tokenizer.from_str(json.dumps(value)).to_str())  # noqa: E731
     differences = shards.require_tokenizer(json.loads(encoder.to_str()), str(folder), canonical)
+    if replaced := replaced_components(folder):
+        note(
+            f"{folder}: transformers would put others in the place of the {', '.join(replaced)} of tokenizer.json, by the "
+            f"class that it takes for it; the ids are those of the file, and the exported model will name {FAITHFUL[0]}"
+        )
     if differences:
         note(f"{folder}: its tokenizer differs in tokens that no row has: {'; '.join(differences)}")
     if line := other_beginning(encoder, rows.get("bos_token_id")):
@@ -47,6 +52,30 @@ def check_tokenizer(folder: Path, shards: ShardFolder, note: Callable[[str], Non
     if line := other_end(folder, encoder, rows["eos_token_id"]):
         note(f"{folder}: {line}")
     return differences
+
+
+def replaced_components(folder: Path) -> list[str]:
+    """Parts of a folder's tokenizer.json in whose place transformers puts others as it loads the folder."""
+    if not (folder / "tokenizer.json").exists():
+        return []
+    try:
+        theirs: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        loaded = json.loads(theirs.backend_tokenizer.to_str())
+    except Exception as error:
+        return [f"whole ({(str(error).splitlines() or [type(error).__name__])[0]})"]
+    return differing_components(loaded, json.loads(Tokenizer.from_file(str(folder / "tokenizer.json")).to_str()))
+
+
+def make_faithful(folder: Path) -> None:
+    """Change the class in a folder's tokenizer_config.json where with it transformers gives other ids than tokenizer.json."""
+    file = folder / "tokenizer_config.json"
+    original = file.read_bytes() if file.exists() else None
+    for name in FAITHFUL if replaced_components(folder) else ():
+        file.write_bytes(faithful_config(json.loads(original) if original else {}, name))
+        if not replaced_components(folder):
+            return
+    if original is not None and replaced_components(folder):
+        file.write_bytes(original)  # no class helps; what the user has is better known
 
 
 def other_end(folder: Path, encoder: Tokenizer, eos_token_id: int) -> str:

@@ -24,16 +24,18 @@ from shards.part import sha256_file
 from trainer.batch import Row, collate
 from trainer.board import Board
 from trainer.checkpoint import Checkpoints, whole_weights
+from trainer.checks import check_document_attention, check_fits
 from trainer.config import TrainConfig, learning_rate_at
 from trainer.data import RowReader, global_batches
 from trainer.deterministic import deterministic
 from trainer.distributed import World, accumulate_only, connect, scalar, spread
 from trainer.evaluation import Evaluation
+from trainer.experts import Balancing, check_experts, describe, router_loss
 from trainer.export import EXPORTS, MODEL, Rounding, export
 from trainer.exported import Exported, rounding_notes, untrained_notes
 from trainer.first_pass import global_weights, second_pass
 from trainer.layout import read_layout
-from trainer.model import check_document_attention, check_fits, load_base
+from trainer.model import load_base
 from trainer.objectives import make_objective
 from trainer.order import RowOrder
 from trainer.run import (
@@ -47,6 +49,7 @@ from trainer.run import (
     keep_lines,
     open_run,
     prepare_out,
+    references_left_out,
     run_result,
     run_settings,
 )
@@ -103,14 +106,26 @@ def train_in(
         Exported(config.out).require_dtype(config.export_dtype)
     if world.from_first((config.out / MODEL).exists()):
         return world.from_first(run_result(config.out) if world.first else None)
+    check_experts(Path(config.model), config.router_aux_loss)
     base = load_base(Path(config.model), config.dtype, world.device, context)
     check_fits(base, Path(config.model), shards)
     if context == "document":
-        check_document_attention(base)
+        check_document_attention(base, shards.manifest.seq_len)
+    if base.dropout:
+        note(f"off while training, kept in the export: {', '.join(f'{k} {v:g}' for k, v in base.dropout.items())}")
+    balance = None if config.router_aux_loss is None else router_loss(base.model)
+    if line := describe(base.model.config.to_dict(), config.router_aux_loss):
+        note(line)
     layout = world.from_first(read_layout(Path(config.model), base.model) if world.first else None)
     for line in untrained_notes(layout, type(base.model).__name__):
         note(line)
-    reader = RowReader(shards, context, reference, base.num_embeddings, objective.columns)
+    left_out = references_left_out(config, shards)
+    reader = RowReader(shards, context, reference, base.num_embeddings, objective.columns, left_out)
+    if settings["rows_left_out"]["rows"]:
+        counts = ", ".join(f"{name} {rows:,}" for name, rows in settings["rows_left_out"]["by_reference"].items())
+        note(f"{settings['rows_left_out']['rows']:,} rows train on nothing, since they could not be scored ({counts})")
+    if line := reader.require_top_k_fits():
+        note(line)
     sources = Sources(shards.manifest.corpus)
     order = RowOrder(reader.block_rows, config.seed)
     last_row = None if config.max_steps else math.ceil(config.epochs * order.num_rows)
@@ -168,6 +183,7 @@ def train_in(
             predicted, step_tokens = world.sum(torch.tensor(own)).tolist()
             if not predicted:
                 raise ValueError(f"step {step}: no row of the batch has a token to predict ({where(batch.rows)})")
+            balancing = balance and Balancing(balance, config.router_aux_loss or 0.0, step_tokens)
             micro_batches = batch.micro_batches(config.micro_batch_size, world.size)
             minimised = objective
             if objective.scope == "global" and len(micro_batches) * world.size == 1:
@@ -180,10 +196,11 @@ def train_in(
                 with contextlib.nullcontext() if is_last else accumulate_only(model):
                     micro_batch = collate(rows, context, world.device, pad_to)
                     # both kinds of spreading average over the ranks, which the factor makes a sum
-                    loss = model(micro_batch, minimised, predicted, world.size, statistics)
+                    loss = model(micro_batch, minimised, predicted, world.size, statistics, balancing)
                     loss.backward()
             grad_norm = scalar(torch.nn.utils.clip_grad_norm_(loss_model.parameters(), config.max_grad_norm))
             world.sum(statistics.table)
+            world.sum(statistics.router_loss)
             loss_sum = statistics.sums["objective_loss"]
             if not math.isfinite(grad_norm) or not math.isfinite(loss_sum):
                 raise FloatingPointError(
@@ -203,6 +220,8 @@ def train_in(
                 "data_wait_seconds": batch.data_wait_seconds,
                 "peak_memory_bytes": peak_memory_bytes(world.device),
             }
+            if balancing:
+                metrics["router_aux_loss"] = statistics.router_loss.item()
             metrics = {"step": step, "tokens": tokens} | metrics
             metrics_file.write(json.dumps(metrics) + "\n")
             metrics_file.flush()

@@ -27,7 +27,7 @@ def require_wandb() -> Any:
     # a folder ./wandb of earlier offline runs is importable too, as an empty namespace
     if not hasattr(wandb, "init"):
         raise ValueError(
-            "--wandb-project: wandb is not installed; pip install 'remit[wandb]', or leave the option out: "
+            "--wandb-project: wandb is not installed; in your checkout of remit: pip install '.[wandb]', or leave the option out: "
             "OUT/tensorboard has the same figures"
         )
     return wandb

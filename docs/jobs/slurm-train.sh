@@ -14,5 +14,5 @@ head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # srun hands the TERM to torchrun, which hands it to the ranks: they finish the step, save and end
 srun torchrun --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node=8 \
     --rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d --rdzv-endpoint="$head:29500" \
-    -m pipelines.cli train --shards "$SCORED" --model "$BASE" --out "$RUN" --objective remit \
+    --no-python remit train --shards "$SCORED" --model "$BASE" --out "$RUN" --objective remit \
     --global-batch-size 512 --micro-batch-size 2 --checkpoint-every 200

@@ -28,10 +28,10 @@ from pipelines.models import LocalModel, resolve_model
 from shards.fingerprint import (
     config_fingerprint,
     parse_tokenizer_json,
-    refuse_code_and_pickles,
     tokenizer_fingerprint,
     weights_fingerprint,
 )
+from shards.modelfolder import max_positions, read_config, require_language_model
 
 Note = Callable[[str], None]
 READ_BESIDE = (
@@ -74,10 +74,12 @@ def evaluate(config: EvalConfig, note: Note) -> dict[str, Any]:
     """
     for package, extra in (
         ("lm_eval", "eval"),
-        *((("vllm", "cpu' or 'remit[gpu]"),) if config.backend == "vllm" else ()),
+        *((("vllm", "cpu]' or '.[gpu"),) if config.backend == "vllm" else ()),
     ):
         if find_spec(package) is None:
-            raise ValueError(f"remit eval needs {package}, which is not installed; pip install 'remit[{extra}]'")
+            raise ValueError(
+                f"remit eval needs {package}, which is not installed; in your checkout of remit: pip install '.[{extra}]'"
+            )
     if config.task_dir is not None and not config.task_dir.is_dir():
         raise ValueError(f"--task-dir {config.task_dir}: no such folder, expected one with the YAML files of tasks")
     tasks, left_out = plan_tasks(config)
@@ -88,6 +90,8 @@ def evaluate(config: EvalConfig, note: Note) -> dict[str, Any]:
     earlier = {other: read_results(Path(other)) for other in config.compare if other.endswith(".json")}
     names = [("--model", config.model), *(("--compare", name) for name in config.compare if name not in earlier)]
     models = [(name, resolve_model(option, name)) for option, name in names]
+    for _, model in models:
+        require_language_model(model.path)
     results = {}
     for name, model in models:
         results[name] = evaluate_model(config, model, name, tasks, left_out, note)
@@ -102,7 +106,6 @@ def evaluate_model(
     config: EvalConfig, model: LocalModel, name: str, tasks: list[PlannedTask], left_out: list[str], note: Note
 ) -> dict[str, Any]:
     """The results of one model, those of finished tasks from their files; also written to results.json."""
-    refuse_code_and_pickles(model.path)
     if config.chat_template and not has_chat_template(model.path):
         raise ValueError(f"--chat-template is given and {name} has none; leave it out, or name a post-trained model")
     positions = num_positions(model.path)
@@ -201,9 +204,9 @@ def common_settings(config: EvalConfig, model: LocalModel) -> dict[str, Any]:
 
 
 def num_positions(folder: Path) -> int | None:
-    """max_position_embeddings of the model in `folder`, None where its config.json has none."""
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return (values.get("text_config") or values).get("max_position_embeddings")
+    """Tokens of the longest sequence of the model in `folder`, None where its config.json says nothing of it."""
+    values = read_config(folder)
+    return max_positions(values.get("text_config") or values)
 
 
 def has_chat_template(folder: Path) -> bool:

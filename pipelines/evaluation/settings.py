@@ -16,7 +16,8 @@ class EvalConfig:
     """
 
     model: str
-    """Model to evaluate: a Hugging Face folder (OUT/model of remit train) or a hub id. No remote code is run."""
+    """Model to evaluate: a Hugging Face folder (OUT/model of remit train), or NAME or NAME@REVISION of the hub. No
+    remote code is run."""
     suite: Literal["paper", "paper-zero-shot"] | None = None
     """The paper's tasks with its shots, for base models, or without examples, for post-trained ones. Default: paper,
     unless --tasks is given."""

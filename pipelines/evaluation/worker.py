@@ -57,6 +57,7 @@ def set_environment(job: dict[str, Any]) -> None:
     if job["backend"] != "vllm":
         return
     from scorer.engine import EngineConfig, environment
+    from scorer.scratch import own_temporary_folder
 
     device = "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
     config = json.loads((Path(job["model"]) / "config.json").read_text(encoding="utf-8"))
@@ -66,6 +67,7 @@ def set_environment(job: dict[str, Any]) -> None:
     values = environment(engine, config, sorted(os.sched_getaffinity(0)), 8192)
     del values["HF_HUB_OFFLINE"]  # the tasks' data may have to be fetched
     os.environ.update(values)
+    own_temporary_folder()
 
 
 def evaluate_tasks(job: dict[str, Any], connection: Connection) -> None:
@@ -166,7 +168,9 @@ def load_task(index: Any, name: str, allow_code_execution: bool) -> list[Any]:
     try:
         objects = index.load([name])
     except ImportError as error:
-        raise TaskError(f"{name}: needs a package ({error}); pip install 'remit[eval]'") from error
+        raise TaskError(
+            f"{name}: needs a package ({error}); in your checkout of remit: pip install '.[eval]'"
+        ) from error
     except Exception as error:
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         if data in ("json", "csv", "parquet", "arrow", "text"):

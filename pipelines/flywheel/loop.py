@@ -5,7 +5,6 @@ round before, and trains the original base, not that of the round before, with R
 """
 
 import glob
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from pipelines.flywheel.settings import FlywheelConfig, PostTrain
 from pipelines.flywheel.stage import Input, Output, Pattern, Stage, State, Unkeyed, Word
 from pipelines.models import resolve_model
 from pipelines.posttrain.rewards import reward_source
+from shards.modelfolder import max_positions, read_config, require_base, require_language_model, require_one_scaling
 from shards.store import is_remote
 from shards.tokens import disagreement, ordinary_ids
 
@@ -75,8 +75,14 @@ class _Builder:
 
     def require_fit(self, key: str, model: Path) -> None:
         """BadUsage where training or scoring would refuse this model, after hours of packing."""
-        positions = json.loads((model / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
-        if isinstance(positions, int) and self.config.seq_len > positions:
+        try:
+            (require_base if key == "base" else require_language_model)(model)
+            values = read_config(model)
+            require_one_scaling(values, self.config.seq_len, str(model))
+        except ValueError as error:
+            raise BadUsage(f"{key} {error}") from None
+        positions = max_positions(values)
+        if positions is not None and self.config.seq_len > positions:
             raise BadUsage(
                 f"seq_len is {self.config.seq_len}, expected at most {positions}, the max_position_embeddings of {key} {model}"
             )
@@ -122,7 +128,9 @@ class _Builder:
             needed["evaluate"] = ("lm_eval", "eval")
         for section, (package, extra) in needed.items():
             if section not in self.config.launch and find_spec(package) is None:
-                raise ValueError(f"{section} needs {package}, which is not installed; pip install 'remit[{extra}]'")
+                raise ValueError(
+                    f"{section} needs {package}, which is not installed; in your checkout of remit: pip install '.[{extra}]'"
+                )
 
     def add(self, section: str, name: str, line: tuple[Word, ...], inputs: Mapping[str, Any], **settings: Any) -> Stage:
         """A stage that one of this project's own commands runs."""

@@ -8,8 +8,8 @@ from typing import Any
 
 from shards.fingerprint import (
     parse_tokenizer_json,
-    refuse_code_and_pickles,
 )
+from shards.modelfolder import require_language_model
 from shards.tokens import disagreement, ordinary_ids
 
 
@@ -21,7 +21,7 @@ def check_model(folder: Path, inputs: Mapping[str, Path]) -> None:
     if not (folder / "config.json").is_file():
         has = ", ".join(sorted(path.name for path in folder.iterdir())[:5])
         raise ValueError(f"{folder}: has no config.json (it has: {has}), expected what save_pretrained writes")
-    refuse_code_and_pickles(folder)
+    require_language_model(folder)
     check_tokenizer(folder, inputs["model"])
     check_weights(folder, inputs["model"])
     check_vocabulary(folder, inputs["model"])

@@ -37,6 +37,8 @@ class Process:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         variables = os.environ | {"PYTHONUNBUFFERED": "1"}
         if any(word.split(".")[0] == "pipelines" for word in self.command):  # ours: the packages of this process
+            if not any(word.endswith(".py") for word in self.stage.launcher):  # which may have modules beside it
+                variables["PYTHONSAFEPATH"] = "1"  # python -m would look in the current folder first
             variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         if self.cores:
             variables["OMP_NUM_THREADS"] = str(len(self.cores))

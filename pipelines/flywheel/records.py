@@ -229,6 +229,11 @@ def one_driver(folder: Path, patience_seconds: float = 15) -> Iterator[int]:
                         f"{folder}: {who} works here; wait for it or stop it, or choose another folder"
                     ) from None
                 time.sleep(0.1)
+            except OSError as error:
+                raise ValueError(
+                    f"{folder}: its filesystem has no file locks ({os.strerror(error.errno or 0)}), which keep two drivers "
+                    "apart; choose another `out`"
+                ) from None
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()} on {here}\n".encode(), 0)
         yield descriptor

@@ -48,7 +48,7 @@ class Section:
 
 def _posttrain(kind: str, *examples: str) -> Section:
     return Section(
-        f"python -m pipelines.posttrain {kind}",
+        f"python -P -m pipelines.posttrain {kind}",
         "pipelines.posttrain",
         (kind,),
         f"pipelines.posttrain.settings:{kind.capitalize()}Config",

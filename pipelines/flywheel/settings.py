@@ -59,7 +59,7 @@ class FlywheelConfig:
     """The loop, as the YAML file describes it. Every field is a key of the file."""
 
     base: str
-    """Base model that every round's mid-training starts from: a Hugging Face folder or a hub id."""
+    """Base model that every round's mid-training starts from: a Hugging Face folder, or NAME or NAME@REVISION of the hub."""
     corpus: tuple[str, ...]
     """Mid-training corpus, as --corpus of remit pack takes it."""
     out: Path
@@ -67,7 +67,7 @@ class FlywheelConfig:
     posttrain: tuple[PostTrain, ...]
     """Stages of post-training, each from the model of the one before."""
     tokenizer: str | None = None
-    """Folder or hub id of the tokenizer; default: the base's."""
+    """Folder of the tokenizer, or NAME or NAME@REVISION of the hub; default: the base's."""
     seq_len: int = 4096
     """Tokens per row."""
     rounds: int = 1

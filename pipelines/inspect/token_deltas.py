@@ -54,9 +54,10 @@ def choose_base(folder: ShardFolder, reference: str, base: str | None, model: Pa
     """
     context = choose_context(folder, reference, reference)
     if model is not None:
-        from scorer.reference import Reference, check_reference
+        from scorer.reference import Reference, check_reference, require_quantised_readable
 
         check_reference(folder, Reference(model, model.name))
+        require_quantised_readable(model)
         name = model.resolve().name
         return Base(name if name != reference else f"{name} (base)", context, forward=load_forward(model))
     if base is None and ("base" not in folder.manifest.references or reference == "base"):

@@ -1,6 +1,6 @@
 """The laboratory: the paper's comparisons on tiny models, with several seeds.
 
-    python -m pipelines.lab --size full --seeds 0 1 2 --out lab
+    python -P -m pipelines.lab --size full --seeds 0 1 2 --out lab
 
 Out: OUT/results/seed-N.json for each seed that is done; OUT/stages, OUT/records and OUT/logs as remit flywheel writes
 them. The same command again does what is missing; other seeds are added by naming them.

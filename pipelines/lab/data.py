@@ -1,6 +1,6 @@
 """Make all data of one seed of the laboratory, its tokenizer and its untrained model.
 
-    python -m pipelines.lab.data --size full --seed 0 --out DIR
+    python -P -m pipelines.lab.data --size full --seed 0 --out DIR
 
 Out: corpus/ (documents), packed/ (shard folders: pretraining, midtraining, curated, heldout), start/ (a model with random
 weights, and the tokenizer), posttrain/ (sft.jsonl, dpo.jsonl, rl.jsonl), heldout/ (problems, stories, notes).

@@ -1,7 +1,7 @@
 """Measure a model: accuracy on held-out problems, loss on held-out texts, distance from a reference.
 
-    python -m pipelines.lab.measure --model DIR --data DIR --out DIR [--reference DIR]
-    python -m pipelines.lab.measure --model DIR --start DIR --exports DIR --steps N --data DIR --out DIR
+    python -P -m pipelines.lab.measure --model DIR --data DIR --out DIR [--reference DIR]
+    python -P -m pipelines.lab.measure --model DIR --start DIR --exports DIR --steps N --data DIR --out DIR
 
 Data: problems.jsonl with {"level", "prompt", "answer", "solution"}, and one NAME.jsonl with {"text"} per general text.
 Out: measurements.json, a flat mapping of metric to value. All losses are natural logarithms, means per token.

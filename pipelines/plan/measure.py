@@ -27,9 +27,10 @@ from pipelines.plan.model import ModelShape, reduced
 from pipelines.plan.planner import GPUS, Job, Layout, Machine, memory, propose
 from pipelines.plan.settings import PlanConfig
 from trainer.batch import MicroBatch
+from trainer.checks import check_plain_head
 from trainer.config import TrainConfig
 from trainer.head import token_losses
-from trainer.model import Base, check_plain_head, resolve_dtype
+from trainer.model import Base, resolve_dtype
 from trainer.objectives import ObjectiveSettings, make_objective
 from trainer.statistics import Sources, StepStatistics
 from trainer.step import LossModel
@@ -135,7 +136,9 @@ def measure(
     engine = config.measure_engine
     has_vllm = importlib.util.find_spec("vllm") is not None
     if engine == "vllm" and not has_vllm:
-        raise ValueError("--measure-engine is vllm, which is not installed; install remit[cpu] or remit[gpu]")
+        raise ValueError(
+            "--measure-engine is vllm, which is not installed; in your checkout of remit: pip install '.[gpu]', or '.[cpu]' without a GPU"
+        )
     if engine == "auto":
         engine = "vllm" if has_vllm else "transformers"
     if engine == "vllm":

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shards.modelfolder import max_positions
+
 
 @dataclass(frozen=True)
 class Attention:
@@ -70,7 +72,9 @@ def read_config(option: str, folder: Path) -> Any:
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{option} {folder}: has no config.json, expected a Hugging Face model folder or a hub id")
+        raise ValueError(
+            f"{option} {folder}: has no config.json, expected a Hugging Face model folder, or NAME or NAME@REVISION of the hub"
+        )
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:
@@ -114,7 +118,9 @@ def shape_of(option: str, config: Any, name: str) -> ModelShape:
         tied=model.get_input_embeddings().weight is head,
         attention=_attention(text),
         activation_width=_activation_width(model, text, chosen if experts > 1 else 1),
-        max_position=getattr(text, "max_position_embeddings", None),
+        max_position=max_positions(
+            text.to_dict() | {"max_position_embeddings": getattr(text, "max_position_embeddings", None)}
+        ),
     )
 
 

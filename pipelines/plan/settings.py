@@ -31,7 +31,7 @@ class PlanConfig:
     weights: bool = False
     """Tabulate weights, clipped shares and tokens from the stored log-probs of a reference and of the base."""
     base: str = ""
-    """Costs: base model, a folder with config.json or a hub id. --weights: name of its log-probs, default base."""
+    """Costs: base model, a folder with config.json, or NAME or NAME@REVISION of the hub. --weights: name of its log-probs, default base."""
     reference: str = ""
     """Costs: reference model, likewise. --weights: name of its log-probs (--name of remit score), default rl."""
     json: Path | None = None
@@ -170,7 +170,9 @@ class PlanConfig:
     def _check_costs(self) -> None:
         for name in ("base", "reference"):
             if not getattr(self, name):
-                raise ValueError(f"--{name} is not given, expected a model folder with config.json or a hub id")
+                raise ValueError(
+                    f"--{name} is not given, expected a model folder with config.json, or NAME or NAME@REVISION of the hub"
+                )
         if self.tokens is None:
             raise ValueError("--tokens is not given, expected the tokens of the corpus, for instance 50e9 or 50B")
         _ = self.num_tokens

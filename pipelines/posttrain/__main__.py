@@ -1,4 +1,4 @@
-"""python -m pipelines.posttrain sft|dpo|rl --model DIR --data FILE.jsonl --out DIR
+"""python -P -m pipelines.posttrain sft|dpo|rl --model DIR --data FILE.jsonl --out DIR
 
 Exit codes: 0 done, 1 failed, 2 bad usage, 3 stopped by a signal and resumable by the same command.
 """
@@ -15,7 +15,7 @@ from pipelines.posttrain.settings import DpoConfig, RlConfig, SftConfig
 from pipelines.signals import Stopped, StopRequest
 
 DESCRIPTION = (
-    "Post-train a model with TRL (pip install 'remit[flywheel]'). Writes OUT/model, a Hugging Face folder, and "
+    "Post-train a model with TRL (in your checkout of remit: pip install '.[flywheel]'). Writes OUT/model, a Hugging Face folder, and "
     "OUT/metrics.jsonl. Options may also come from a YAML file, --config FILE."
 )
 STAGES: dict[str, type] = {"sft": SftConfig, "dpo": DpoConfig, "rl": RlConfig}
@@ -28,7 +28,7 @@ def parse(arguments: list[str]) -> Any:
         summary = (settings.__doc__ or "").splitlines()[0]
         entry = Annotated[settings, tyro.conf.subcommand(name, description=summary)]  # type: ignore[valid-type]
         union = entry if union is None else union | entry
-    prog = "python -m pipelines.posttrain"
+    prog = "python -P -m pipelines.posttrain"
     return tyro.cli(union, prog=prog, description=DESCRIPTION, args=arguments, use_underscores=False)
 
 

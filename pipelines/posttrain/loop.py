@@ -14,7 +14,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from pipelines.console import ShouldStop, progress_bar
 from pipelines.posttrain.run import CHECKPOINTS, METRICS
 from pipelines.posttrain.settings import PostTrainConfig
-from shards.store import fsync_folder, temporary_name
+from shards.publish import fsync_folder
+from shards.store import temporary_name
 from trainer.model import resolve_dtype
 
 COMPLETE = "complete"  # in a checkpoint that is whole

@@ -14,7 +14,9 @@ from pipelines.posttrain.settings import RlConfig
 def rl(config: RlConfig, should_stop: ShouldStop) -> int:
     """As post_train; also raises ValueError for a --reward that cannot be found, or --use-vllm without vLLM."""
     if config.use_vllm and find_spec("vllm") is None:
-        raise ValueError("--use-vllm needs vLLM, which is not installed; pip install 'remit[gpu]', or leave it out")
+        raise ValueError(
+            "--use-vllm needs vLLM, which is not installed; in your checkout of remit: pip install '.[gpu]', or leave it out"
+        )
     reward: Any = load_reward(config.reward)
     fields = ("prompt", "answer") if config.reward == "answer" else ("prompt",)
 

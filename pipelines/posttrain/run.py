@@ -19,9 +19,10 @@ from pipelines.models import resolve_model
 from pipelines.posttrain.data import Example, keep_short, read_examples
 from pipelines.posttrain.rewards import reward_fingerprint
 from pipelines.posttrain.settings import PostTrainConfig, RlConfig
-from shards.fingerprint import weights_fingerprint
+from shards.fingerprint import model_origin, weights_fingerprint
 from shards.manifest import first_difference
 from shards.part import encode_json, publish_json, sha256_file
+from shards.publish import require_naming
 from shards.store import open_store
 
 if TYPE_CHECKING:
@@ -31,7 +32,16 @@ if TYPE_CHECKING:
 
 RUN, METRICS, CHECKPOINTS, MODEL = "run.json", "metrics.jsonl", "checkpoints", "model"
 # where things are, what is shown, and what changes the machine's work but not what is computed
-NOT_SETTINGS = ("model", "data", "out", "debug", "checkpoint_every", "micro_batch_size", "gradient_checkpointing")
+NOT_SETTINGS = (
+    "model",
+    "data",
+    "out",
+    "debug",
+    "checkpoint_every",
+    "micro_batch_size",
+    "gradient_checkpointing",
+    "export_dtype",
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,9 @@ class Job:
 def post_train(config: PostTrainConfig, stage: Stage, should_stop: ShouldStop) -> int:
     """Train and write OUT/model; returns DONE or STOPPED. Raises ValueError for data, models and folders of no use."""
     if find_spec("trl") is None or find_spec("accelerate") is None:
-        raise ValueError("post-training needs TRL, which is not installed; pip install 'remit[flywheel]'")
+        raise ValueError(
+            "post-training needs TRL, which is not installed; in your checkout of remit: pip install '.[flywheel]'"
+        )
     quiet_libraries()
     folder = resolve_model("--model", config.model).path
     examples = read_examples(config.data, stage.fields)
@@ -86,6 +98,7 @@ def post_train(config: PostTrainConfig, stage: Stage, should_stop: ShouldStop) -
 
     from pipelines.posttrain.loop import run_trainer, trainer_arguments
     from trainer.export import export
+    from trainer.exported import rounding_notes
     from trainer.layout import read_layout
 
     open_run(config.out, settings)
@@ -94,7 +107,9 @@ def post_train(config: PostTrainConfig, stage: Stage, should_stop: ShouldStop) -
     if not run_trainer(config, trainer, should_stop):
         return STOPPED
     if trainer.is_world_process_zero():
-        export(base.model, layout, base.model.state_dict(), final)
+        rounding = export(base.model, layout, base.model.state_dict(), final, config.export_dtype)
+        for line in rounding_notes(rounding, None, {}):
+            note(line)
         shutil.rmtree(config.out / CHECKPOINTS, ignore_errors=True)
         print(f"trained {trainer.state.global_step:,} steps on {len(short):,} examples -> {final}")
     return DONE
@@ -103,14 +118,17 @@ def post_train(config: PostTrainConfig, stage: Stage, should_stop: ShouldStop) -
 def load(folder: Path) -> "tuple[Base, PreTrainedTokenizerBase]":
     """Model, with float32 weights on the CPU, and tokenizer; ValueError where the latter cannot end a text."""
     import torch
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     from trainer.model import load_base
+    from trainer.tokenizer import replaced_components
 
     base = load_base(folder, "float32", torch.device("cpu"))
     if not (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
         raise ValueError(f"--model {folder}: has no tokenizer, expected tokenizer.json beside the weights")
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    # some classes of transformers leave parts of tokenizer.json out, and its ids are what the model knows
+    loader: Any = PreTrainedTokenizerFast if replaced_components(folder) else AutoTokenizer
+    tokenizer = loader.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"--model {folder}: its tokenizer has no end token (eos_token), expected one to end texts with"
@@ -140,6 +158,8 @@ def run_settings(config: PostTrainConfig, folder: Path) -> dict[str, Any]:
     return {
         "stage": type(config).__name__.removesuffix("Config").lower(),
         **{name: value for name, value in asdict(config).items() if name not in NOT_SETTINGS},
+        **({} if config.export_dtype == "base" else {"export_dtype": config.export_dtype}),  # older runs have none
+        "base": dict(zip(("model", "revision"), model_origin(folder))),
         "data_sha256": sha256_file(config.data),
         "weights_sha256": weights_fingerprint(folder),
         **({} if reward is None else {"reward_sha256": reward}),
@@ -149,13 +169,17 @@ def run_settings(config: PostTrainConfig, folder: Path) -> dict[str, Any]:
 def prepare_out(out: Path, settings: dict[str, Any]) -> None:
     """ValueError where `out` holds another run or something else."""
     if (out / RUN).exists():
-        difference = first_difference(settings, json.loads((out / RUN).read_text(encoding="utf-8")))
+        before = json.loads((out / RUN).read_text(encoding="utf-8"))
+        # the folder that it starts from may have been moved; the weights are what counts
+        difference = first_difference(settings | {"base": None}, before | {"base": None})
         if difference:
             raise ValueError(
                 f"{out}: holds another run: {difference}; choose another --out, or delete it to start over"
             )
     elif out.exists() and any(out.iterdir()):
         raise ValueError(f"{out}: is not empty and holds no run of post-training; choose another --out or empty it")
+    else:
+        require_naming(out)
 
 
 def open_run(out: Path, settings: dict[str, Any]) -> None:

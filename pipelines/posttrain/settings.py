@@ -24,7 +24,7 @@ class PostTrainConfig:
     """What the three stages share."""
 
     model: str
-    """Model to start from: a Hugging Face folder or a hub id. No remote code is run."""
+    """Model to start from: a Hugging Face folder, or NAME or NAME@REVISION of the hub. No remote code is run."""
     data: Path
     """Examples, one JSON object per line."""
     out: Path
@@ -56,6 +56,9 @@ class PostTrainConfig:
     """Of the matrix products; weights and optimizer stay in float32. auto: bfloat16 on a GPU, float32 elsewhere."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: slower, and much less memory."""
+    export_dtype: Literal["base", "float32", "bfloat16"] = "base"
+    """Of the weights in OUT/model. base: of each tensor as in the start's files; rounding to bfloat16 takes most of what
+    small learning rates change, which float32 keeps."""
     log_every: int = 1
     """Steps between lines of OUT/metrics.jsonl, which hold means over them."""
     checkpoint_every: int = 100

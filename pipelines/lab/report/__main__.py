@@ -1,4 +1,4 @@
-"""Report on the seeds that make lab has finished: python -m pipelines.lab.report LAB [LAB ...] --html FILE
+"""Report on the seeds that make lab has finished: python -P -m pipelines.lab.report LAB [LAB ...] --html FILE
 
 Exit codes: 0 done, 1 failed, 2 bad usage.
 """
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         config = tyro.cli(
             LabReportConfig,
-            prog=f"python -m pipelines.{NAME}",
+            prog=f"python -P -m pipelines.{NAME}",
             description=__doc__,
             args=arguments,
             use_underscores=False,

@@ -1,0 +1,93 @@
+"""The plan of remit pack: which rows stand in which part, made of what was staged; and is it the plan of a folder?
+
+In: the records of the staged corpus files. Out: the manifest.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from scorer.config import PackConfig
+from scorer.known import hashes_now
+from scorer.sources import Source
+from scorer.tokenizer import PackTokenizer
+from scorer.vocabulary import hashes
+from shards.folder import ShardFolder
+from shards.manifest import CorpusFile, Manifest, PartPlan, first_difference, part_name
+
+NOTED_SHARE = 0.01  # of unknown tokens, of documents that do not come back
+
+
+def plan_parts(config: PackConfig, staged: list[dict], tokenizer: dict) -> Manifest:
+    """Cut the rows of all sources, end to end, into parts of rows_per_part."""
+    files = tuple(CorpusFile(**record["file"]) for record in staged)
+    if not any(file.rows for file in files):
+        read = sum(file.documents_read for file in files)
+        rejected = sum(file.documents_rejected for file in files)
+        causes = (why for record in staged for why in (*record["rejected"], record["file"]["left_out"]) if why)
+        example = next(causes, "")
+        raise ValueError(
+            f"the corpus is empty: {len(files)} file(s), {read} documents read, none with text ({rejected} rejected"
+            + (f", for instance {example}" if example else "")
+            + "); check --corpus and --text-field"
+        )
+    # rows are full but for the last one of each file, so a part's tokens follow from its rows alone
+    last_row = np.cumsum([file.rows for file in files]) - 1
+    short_by = np.cumsum([file.rows * config.seq_len - file.tokens for file in files])
+    num_rows = int(last_row[-1]) + 1
+    parts: list[PartPlan] = []
+    for first in range(0, num_rows, config.rows_per_part):
+        rows = min(config.rows_per_part, num_rows - first)
+        low, high = np.searchsorted(last_row, [first, first + rows])
+        missing = short_by[high - 1] - (short_by[low - 1] if low else 0) if high > low else 0
+        parts.append(PartPlan(part_name(len(parts)), rows, int(rows * config.seq_len - missing)))
+    return Manifest(config.seq_len, config.rows_per_part, config.rows_per_batch, tokenizer, files, tuple(parts))
+
+
+def say_what_changed(staged: list[dict], note: Callable[[str], None]) -> None:
+    """Notes where more than 1 % of the sampled documents do not come back from their rows, or of the tokens are unknown."""
+    files = [record["file"] for record in staged]
+    sampled, changed, tokens, unknown = (
+        sum(file[name] for file in files)
+        for name in ("documents_sampled", "documents_changed", "tokens", "unknown_tokens")
+    )
+    if changed > NOTED_SHARE * sampled:
+        path, (document, how) = next((r["file"]["path"], r["changed"]) for r in staged if r["changed"])
+        note(
+            f"{changed:,} of {sampled:,} sampled documents do not decode to what they were ({changed / sampled:.1%}), for "
+            f"instance document {document} of {path}: {how}; the tokenizer changes or drops what it cannot spell"
+        )
+    if unknown > NOTED_SHARE * tokens:
+        note(
+            f"{unknown:,} of {tokens:,} tokens ({unknown / tokens:.1%}) are the unknown one: the tokenizer cannot spell "
+            "this text"
+        )
+
+
+def refuse_other_plan(
+    config: PackConfig, folder: ShardFolder, sources: list[Source], description: dict, tokenizer: PackTokenizer
+) -> None:
+    """ValueError where `folder` was packed from something else than is asked for now."""
+    manifest = folder.manifest
+    packed = {name: value for name, value in manifest.tokenizer.items() if name in description}
+    if "files" not in manifest.tokenizer:  # of an earlier release, which put no BOS
+        description = {name: description[name] for name in [*packed, "bos_token_id"]}
+        packed["bos_token_id"] = None
+    else:  # what its fingerprint leaves out: normalisation, the splitting into words
+        packed["tokenizer.json"] = manifest.tokenizer["files"].get("tokenizer.json")
+        description = description | {"tokenizer.json": hashes(tokenizer.files)["tokenizer.json"]}
+    corpus: list[dict] = [{"path": file.path, "size": file.size} for file in manifest.corpus]
+    asked: list[dict] = [{"path": source.name, "size": source.size()} for source in sources]
+    if corpus == asked:  # names and sizes alone do not tell
+        hashes_then = [file.sha256 for file in manifest.corpus]
+        for ours, theirs, now, then in zip(asked, corpus, hashes_now(config.out, sources, hashes_then), hashes_then):
+            ours["sha256"], theirs["sha256"] = now, then
+    layout = ("seq_len", "rows_per_part", "rows_per_batch")
+    difference = first_difference(
+        {name: getattr(config, name) for name in layout}
+        | {"tokenizer": description, "corpus": asked, "references": []},
+        {name: getattr(manifest, name) for name in layout}
+        | {"tokenizer": packed, "corpus": corpus, "references": sorted(manifest.references)},
+    )
+    if difference:
+        raise ValueError(f"{folder.path}: holds another pack: {difference}; choose another --out or delete it")

@@ -1,0 +1,92 @@
+"""What engines write into the temporary folder does not stay there."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ENGINE = """
+import os, subprocess, sys, tempfile
+from scorer.scratch import own_temporary_folder
+folder = own_temporary_folder()
+with tempfile.NamedTemporaryFile(delete=False) as file:
+    file.write(b"x")
+child = subprocess.Popen(["python3", "-c", "import tempfile; print(tempfile.gettempdir())"], stdout=subprocess.PIPE)
+print(child.communicate()[0].decode().strip() == str(folder), file.name, flush=True)
+sys.stdin.read()
+"""
+
+
+def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A temporary folder for child processes; not below pytest's, whose path is too long for Ray's sockets."""
+    folder = Path(tempfile.mkdtemp(prefix="t"))
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.parametrize("how", ["kill", "end"])
+def test_the_folder_goes_with_its_process(temporary: Path, how: str) -> None:
+    process = subprocess.Popen([sys.executable, "-c", ENGINE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    same, file = process.stdout.readline().split()
+    assert (same, Path(file).parent.parent) == ("True", temporary)
+    time.sleep(0.3)
+    assert Path(file).exists()
+    if how == "kill":
+        process.kill()
+    else:
+        process.communicate("")
+    until(lambda: not list(temporary.iterdir()))
+    process.wait()
+
+
+def test_score_leaves_nothing_behind(temporary: Path, tmp_path: Path, packed: Path, reference_model: Path) -> None:
+    """vLLM itself, with one engine that is killed on its way and one that the end of the run ends."""
+    clean = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_TMPDIR")}
+    marker, seen = tmp_path / "marker", set()
+    command = [sys.executable, "-P", "-m", "pipelines.cli", "score", "--shards", packed, "--model", reference_model]
+    command += ["--out", tmp_path / "out", "--num-engines", 1, "--dtype", "float32"]
+    variables = clean | {"REMIT_CRASH_AT": f"part.synced@{marker}"}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(list(map(str, command)), env=variables, stdout=log, stderr=log)
+        while process.poll() is None:
+            seen |= {path.parent.name[:13] for path in temporary.glob("remit-engine-*/vllm_dist_*")}
+            time.sleep(0.1)
+    assert process.returncode == 0, (tmp_path / "log").read_text()
+    assert marker.exists()
+    assert seen == {"remit-engine-"}  # else this test looks for the wrong name
+    until(lambda: {path.name for path in temporary.iterdir()} <= {f"remit-cores-{os.getuid()}", "ray"})
+    assert list((temporary / "ray").glob("session_2*")) == []
+
+
+def test_sessions_of_ray(temporary: Path, tmp_path: Path, packed: Path, reference_model: Path) -> None:
+    """A private Ray's logs go where all went well, and stay where they may be wanted."""
+    clean = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_TMPDIR")}
+    command = [sys.executable, "-P", "-m", "pipelines.cli", "score", "--shards", packed, "--model", reference_model]
+    command += ["--engine", "fake", "--num-engines", 1]
+    sessions = lambda: len(list((temporary / "ray").glob("session_2*")))  # noqa: E731
+    done = subprocess.run([*map(str, command), "--out", str(tmp_path / "a")], env=clean, capture_output=True, text=True)
+    assert (done.returncode, sessions()) == (0, 0), done.stderr
+    killed = clean | {"REMIT_CRASH_AT": "driver.committed"}
+    done = subprocess.run(
+        [*map(str, command), "--out", str(tmp_path / "b")], env=killed, capture_output=True, text=True
+    )
+    assert (done.returncode, sessions()) == (-signal.SIGKILL, 1), done.stderr
