@@ -23,11 +23,13 @@ class Result:
 
     moved: share of ReMiT weights that change by more than 0.02 where the base is the reference itself, whose weights
     are all 1 if log-probs are exact; moved_rounded: with log-probs in steps of 1/64 nat, as stored by default.
+    weight_std: of these. step: that the log-probs were stored in, 0 for exact ones.
     """
 
     model: str
     context: str
     dtype: str
+    step: float
     tokens: int
     error: float
     bias: float
@@ -64,6 +66,7 @@ def result(project: Project, scored: Path, context: str) -> Result:
         model=project.name,
         context=context,
         dtype=reference["dtype"],
+        step=reference["logprob_step"],
         tokens=len(error),
         error=float(np.abs(error).mean()),
         bias=float(error.mean()),
@@ -77,13 +80,14 @@ def result(project: Project, scored: Path, context: str) -> Result:
 
 def render(results: list[Result]) -> str:
     lines = [
-        "| model | context | dtype | log-probs | mean error (nat) | bias (nat) | weights moved by > 0.02 | the same, steps of 1/64 "
-        "| std of the weights | loss (float32) |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| model | context | dtype | steps of | log-probs | mean error (nat) | bias (nat) | weights moved by > 0.02 "
+        "| in steps of 1/64 | std of the weights | loss (float32) |",
+        "|---" * 11 + "|",
     ]
     lines += [
-        f"| {r.model} | {r.context} | {r.dtype} | {r.tokens:,} | {r.error:.4f} | {r.bias:+.4f} | {r.moved:.1%} "
-        f"| {r.moved_rounded:.1%} | {r.weight_std:.4f} | {r.loss:.3f} ({r.loss_float32:.3f}) |"
+        f"| {r.model} | {r.context} | {r.dtype} | {f'1/{1 / r.step:.0f}' if r.step else 'exact'} | {r.tokens:,} "
+        f"| {r.error:.4f} | {r.bias:+.4f} | {r.moved:.1%} | {r.moved_rounded:.1%} | {r.weight_std:.4f} "
+        f"| {r.loss:.3f} ({r.loss_float32:.3f}) |"
         for r in results
     ]
     return "\n".join(lines)
