@@ -37,6 +37,8 @@ from shards.store import Store, open_store
 
 __all__ = ["PartsFailed", "score"]
 
+NOT_RECORDED_BEFORE = ("engine_distribution", "device", "head_dtype", "tokenizer_differences")
+
 
 def score(
     config: ScoreConfig,
@@ -149,8 +151,21 @@ def choose_dtype(
 
 
 def refuse_other_scoring(out: Store, manifest: Manifest) -> None:
-    """ValueError where `out` holds something else than `manifest` plans."""
-    if out.size(MANIFEST) is not None:
-        difference = first_difference(manifest.provenance(), Manifest.read(out).provenance())
-        if difference:
-            raise ValueError(f"{out.url}: holds another scoring: {difference}; choose another --out or delete it")
+    """ValueError where `out` holds something else than `manifest` plans.
+
+    A complete folder of an earlier release, which did not record all that is recorded now, is what it says it is; an
+    incomplete one is refused, since its parts came from an engine with other logits.
+    """
+    if out.size(MANIFEST) is None:
+        return
+    there = ShardFolder(out)
+    ours, theirs = manifest.provenance(), there.manifest.provenance()
+    if not there.missing_parts():
+        then = theirs["references"]
+        ours["references"] = {
+            name: {k: v for k, v in entry.items() if k in then.get(name, entry) or k not in NOT_RECORDED_BEFORE}
+            for name, entry in ours["references"].items()
+        }
+    difference = first_difference(ours, theirs)
+    if difference:
+        raise ValueError(f"{out.url}: holds another scoring: {difference}; choose another --out or delete it")
