@@ -104,8 +104,8 @@ def table(
 ) -> str:
     """Header, at most `rows` steps that both runs evaluated, and a conclusion.
 
-    exported: the losses of the exported models, NTP first. Where rounding changed one of the last step, the table ends
-    with them, and the conclusion is about them.
+    exported: the losses of the exported models, NTP first, none where they were exported in different dtypes. Where
+    rounding changed one of the last step, the table ends with them, and the conclusion is about them.
     """
     steps = sorted(ntp.keys() & remit.keys())
     if not steps:
@@ -136,6 +136,8 @@ def main() -> None:
         require_comparable(config.ntp, config.remit)
         ntp, remit = (read_losses(run) for run in (config.ntp, config.remit))
         models = read_losses(config.ntp, "exported_loss"), read_losses(config.remit, "exported_loss")
+        if read_losses(config.ntp, "export_dtype") != read_losses(config.remit, "export_dtype"):
+            models = {}, {}  # what rounding costs the one and not the other is no difference of the objectives
         print(table(ntp, remit, exported=models))
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None

@@ -15,12 +15,14 @@ import ray
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from pipelines.console import note
 from scorer.cluster import cause, ray_cluster
 from scorer.output import absolute
 from trainer.config import TrainConfig
 from trainer.run import TrainResult, run_result
 
 STOP = ".stop"
+NOTES = ".notes"
 
 
 def train_on_ray(config: TrainConfig, should_stop: Callable[[], bool]) -> TrainResult:
@@ -36,11 +38,13 @@ def train_on_ray(config: TrainConfig, should_stop: Callable[[], bool]) -> TrainR
     config.out.parent.mkdir(parents=True, exist_ok=True)
     stop_file = config.out.parent / f".{config.out.name}{STOP}"  # what reaches the workers wherever they are
     stop_file.unlink(missing_ok=True)
-    with ray_cluster(config.debug), tempfile.TemporaryDirectory() as storage, watched(should_stop, stop_file):
+    notes = config.out.parent / f".{config.out.name}{NOTES}"  # what the workers tell the user
+    notes.unlink(missing_ok=True)
+    with ray_cluster(config.debug), tempfile.TemporaryDirectory() as storage, watched(should_stop, stop_file, notes):
         has_gpu = bool(ray.cluster_resources().get("GPU"))
         trainer = TorchTrainer(
             _work,
-            train_loop_config=asdict(config) | {"stop_file": str(stop_file)},
+            train_loop_config=asdict(config) | {"stop_file": str(stop_file), "notes": str(notes)},
             torch_config=TorchConfig(
                 "cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout_s=int(config.timeout_seconds)
             ),
@@ -55,22 +59,35 @@ def train_on_ray(config: TrainConfig, should_stop: Callable[[], bool]) -> TrainR
 
 
 def _work(settings: dict[str, Any]) -> None:
-    from pipelines.console import note
     from trainer.train import train
 
-    stop_file = Path(settings.pop("stop_file"))
+    stop_file, notes = Path(settings.pop("stop_file")), Path(settings.pop("notes"))
+
+    def note(line: str) -> None:  # of the first process alone; Ray keeps what its workers print in files of its own
+        with open(notes, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
     train(TrainConfig(**settings), should_stop=stop_file.exists, note=note)
 
 
 @contextlib.contextmanager
-def watched(should_stop: Callable[[], bool], stop_file: Path) -> Iterator[None]:
-    """Create stop_file when a signal came to this process, which waits inside of Ray."""
+def watched(should_stop: Callable[[], bool], stop_file: Path, notes: Path) -> Iterator[None]:
+    """Create stop_file when a signal came to this process, which waits inside of Ray; show the lines that come in `notes`."""
     done = threading.Event()
+    shown = 0
+
+    def show() -> None:
+        nonlocal shown
+        lines = notes.read_text(encoding="utf-8").split("\n")[:-1] if notes.exists() else []
+        for line in lines[shown:]:
+            note(line)
+        shown = len(lines)
 
     def watch() -> None:
         while not done.wait(0.5):
             if should_stop():
                 stop_file.touch()
+            show()
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -79,7 +96,9 @@ def watched(should_stop: Callable[[], bool], stop_file: Path) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+        show()
         stop_file.unlink(missing_ok=True)
+        notes.unlink(missing_ok=True)
 
 
 def _last_line(error: BaseException) -> str:

@@ -14,7 +14,7 @@ import torch
 
 from shards.folder import ShardFolder
 from trainer.batch import collate
-from trainer.checks import check_fits
+from trainer.checks import check_document_attention, check_fits
 from trainer.config import TrainConfig
 from trainer.data import GlobalBatch, RowReader
 from trainer.distributed import World
@@ -24,16 +24,36 @@ from trainer.objectives.ntp import NTP
 from trainer.run import EVALUATION, keep_lines
 from trainer.statistics import StepStatistics
 from trainer.step import LossModel
+from trainer.tokenizer import check_tokenizer
 
 
 def open_measure(
-    config: TrainConfig, base: Base, model: torch.nn.Module, world: World, context: str
+    config: TrainConfig,
+    base: Base,
+    model: torch.nn.Module,
+    world: World,
+    context: str,
+    trained: ShardFolder,
+    note: Callable[[str], None],
 ) -> Callable[[], dict[str, Any]] | None:
-    """A function that gives the mean loss over --eval-shards, in nats per token, the tokens, and what they are; or None."""
+    """A function that gives the mean loss over --eval-shards, in nats per token, the tokens, and what they are; or None.
+
+    trained: the rows of the run; note: told where the held-out rows begin or end in another way.
+    """
     if config.eval_shards is None:
         return None
     shards = ShardFolder(config.eval_shards)
     check_fits(base, Path(config.model), shards)
+    check_tokenizer(Path(config.model), shards)
+    if context == "document" and shards.manifest.seq_len > trained.manifest.seq_len:
+        check_document_attention(base, shards.manifest.seq_len)
+    for what in ("bos_token", "eos_token"):
+        ours, theirs = (folder.manifest.tokenizer.get(f"{what}_id") for folder in (shards, trained))
+        if ours != theirs:
+            note(
+                f"{config.eval_shards}: its {what}_id is {ours}, that of the rows that train is {theirs}: the held-out loss is "
+                "of documents that begin or end otherwise"
+            )
     reader = RowReader(shards, context, None, base.num_embeddings)
     pad_to = shards.manifest.seq_len if config.deterministic else None
 
@@ -61,7 +81,7 @@ def open_measure(
 
 class Evaluation:
     """Appends to evaluation.jsonl, if there are --eval-shards. model: to call for a forward; loss_model: what it spreads.
-    dtypes: to which an export rounds each weight."""
+    dtypes: to which an export rounds each weight; trained, note: see open_measure."""
 
     def __init__(
         self,
@@ -72,8 +92,10 @@ class Evaluation:
         world: World,
         context: str,
         dtypes: Mapping[str, torch.dtype],
+        trained: ShardFolder,
+        note: Callable[[str], None],
     ) -> None:
-        self.measure = open_measure(config, base, model, world, context)
+        self.measure = open_measure(config, base, model, world, context, trained, note)
         self.loss_model, self.world, self.dtypes = loss_model, world, dtypes
         self.path, self.export_dtype = config.out / EVALUATION, config.export_dtype
 
@@ -95,7 +117,8 @@ class Evaluation:
         """Evaluate the last step again where it was evaluated for an export in another dtype, or by an older version."""
         if self.measure is None:
             return
-        is_there = self.world.first and read_lines(self.path)[-1].get("export_dtype") == self.export_dtype
+        last = read_lines(self.path)[-1] if self.world.first else {}
+        is_there = last.get("export_dtype") == self.export_dtype and last.get("step") == step
         if not self.world.from_first(is_there):
             if self.world.first:
                 keep_lines(self.path, step - 1)

@@ -116,7 +116,7 @@ def write_config(layout: Layout, folder: Path, export_dtype: str) -> None:
 @torch.no_grad()
 def write_weights(model: PreTrainedModel, layout: Layout, state: State, folder: Path, export_dtype: str) -> Rounding:
     """The base's weight files with the weights of `state`, which is emptied on the way; one file after the other."""
-    rounding = layout.rounding(export_dtype)
+    rounding, recast = layout.rounding(export_dtype), layout.recast(export_dtype)
     waiting: dict[str, dict[str, Tensor]] = {stored.file: {} for stored in layout.stored.values()}
     missing: dict[str, set[str]] = {file: set() for file in waiting}
     for name, stored in layout.stored.items():
@@ -138,10 +138,10 @@ def write_weights(model: PreTrainedModel, layout: Layout, state: State, folder: 
             size += save(file)
         for group in layout.groups:
             part = {name: state.pop(name).to("cpu") for name in group}
-            is_trained = any(name in layout.trained for name in group)
+            is_recast = any(name in recast for name in group)
             for name, tensor in layout.as_stored(model, part).items():
                 stored = layout.stored[name]
-                dtype = stored.dtype if export_dtype == "base" or not is_trained else getattr(torch, export_dtype)
+                dtype = stored.dtype if not is_recast else getattr(torch, export_dtype)
                 value = tensor.to(rounding[group[0]]).to(dtype)
                 before = files.read(stored.file, name)
                 is_updated = tensor != before.to(tensor.dtype)

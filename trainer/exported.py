@@ -14,6 +14,7 @@ from trainer.export import MODEL, Rounding
 from trainer.layout import Layout
 
 EXPORTED = "exported.json"
+CHECKPOINTS = "checkpoints"
 LOSS_THAT_COUNTS = 5e-4
 """Nats per token: what rounding may cost without a word. Comparing runs calls less than this level."""
 GAIN_THAT_COUNTS = 0.05
@@ -33,14 +34,19 @@ class Exported:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"models": {}}
 
     def require_dtype(self, export_dtype: str) -> None:
-        """ValueError where the run has an export of another --export-dtype, which would stay."""
-        exports = {MODEL: {"export_dtype": "base"}} | self.read()["models"]  # older versions had no other and no file
-        for name, entry in exports.items():
-            if (self.out / name).exists() and entry["export_dtype"] != export_dtype:
-                raise ValueError(
-                    f"{self.out / name}: was exported with --export-dtype {entry['export_dtype']}, {export_dtype} asked for "
-                    "now; delete that folder to have the run's newest checkpoint exported again"
-                )
+        """ValueError where the run is finished and its model was exported with another --export-dtype."""
+        entry = self.read()["models"].get(MODEL, {"export_dtype": "base"})  # older versions had no other and no file
+        if (self.out / MODEL).exists() and entry["export_dtype"] != export_dtype:
+            has_checkpoint = any((self.out / CHECKPOINTS).glob("step-*"))
+            remedy = (
+                "delete that folder to have the run's newest checkpoint exported again"
+                if has_checkpoint
+                else "the run has no checkpoint to export again: train into another --out"
+            )
+            raise ValueError(
+                f"{self.out / MODEL}: was exported with --export-dtype {entry['export_dtype']}, {export_dtype} asked for "
+                f"now; {remedy}"
+            )
 
     def begin(self, layout: Layout) -> None:
         """Write down what is carried over and what is not trained, and forget exports that are not there."""

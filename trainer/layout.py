@@ -39,7 +39,7 @@ class Layout:
     stored: what the files hold, by its name there. groups: the names in memory of weights that are written together,
     most of them one. renames: from the name that transformers would write to the one in the file, where they differ.
     carried_over: names in the files that the class does not load. frozen: weights in memory that no loss reaches.
-    trained: names in memory. dtypes: of each name in memory, what its values are rounded to when they are written.
+    trained, kept_float32: names in memory; the latter are those that the class wants in float32. dtypes: of each name in memory, what its values are rounded to when they are written.
     is_tied, config_ties: whether the head is the embedding, in memory and by config.json.
     """
 
@@ -50,6 +50,7 @@ class Layout:
     carried_over: tuple[str, ...]
     frozen: tuple[str, ...]
     trained: frozenset[str]
+    kept_float32: frozenset[str]
     dtypes: dict[str, torch.dtype]
     is_tied: bool
     config_ties: bool
@@ -61,7 +62,13 @@ class Layout:
         """
         if export_dtype == "base":
             return self.dtypes
-        return self.dtypes | dict.fromkeys(self.trained, getattr(torch, export_dtype))
+        return self.dtypes | dict.fromkeys(self.recast(export_dtype), getattr(torch, export_dtype))
+
+    def recast(self, export_dtype: str) -> frozenset[str]:
+        """Names in memory of the weights that are exported in another dtype than the base's, if they have another."""
+        if export_dtype == "base":
+            return frozenset()
+        return self.trained if export_dtype == "float32" else self.trained - self.kept_float32
 
     def as_stored(self, model: PreTrainedModel, state: State) -> State:
         """Weights in memory, of whole groups, under the names and in the shapes of the files."""
@@ -149,7 +156,8 @@ def read_layout(folder: Path, model: PreTrainedModel) -> Layout:
         renames,
         tuple(name for name in stored if name not in covered),
         tuple(name for name, tensor in weights.items() if id(tensor) in parameters and not tensor.requires_grad),
-        frozenset(name for name in trained if not any(part in name for part in keep_float32)),
+        frozenset(trained),
+        frozenset(name for name in trained if any(part in name for part in keep_float32)),
         _dtypes(model, stored, groups, renames, weights),
         head is not None and head.weight is embedding.weight,
         any(getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config())),

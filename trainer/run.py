@@ -32,7 +32,7 @@ NOT_SETTINGS = (
     *("micro_batch_size", "sharding", "activation_checkpointing", "compile", "deterministic"),
 )
 # what run.json says beside the settings: not compared by a resume, since the base's folder may be moved and older runs lack it
-RECORDED = ("base", "rows_left_out")
+RECORDED = ("base", "rows_left_out", "tokenizer_differences")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,11 @@ def prepare_out(out: Path, settings: dict[str, Any]) -> None:
     if (out / RUN).exists():
         before = json.loads((out / RUN).read_text(encoding="utf-8"))
         ours, theirs = ({key: run[key] for key in run if key not in RECORDED} for run in (settings, before))
+        if ours.get("router_aux_loss") == 0:  # runs from before there was a choice trained without, too
+            theirs.setdefault("router_aux_loss", ours["router_aux_loss"])
         difference = first_difference(ours, theirs)
+        if difference and difference.startswith("leave_out"):
+            difference += " (runs of earlier releases go on with --leave-out reference)"
         if difference:
             began = before.get("base") or {}
             if difference.startswith("base_weights_sha256") and began.get("revision"):

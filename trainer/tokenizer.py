@@ -74,8 +74,10 @@ def make_faithful(folder: Path) -> None:
         file.write_bytes(faithful_config(json.loads(original) if original else {}, name))
         if not replaced_components(folder):
             return
-    if original is not None and replaced_components(folder):
-        file.write_bytes(original)  # no class helps; what the user has is better known
+    if original is not None:  # no class helps, or all is well; what the user has is better known
+        file.write_bytes(original)
+    else:
+        file.unlink(missing_ok=True)
 
 
 def other_end(folder: Path, encoder: Tokenizer, eos_token_id: int) -> str:

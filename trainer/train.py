@@ -114,6 +114,11 @@ def train_in(
     if base.dropout:
         note(f"off while training, kept in the export: {', '.join(f'{k} {v:g}' for k, v in base.dropout.items())}")
     balance = None if config.router_aux_loss is None else router_loss(base.model)
+    if config.router_aux_loss and balance is None:
+        raise ValueError(
+            f"{config.model}: the balancing loss of {type(base.model).__name__} is not found in this release of transformers, "
+            "expected one for --router-aux-loss above 0; give --router-aux-loss 0, or another release"
+        )
     if line := describe(base.model.config.to_dict(), config.router_aux_loss):
         note(line)
     layout = world.from_first(read_layout(Path(config.model), base.model) if world.first else None)
@@ -122,7 +127,8 @@ def train_in(
     left_out = references_left_out(config, shards)
     reader = RowReader(shards, context, reference, base.num_embeddings, objective.columns, left_out)
     if settings["rows_left_out"]["rows"]:
-        counts = ", ".join(f"{name} {rows:,}" for name, rows in settings["rows_left_out"]["by_reference"].items())
+        by_reference = settings["rows_left_out"]["by_reference"]
+        counts = ", ".join(f"{name} {by_reference[name]:,}" for name in left_out)
         note(f"{settings['rows_left_out']['rows']:,} rows train on nothing, since they could not be scored ({counts})")
     if line := reader.require_top_k_fits():
         note(line)
@@ -137,7 +143,7 @@ def train_in(
     model = spread(loss_model, base.layers, world, config.sharding, base.dtype)
     optimizer = make_optimizer(loss_model, config)
     dtypes = layout.rounding(config.export_dtype)
-    evaluation = Evaluation(config, base, loss_model, model, world, context, dtypes)
+    evaluation = Evaluation(config, base, loss_model, model, world, context, dtypes, shards, note)
     if world.first:
         open_run(config.out, settings)
     fingerprint = world.from_first(sha256_file(config.out / RUN) if world.first else None)

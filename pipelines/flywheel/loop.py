@@ -77,6 +77,10 @@ class _Builder:
         """BadUsage where training or scoring would refuse this model, after hours of packing."""
         try:
             (require_base if key == "base" else require_language_model)(model)
+            if key == "base":
+                from trainer.experts import check_experts
+
+                check_experts(model, self.config.train.get("router_aux_loss"))
             values = read_config(model)
             require_one_scaling(values, self.config.seq_len, str(model))
         except ValueError as error:
