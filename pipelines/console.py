@@ -54,6 +54,7 @@ def tokens_summary(manifest: Manifest) -> str:
         for name in ("documents_sampled", "documents_changed", "unknown_tokens")
     )
     if sampled:
-        line += f"; {sampled - changed:,} of {sampled:,} sampled documents decode to what they were, "
-        line += f"{unknown / max(1, manifest.tokens):.2%} of the tokens are unknown"
+        line += f"; {sampled - changed:,} of {sampled:,} sampled documents decode to what they were"
+        if all(file.unknown_tokens is not None for file in files):  # of selected rows it is not known
+            line += f", {unknown / max(1, manifest.tokens):.2%} of the tokens are unknown"
     return line

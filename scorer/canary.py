@@ -130,8 +130,8 @@ def compute(model: Path, prompts: list[np.ndarray], top_k: int, dtypes: tuple[st
             answers = [Answer(*values) if top_k else Answer(values) for values in own]
             distances[dtype] = measure(answers, expected)
             del forward
-        except (RuntimeError, NotImplementedError):
-            if dtype != "float16":
+        except (RuntimeError, NotImplementedError) as error:
+            if dtype != "float16" or "memory" in str(error).lower():
                 raise
             distances[dtype] = Distance(0, np.inf, np.inf, np.inf, np.inf)
     return Forwards(prompts, expected, distances)
@@ -192,6 +192,11 @@ def _topk_distance(answers: list[Answer], expected: list[tuple]) -> tuple[float,
 
 def compare(answers: list[Answer], expected: list[Any], limits: Limits) -> dict[str, float]:
     """How far an engine's answers are from the model's; CanaryFailed where that is more than `limits`."""
+    if not np.isfinite(limits.mean):
+        raise CanaryFailed(
+            f"a transformers forward in {limits.dtype} gives numbers that are not finite for rows where a float32 one does, so "
+            f"nothing tells whether an engine in {limits.dtype} is right; score with --dtype float32 or bfloat16"
+        )
     found = measure(answers, expected)
     remedy = "try --dtype float32 or another vLLM release"
     own = f", {TIMES_OWN} times what {limits.dtype} costs a transformers forward" if limits.own else ""

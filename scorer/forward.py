@@ -143,12 +143,6 @@ def _float16_products() -> Any:
     return Products()
 
 
-def forward_all(model: Path | str, prompts: list[np.ndarray], best: int = 0, dtype: str = "float32") -> list[Any]:
-    """The log-probs of several prompts; with best=K tuples with the most probable tokens."""
-    forward = load_forward(model, dtype)
-    return [forward(prompt, best=best) for prompt in prompts]
-
-
 def spans(row_lengths: np.ndarray, piece_lengths: np.ndarray, context: str) -> Iterator[tuple[int, int]]:
     """First token and one past the last of what is conditioned on together, where that has two tokens at least."""
     lengths = row_lengths if context == "packed" else piece_lengths

@@ -113,7 +113,11 @@ def pack(
             crash_point("staging.done")
             say_what_changed(staged, note)
             files = tokenizer.files | {TOKEN_IDS: vocabulary.token_ids()}
-            tokens = {"added_tokens": vocabulary.added_tokens(), "files": hashes(files)}
+            known = hashes(files)
+            if out.size(MANIFEST) is not None:  # its other files may have changed since: they decide no id
+                decisive = {name: known[name] for name in ("tokenizer.json", TOKEN_IDS)}
+                known = Manifest.read(out).tokenizer.get("files", {}) | decisive
+            tokens = {"added_tokens": vocabulary.added_tokens(), "files": known}
             manifest = replace(
                 plan_parts(config, staged, description | origin | tokens), passed_over=corpus.passed_over
             )

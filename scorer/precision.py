@@ -35,6 +35,8 @@ def settled_dtype(
         return own if config.dtype == "auto" else config.dtype
     model_type = str(json.loads((model / "config.json").read_text(encoding="utf-8")).get("model_type"))
     refused = without_float16()
+    if model_config.get("model_type") in (refused or ()):  # of the language model in a multimodal wrapper
+        model_type = str(model_config["model_type"])
     if config.dtype == "float16" and model_type in (refused or ()):
         raise ValueError(
             f"--dtype is float16, which vLLM does not run for models of the type {model_type}, expected bfloat16 or "

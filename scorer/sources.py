@@ -155,7 +155,7 @@ def _require_once(sources: list[Source]) -> None:
             raise ValueError(f"{source.where}: is in the corpus twice; name it once")
         raise ValueError(
             f"{other.where} and {source.where}: are one file by two names, which so is in the corpus twice; leave one "
-            "of the names out of --corpus"
+            "of the names out of --corpus, which also takes the files of a folder one by one"
         )
 
 

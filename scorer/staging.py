@@ -49,6 +49,17 @@ def _until_bad_file(batches: Iterator[Any], left_out: list[str]) -> Iterator[Any
         left_out.append(error.reason)
 
 
+def _encode(encoder: Tokenizer, texts: list[str], source: Source) -> Any:
+    """Encodings of the texts; ValueError where the tokenizer has no way to spell one of them."""
+    try:
+        return encoder.encode_batch_fast(texts, add_special_tokens=False)
+    except Exception as error:  # the library raises no other kind
+        raise ValueError(
+            f"{source.where}: the tokenizer cannot encode a document ({error}); give it an unknown token, or leave out what it "
+            "cannot spell"
+        ) from None
+
+
 def stage_source(
     source: Source,
     index: int,
@@ -68,9 +79,12 @@ def stage_source(
     final, record_name = f"source-{index:05d}.arrow", f"source-{index:05d}.json"
     size, version, sha256 = source.size(), source.version(), source.sha256()
     key: dict[str, Any] = {"path": source.name, "size": size, "sha256": sha256}
+    recorded = {
+        name: value for name, value in settings.items() if name != "added_tokens"
+    }  # of the tokenizer that it names
     if staging.size(record_name) is not None:
         record = json.loads(staging.read(record_name))
-        same = record["key"] == key and record["settings"] == settings and staging.size(final) is not None
+        same = record["key"] == key and record["settings"] == recorded and staging.size(final) is not None
         if same and staging.sha256(final) == record["staged_sha256"]:
             yield {"bytes": size or 0, "tokens": record["file"]["tokens"], "record": record}
             return
@@ -120,7 +134,7 @@ def stage_source(
                         counts["rejected"] += 1
                         rejected.append(str(document))
                 counts["read"] += len(documents)
-                encodings = encoder.encode_batch_fast([text for _, text in good], add_special_tokens=False)
+                encodings = _encode(encoder, [text for _, text in good], source)
                 for (doc_id, text), encoding in zip(good, encodings):
                     ids = encoding.ids
                     if text:  # nothing comes back of an empty one
@@ -144,9 +158,10 @@ def stage_source(
         with pa.OSFile(str(temporary)) as staged:
             changed = sample.changed(staged, encoder, bos)
         unknown = settings["unknown_id"]
+        added = {eos: counts["packed"], bos: cutter.bos_tokens}.get(unknown, 0)  # by pack, where it is one of these
         record = {
             "key": key,
-            "settings": settings,
+            "settings": recorded,
             "staged_sha256": sha256_file(temporary),
             "file": asdict(
                 CorpusFile(
@@ -155,7 +170,7 @@ def stage_source(
                     rows=rows,
                     tokens=tokens,
                     bos_tokens=cutter.bos_tokens,
-                    unknown_tokens=0 if unknown is None else int(occurrences_V[unknown]),
+                    unknown_tokens=0 if unknown is None else int(occurrences_V[unknown]) - added,
                     documents_sampled=len(sample.texts),
                     documents_changed=len(changed),
                     left_out="".join(left_out),

@@ -83,8 +83,7 @@ def load_tokenizer(folder: str) -> PackTokenizer:
             f"{folder}: its tokenizer has no EOS token, which ends every document; set eos_token in its "
             "tokenizer_config.json"
         )
-    if encoder.token_to_id(eos_token) is None:  # only the config knows it; transformers appends it too
-        encoder.add_special_tokens([AddedToken(eos_token, special=True, normalized=False)])
+    _add(encoder, eos_token)
     eos_token_id = encoder.get_vocab(with_added_tokens=True)[eos_token]
     bos_token_id = None if bos_token is None else encoder.token_to_id(bos_token)
     tokenizer = PackTokenizer(encoder, eos_token, eos_token_id, bos_token, bos_token_id, own_prefix(encoder), {})
@@ -124,7 +123,17 @@ def choose_bos(tokenizer: PackTokenizer, bos: str) -> int | None:
 
 def load_encoder(folder: Path | str) -> Tokenizer:
     """The encoder of a model folder, as its tokenizer.json has it; ValueError where it cannot be loaded."""
-    return _encoder(Path(folder))[0]
+    encoder = _encoder(Path(folder))[0]
+    eos_token = role_of(Path(folder), "eos_token")
+    if eos_token is not None:
+        _add(encoder, eos_token)
+    return encoder
+
+
+def _add(encoder: Tokenizer, token: str) -> None:
+    """Give a token that only the config knows the next id, as transformers does."""
+    if encoder.token_to_id(token) is None:
+        encoder.add_special_tokens([AddedToken(token, special=True, normalized=False)])
 
 
 def _encoder(path: Path) -> tuple[Tokenizer, Any, str]:
@@ -179,16 +188,25 @@ def _components_elsewhere(theirs: Any, encoder: Tokenizer) -> list[str]:
 def _kept_files(path: Path, encoder: Tokenizer) -> dict[str, bytes]:
     """Files of the folder's copy, from which transformers makes the tokenizer of the file and no other."""
     files = {name: (path / name).read_bytes() for name in COPIED if (path / name).is_file()}
-    original = path / "tokenizer.json"
-    same = original.exists() and json.loads(Tokenizer.from_file(str(original)).to_str()) == json.loads(encoder.to_str())
+    original, ours = path / "tokenizer.json", json.loads(encoder.to_str())
+    raw = json.loads(original.read_bytes()) if original.exists() else None
+    same = raw is not None and json.loads(Tokenizer.from_file(str(original)).to_str()) == ours
+    # the library may give an added token another id than the file says
+    same = same and tokenizer_fingerprint(raw or {}) == tokenizer_fingerprint(ours)
     files["tokenizer.json"] = original.read_bytes() if same else encoder.to_str(pretty=True).encode()
+    faithful = files | {"tokenizer_config.json": faithful_config(_config(path), FAITHFUL[0])}
+    if "auto_map" in _config(path) or (not _gives(files, encoder) and _gives(faithful, encoder)):
+        return faithful
+    return files
+
+
+def _gives(files: dict[str, bytes], encoder: Tokenizer) -> bool:
+    """Whether transformers makes this encoder of a folder's files."""
     with TemporaryDirectory() as folder:
         for name, data in files.items():
             (Path(folder) / name).write_bytes(data)
         theirs, _ = _transformers_tokenizer(Path(folder))
-    if theirs is None or _components_elsewhere(theirs, encoder) or "auto_map" in _config(path):
-        files["tokenizer_config.json"] = faithful_config(_config(path), FAITHFUL[0])
-    return files
+    return theirs is not None and not _components_elsewhere(theirs, encoder)
 
 
 def _notes(path: Path, tokenizer: PackTokenizer, theirs: Any, failure: str) -> list[str]:

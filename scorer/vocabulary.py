@@ -18,7 +18,9 @@ class Vocabulary:
         self._added: Counter[str] = Counter()
 
     def add(self, record: dict) -> None:
-        """Take these counts out of a source's record: of many files they take much memory."""
+        """Take these counts out of a source's record, and what only its rerun needs: of many files they take much memory."""
+        for name in ("key", "settings"):
+            record.pop(name)
         self._occurs_V |= unpack_bits(record.pop("occurs"), len(self._occurs_V))
         self._added.update(record.pop("added_tokens"))
 

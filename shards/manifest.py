@@ -242,6 +242,9 @@ class Manifest:
                 raise ValueError(f"part name {part.name!r} is not of the form part-00000.arrow")
         if len({part.name for part in self.parts}) != len(self.parts):
             raise ValueError("part names repeat")
+        for name in self.tokenizer.get("files", {}):
+            if not name or name.startswith(".") or PurePosixPath(name).name != name or "\\" in name:
+                raise ValueError(f"tokenizer file {name!r} is not a name in _tokenizer")
         for file in self.corpus:
             pure = PurePosixPath(file.path)
             if pure.is_absolute() or ".." in pure.parts:

@@ -65,6 +65,13 @@ def disagreement(ours: dict[str, Any], theirs: dict[str, Any], occurs_V: np.ndar
         return f"the merges differ from number {at} on ({len(our_merges)} and {len(merges)} of them)"
     if ours["model"].get("type") != theirs["model"].get("type"):
         return f"one is a {ours['model'].get('type')} model, the other a {theirs['model'].get('type')}"
+    scores, their_scores = (
+        dict(map(tuple, value["model"]["vocab"])) if isinstance(value["model"]["vocab"], list) else {}
+        for value in (ours, theirs)
+    )
+    token = next((token for token in scores.keys() & their_scores.keys() if scores[token] != their_scores[token]), None)
+    if token is not None:
+        return f"token {token!r} has the score {scores[token]:g} in the one and {their_scores[token]:g} in the other"
     for part in ("normalizer", "pre_tokenizer"):
         if ours.get(part) != theirs.get(part):
             return f"the {part} is {_short(ours.get(part))} in the one and {_short(theirs.get(part))} in the other"
@@ -88,7 +95,15 @@ def differing_components(theirs: dict[str, Any], ours: dict[str, Any]) -> list[s
     def model(value: dict[str, Any]) -> dict[str, Any]:
         return {key: entry or None for key, entry in value["model"].items()}  # some classes write "" for null
 
-    found = [name for name in COMPONENTS if theirs.get(name) != ours.get(name)]
+    def component(value: dict[str, Any], name: str) -> Any:
+        entry = value.get(name)
+        # a template that adds nothing is none
+        empty = (
+            isinstance(entry, dict) and entry.get("type") == "TemplateProcessing" and not entry.get("special_tokens")
+        )
+        return None if empty else entry
+
+    found = [name for name in COMPONENTS if component(theirs, name) != component(ours, name)]
     found += ["vocabulary or merges"] if model(theirs) != model(ours) else []
     return found + (["added tokens"] if added_tokens(theirs) != added_tokens(ours) else [])
 
@@ -133,7 +148,10 @@ def role_of(folder: Path, role: str) -> str | None:
 def own_prefix(encoder: Any) -> list[int]:
     """The ids that a tokenizer's own call puts in front of a text. encoder: a `tokenizers.Tokenizer`."""
     for text in ("a", "0", "the", *list(encoder.get_vocab(with_added_tokens=False))[:100]):
-        bare, whole = (encoder.encode(text, add_special_tokens=added).ids for added in (False, True))
+        try:
+            bare, whole = (encoder.encode(text, add_special_tokens=added).ids for added in (False, True))
+        except Exception:  # a vocabulary without this text, and without a token for what it lacks
+            continue
         for start in range(len(whole) - len(bare) + 1):
             if bare and whole[start : start + len(bare)] == bare:
                 return whole[:start]

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from conftest import EOS, make_model, write_corpus
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from shards import ShardFolder
-from shards.tokens import decode_token_ids, encode_token_ids
+from shards.tokens import decode_token_ids, disagreement, encode_token_ids
 from shards.verify import verify_folder
 from trainer.data import RowReader
 
@@ -376,3 +377,77 @@ def test_the_export_gives_the_ids_of_the_file(tmp_path: Path, packed: Callable, 
     same = (exported / "tokenizer_config.json").read_bytes() == (base / "tokenizer_config.json").read_bytes()
     assert same == (name == "TokenizersBackend")
     assert ("the exported model will name" in error) != same
+
+
+def test_a_file_that_adds_nothing_is_left_as_it_is(tmp_path: Path, packed: Callable) -> None:
+    tokenizer = save(byte_level(), tmp_path / "tok")
+    config = (tokenizer / "tokenizer_config.json").read_bytes()
+    folder, said = packed(tokenizer)
+    assert "would put others" not in said
+    assert (Path(folder.path) / "_tokenizer" / "tokenizer_config.json").read_bytes() == config
+
+
+@pytest.mark.parametrize("kind", ["WordLevel", "Unigram"])
+def test_a_vocabulary_without_an_unknown_token(tmp_path: Path, remit: Callable, kind: str) -> None:
+    words = {EOS: 0, BOS: 1, "ACGT": 2, "TTAG": 3}
+    made = (
+        models.WordLevel(words)
+        if kind == "WordLevel"
+        else models.Unigram([*((word, -1.0) for word in words), *((letter, -9.0) for letter in "ACGT")])
+    )
+    tokenizer = Tokenizer(made)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([EOS, BOS])
+    corpus = write_corpus(tmp_path / "dna.jsonl", ["ACGT TTAG ACGT", "TTAG"])
+    code, _, error = remit(
+        "pack", "--corpus", corpus, "--tokenizer", save(tokenizer, tmp_path / "tok"), "--out", tmp_path / "p",
+        "--seq-len", 4,
+    )  # fmt: skip
+    assert code == 0, error
+    ids = pyarrow.dataset.dataset(tmp_path / "p", format="arrow").to_table()["input_ids"].to_pylist()
+    assert ids == [[2, 3, 2, 0], [3, 0]]
+    write_corpus(corpus, ["ACGT x"])
+    code, _, error = remit("pack", "--corpus", corpus, "--tokenizer", tmp_path / "tok", "--out", tmp_path / "q")
+    assert (code, "the tokenizer cannot encode a document" in error) == (1, True), error
+
+
+def test_the_end_token_of_the_config_is_the_models_too(tmp_path: Path, packed: Callable, remit: Callable) -> None:
+    base = save(byte_level(), make_model(tmp_path / "base", "Llama", vocab_size=SIZE + 1), eos_token="<|end|>")
+    folder, _ = packed(base)
+    for number, command in enumerate(
+        (("score", "--engine", "fake"), ("train", "--objective", "ntp", "--max-steps", 1))
+    ):
+        code, _, error = remit(*command, "--shards", folder.path, "--model", base, "--out", tmp_path / f"out{number}")
+        assert code == 0, error
+
+
+def test_unigram_scores_are_compared() -> None:
+    ours, theirs = (
+        {"model": {"type": "Unigram", "vocab": [["a", -1.0], ["ab", score]]}, "added_tokens": []}
+        for score in (-2.0, -3.0)
+    )
+    assert "'ab' has the score -2" in disagreement(ours, theirs, np.ones(2, bool), {})
+
+
+def test_a_manifest_names_no_file_elsewhere(tmp_path: Path, packed: Callable) -> None:
+    folder, _ = packed(save(byte_level(), tmp_path / "tok"))
+    tokenizer = folder.manifest.tokenizer
+    for name in ("../evil.txt", "a/b", ".hidden", "..", "a\\b"):
+        manifest = replace(folder.manifest, tokenizer=tokenizer | {"files": tokenizer["files"] | {name: "0" * 64}})
+        target = tmp_path / name.encode().hex()
+        manifest.write(target)
+        with pytest.raises(ValueError, match="is not a name in _tokenizer"):
+            ShardFolder(target)
+
+
+def test_a_changed_template_does_not_stop_a_resume(tmp_path: Path, corpus: Path, remit: Callable) -> None:
+    tokenizer = save(byte_level(), tmp_path / "tok", chat_template="{{ messages }}")
+    pack = ("pack", "--corpus", corpus, "--tokenizer", tokenizer, "--out", tmp_path / "p", "--seq-len", 17)
+    assert remit(*pack)[0] == 0
+    whole = (tmp_path / "p" / "_manifest.json").read_bytes()
+    (tmp_path / "p" / "_commits" / "part-00000.json").unlink()
+    save(byte_level(), tokenizer, chat_template="{{ other }}")
+    code, _, error = remit(*pack)
+    assert code == 0, error
+    assert (tmp_path / "p" / "_manifest.json").read_bytes() == whole
+    assert verify_folder(ShardFolder(tmp_path / "p")).problems == []

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer
 
 from shards.folder import ShardFolder
@@ -20,7 +20,11 @@ def load_encoder(folder: Path) -> Tokenizer | None:
     """The tokenizer of a model folder; None where it has none, ValueError where it cannot be loaded."""
     try:
         if (folder / "tokenizer.json").exists():
-            return Tokenizer.from_file(str(folder / "tokenizer.json"))
+            encoder = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            eos_token = role_of(folder, "eos_token")
+            if eos_token is not None and encoder.token_to_id(eos_token) is None:  # transformers appends it too
+                encoder.add_special_tokens([AddedToken(eos_token, special=True, normalized=False)])
+            return encoder
         if (folder / "tokenizer_config.json").exists():
             theirs: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
             return Tokenizer.from_str(theirs.backend_tokenizer.to_str())

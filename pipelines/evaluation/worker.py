@@ -1,10 +1,13 @@
 """The process that evaluates a model: the harness with transformers or vLLM, results sent back task by task."""
 
+import atexit
 import json
 import math
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -213,16 +216,34 @@ def name_cpu_build() -> None:
     metadata.version = version
 
 
+def tokenizer_of(model: str) -> str | None:
+    """A folder with the model's tokenizer as its tokenizer.json has it; None where transformers makes that of the model's."""
+    from trainer.tokenizer import make_faithful, replaced_components
+
+    folder = Path(model)
+    if not folder.is_dir() or not replaced_components(folder):
+        return None
+    copy = Path(tempfile.mkdtemp(prefix="remit-tokenizer-"))
+    atexit.register(shutil.rmtree, copy, ignore_errors=True)
+    for file in folder.iterdir():
+        if file.is_file() and file.suffix in (".json", ".jinja") and file.name != "config.json":
+            shutil.copyfile(file, copy / file.name)
+    make_faithful(copy)
+    return str(copy)
+
+
 def load_model(job: dict[str, Any]) -> Any:
     """The harness' wrapper of the model."""
     import torch
 
+    tokenizer = tokenizer_of(job["model"])
     if job["backend"] == "vllm":
         name_cpu_build()
         from lm_eval.models.vllm_causallms import VLLM
 
         return VLLM(
             pretrained=job["model"],
+            tokenizer=tokenizer,
             dtype=job["dtype"],
             max_model_len=job["max_length"],
             seed=job["seed"],
@@ -235,6 +256,7 @@ def load_model(job: dict[str, Any]) -> Any:
 
     return HFLM(
         pretrained=job["model"],
+        tokenizer=tokenizer,
         dtype=job["dtype"],
         device="cuda" if torch.cuda.is_available() else "cpu",
         batch_size=job["batch_size"],
