@@ -49,6 +49,11 @@ def _until_bad_file(batches: Iterator[Any], left_out: list[str]) -> Iterator[Any
         left_out.append(error.reason)
 
 
+def _ids(encoder: Tokenizer) -> int:
+    """One more than the largest id."""
+    return max(encoder.get_vocab(with_added_tokens=True).values()) + 1
+
+
 def _encode(encoder: Tokenizer, texts: list[str], source: Source) -> Any:
     """Encodings of the texts; ValueError where the tokenizer has no way to spell one of them."""
     try:
@@ -92,10 +97,10 @@ def stage_source(
 
     description = settings["tokenizer"]
     encoder, eos = _encoder(tokenizer_json, description["special_tokens"]), description["eos_token_id"]
-    bos = description["bos_token_id"]
+    bos = description.get("bos_token_id")
     cutter = RowCutter(settings["seq_len"], settings["rows_per_batch"], index, bos)
     sample = DocumentSample(index)
-    occurrences_V = np.zeros(description["vocab_size"], dtype=np.int64)
+    occurrences_V = np.zeros(_ids(encoder), dtype=np.int64)
     counts: dict[str, Any] = dict.fromkeys(("read", "packed", "empty", "rejected"), 0)
     rejected: list[str] = []
     reject_file, left_out = settings.get("on_bad_file") == "reject", list[str]()
@@ -157,7 +162,7 @@ def stage_source(
             sample, cutter.bos_tokens, occurrences_V[:] = DocumentSample(index), 0, 0
         with pa.OSFile(str(temporary)) as staged:
             changed = sample.changed(staged, encoder, bos)
-        unknown = settings["unknown_id"]
+        unknown = settings.get("unknown_id")
         added = {eos: counts["packed"], bos: cutter.bos_tokens}.get(unknown, 0)  # by pack, where it is one of these
         record = {
             "key": key,
@@ -179,7 +184,9 @@ def stage_source(
             "rejected": rejected,
             "changed": changed[0] if changed else None,
             "added_tokens": {
-                token: int(occurrences_V[its]) for token, its in settings["added_tokens"].items() if occurrences_V[its]
+                token: int(occurrences_V[its])
+                for token, its in settings.get("added_tokens", {}).items()
+                if occurrences_V[its]
             },
             "occurs": pack_bits(occurrences_V > 0),
         }

@@ -139,7 +139,8 @@ class Manifest:
             "seq_len": self.seq_len,
             "rows_per_part": self.rows_per_part,
             "rows_per_batch": self.rows_per_batch,
-            "tokenizer": self.tokenizer,
+            # what a tokenizer is before what its files are: a difference is named by the first field that has one
+            "tokenizer": dict(sorted(self.tokenizer.items(), key=lambda item: item[0] != "fingerprint")),
             "references": self.references,
         }
         # only where there are any, so that other folders keep their bytes

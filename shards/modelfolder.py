@@ -52,6 +52,8 @@ def require_language_model(folder: Path) -> None:
     Refused by name: adapters, encoders, models with an encoder beside the decoder, heads that predict no tokens, and
     what refuse_code_and_pickles refuses.
     """
+    if any(folder.glob("*.py")):
+        refuse_code_and_pickles(folder)  # before anything else of it is read
     refuse_adapter(folder)
     config = read_config(folder)
     if any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors")):

@@ -9,6 +9,8 @@ from conftest import make_model
 from oracles import load
 
 from trainer.checks import check_document_attention, check_plain_head, check_runs
+from trainer.export import export
+from trainer.layout import read_layout
 from trainer.model import Base, load_base
 from trainer.noise import silence, write_back
 
@@ -96,7 +98,7 @@ def make_tiny(family: str, **settings: object) -> transformers.PreTrainedModel:
 def test_state_that_runs_on_is_seen_in_any_dtype(family: str, dtype: torch.dtype) -> None:
     """Short convolutions, linear attention, state spaces and recurrences take no notice of position ids."""
     model = make_tiny(family, **HYBRIDS[family])
-    base = Base(model, dtype, torch.float32, {})
+    base = Base(model, dtype)
     check_runs(base)  # in packed context it is a base like any other
     with pytest.raises(ValueError, match=rf"{type(model).__name__}: its attention is not confined .*--context packed"):
         check_document_attention(base)
@@ -106,7 +108,7 @@ def test_state_that_runs_on_is_seen_in_any_dtype(family: str, dtype: torch.dtype
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", WINDOWS)
 def test_windows_keep_to_documents(family: str, dtype: torch.dtype) -> None:
-    base = Base(make_tiny(family, **WINDOWS[family]), dtype, torch.float32, {})
+    base = Base(make_tiny(family, **WINDOWS[family]), dtype)
     check_runs(base)
     check_document_attention(base, 64)
 
@@ -156,12 +158,12 @@ def test_noise_by_any_name_is_off_and_written_back(tmp_path: Path, family: str) 
     settings = NOISY[family]
     make_tiny(family, **settings).save_pretrained(tmp_path / "in")
     with pytest.raises(ValueError, match="is not the same in training as in evaluation"):
-        check_runs(Base(load(tmp_path / "in"), torch.float32, torch.float32, {}))
+        check_runs(Base(load(tmp_path / "in"), torch.float32))
     base = load_base(tmp_path / "in", "float32", CPU)
     noisy = {name: value for name, value in settings.items() if isinstance(value, float)}
     assert noisy.items() <= base.dropout.items()
     assert all(getattr(base.model.config, name) == 0 for name in noisy)
-    base.export(tmp_path / "out", base.model.state_dict())
+    export(base.model, read_layout(tmp_path / "in", base.model), dict(base.model.state_dict()), tmp_path / "out")
     exported = transformers.AutoConfig.from_pretrained(tmp_path / "out")
     assert {name: getattr(exported, name) for name in noisy} == noisy
 
