@@ -152,7 +152,7 @@ def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-TRAINED = ("--global-batch-size", 2, "--max-steps", 2, "--learning-rate", 2e-4, "--min-learning-rate", 2e-4)
+TRAINED = ("--global-batch-size", 2, "--max-steps", 2, "--learning-rate", 1e-4, "--min-learning-rate", 1e-4)
 
 
 @pytest.fixture(scope="session")
