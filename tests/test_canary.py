@@ -277,3 +277,10 @@ def test_forgetting_clears_what_a_nan_left_in_the_cache(reference_model: Path) -
     )
     result = next((line for line in done.stdout.splitlines() if line.startswith("RESULT")), done.stderr[-2000:])
     assert result == "RESULT True False True"
+
+
+def test_an_engine_is_refused_where_nothing_tells_what_it_may_differ_by() -> None:
+    """A float16 forward that overflows has no distance: any engine would be within it."""
+    expected, lost = [np.full(8, -2.0, np.float32)], Distance(0, np.inf, np.inf, np.inf, np.inf)
+    with pytest.raises(CanaryFailed, match="not finite"):
+        compare([Answer(np.full(8, -9.0, np.float32))], expected, Limits("float16", lost))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 import transformers
 from annotated import run
@@ -15,6 +16,9 @@ from oracles import load, read_rows, remit_step, row_logprobs
 
 from pipelines.compare import read_losses, table
 from trainer.config import TrainConfig
+from trainer.export import export
+from trainer.layout import read_layout
+from trainer.model import load_base
 from trainer.train import train
 
 Remit = Callable[..., tuple[int, str, str]]
@@ -473,3 +477,22 @@ def test_losses_of_exported_models_end_the_table_where_rounding_changed_them(tmp
 def test_a_run_without_evaluation_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="run remit train with --eval-shards"):
         read_losses(tmp_path)
+
+
+def test_float32_keeps_what_the_class_wants_in_float32(tmp_path: Path) -> None:
+    """GPT-OSS asks for its norms in float32; in a bfloat16 base their training must not be rounded away either."""
+    config = transformers.GptOssConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, num_local_experts=4, num_experts_per_tok=2,
+        layer_types=["full_attention"] * 2,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    base = load_base(tmp_path / "base", "float32", torch.device("cpu"))
+    trained = {name: (tensor.detach() * 1.0005).clone() for name, tensor in base.model.state_dict().items()}
+    layout = read_layout(tmp_path / "base", base.model)
+    rounding = export(base.model, layout, trained, tmp_path / "out", "float32")
+    assert rounding.returned_weights == 0
+    with safetensors.safe_open(tmp_path / "out" / "model.safetensors", "pt") as tensors:
+        assert {tensors.get_tensor(name).dtype for name in tensors.keys()} == {torch.float32}  # noqa: SIM118
+        assert torch.equal(tensors.get_tensor("model.norm.weight"), torch.full((32,), 1.0005))
