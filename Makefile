@@ -36,7 +36,7 @@ OUT    ?= $(WORK)/run
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install sample score train verify inspect test test-slow test-real docs lint clean bench bench-score bench-pack \
+.PHONY: help install sample score train verify inspect test test-fast test-slow test-real docs lint clean bench bench-score bench-pack \
 	bench-scale bench-train bench-head bench-topk bench-plan gpu-check lab
 
 help: ## list targets and variables
@@ -135,6 +135,9 @@ inspect: install ## show what SHARDS holds, or one row of it: make inspect ROW=3
 # pytest-xdist would wait for ever for the tests of the one that it starts instead.
 test: $(VENV)/.installed-dev ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+
+test-fast: $(VENV)/.installed-dev ## run the tests that need no Ray, engine, process, server or browser: under two minutes
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not (slow or real or ray or engine or process or server or browser)"
 
 test-slow: $(VENV)/.installed-dev ## run the fault loops that make test leaves out, about 40 minutes
 	$(BIN)/python -m pytest -m slow

@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # models of these sizes only wait
 os.environ["REMIT_CACHE"] = (_cache := tempfile.TemporaryDirectory(prefix="cache-of-tests-")).name
 
 import pyarrow as pa
+import outside
 import pyarrow.parquet
 import pytest
 import torch
@@ -23,13 +24,12 @@ import transformers
 import zstandard
 from annotated import annotate, by_model
 from browser import browser, pytest_terminal_summary  # noqa: F401  # a fixture and a hook
+from inline_ray import pack_inline
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
 from pipelines.cli import main
-from scorer.cluster import ray_cluster
 from scorer.config import PackConfig, ScoreConfig
-from scorer.pack import pack
 from scorer.reference import Reference
 from scorer.score import score
 from shards import ShardFolder
@@ -52,10 +52,55 @@ ODD = [
 VOCABULARY = 521  # odd on purpose
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    with ray_cluster():
+    """One Ray for all tests that ask for it, by name or through a fixture that packs or scores."""
+    
+    with outside.allowed(), ray_cluster():
         yield
+
+
+@pytest.fixture(scope="session")
+def engine(ray_session: None) -> None:
+    """For tests that start real vLLM engines."""
+
+
+@pytest.fixture(scope="session")
+def starts_processes() -> None:
+    """For tests that start processes of their own: commands that are killed, torchrun, a shell."""
+
+
+@pytest.fixture(scope="session")
+def server() -> None:
+    """For tests that listen on a port; those with a server of their own have a fixture of this name."""
+
+
+@pytest.fixture(autouse=True)
+def only_what_was_asked_for(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test without a marker of KINDS starts no process and no Ray: `make test-fast` runs it."""
+    if any(request.node.get_closest_marker(kind) for kind in KINDS):
+        yield
+    else:
+        with outside.forbidden():
+            yield
+
+
+# the marker that a test gets from a fixture that it asks for; nobody sets these by hand
+KINDS = {
+    "ray": {"ray_session"},
+    "engine": {"engine"},
+    "process": {"starts_processes"},
+    "server": {"server", "hub"},
+    "browser": {"browser"},
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        names = set(getattr(item, "fixturenames", ()))
+        for kind, fixtures in KINDS.items():
+            if names & fixtures:
+                item.add_marker(kind)
 
 
 def make_tokenizer(folder: Path, texts: list[str], vocabulary: int = VOCABULARY) -> Path:
@@ -187,7 +232,7 @@ def remit(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, st
 def packed(tmp_path_factory: pytest.TempPathFactory, corpus_folder: Path, tokenizer_folder: Path) -> Path:
     """A packed folder of rows of 64 tokens in several parts and record batches."""
     out = tmp_path_factory.mktemp("packed") / "shards"
-    pack(PackConfig([str(corpus_folder)], str(tokenizer_folder), out, seq_len=64, tokens_per_shard=64 * 50))
+    pack_inline(PackConfig([str(corpus_folder)], str(tokenizer_folder), out, seq_len=64, tokens_per_shard=64 * 50))
     return out
 
 
@@ -206,7 +251,9 @@ def reference_model(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: 
 
 
 @pytest.fixture(scope="session")
-def scored_rl(tmp_path_factory: pytest.TempPathFactory, packed: Path, reference_model: Path) -> Path:
+def scored_rl(
+    tmp_path_factory: pytest.TempPathFactory, packed: Path, reference_model: Path, engine: None
+) -> Path:
     """The packed folder with a column rl_logprobs in packed context, made by two engines at once."""
     return score_to(tmp_path_factory.mktemp("scored") / "rl", packed, reference_model, num_engines=2).path
 
@@ -219,7 +266,7 @@ def scored(scored_rl: Path, reference_model: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def exact(tmp_path_factory: pytest.TempPathFactory, packed: Path, reference_model: Path) -> Path:
+def exact(tmp_path_factory: pytest.TempPathFactory, packed: Path, reference_model: Path, engine: None) -> Path:
     """The packed folder with rl_logprobs and the five most probable tokens of each place, not rounded."""
     out = tmp_path_factory.mktemp("topk") / "exact"
     return score_to(out, packed, reference_model, top_k=5, logprob_step=0.0).path
@@ -232,7 +279,7 @@ def small(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> P
     for index in range(40):
         texts = [text[:60] for text in source_texts(12, seed=30 + index)[:3]]
         write_corpus(folder / "corpus" / f"{index:02d}.jsonl", [*texts, "e"])
-    pack(PackConfig([str(folder / "corpus")], str(tokenizer_folder), folder / "packed", 24, tokens_per_shard=24 * 30))
+    pack_inline(PackConfig([str(folder / "corpus")], str(tokenizer_folder), folder / "packed", 24, tokens_per_shard=24 * 30))
     return folder / "packed"
 
 
@@ -252,7 +299,9 @@ def annotated(tmp_path_factory: pytest.TempPathFactory, small: Path, models: dic
 
 
 @pytest.fixture(scope="session")
-def faulty(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> "Faulty":
+def faulty(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path, ray_session: None, starts_processes: None
+) -> "Faulty":
     """Inputs and undisturbed outputs of commands that are made to fail."""
     from faulty import Faulty
 

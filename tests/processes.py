@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import outside
 import pyarrow as pa
 import ray
 
@@ -62,6 +63,7 @@ class Command:
     """A running remit command."""
 
     def __init__(self, folder: Path, *arguments: object, private: bool = False, **environment: str) -> None:
+        outside.require_allowed("a remit command")
         start_server()
         self.output = folder / f"command-{time.monotonic_ns()}"
         if not private:

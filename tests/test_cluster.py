@@ -15,6 +15,8 @@ from annotated import run
 from test_distributed import assert_same, metrics_of
 from test_documents import DOCS, blocks, environment_of_a_reader, make_workspace
 
+pytestmark = pytest.mark.usefixtures("ray_session", "starts_processes")
+
 
 def free_port() -> int:
     with socket.socket() as sock:

@@ -327,10 +327,10 @@ def test_other_encodings_are_one_line(tmp_path: Path, encoding: str, codec: str)
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("x.jsonl", gzip.compress(LINES), "holds gzip data, its name says JSON lines"),
+        ("x.jsonl", gzip.compress(LINES, mtime=0), "holds gzip data, its name says JSON lines"),
         ("x.jsonl", zstd_frame(LINES), "holds zstd data"),
         ("x.jsonl.gz", LINES, "holds no gzip data (it begins with b'{\"text\":')"),
-        ("x.jsonl.zst", gzip.compress(LINES), "holds gzip data, its name says zstd"),
+        ("x.jsonl.zst", gzip.compress(LINES, mtime=0), "holds gzip data, its name says zstd"),
         ("x.jsonl.xz", b"", "0 bytes, which is not a xz file"),
         ("x.parquet", LINES, "x.parquet: not a parquet file"),
         ("x.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "run git lfs pull"),

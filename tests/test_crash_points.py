@@ -10,6 +10,8 @@ from processes import Command, content
 
 from shards.crash import CRASH_POINTS
 
+pytestmark = pytest.mark.usefixtures("ray_session", "starts_processes")
+
 WORKER = {
     "score": {name for name in CRASH_POINTS if name.startswith(("part.", "record."))},
     "pack": {name for name in CRASH_POINTS if name.startswith(("part.", "record."))} | {"staging.written"},

@@ -18,6 +18,8 @@ from oracles import load, read_rows, remit_step
 from processes import Ranks
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.usefixtures("starts_processes")
+
 ROOT = Path(__file__).parents[1]
 STEPS = 5
 Remit = Callable[..., tuple[int, str, str]]

@@ -21,6 +21,8 @@ from shards.verify import verify_folder
 from trainer.batch import Row
 from trainer.data import RowReader
 
+pytestmark = pytest.mark.usefixtures("ray_session", "starts_processes")
+
 Remit = Callable[..., tuple[int, str, str]]
 
 

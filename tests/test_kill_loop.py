@@ -19,6 +19,8 @@ from scorer.pack import pack
 from shards import ShardFolder
 from shards.verify import verify_folder
 
+pytestmark = pytest.mark.usefixtures("ray_session", "starts_processes")
+
 KILLS = 30
 TAG = "REMIT_TEST_KILL_LOOP"
 

@@ -29,6 +29,8 @@ HOLDER = """
 import json, os, sys
 from ray.cluster_utils import Cluster
 
+pytestmark = pytest.mark.usefixtures("ray_session", "starts_processes")
+
 def say(value):
     print("ANSWER " + json.dumps(value), flush=True)
 

@@ -15,6 +15,8 @@ from test_distributed import VOLATILE, finish, kill_tree, launch, metrics_of, to
 from trainer.checkpoint import Checkpoints
 from trainer.distributed import World
 
+pytestmark = pytest.mark.usefixtures("ray_session", "starts_processes")
+
 KILLED_RUN = ("--checkpoint-every", 2, "--max-steps", 16, "--sharding", "full", "--micro-batch-size", 4)
 
 
