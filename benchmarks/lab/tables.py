@@ -1,12 +1,11 @@
-"""The report's tables and sentences, as plain text for Markdown and HTML alike."""
+"""The tables of the laboratory's report, as plain text for Markdown and HTML alike."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipelines.lab.report.claims import REPRODUCED, WORDS, Finding, Kind
-from pipelines.lab.report.data import Results
-from pipelines.lab.report.statistics import Estimate, estimate, paired
+from benchmarks.lab.claims import CONTRADICTED, REPRODUCED, Estimate, Finding, Kind, estimate, paired
+from benchmarks.lab.results import Results
 
 ABSENT = "–"
 STAGES = ("pretrained", "mid", "sft", "dpo", "rl")
@@ -29,15 +28,41 @@ ARMS = {
     "ntp-guided": ("the same", "NTP itself"),
     "remit-rl10": (
         "the same",
-        "as of ReMiT, but a tenth of the RL steps, with the learning rate falling to 0 over those",
+        "as for ReMiT, but with a tenth of the RL steps, over which the learning rate falls to 0",
     ),
-    "no-clip": ("the same without the clip", "as of ReMiT"),
+    "no-clip": ("the same without the clip", "as for ReMiT"),
     "rho1": (
         "next-token loss of the 80 % of tokens whose excess loss is largest",
-        "the base after right solutions alone",
+        "the base, trained further on right solutions alone",
     ),
-    "miniplm": ("next-token loss, on the 80 % of rows that MiniPLM chooses", "as of ReMiT; small model: the base"),
-    "kd": ("half next-token loss, half forward KL from the 16 most probable tokens of the reference", "as of ReMiT"),
+    "miniplm": ("next-token loss, on the 80 % of rows that MiniPLM chooses", "as for ReMiT; small model: the base"),
+    "kd": ("half next-token loss, half forward KL from the 16 most probable tokens of the reference", "as for ReMiT"),
+}
+
+
+YES_NO = {REPRODUCED: "yes", CONTRADICTED: "no, the other way round"}
+
+CLAIMS_TABLES: dict[Kind, tuple[str, str]] = {
+    "paper": (
+        "The paper's claims",
+        "Found here: the mean over the seeds of the paired difference in greedy accuracy on held-out problems (or of the "
+        "quantity that the row names), with its 95 % interval. Reproduced: the whole interval lies on the claimed side. "
+        "Contradicted: the whole interval lies on the other side. Not decided: the interval includes the value between the "
+        "two, which is not evidence that there is no difference. Each verdict is taken on its own; * marks those that "
+        "also hold after Holm's correction for all tests together. A ratio is a geometric mean. The paper's figures are "
+        "means over ten tasks, for OLMo-1B; SmolLM3-3B; Youtu-LLM-2B.",
+    ),
+    "control": (
+        "Controls that the paper does not have",
+        "NTP-guided is ReMiT with the plain mid-trained model as its reference: a model that has seen the corpus, but no "
+        "post-training. What it gains over NTP is not due to post-training. What ReMiT gains over it may come from SFT, "
+        "DPO or RL; the comparison with SFT-guided, above, shows what is left for DPO and RL.",
+    ),
+    "check": (
+        "Can the experiment test the claims?",
+        "Where one of these does not hold, the claims that rest on it have not been tested: a reference that knows no "
+        "more than the base cannot guide it.",
+    ),
 }
 
 
@@ -60,82 +85,60 @@ def scaled(metric: str, values: dict[int, float]) -> list[float]:
     return [100 * value if metric.startswith(("greedy", "sampled")) else value for value in values.values()]
 
 
-def digits(metric: str) -> int:
-    return 1 if metric.startswith(("greedy", "sampled")) else 4
-
-
-def mean_text(found: Estimate | None, places: int, signed: bool = False) -> str:
-    """`12.3 ± 0.4`, half the interval; without one the mean alone."""
-    if found is None:
+def cell(metric: str, values: dict[int, float], signed: bool = False) -> str:
+    """`12.3 ± 0.4`, half the interval; the mean alone where there is no interval."""
+    if not values:
         return ABSENT
-    sign = "+" if signed else ""
-    half = found.half_width
-    return f"{found.mean:{sign}.{places}f}" + ("" if half is None else f" ± {half:.{places}f}")
+    places = 1 if metric.startswith(("greedy", "sampled")) else 4
+    found = estimate(scaled(metric, values))
+    half = "" if found.half_width is None else f" ± {found.half_width:.{places}f}"
+    return f"{found.mean:{'+' if signed else ''}.{places}f}{half}"
 
 
 def found_text(finding: Finding) -> str:
     """The mean of a claim's quantity and its interval, in its unit."""
-    found = finding.estimate
+    found, unit = finding.estimate, finding.claim.unit
     if found is None:
         return ABSENT
-    unit = finding.claim.unit
+    ends = [end for end in (found.low, found.high) if end is not None]
     if unit == "ratio":
-        ends = "" if found.low is None else f" ({math.exp(found.low):.2f} to {math.exp(found.high or 0):.2f})"
-        return f"× {math.exp(found.mean):.2f}{ends}"
+        interval = " to ".join(f"{math.exp(end):.2f}" for end in ends)
+        return f"× {math.exp(found.mean):.2f}" + (f" ({interval})" if ends else "")
     places = 4 if unit == "nats" else 1
-    ends = "" if found.low is None else f" ({found.low:+.{places}f} to {found.high:+.{places}f})"
-    return f"{found.mean:+.{places}f}{ends} {unit}"
+    interval = " to ".join(f"{end:+.{places}f}" for end in ends)
+    return f"{found.mean:+.{places}f}" + (f" ({interval})" if ends else "") + f" {unit}"
 
 
 def claims_table(results: Results, findings: Sequence[Finding], kind: Kind) -> Table:
     rows = []
     unshown = {finding.claim.text for finding in findings if finding.verdict != REPRODUCED}
     for finding in findings:
-        claim = finding.claim
+        claim, found, num = finding.claim, finding.estimate, len(finding.values)
         if claim.kind != kind:
             continue
-        verdict = WORDS[kind].get(finding.verdict, finding.verdict)
+        verdict = finding.verdict if kind == "paper" else YES_NO.get(finding.verdict, finding.verdict)
         if finding.survives:
             verdict += " *"
-        if claim.figure is not None and finding.estimate is not None and finding.estimate.low is not None:
-            verdict += f"; {claim.figure:g} lies {_side(claim.figure, finding.estimate)} the interval"
-        if claim.rests_on and claim.rests_on in unshown and finding.estimate is not None:
-            verdict += "; supposes what is not shown"
-        num = len(finding.values)
-        row = [f"{claim.text}; {claim.note}" if claim.note else claim.text]
-        row += [claim.paper] if kind == "paper" else []
+        if claim.figure is not None and found is not None and found.low is not None:
+            verdict += f"; {claim.figure:g} lies {_side(math.log(claim.figure), found)} the interval"
+        if claim.rests_on in unshown and found is not None:
+            verdict += "; rests on what is not shown"
         missing = sorted(set(results.seeds) - set(finding.values))
-        without = f"; not of seed{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}" if missing else ""
-        row += [found_text(finding), f"{finding.agree} of {num}{without}" if num else ABSENT, verdict]
-        rows.append(row)
-    titles: dict[Kind, tuple[str, str]] = {
-        "paper": (
-            "The paper's claims",
-            "Found here: mean over the seeds of the paired difference in greedy accuracy on the held-out problems (other "
-            "quantities where it says so), and its 95 % interval. reproduced: the interval lies on the claimed side; "
-            "contradicted: on the other; not decided: it holds the value between them, which is no evidence of no "
-            "difference. A ratio is the geometric mean. The paper's figures are means over ten tasks, for OLMo-1B; SmolLM3-3B; "
-            "Youtu-LLM-2B.",
-        ),
-        "control": (
-            "Controls that the paper does not have",
-            "NTP-guided is ReMiT with the plain mid-trained model as the reference: one that has seen the corpus, but no "
-            "post-training. What it gains over NTP is not due to post-training. What ReMiT gains over it may come from SFT, DPO "
-            "or RL: SFT-guided, above, tells what is left for DPO and RL.",
-        ),
-        "check": (
-            "Is the experiment fit to tell?",
-            "Where these do not hold, the claims above have not been put to a test: a reference that knows no more than "
-            "the base has nothing to guide with.",
-        ),
-    }
-    columns = ["claim", *(["paper"] if kind == "paper" else []), "found here", "seeds on that side", "verdict"]
-    return Table(*titles[kind], columns, rows)
+        without = f"; without seed{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}" if missing else ""
+        rows.append(
+            [
+                f"{claim.text}; {claim.note}" if claim.note else claim.text,
+                *([claim.paper] if kind == "paper" else []),
+                found_text(finding),
+                f"{finding.agree} of {num}{without}" if num else ABSENT,
+                verdict,
+            ]
+        )
+    paper = ["paper"] if kind == "paper" else []
+    return Table(*CLAIMS_TABLES[kind], ["claim", *paper, "found here", "seeds on the claimed side", "verdict"], rows)
 
 
-def _side(figure: float, found: Estimate) -> str:
-    """Where a ratio lies, against the interval of its logarithm."""
-    value = math.log(figure)
+def _side(value: float, found: Estimate) -> str:
     if found.low is not None and found.high is not None and found.low <= value <= found.high:
         return "inside"
     return "above" if value > found.mean else "below"
@@ -144,43 +147,55 @@ def _side(figure: float, found: Estimate) -> str:
 def means_table(results: Results) -> Table:
     """Arms by metrics after mid-training."""
     metrics = [metric for metric in METRIC_NAMES if metric in results.metrics("mid")]
-    rows = []
-    for arm, stage in [("base", "pretrained"), *((arm, "mid") for arm in results.arms("mid"))]:
-        cells = [_cell(results, arm, stage, metric) for metric in metrics]
-        if set(cells) != {ABSENT}:
-            rows.append([arm_name(arm), *cells])
+    models = [("base", "pretrained"), *((arm, "mid") for arm in results.arms("mid"))]
+    rows = [
+        [arm_name(arm), *(cell(metric, results.get(arm, stage, metric)) for metric in metrics)] for arm, stage in models
+    ]
     note = (
-        "Means over the seeds ± half a 95 % interval. Loss and KL in nats per token; the KL is from the reference that "
+        "Means over the seeds ± half a 95 % interval. Loss and KL are in nats per token; the KL is from the reference, NTP "
+        "after RL, on right solutions. Do not compare arms by whether these intervals overlap: they include what differs "
+        "between seeds for all arms alike. The paired differences below compare arms."
     )
-    note += "RL made of the NTP arm, on right solutions. These intervals hold what differs between seeds for all arms alike: arms "
-    note += "are compared by the paired differences below, not by whether intervals here overlap."
-    return Table("After mid-training", note, ["arm", *(METRIC_NAMES[metric] for metric in metrics)], rows)
-
-
-def _cell(results: Results, arm: str, stage: str, metric: str) -> str:
-    values = scaled(metric, results.get(arm, stage, metric))
-    return mean_text(estimate(values) if values else None, digits(metric))
+    return Table("After mid-training", note, ["arm", *(METRIC_NAMES[metric] for metric in metrics)], _not_empty(rows))
 
 
 def differences_table(results: Results, other: str) -> Table:
     """Each arm minus `other` after mid-training, on the same seeds."""
     metrics = [metric for metric in METRIC_NAMES if metric in results.metrics("mid")]
-    rows = []
-    for arm in results.arms("mid"):
-        cells = []
-        for metric in metrics if arm != other else ():
-            values = scaled(metric, paired(results.get(arm, "mid", metric), results.get(other, "mid", metric)))
-            cells.append(mean_text(estimate(values) if values else None, digits(metric), signed=True))
-        if set(cells) - {ABSENT}:
-            rows.append([arm_name(arm), *cells])
+
+    def differences(arm: str, metric: str) -> dict[int, float]:
+        return paired(results.get(arm, "mid", metric), results.get(other, "mid", metric))
+
+    rows = [
+        [arm_name(arm), *(cell(metric, differences(arm, metric), signed=True) for metric in metrics)]
+        for arm in results.arms("mid")
+        if arm != other
+    ]
     note = (
-        f"Each arm minus {arm_name(other)} on the same seeds, mean ± half a 95 % interval of the differences, not corrected for "
-        "how many there are: of so many cells some are beside zero by chance. The verdicts above are of greedy accuracy, as fixed "
-        "before; sampled accuracy and the loss also count how far an arm has unlearned the wrong steps of the corpus."
+        f"Each arm minus {arm_name(other)} on the same seeds: mean ± half a 95 % interval of the differences. The intervals "
+        "are not corrected for the number of cells, so about one in twenty excludes zero by chance. The verdicts above use "
+        "greedy accuracy, as fixed in advance; sampled accuracy and the loss also measure how far an arm has unlearned "
+        "the wrong steps of the corpus."
     )
-    return Table(
-        f"Differences from {arm_name(other)}", note, ["arm", *(METRIC_NAMES[metric] for metric in metrics)], rows
-    )
+    columns = ["arm", *(METRIC_NAMES[metric] for metric in metrics)]
+    return Table(f"Differences from {arm_name(other)}", note, columns, _not_empty(rows))
+
+
+def _not_empty(rows: list[list[str]]) -> list[list[str]]:
+    return [row for row in rows if set(row[1:]) - {ABSENT}]
+
+
+def post_training_table(results: Results) -> Table:
+    """Arms that go through post-training: accuracy at each stage."""
+    metrics = [metric for metric in ("greedy_all", "sampled_all") if metric in results.metrics("rl")]
+    arms = [arm for arm in results.arms("mid") if any(results.get(arm, "rl", metric) for metric in metrics)]
+    rows = [
+        [arm_name(arm), METRIC_NAMES[metric], *(cell(metric, results.get(arm, stage, metric)) for stage in STAGES[1:])]
+        for metric in metrics
+        for arm in arms
+    ]
+    columns = ["arm", "accuracy", *(f"after {STAGE_NAMES[stage]}" for stage in STAGES[1:])]
+    return Table("Through post-training", "Means over the seeds ± half a 95 % interval.", columns, rows)
 
 
 def seeds_table(results: Results) -> Table:
@@ -198,43 +213,28 @@ def seeds_table(results: Results) -> Table:
 
 def arms_table(results: Results) -> Table:
     rows = [[arm_name(arm), *ARMS[arm]] for arm in results.arms("mid") if arm in ARMS]
-    note = "All arms but MiniPLM train on the same rows in the same order, all with as many steps and the same learning rate."
+    note = (
+        "All arms have the same number of steps and the same learning rate, and all but MiniPLM train on the same rows in "
+        "the same order."
+    )
     return Table("The arms", note, ["arm", "loss of a token", "reference"], rows)
-
-
-def post_training_table(results: Results) -> Table:
-    """Arms that go through post-training: accuracy at each stage."""
-    metrics = [metric for metric in ("greedy_all", "sampled_all") if metric in results.metrics("rl")]
-    arms = [arm for arm in results.arms("mid") if any((arm, "rl", metric) in results.values for metric in metrics)]
-    stages = [stage for stage in STAGES if stage != "pretrained"]
-    rows = [
-        [arm_name(arm), METRIC_NAMES[metric], *(_cell(results, arm, stage, metric) for stage in stages)]
-        for metric in metrics
-        for arm in arms
-    ]
-    columns = ["arm", "accuracy", *(f"after {STAGE_NAMES[stage]}" for stage in stages)]
-    return Table("Through post-training", "Means over the seeds ± half a 95 % interval.", columns, rows)
 
 
 def setup_table(results: Results) -> Table:
     rows = [["size", results.size], ["seeds", ", ".join(map(str, results.seeds))]]
-    hours = sum(results.seconds.values()) / 3600
-    if hours:
+    if hours := sum(results.seconds.values()) / 3600:
         rows.append(["time of all stages together", f"{hours:.1f} hours, summed over stages"])
-    rows += [[name.replace("_", " "), _setting(value)] for name, value in results.recipe.items()]
+    for name, value in results.recipe.items():
+        rows.append([name.replace("_", " "), ", ".join(map(str, value)) if isinstance(value, list) else str(value)])
     rows += [[f"version of {name}", ", ".join(versions)] for name, versions in results.versions.items()]
     if results.code:
         rows.append(["code, sha256", ", ".join(code[:12] for code in results.code)])
     return Table("Set-up", "The same for all seeds and arms.", ["", ""], rows)
 
 
-def _setting(value: object) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
 def make_tables(results: Results, findings: Sequence[Finding]) -> list[Table]:
     """In the order of the report; a table without rows is left out."""
-    tables = [claims_table(results, findings, kind) for kind in ("paper", "control", "check")]
+    tables = [claims_table(results, findings, kind) for kind in CLAIMS_TABLES]
     tables += [means_table(results), *(differences_table(results, other) for other in ("ntp", "remit"))]
     tables += [post_training_table(results), seeds_table(results), arms_table(results), setup_table(results)]
     return [table for table in tables if table.rows]
