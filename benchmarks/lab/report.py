@@ -56,7 +56,7 @@ def lead(results: Results, findings: Sequence[Finding]) -> list[str]:
     if tested:
         survivors = sum(finding.survives for finding in tested)
         lines.append(
-            f"After Holm's correction for {len(tested)} tests together, {survivors or 'none'} of them would reject."
+            f"{survivors or 'None'} of {len(tested)} tests stays significant after Holm's correction for all of them."
         )
     if results.size != "full":
         lines.append(
@@ -121,7 +121,7 @@ def write_pictures(results: Results, folder: Path) -> None:
     for plot in make_plots(results):
         if name := PICTURES.get(plot.title):
             figure = plot.figure.update_layout(paper_bgcolor="#ffffff", font_color="#1d2329")
-            figure.write_image(folder / name, width=900, height=plot.figure.layout.height, scale=1.5)
+            figure.write_image(folder / name, width=900, height=plot.figure.layout.height, scale=1.2)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

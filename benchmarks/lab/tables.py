@@ -173,9 +173,9 @@ def differences_table(results: Results, other: str) -> Table:
     ]
     note = (
         f"Each arm minus {arm_name(other)} on the same seeds: mean ± half a 95 % interval of the differences. The intervals "
-        "are not corrected for the number of cells, so about one in twenty excludes zero by chance. The verdicts above use "
-        "greedy accuracy, as fixed in advance; sampled accuracy and the loss also measure how far an arm has unlearned "
-        "the wrong steps of the corpus."
+        "are not corrected for the number of cells: if no arm differed, about one cell in twenty would still exclude zero. "
+        "The verdicts above use greedy accuracy, as fixed in advance; sampled accuracy and the loss also measure how far an "
+        "arm has unlearned the wrong steps of the corpus."
     )
     columns = ["arm", *(METRIC_NAMES[metric] for metric in metrics)]
     return Table(f"Differences from {arm_name(other)}", note, columns, _not_empty(rows))
