@@ -2,7 +2,8 @@
 
     python -m benchmarks.lab.report LAB [LAB ...]
 
-In: LAB/results.parquet of one or several folders of make lab. Out: LAB/report.md and LAB/report.html in the first.
+In: LAB/results.parquet of one or several folders of make lab. Out: LAB/report.md and LAB/report.html in the first. A
+summary written by hand stays: in a report.md with MARK in it, only what follows the mark is replaced.
 """
 
 import argparse
@@ -55,9 +56,7 @@ def lead(results: Results, findings: Sequence[Finding]) -> list[str]:
     ]
     if tested:
         survivors = sum(finding.survives for finding in tested)
-        lines.append(
-            f"{survivors or 'None'} of {len(tested)} tests stays significant after Holm's correction for all of them."
-        )
+        lines.append(f"Tests that stay significant after Holm's correction: {survivors} of {len(tested)}.")
     if results.size != "full":
         lines.append(
             "This size shows that the parts work together. Its models learn next to nothing: ignore its numbers."
