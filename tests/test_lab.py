@@ -16,8 +16,9 @@ import pytest
 import torch
 import transformers
 
+from benchmarks.lab import results
 from pipelines.flywheel.stage import Input, Stage, check_graph
-from pipelines.lab import measure, results
+from pipelines.lab import measure
 from pipelines.lab.data import corpora, heldout_data, post_training_data, write_start, write_tokenizer
 from pipelines.lab.documents import CURATED, LARGEST, LEVELS, MIDTRAINING, PRETRAINING, mixed, problem, problems
 from pipelines.lab.graph import ARMS, Seed
@@ -315,8 +316,8 @@ def lab(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def check_results(out: Path, size: Any) -> dict[str, Any]:
-    found = json.loads((out / "results" / "seed-0.json").read_text())
-    rows = found["measurements"]
+    (found,), table = results.read_file(out / "results.parquet")
+    rows = table.to_pylist()
     assert (found["seed"], found["size"]) == (0, size)
     assert all(math.isfinite(row["value"]) for row in rows)
     whole = {(row["arm"], row["stage"], row["metric"]) for row in rows if row["step"] is None}
@@ -326,7 +327,7 @@ def check_results(out: Path, size: Any) -> dict[str, Any]:
     assert {row["step"] for row in rows if row["metric"] == "loss_heldout"} >= {0}
     reference = [r["value"] for r in rows if (r["arm"], r["stage"], r["metric"]) == ("ntp", "rl", "kl_reference")]
     assert abs(reference[0]) < 1e-6
-    return found
+    return found | {"measurements": rows}
 
 
 def test_tiny_laboratory(tmp_path: Path) -> None:
@@ -356,7 +357,7 @@ def test_tiny_laboratory(tmp_path: Path) -> None:
     again = lab("--size", "tiny", "--out", str(out))
     assert again.returncode == 0
     assert "started" not in again.stderr
-    assert json.loads((out / "results" / "seed-0.json").read_text()) == found
+    assert check_results(out, "tiny") == found
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
     python -P -m pipelines.lab --size full --seeds 0 1 2 --out lab
 
-Out: OUT/results/seed-N.json for each seed that is done; OUT/stages, OUT/records and OUT/logs as remit flywheel writes
+Out: OUT/results.parquet with each seed that is done; OUT/stages, OUT/records and OUT/logs as remit flywheel writes
 them. The same command again does what is missing; other seeds are added by naming them.
 """
 
@@ -65,12 +65,10 @@ def with_results(seeds: list[Any], folder: Path, watch: Callable[[str, Any, Any]
     """A watch that also writes and prints the results of a seed when its last stage is done."""
     from tqdm import tqdm
 
-    from pipelines.flywheel.records import Places
-    from pipelines.lab import results
+    from benchmarks.lab import results
 
     waiting = {seed.seed: {stage.name for stage in seed.stages} for seed in seeds}
     records: dict[str, Any] = {}
-    places = Places(folder)
 
     def watching(what: str, stage: Any, facts: Any) -> None:
         watch(what, stage, facts)
@@ -81,7 +79,16 @@ def with_results(seeds: list[Any], folder: Path, watch: Callable[[str, Any, Any]
             if stage.name in waiting[seed.seed]:
                 waiting[seed.seed].discard(stage.name)
                 if not waiting[seed.seed]:
-                    result = results.collect(seed, records, places)
+                    of_seed = {stage.name: records[stage.name] for stage in seed.stages}
+                    outputs = {name: folder / record["output"] for name, record in of_seed.items()}
+                    seconds = {name.partition("/")[2]: record["seconds"] for name, record in of_seed.items()}
+                    versions: dict[str, set[str]] = {}
+                    for record in of_seed.values():
+                        for package, version in record["versions"].items():
+                            versions.setdefault(package, set()).add(version)
+                    code = sorted({record.get("code", "not known") for record in of_seed.values()})
+                    known = {package: sorted(versions[package]) for package in sorted(versions)}
+                    result = results.collect(seed, outputs, seconds, known, code)
                     path = results.write(folder, result)
                     tqdm.write(f"\nseed {seed.seed}\n{results.table(result)}\n-> {path}")
 
