@@ -79,17 +79,17 @@ class Rows:
     @property
     def ids(self) -> np.ndarray:
         """Token ids, int32 [T]."""
-        return self._values("input_ids")
+        return self.values("input_ids")
 
     @property
     def doc_lengths(self) -> np.ndarray:
         """Tokens of each document piece, int32 [D]."""
-        return self._values("doc_lengths")
+        return self.values("doc_lengths")
 
     @property
     def doc_ids(self) -> np.ndarray:
         """Document of each piece, counted in its corpus file, int64 [D]."""
-        return self._values("doc_ids")
+        return self.values("doc_ids")
 
     @property
     def source(self) -> np.ndarray:
@@ -153,14 +153,15 @@ class Rows:
 
     def logprobs(self, name: str) -> np.ndarray:
         """Log-probs of the reference `name` in nats, float32 [T], NaN where there is none."""
-        return self._values(logprobs_column(name))
+        return self.values(logprobs_column(name))
 
     def topk(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Ids, int32 [T, K], and log-probs, float32 [T, K], of the most probable tokens; -1 and NaN where there are none."""
         ids, logprobs = topk_columns(name)
-        return self._values(ids), self._values(logprobs)
+        return self.values(ids), self.values(logprobs)
 
-    def _values(self, column: str) -> np.ndarray:
+    def values(self, column: str) -> np.ndarray:
+        """Entries of the lists of a column, one after the other: [T], [D] or [T, K]; NaN (-1 of ids) where one is null."""
         if column not in self._flat:
             self._flat[column] = flat(self.batch.column(column))
         return self._flat[column]
@@ -174,8 +175,8 @@ def flat(column: pa.ListArray) -> np.ndarray:
     k = entries.type.list_size
     values = entries.values.slice(entries.offset * k, len(entries) * k).to_numpy(zero_copy_only=False).reshape(-1, k)
     if entries.null_count:  # what stands in the place of a null is undefined
-        missing = np.nan if pa.types.is_floating(entries.type.value_type) else -1
-        values = np.where(entries.is_valid().to_numpy(zero_copy_only=False)[:, None], values, missing)
+        values = values.copy()
+        values[~entries.is_valid().to_numpy(zero_copy_only=False)] = np.nan if values.dtype.kind == "f" else -1
     return values.astype(entries.type.value_type.to_pandas_dtype(), copy=False)
 
 
