@@ -2,7 +2,7 @@
 
 In: the rows of a record batch, with some or all columns. Out: nothing, or a ValueError that names the row, the value and
 what was expected. How rows follow one another, which only a reader of the whole corpus sees, is in shards/verify.py.
-R = rows, T = tokens of all of them, N = tokens that must have a log-prob, K = most probable tokens of a place.
+R = rows, T = tokens of all of them, D = document pieces, N = tokens that must have a log-prob, K = most probable tokens of a place.
 """
 
 from collections.abc import Callable
@@ -61,9 +61,7 @@ def check_documents(rows: Rows) -> None:
         )  # fmt: skip
     if {"doc_lengths", "input_ids"} <= names:
         refuse_rows(rows, rows.pieces < 1, lambda row: "has no document piece")
-        if rows.doc_lengths.min(initial=1) < 1:
-            piece = int(np.argmax(rows.doc_lengths < 1))
-            fail(rows, int(np.searchsorted(rows.piece_ends, piece, side="right")), "a document piece is empty")
+        refuse_pieces(rows, rows.doc_lengths < 1, "a document piece is empty")
         sums_R = np.diff(np.cumsum(rows.doc_lengths, dtype=np.int64)[rows.piece_ends - 1], prepend=0)
         refuse_rows(
             rows, sums_R != rows.lengths,
@@ -139,6 +137,12 @@ def refuse_rows(rows: Rows, bad_R: np.ndarray, what: Callable[[int], str]) -> No
     if bad_R.any():
         row = int(np.argmax(bad_R))
         fail(rows, row, what(row))
+
+
+def refuse_pieces(rows: Rows, bad_D: np.ndarray, what: str) -> None:
+    """ValueError for the row of the first document piece where `bad_D` is True."""
+    if bad_D.any():
+        fail(rows, int(np.searchsorted(rows.piece_ends, np.argmax(bad_D), side="right")), what)
 
 
 def refuse_tokens(rows: Rows, bad_T: np.ndarray, what: Callable[[int], str], remedy: str = REMEDY) -> None:

@@ -118,9 +118,7 @@ class RowReader:
     def _part(self, part: int) -> PartRows:
         if part not in self._parts:
             name = self.folder.manifest.parts[part].name
-            self._parts[part] = self.folder.open_rows(
-                name, ["input_ids", "doc_lengths", "source", *self._names.values()]
-            )
+            self._parts[part] = self.folder.open_rows(name, ["input_ids", *self._names.values()])
             if len(self._parts) > (2 * WINDOW_BLOCKS if self.folder.store.local is None else OPEN_FILES):
                 self._parts.popitem(last=False)
         self._parts.move_to_end(part)
