@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from damage import rows, write_folder
 
+from trainer.dataset import RowDataset
+
 REFERENCES = {"rl": {"context": "document", "logprob_step": 0.25}}
 DOCUMENT_LOGPROBS = [[None, -1.0, -0.25, 0.0], [None, -3.5, None, -1.0], [None, -2.0, -2.0, None], [None, -7.75]]
 
@@ -69,6 +71,8 @@ def test_log_probs_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
         folder.require_scored("rl", "packed")
     with pytest.raises(ValueError, match="pretend_logprobs comes from the fake engine"):
         folder.require_one_context("base", "pretend")
+    with pytest.raises(ValueError, match="pretend_logprobs comes from the fake engine"):
+        RowDataset(tmp_path, "pretend")
     message = "rl_logprobs was scored in document context, base_logprobs in packed context"
     with pytest.raises(ValueError, match=message):
         folder.require_one_context("rl", "base")

@@ -36,9 +36,10 @@ class RowReader:
     """Rows of a complete shard folder by block and place, where a block is a record batch of a part.
 
     context: "packed" or "document", which decides what is predicted. reference: name of the reference whose columns
-    are read, or None. columns: which of them: "logprobs", "topk_ids", "topk_logprobs". num_embeddings: token ids must
-    be below it. left_out: names of references whose unscored rows predict nothing; default: the reference alone. A part is hashed against its commit record before the first of its rows is read. ValueError names the
-    row that breaks a promise of the format.
+    are read (ShardFolder.require_scored says whether they can be), or None. columns: which of them: "logprobs",
+    "topk_ids", "topk_logprobs". num_embeddings: token ids must be below it. left_out: names of references whose unscored
+    rows predict nothing; default: the reference alone. A part is hashed against its commit record before the first of
+    its rows is read. ValueError for a row that breaks the contract (shards/contract.py) or does not fit the model.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class RowReader:
         self.left_out = left_out if left_out is not None else () if reference is None else (reference,)
         self._names: dict[str, str] = {}  # of the columns in the folder
         if reference is not None:
-            folder.require_scored(reference, context)
+            assert folder.require_reference(reference)["context"] == context, "ask folder.require_scored before"
             top_ids, top_logprobs = topk_columns(reference)
             known = {"logprobs": logprobs_column(reference), "topk_ids": top_ids, "topk_logprobs": top_logprobs}
             self._names = {column: known[column] for column in columns}
