@@ -114,8 +114,8 @@ def read_for_other_loops(folder: Path, model: Path) -> None:
 
 
 def read_to_select(folder: Path, model: Path) -> None:
-    from pipelines.select import select
-    from pipelines.settings import SelectConfig
+    from scorer.config import SelectConfig
+    from scorer.select import select
 
     select(SelectConfig(str(folder), "rl", "base", str(folder.parent / "selected"), num_workers=1))
 

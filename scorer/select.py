@@ -19,10 +19,9 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from pipelines.ranking import CorpusRows, best_rows, part_scores, plan_selection
-from pipelines.settings import SelectConfig
-from scorer.config import Stopped
+from scorer.config import SelectConfig, Stopped
 from scorer.output import begin_output, clean, leave, require_empty
+from scorer.ranking import CorpusRows, best_rows, part_scores, plan_selection
 from shards.contract import check
 from shards.crash import crash_point
 from shards.folder import ShardFolder
