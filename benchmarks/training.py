@@ -52,25 +52,28 @@ def annotate(shards: Path, out: Path, step: float = 1 / 64, top_k: int = 0, cont
                 for start in np.cumsum([0, *docs[:-1]]):
                     logprobs[start] = None  # nothing precedes it
                 values.append(logprobs)
-            columns = [*batch.columns, pa.array(values, pa.list_(pa.float32()))]
+            top = []
             if top_k:
-                columns += random_top(rng, values, manifest.tokenizer["vocab_size"], top_k, step)
+                rows = batch.column("input_ids").to_pylist()
+                values, *top = random_top(rng, rows, manifest.tokenizer["vocab_size"], top_k, step)
+            columns = [*batch.columns, pa.array(values, pa.list_(pa.float32())), *top]
             batches.append(pa.record_batch(columns, schema=manifest.schema))
         write_part(out, plan.name, manifest.schema, manifest.part_metadata(index), batches)
     return ShardFolder(out)
 
 
-def random_top(rng: np.random.Generator, rows: list, vocabulary: int, k: int, step: float) -> list[pa.Array]:
-    """Ids and log-probs of k different tokens for each token of `rows` but their first ones."""
-    ids, logprobs = [], []
+def random_top(rng: np.random.Generator, rows: list, vocabulary: int, k: int, step: float) -> tuple[list, Any, Any]:
+    """Of each token of `rows` but their first ones: its log-prob, and ids and log-probs of k tokens, itself the best."""
+    values, ids, logprobs = [], [], []
     for row in rows:
-        first = rng.integers(0, vocabulary, (len(row), 1))
-        places = (first + np.arange(k) * (vocabulary // k)) % vocabulary
+        places = (np.array(row)[:, None] + np.arange(k) * (vocabulary // k)) % vocabulary
         weights = np.sort(rng.gamma(0.3, 1.0, (len(row), k)), axis=1)[:, ::-1] + 1e-6
         stored = np.minimum(0, np.round(np.log(0.95 * weights / weights.sum(1, keepdims=True)) / step) * step)
+        values.append([None, *stored[1:, 0].tolist()])
         ids.append([None, *places[1:].tolist()])
         logprobs.append([None, *stored[1:].tolist()])
-    return [pa.array(ids, pa.list_(pa.list_(pa.int32(), k))), pa.array(logprobs, pa.list_(pa.list_(pa.float32(), k)))]
+    lists = pa.array(ids, pa.list_(pa.list_(pa.int32(), k))), pa.array(logprobs, pa.list_(pa.list_(pa.float32(), k)))
+    return values, *lists
 
 
 class Steps:

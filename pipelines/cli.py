@@ -25,9 +25,9 @@ from pipelines.console import BAD_USAGE, FAILED, STOPPED, BadUsage
 from pipelines.evaluation.settings import EvalConfig
 from pipelines.flywheel.settings import FlywheelOptions
 from pipelines.plan.settings import PlanConfig
-from pipelines.settings import CompletionConfig, InspectConfig, ReportConfig, SelectConfig, VerifyConfig
+from pipelines.settings import CompletionConfig, InspectConfig, ReportConfig, VerifyConfig
 from pipelines.signals import Stopped, StopRequest
-from scorer.config import PackConfig, ScoreConfig
+from scorer.config import PackConfig, ScoreConfig, SelectConfig
 from trainer.config import TrainConfig
 
 COMMANDS: dict[str, tuple[type, Any]] = {

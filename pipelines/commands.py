@@ -16,8 +16,7 @@ from rich.table import Table
 from pipelines.console import DONE, STOPPED, ShouldStop, note, progress_bar, quiet_libraries, tokens_summary
 from pipelines.flywheel.settings import FlywheelOptions, read_config
 from pipelines.models import resolve_model
-from pipelines.settings import SelectConfig
-from scorer.config import PackConfig, ScoreConfig, Stopped
+from scorer.config import PackConfig, ScoreConfig, SelectConfig, Stopped
 from shards.folder import ShardFolder
 from shards.modelfolder import require_base
 from trainer.config import TrainConfig
@@ -137,8 +136,8 @@ def show_score_summary(state: "ScoreProgress", first: "ScoreProgress") -> None:
 
 
 def select(config: SelectConfig, should_stop: ShouldStop) -> int:
-    from pipelines.ranking import describe
-    from pipelines.select import select as run
+    from scorer.ranking import describe
+    from scorer.select import select as run
 
     began, phase = monotonic(), ""
     with progress_bar(desc="select", unit=" tokens", unit_scale=True) as bar:

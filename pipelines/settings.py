@@ -10,38 +10,6 @@ import tyro
 
 
 @dataclass(frozen=True)
-class SelectConfig:
-    """Keep the rows that a teacher predicts best compared with a small reference (MiniPLM's difference sampling)."""
-
-    shards: str
-    """Shard folder that remit score has annotated with both references."""
-    teacher: str
-    """Name of the large reference, whose column is NAME_logprobs."""
-    small: str
-    """Name of the small reference, scored in the same context."""
-    out: str
-    """Shard folder to write; the same command again finishes an interrupted run."""
-    keep_ratio: float = 0.8
-    """Share of the rows to keep, over the whole corpus: those with the highest mean log p(teacher) - log p(small)."""
-    num_workers: int | None = None
-    """Parts read or written at once; default: one per CPU. About as many are in memory."""
-    debug: bool = field(default=False, repr=False)
-    """Show tracebacks."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.keep_ratio < 1:
-            raise ValueError(
-                f"--keep-ratio is {self.keep_ratio}, expected more than 0 and less than 1, for instance 0.8"
-            )
-        if self.teacher == self.small:
-            raise ValueError(
-                f"--teacher and --small are both {self.small!r}, expected two references; all rows would tie"
-            )
-        if self.num_workers is not None and self.num_workers < 1:
-            raise ValueError(f"--num-workers is {self.num_workers}, expected at least 1")
-
-
-@dataclass(frozen=True)
 class VerifyConfig:
     """Check every byte, count and invariant of a shard folder; with --model, rescore random rows with transformers."""
 

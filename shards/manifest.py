@@ -91,7 +91,7 @@ class Manifest:
     references: per name its model name, revision, weights_sha256, dtype, engine, engine_version,
     engine_distribution, device, head_dtype (these three are missing in older ones), tensor_parallel_size, context, logprob_step, and top_k where its most probable tokens are stored.
     selections: by which rule rows of the packed corpus were kept, oldest first: method, rows_read, rows_unscored,
-    rows_kept, source_manifest_sha256, and what else the method says (pipelines/select.py).
+    rows_kept, source_manifest_sha256, and what else the method says (scorer/select.py).
     passed_over: files of the corpus folders that were not read, counted by suffix or what else they are.
     """
 

@@ -93,9 +93,8 @@ def test_kd(
 def test_kd_from_a_reference_with_more_padding_rows(tmp_path: Path, small: Path, models: dict[str, Path]) -> None:
     """Refused before the first step where a stored id is beyond the base's embedding, and trained where none is."""
     wide = make_model(tmp_path / "wide", seed=5, vocabulary=VOCABULARY + 64)
-    logprobs = by_model(models["reference"], "packed", 0)
     for name, model in (("bad", wide), ("good", models["reference"])):
-        top = top_by_model(model, "packed", 8)
+        logprobs, top = by_model(model, "packed", 0), top_by_model(model, "packed", 8)
         annotate(small, tmp_path / name, logprobs, "packed", top=top, vocab_size=VOCABULARY + 64)
     settings: dict = {"objective": "kd", "seed": 4}
     assert run(tmp_path / "out", tmp_path / "good", models["base"], **settings)[0]["kd_loss"] > 0

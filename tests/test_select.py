@@ -22,10 +22,9 @@ from processes import Command, committed, content
 from s3_server import REGION, S3Server
 from selecting import PACKED, add_reference, annotate_two, brute_force, corpus_rows, write_rows, write_uniform
 
-from pipelines.ranking import CorpusRows, best_rows, part_scores
-from pipelines.select import select
-from pipelines.settings import SelectConfig
-from scorer.config import Stopped
+from scorer.config import SelectConfig, Stopped
+from scorer.ranking import CorpusRows, best_rows, part_scores
+from scorer.select import select
 from shards import Manifest, ShardFolder
 from shards.crash import CRASH_POINTS
 from shards.quarantine import read_quarantined_rows
@@ -210,8 +209,8 @@ def test_a_part_is_opened_once_in_each_pass(
 PEAK = """
 import sys
 from pathlib import Path
-from pipelines.select import select
-from pipelines.settings import SelectConfig
+from scorer.select import select
+from scorer.config import SelectConfig
 select(SelectConfig(sys.argv[1], "rl", "base", sys.argv[2], num_workers=2))
 status = Path("/proc/self/status").read_text()
 print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
@@ -302,7 +301,7 @@ def test_stopped_in_either_pass(corpus: Path, tmp_path: Path, undisturbed: dict[
 def test_sigterm_is_three(corpus: Path, tmp_path: Path) -> None:
     """The signal comes while the third part is scored."""
     script = (
-        "import os, signal, sys, pipelines.ranking as ranking\n"
+        "import os, signal, sys, scorer.ranking as ranking\n"
         "real = ranking.part_scores\n"
         "def signalled(*arguments):\n"
         "    if arguments[-1] == 3: os.kill(os.getpid(), signal.SIGTERM)\n"
@@ -345,9 +344,9 @@ def test_bad_settings(corpus: Path, tmp_path: Path, remit: Remit, settings: dict
             ["has no log-probs of a reference named 'nobody'", "it has: base, base_document, pretend"],
         ),
         ({"small": "nobody"}, ["'nobody'"]),
-        ({"small": "pretend"}, ["'pretend' come from the fake engine", "score again without --engine fake"]),
-        ({"teacher": "pretend"}, ["'pretend' come from the fake engine"]),
-        ({"teacher": "sft"}, ["'sft' was scored in document context", "'base' in packed context", "--context"]),
+        ({"small": "pretend"}, ["pretend_logprobs comes from the fake engine", "score again without --engine fake"]),
+        ({"teacher": "pretend"}, ["pretend_logprobs comes from the fake engine"]),
+        ({"teacher": "sft"}, ["sft_logprobs was scored in document context, base_logprobs in packed", "--context"]),
     ],
 )
 def test_references_that_do_not_fit(

@@ -77,7 +77,12 @@ def test_bad_arguments(
 
 
 @pytest.mark.parametrize(
-    ("value", "message"), [(float("nan"), "missing, not finite or positive"), (0.5, "positive"), (None, "missing")]
+    ("value", "message"),
+    [
+        (float("nan"), "is nan, which is not finite"),
+        (0.5, "is 0.5, which is not"),
+        (None, "is null, expected null exactly"),
+    ],
 )
 def test_only_valid_numbers_train(
     tmp_path: Path, small: Path, models: dict[str, Path], value: float | None, message: str

@@ -57,8 +57,9 @@ class RowDataset(IterableDataset):
     ) -> None:
         folder = ShardFolder(str(shards))
         folder.require_complete()
-        if context is None:
-            context = folder.require_reference(reference)["context"] if reference else "packed"
+        if reference:
+            context = folder.require_scored(reference, context)["context"]
+        context = context or "packed"
         self.context = context
         self._reader = RowReader(folder, context, reference, num_embeddings, left_out=tuple(folder.manifest.references))
         self._order = RowOrder(self._reader.block_rows, seed)
