@@ -17,7 +17,8 @@ from pipelines.console import DONE, STOPPED, ShouldStop, note, progress_bar, qui
 from pipelines.flywheel.settings import FlywheelOptions, read_config
 from pipelines.models import resolve_model
 from pipelines.settings import SelectConfig
-from scorer.config import PackConfig, ScoreConfig, Stopped
+from scorer.config import PackConfig, ScoreConfig
+from scorer.stopping import Stopped
 from shards.folder import ShardFolder
 from shards.modelfolder import require_base
 from trainer.config import TrainConfig

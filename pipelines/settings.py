@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from shards.output_folder import require_new_folder
 from trainer.objectives.settings import check_epsilon
 
 
@@ -30,6 +31,7 @@ class SelectConfig:
     """Show tracebacks."""
 
     def __post_init__(self) -> None:
+        require_new_folder(self.out, "remit select", shards=self.shards)
         if not 0 < self.keep_ratio < 1:
             raise ValueError(
                 f"--keep-ratio is {self.keep_ratio}, expected more than 0 and less than 1, for instance 0.8"

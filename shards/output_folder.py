@@ -10,18 +10,28 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from shards.crash import crash_point
+from shards.folder import TOKENIZER, ShardFolder
 from shards.lease import LEASE, Lease, LeaseLost
-from shards.part import encode_json, publish_json
+from shards.manifest import MANIFEST, Manifest
+from shards.part import COMMITS, encode_json, publish_json
+from shards.quarantine import QUARANTINE
 from shards.store import Store, is_remote, open_store
 
 RUN = "run.json"
 """What the folder of a training or post-training was made of."""
+MODEL = "model"
+"""The last thing that a run writes into its folder."""
+SHARD_FOLDERS = ("", COMMITS, LEASE, TOKENIZER, f"{QUARANTINE}/rows", f"{QUARANTINE}/failed")
+"""Where the writers of a shard folder have temporary files."""
 ALIASES = {"s3a": "s3", "gcs": "gs"}  # two names of one protocol
 NAMED_DIFFERENCES = 3
+NO_NAMES: Mapping[str, str] = MappingProxyType({})
 _HASH = re.compile(r"[0-9a-f]{40,}")
 _IGNORED = ("lost+found",)  # in the root of a mounted disk
 
@@ -74,6 +84,42 @@ def require_empty(folder: Store | Path | str, record: str, what: str) -> None:
         )
 
 
+def begin_shards(shards: ShardFolder, out: Store, manifest: Manifest) -> ShardFolder:
+    """Freeze `manifest` in `out`, with a copy of the tokenizer of `shards` and of its list of ids, unless it is frozen there."""
+    if out.size(MANIFEST) is None:
+        out.remove(TOKENIZER)  # of a run that died while it copied one
+        shards.copy_tokenizer_to(out)
+        crash_point("output.begun")
+        manifest.write(out)
+    return ShardFolder(out)
+
+
+def instead_of(there: ShardFolder) -> str:
+    """The remedy where a shard folder is in the way, which says what would be lost with it."""
+    manifest = there.manifest
+    names = ", ".join(map(repr, manifest.references))
+    rows = f"{'selected' if manifest.selections else 'packed'} rows {f'with log-probs of {names}' if names else ''}"
+    rows = f"{rows.strip()}{', unfinished' if there.missing_parts() else ''}"
+    return f"choose another --out; that folder holds {rows}: delete it only if nothing needs them"
+
+
+@contextlib.contextmanager
+def writing_run(
+    out: Path, what: str, first: bool = True, on_wait: Callable[[str], None] = lambda line: None
+) -> Iterator[Lease | None]:
+    """Be the only writer of the folder of a run for the block, as `writing`, on the first of its processes.
+
+    None on the other processes, and where the run is finished: it writes no more. what: the kind of run, for the
+    ValueError where the folder holds something else.
+    """
+    if not first or (out / MODEL).exists():
+        yield None
+        return
+    require_empty(out, RUN, what)
+    with writing(out, on_wait) as lease:
+        yield lease
+
+
 def read_record(folder: Store | Path | str) -> dict[str, Any] | None:
     """What the folder of a run was made of, None where none has begun in it."""
     out = open_store(folder)
@@ -99,23 +145,23 @@ def refuse_other(
     ours: dict[str, Any],
     theirs: dict[str, Any],
     remedy: str = "choose another --out",
-    option: Callable[[str], str] = lambda field: field,
-    hint: Callable[[str], str] = lambda field: "",
+    options: Mapping[str, str] = NO_NAMES,
+    hints: Mapping[str, str] = NO_NAMES,
 ) -> None:
     """ValueError where the folder `where` was made of `theirs` and `ours` is asked for: the first field, both values.
 
-    what: the kind of thing that it holds. option: what the user calls a field. hint: more about a field, for the message.
+    what: the kind of thing that it holds. options: what the user calls a field. hints: more about a field.
     """
     found = differences(ours, theirs)
     if not found:
         return
     field, how = found[0]
-    others = [option(name) for name, _ in found[1:] if option(name) != option(field)]
-    named = list(dict.fromkeys(others))
-    also = f" (also: {', '.join(named[:NAMED_DIFFERENCES])}" if named else ""
-    also += f" and {len(named) - NAMED_DIFFERENCES} more" if len(named) > NAMED_DIFFERENCES else ""
+    others = [options.get(name, name) for name, _ in found[1:]]
+    also = f" (also: {', '.join(others[:NAMED_DIFFERENCES])}" if others else ""
+    also += f" and {len(others) - NAMED_DIFFERENCES} more" if len(others) > NAMED_DIFFERENCES else ""
     raise ValueError(
-        f"{where}: holds another {what}: {option(field)} {how}{hint(field)}{also}{')' if also else ''}; {remedy}"
+        f"{where}: holds another {what}: {options.get(field, field)} {how}{hints.get(field, '')}{also}"
+        f"{')' if also else ''}; {remedy}"
     )
 
 
@@ -148,14 +194,14 @@ def _text(value: Any) -> str:
 
 
 def same_folder(one: str | Path, other: str | Path) -> bool:
-    """Whether two paths or URLs mean one folder, through links, slashes and other names of a protocol."""
+    """Whether two paths or URLs mean one folder, through links, slashes and other names of a protocol.
+
+    What is on this machine exists: a name of the hub may look like a path.
+    """
     if is_remote(one) or is_remote(other):
         return is_remote(one) and is_remote(other) and _plain_url(one) == _plain_url(other)
-    first, second = (Path(str(path).removeprefix("file://")) for path in (one, other))
-    if first.resolve() == second.resolve():
-        return True
-    with contextlib.suppress(OSError):  # one of them does not exist
-        return os.path.samefile(first, second)  # a folder that is mounted twice
+    with contextlib.suppress(OSError):  # where one of them does not exist
+        return os.path.samefile(*(str(path).removeprefix("file://") for path in (one, other)))
     return False
 
 

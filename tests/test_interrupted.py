@@ -20,8 +20,9 @@ from faulty import ROWS_PER_PART, SEQ_LEN, Faulty
 from oracles import read_rows
 from processes import FORKS, Command, committed, content, log_lines, start_server
 
-from scorer.config import PackConfig, Stopped
+from scorer.config import PackConfig
 from scorer.pack import pack
+from scorer.stopping import Stopped
 from shards import ShardFolder, row_schema, write_part
 from shards.store import LocalStore
 

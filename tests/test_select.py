@@ -25,7 +25,7 @@ from selecting import PACKED, add_reference, annotate_two, brute_force, corpus_r
 from pipelines.ranking import CorpusRows, best_rows, part_scores
 from pipelines.select import select
 from pipelines.settings import SelectConfig
-from scorer.config import Stopped
+from scorer.stopping import Stopped
 from shards import Manifest, ShardFolder
 from shards.crash import CRASH_POINTS
 from shards.quarantine import read_quarantined_rows
