@@ -181,11 +181,11 @@ def test_settings_that_do_not_fit(
     (tmp_path / "full" / "notes.txt").write_text("mine")
     for arguments, code, message in (
         ((*base, "--out", tmp_path / "full"), 1, "is not empty and not a shard folder"),
-        ((*base, "--out", scored_rl), 1, "references.rl.dtype is 'float32' there"),
+        ((*base, "--out", scored_rl), 1, "--dtype is 'float32' there"),
         (
             (*base, "--out", scored_rl, "--dtype", "float32", "--context", "document"),
             1,
-            "rl.context is 'packed'",
+            "--context is 'packed'",
         ),
         (
             ("score", "--shards", scored_rl, "--model", reference_model, "--out", tmp_path / "o"),

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from shards.lease import Lease
+from shards.output_folder import MODEL
 from shards.store import temporary_name
-from trainer.export import MODEL, Rounding
+from trainer.export import Rounding
 from trainer.layout import Layout
 
 EXPORTED = "exported.json"

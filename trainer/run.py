@@ -11,11 +11,11 @@ from typing import Any
 
 from shards.fingerprint import model_origin, weights_fingerprint
 from shards.folder import ShardFolder
-from shards.output_folder import read_record, refuse_other
+from shards.output_folder import MODEL, read_record, refuse_other
 from shards.store import temporary_name
 from trainer.config import TrainConfig
 from trainer.data import unscored_rows
-from trainer.export import EXPORTS, MODEL
+from trainer.export import EXPORTS
 from trainer.objectives.settings import OPTIONS
 
 METRICS = "metrics.jsonl"

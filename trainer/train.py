@@ -21,7 +21,7 @@ import torch
 
 from shards.folder import ShardFolder
 from shards.lease import Lease
-from shards.output_folder import RUN, write_record, writing_run
+from shards.output_folder import MODEL, RUN, write_record, writing_run
 from shards.part import sha256_file
 from trainer.batch import Row, collate
 from trainer.board import Board
@@ -33,7 +33,7 @@ from trainer.deterministic import deterministic
 from trainer.distributed import World, accumulate_only, connect, scalar, spread
 from trainer.evaluation import Evaluation
 from trainer.experts import Balancing, check_experts, describe, router_loss
-from trainer.export import EXPORTS, MODEL, Rounding, export
+from trainer.export import EXPORTS, Rounding, export
 from trainer.exported import Exported, rounding_notes, untrained_notes
 from trainer.first_pass import global_weights, second_pass
 from trainer.layout import read_layout
