@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from annotated import run
 from conftest import make_model, make_tokenizer
 from processes import Command
 from test_distributed import arguments, metrics_of
@@ -28,15 +27,18 @@ from shards.lease import Lease, LeaseLost, lease_numbers
 from shards.store import open_store
 from trainer import checkpoint, export
 from trainer.checkpoint import Checkpoints
+from trainer.config import TrainConfig
 from trainer.distributed import World
+from trainer.train import train
 
 REFUSED = f"another driver writes to this folder: host {socket.gethostname()}, pid %s, since 0 min"
 
 
 def snapshot(out: Path) -> dict[str, bytes]:
     """All files of a run but those of its lease, and of TensorBoard, which each process has of its own."""
-    files = [path for path in out.rglob("*") if path.is_file() and not {"_lease", "tensorboard"} & {*path.parts}]
-    return {str(path.relative_to(out)): path.read_bytes() for path in files if not path.name.endswith(".tmp")}
+    names = [path.relative_to(out) for path in out.rglob("*") if path.is_file()]
+    kept = [name for name in names if name.parts[0] not in ("_lease", "tensorboard") and ".tmp" not in str(name)]
+    return {str(name): (out / name).read_bytes() for name in kept}
 
 
 def wait_for_steps(out: Path, steps: int, is_alive: Callable[[], bool]) -> None:
@@ -126,12 +128,13 @@ def test_a_training_that_lost_its_folder_writes_and_deletes_nothing_more(
         if moment == "step" and done == 5:
             wake()
 
+    config = TrainConfig(
+        str(annotated["packed"]), str(models["base"]), out, max_steps=12, global_batch_size=7, micro_batch_size=4,
+        dtype="float32", checkpoint_every=0 if moment == "export" else 6, export_every=0 if moment == "checkpoint" else 6,
+        eval_shards=str(annotated["packed"]) if moment == "evaluation" else None, eval_every=3,
+    )  # fmt: skip
     with pytest.raises(LeaseLost, match="another driver has taken this folder over; this one publishes nothing more"):
-        run(
-            out, annotated["packed"], models["base"], max_steps=12, global_batch_size=7, micro_batch_size=4,
-            checkpoint_every=0 if moment == "export" else 6, export_every=0 if moment == "checkpoint" else 6,
-            eval_shards=str(annotated["packed"]) if moment == "evaluation" else None, eval_every=3, progress=progress,
-        )  # fmt: skip
+        train(config, progress)
     now = snapshot(out)
     if moment == "checkpoint":  # what was logged before it was found out that the save had failed is a step of before
         assert now.pop("metrics.jsonl").startswith(after.pop("metrics.jsonl"))
