@@ -1,5 +1,6 @@
 """What a folder was made of: an output that is an input, another one in the way, and how both are said."""
 
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -66,10 +67,10 @@ def test_an_output_that_is_the_input_is_bad_usage(
     ):
         code, _, error = remit(command, f"--{option}", shards, "--out", out, *more)
         assert code == 2
-        assert error.strip() == (
-            f"remit {command}: error: --out {out} is the folder of --{option}; remit {command} writes a new folder and "
-            "leaves that one as it is; choose another --out"
+        line = (
+            f"--out {out} is the folder of --{option}; remit {command} writes a new folder and leaves that one as it is"
         )
+        assert re.sub(r"\s", "", line) in re.sub(r"[\s│]", "", error)  # bad usage is in a box, which breaks words
     assert time.monotonic() - began < 5
     assert list(shards.iterdir()) == []
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -380,7 +381,7 @@ def test_folders_that_do_not_fit(corpus: Path, tmp_path: Path, remit: Remit) -> 
     (tmp_path / "link").symlink_to(corpus)
     for out in (corpus, f"{corpus}/", f"file://{corpus}", tmp_path / "link"):
         code, _, error = remit(*arguments(corpus, out))
-        assert (code, f"--out {out} is the folder of --shards; remit select writes a new folder" in error) == (2, True)
+        assert (code, "isthefolderof--shards;remitselectwrites" in re.sub(r"[\s│]", "", error)) == (2, True), error
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("x")
     assert "is not empty and not a shard folder" in remit(*arguments(corpus, tmp_path / "full"))[2]
