@@ -60,9 +60,7 @@ class Checkpoints:
     ) -> None:
         self.folder, self.model, self.optimizer, self.world = folder, model, optimizer, world
         self.settings, self.keep, self.lease = settings, keep, lease
-        self._passed_over: list[
-            Path
-        ] = []  # damaged, and newer than the one that was loaded: the next save deletes them
+        self._passed_over: list[Path] = []  # damaged ones, newer than what was loaded; the next save deletes them
         # a save runs beside the training and must not meet its collectives
         self._group = dist.new_group(backend="gloo", timeout=world.timeout) if world.size > 1 else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")

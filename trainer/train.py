@@ -174,7 +174,6 @@ def train_in(
         state = whole_weights(loss_model)  # all ranks take part
         if not lease:
             return None
-
         lease.check()
         record = partial(Exported(config.out, lease).add, name, step, config.export_dtype)
         return export(base.model, layout, state, config.out / name, config.export_dtype, shards, record)
