@@ -38,7 +38,8 @@ def plan_of(parts: int) -> Manifest:
 
 def steps(folder: Path, parts: int) -> dict[str, float]:
     """Seconds of each step, and the peak of memory in MB."""
-    from scorer.score import begin_output, refuse_other_scoring
+    from scorer.score import refuse_other_scoring
+    from shards.output_folder import begin_shards
     from shards.store import open_store
     from trainer.data import RowReader
     from trainer.order import RowOrder
@@ -64,7 +65,7 @@ def steps(folder: Path, parts: int) -> dict[str, float]:
     manifest = replace(shards.manifest, references=references)
     out = open_store(folder / "scored")
     began = perf_counter()
-    scored = begin_output(shards, out, manifest)
+    scored = begin_shards(shards, out, manifest)
     missing = scored.missing_parts()
     timed("freeze the plan of a scoring", began)
     assert len(missing) == parts
@@ -74,7 +75,7 @@ def steps(folder: Path, parts: int) -> dict[str, float]:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(data)
     began = perf_counter()
-    refuse_other_scoring(out, manifest)
+    refuse_other_scoring(out, manifest, "rl")
     assert ShardFolder(out).missing_parts() == missing[-3:]
     timed("resume a scoring, three parts missing", began)
     began = perf_counter()

@@ -26,7 +26,7 @@ from pipelines.evaluation.settings import EvalConfig
 from pipelines.flywheel.settings import FlywheelOptions
 from pipelines.plan.settings import PlanConfig
 from pipelines.settings import CompletionConfig, InspectConfig, ReportConfig, VerifyConfig
-from pipelines.signals import Stopped, StopRequest
+from pipelines.signals import SignalReceived, StopRequest
 from scorer.config import PackConfig, ScoreConfig, SelectConfig
 from trainer.config import TrainConfig
 
@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         run = next(run for settings, run in COMMANDS.values() if settings is type(config))
         code = run(config, stop.requested)
-    except Stopped:
+    except SignalReceived:
         code = STOPPED
     except BadUsage as error:
         fail(command, BAD_USAGE, str(error))

@@ -16,7 +16,8 @@ from rich.table import Table
 from pipelines.console import DONE, STOPPED, ShouldStop, note, progress_bar, quiet_libraries, tokens_summary
 from pipelines.flywheel.settings import FlywheelOptions, read_config
 from pipelines.models import resolve_model
-from scorer.config import PackConfig, ScoreConfig, SelectConfig, Stopped
+from scorer.config import PackConfig, ScoreConfig, SelectConfig
+from scorer.stopping import Stopped
 from shards.folder import ShardFolder
 from shards.modelfolder import require_base
 from trainer.config import TrainConfig

@@ -12,8 +12,9 @@ from typing import Any
 
 import tyro
 
+from shards.output_folder import RUN
 from trainer.objectives.settings import OPTIONS
-from trainer.run import EVALUATION, RUN
+from trainer.run import EVALUATION
 
 # an objective and what it reads; how often a run is evaluated, of which only common steps are compared; what rho1's
 # --scope micro adds, since it ranks the tokens of a forward pass

@@ -17,12 +17,12 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipelines.console import note
 from scorer.cluster import cause, ray_cluster
-from scorer.output import absolute
+from shards.store import absolute
 from trainer.config import TrainConfig
 from trainer.run import TrainResult, run_result
 
-STOP = ".stop"
-NOTES = ".notes"
+STOP = "stop"
+NOTES = "notes"  # what the workers tell the user
 
 
 def train_on_ray(config: TrainConfig, should_stop: Callable[[], bool]) -> TrainResult:
@@ -36,11 +36,14 @@ def train_on_ray(config: TrainConfig, should_stop: Callable[[], bool]) -> TrainR
         eval_shards=config.eval_shards and absolute(config.eval_shards),
     )  # fmt: skip
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    stop_file = config.out.parent / f".{config.out.name}{STOP}"  # what reaches the workers wherever they are
-    stop_file.unlink(missing_ok=True)
-    notes = config.out.parent / f".{config.out.name}{NOTES}"  # what the workers tell the user
-    notes.unlink(missing_ok=True)
-    with ray_cluster(config.debug), tempfile.TemporaryDirectory() as storage, watched(should_stop, stop_file, notes):
+    with (
+        ray_cluster(config.debug),
+        tempfile.TemporaryDirectory() as storage,
+        # which reaches the workers wherever they are, and belongs to this driver alone
+        tempfile.TemporaryDirectory(prefix=f".{config.out.name}.", suffix=".tmp", dir=config.out.parent) as shared,
+        watched(should_stop, Path(shared, STOP), Path(shared, NOTES)),
+    ):
+        stop_file, notes = Path(shared, STOP), Path(shared, NOTES)
         has_gpu = bool(ray.cluster_resources().get("GPU"))
         trainer = TorchTrainer(
             _work,
@@ -97,8 +100,6 @@ def watched(should_stop: Callable[[], bool], stop_file: Path, notes: Path) -> It
         done.set()
         thread.join()
         show()
-        stop_file.unlink(missing_ok=True)
-        notes.unlink(missing_ok=True)
 
 
 def _last_line(error: BaseException) -> str:

@@ -8,7 +8,7 @@ import signal
 from typing import Any
 
 
-class Stopped(BaseException):
+class SignalReceived(BaseException):
     """A signal arrived; not an Exception, so that nothing on the way swallows it."""
 
 
@@ -29,7 +29,7 @@ class StopRequest:
     def _handle(self, number: int, frame: Any) -> None:
         again, self.name = self.requested(), signal.Signals(number).name
         if again or not self._graceful:
-            raise Stopped(self.name)
+            raise SignalReceived(self.name)
         # by write, since the signal may have come in the middle of a print
         os.write(2, f"\n{self.name}: finishing what is in work; a second signal leaves at once\n".encode())
         return

@@ -17,7 +17,7 @@ from pipelines.pages import write_page
 from pipelines.plan.settings import PlanConfig
 from pipelines.settings import InspectConfig, ReportConfig, VerifyConfig
 from shards.folder import ShardFolder
-from shards.lease import Lease
+from shards.output_folder import writing
 from shards.quarantine import QUARANTINE, take_out
 from shards.verify import verify_folder
 
@@ -29,11 +29,8 @@ def verify(config: VerifyConfig, should_stop: ShouldStop) -> int:
     folder = ShardFolder(config.shards)
     if not config.repair:
         return verify_and_show(config, folder)
-    lease = Lease(folder.store).acquire(note)  # or a part might be committed between its check and its repair
-    try:
+    with writing(folder.store, note):  # or a part might be committed between its check and its repair
         return verify_and_show(config, folder)
-    finally:
-        lease.release()
 
 
 def verify_and_show(config: VerifyConfig, folder: ShardFolder) -> int:

@@ -230,7 +230,7 @@ def make_engine(config: EngineConfig, model_config: dict[str, Any], cores: int) 
         expected, found = getattr(config, name), fingerprint(config.model)
         if found != expected:
             raise ValueError(
-                f"{config.model}: {name} is {found} on this node now, {expected} where the run began; "
+                f"{config.model}: {name} is {found[:12]}.. on this node now, {expected[:12]}.. where the run began; "
                 "give all nodes the same files and leave them alone while they are scored with"
             )
     if config.kind == "vllm":

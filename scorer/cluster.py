@@ -15,7 +15,7 @@ import ray
 from ray._private import ray_constants
 from ray.job_config import JobConfig
 
-from scorer.config import Stopped
+from scorer.stopping import Stopped
 
 LOOPBACK = ("127.0.0.1", "localhost")
 PACKAGES = Path(__file__).resolve().parent.parent

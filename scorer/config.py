@@ -4,13 +4,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from shards.output_folder import require_new_folder
 from shards.schema import logprobs_column
 
 TOKENS_PER_BATCH = 1 << 18  # of an Arrow record batch: what a reader decompresses at once
-
-
-class Stopped(Exception):
-    """A stage ended because a signal asked for it; the same command again goes on."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +60,8 @@ class PackConfig:
             raise ValueError(f"--num-workers is {self.num_workers}, expected at least 1")
         if not self.corpus:
             raise ValueError("--corpus is empty, expected at least one file, folder or dataset name")
+        for entry in self.corpus:
+            require_new_folder(self.out, "remit pack", corpus=entry)
 
     @property
     def rows_per_part(self) -> int:
@@ -114,6 +113,7 @@ class ScoreConfig:
 
     def __post_init__(self) -> None:
         logprobs_column(self.name)
+        require_new_folder(self.out, "remit score", shards=self.shards, model=self.model)
         if not 0 <= self.logprob_step <= 1:
             raise ValueError(f"--logprob-step is {self.logprob_step}, expected 0 (exact) to 1, for instance 0.015625")
         if self.logprob_step and math.frexp(self.logprob_step)[0] != 0.5:
@@ -149,6 +149,7 @@ class SelectConfig:
     """Show tracebacks."""
 
     def __post_init__(self) -> None:
+        require_new_folder(self.out, "remit select", shards=self.shards)
         if not 0 < self.keep_ratio < 1:
             raise ValueError(
                 f"--keep-ratio is {self.keep_ratio}, expected more than 0 and less than 1, for instance 0.8"

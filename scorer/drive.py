@@ -12,12 +12,12 @@ from typing import Any
 from scorer.actor import ScoringTask
 from scorer.canary import Forwards
 from scorer.cluster import one_line, ray_errors, require_ray
-from scorer.config import ScoreConfig, Stopped
+from scorer.config import ScoreConfig
 from scorer.engine import EngineConfig
 from scorer.forwards import ForwardTask, find_prompts
-from scorer.output import StopGuard
 from scorer.placement import capacity
 from scorer.pool import EnginePool, Outcome
+from scorer.stopping import StopGuard, Stopped
 from scorer.telemetry import ScoreLog, ScoreProgress
 from shards.crash import crash_point
 from shards.folder import ShardFolder

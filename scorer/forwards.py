@@ -10,8 +10,8 @@ import ray
 
 from scorer.canary import Forwards, canary_prompts, compute
 from scorer.cluster import cause, one_line
-from scorer.config import Stopped
 from scorer.engine import EngineConfig
+from scorer.stopping import Stopped
 from shards.folder import ShardFolder
 
 SAID_AFTER_SECONDS, SAID_EVERY_SECONDS = 5.0, 60.0

@@ -21,18 +21,19 @@ from scorer.cluster import cause, ray_cluster, ray_errors, require_ray
 from scorer.config import PackConfig
 from scorer.corpus import require_kind
 from scorer.known import remember, stamps
-from scorer.output import StopGuard, absolute, clean, leave, require_empty
 from scorer.plan import plan_parts, refuse_other_plan, say_what_changed
-from scorer.sources import Source, find_corpus, staged_estimate
+from scorer.sources import Corpus, Source, find_corpus, staged_estimate
 from scorer.staging import stage_source, write_part_from_staging
-from scorer.tokenizer import describe_tokenizer, load_tokenizer
+from scorer.stopping import StopGuard
+from scorer.tokenizer import PackTokenizer, describe_tokenizer, load_tokenizer
 from scorer.vocabulary import Vocabulary, hashes
 from shards.crash import crash_point
 from shards.fingerprint import model_origin
 from shards.folder import TOKEN_IDS, TOKENIZER, ShardFolder
 from shards.lease import LEASE, Lease, LeaseLost
-from shards.manifest import MANIFEST, Manifest, PartPlan
-from shards.store import Store, open_store
+from shards.manifest import MANIFEST, PartPlan
+from shards.output_folder import SHARD_FOLDERS, instead_of, require_empty, writing
+from shards.store import Store, absolute, open_store
 from shards.tokens import added_tokens, other_beginning
 
 REJECTED = "_rejected.jsonl"
@@ -81,8 +82,7 @@ def pack(
         "unknown_id": tokenizer.unknown_id,
         "added_tokens": added_tokens(tokenizer.json),
     }
-    out = open_store(config.out)
-    staging = open_store(stages)
+    out, staging = open_store(config.out), open_store(stages)
     if out.size(MANIFEST) is not None:
         folder = ShardFolder(out)
         refuse_other_plan(config, folder, sources, description, tokenizer)
@@ -90,78 +90,88 @@ def pack(
         origin = {key: value for key, value in folder.manifest.tokenizer.items() if key in ORIGIN}
         if not folder.missing_parts():
             if out.names(LEASE) or staging.names():  # of a driver that died when all was done
-                lease = Lease(out).acquire(note)
-                staging.remove()
-                leave(out, lease)
+                with writing(out, note, SHARD_FOLDERS):
+                    staging.remove()
             return folder
-    require_empty(out)
+    require_empty(out, MANIFEST, "a shard folder")
     if corpus.note:
         note(corpus.note)
     for source in sources if config.on_bad_file == "stop" else []:
         require_kind(source)
     out.require_free(int(2 * staged_estimate(sources)), "packing this corpus")
-    lease = Lease(out).acquire(note)
-    before = stamps(sources)
-    try:
-        clean(out)
-        staging.clean()
-        stop = StopGuard(should_stop, config.grace_seconds)
-        with ray_cluster(config.debug), ray_errors(stop.requested):
-            raw = tokenizer.encoder.to_str()
-            vocabulary = Vocabulary(description["vocab_size"])
-            staged = _stage_all(config, sources, staging, raw, settings, out, lease, progress, stop, vocabulary)
-            crash_point("staging.done")
-            say_what_changed(staged, note)
-            files = tokenizer.files | {TOKEN_IDS: vocabulary.token_ids()}
-            known = hashes(files)
-            if out.size(MANIFEST) is not None:  # its other files may have changed since: they decide no id
-                decisive = {name: known[name] for name in ("tokenizer.json", TOKEN_IDS)}
-                known = Manifest.read(out).tokenizer.get("files", {}) | decisive
-            tokens = {"added_tokens": vocabulary.added_tokens(), "files": known}
-            manifest = replace(
-                plan_parts(config, staged, description | origin | tokens), passed_over=corpus.passed_over
-            )
-            lease.check()
-            if out.size(MANIFEST) is None:  # what is there may be half a tokenizer, of a run that died
-                out.remove(TOKENIZER)
-                for name, data in files.items():
-                    out.replace(f"{TOKENIZER}/{name}", data)
-            else:
-                begun = Manifest.read(out)
-                manifest = replace(manifest, passed_over=begun.passed_over)  # others of the folder may come and go
-                if begun.checksum != manifest.checksum:
-                    raise ValueError(
-                        f"{out.url}: holds another pack, with other documents or counts; was it begun with another "
-                        "--text-field, --on-bad-document or --on-bad-file? choose another --out or delete it"
-                    )
-            _save_rejected(staged, out)
-            crash_point("output.begun")
-            lease.check()
-            manifest.write(out)
-            crash_point("driver.planned")
-            folder = ShardFolder(out)
-            out.require_free(staging.used_bytes(), "writing the parts")
-            _write_parts(folder, staging, staged, lease, progress, stop)
-        remember(config.out, sources, before, [file.sha256 for file in manifest.corpus])
-        left_out = [f"{file.path}: {file.left_out}" for file in manifest.corpus if file.left_out]
-        if left_out:
-            note(f"left out {len(left_out):,} of {len(sources):,} files ({REJECTED} lists them), such as {left_out[0]}")
-        crash_point("driver.finished")
-        staging.remove()
-    except LeaseLost:  # what stands there is another driver's now
-        raise
-    except BaseException:
-        lease.check()  # LeaseLost: another driver is at work with what we would remove
-        # after a failure, staging is kept for the rerun only where it saves time
-        if staging.used_bytes() < KEEP_STAGING_BYTES:
+    with writing(out, note, SHARD_FOLDERS) as lease:
+        before = stamps(sources)
+        try:
+            staging.clean()
+            stop = StopGuard(should_stop, config.grace_seconds)
+            with ray_cluster(config.debug), ray_errors(stop.requested):
+                raw = tokenizer.encoder.to_str()
+                vocabulary = Vocabulary(description["vocab_size"])
+                staged = _stage_all(config, sources, staging, raw, settings, out, lease, progress, stop, vocabulary)
+                crash_point("staging.done")
+                say_what_changed(staged, note)
+                folder = _begin(config, corpus, staged, vocabulary, tokenizer, description | origin, out, lease)
+                out.require_free(staging.used_bytes(), "writing the parts")
+                _write_parts(folder, staging, staged, lease, progress, stop)
+            files = folder.manifest.corpus
+            remember(config.out, sources, before, [file.sha256 for file in files])
+            left_out = [f"{file.path}: {file.left_out}" for file in files if file.left_out]
+            if left_out:
+                count = f"{len(left_out):,} of {len(sources):,} files"
+                note(f"left out {count} ({REJECTED} lists them), such as {left_out[0]}")
+            crash_point("driver.finished")
             staging.remove()
-        if out.size(MANIFEST) is None:
-            out.delete(REJECTED)
-            out.remove(TOKENIZER)
-        raise
-    finally:
-        leave(out, lease)
+        except LeaseLost:  # what stands there is another driver's now
+            raise
+        except BaseException:
+            lease.check()  # LeaseLost: another driver is at work with what we would remove
+            # after a failure, staging is kept for the rerun only where it saves time
+            if staging.used_bytes() < KEEP_STAGING_BYTES:
+                staging.remove()
+            if out.size(MANIFEST) is None:
+                out.delete(REJECTED)
+                out.remove(TOKENIZER)
+            raise
     return folder
+
+
+def _begin(
+    config: PackConfig,
+    corpus: Corpus,
+    staged: list[dict],
+    vocabulary: Vocabulary,
+    tokenizer: PackTokenizer,
+    description: dict[str, Any],
+    out: Store,
+    lease: Lease,
+) -> ShardFolder:
+    """Plan the parts and freeze the plan, with the tokenizer beside it, or see that it is the one which is frozen there."""
+    files = tokenizer.files | {TOKEN_IDS: vocabulary.token_ids()}
+    known = hashes(files)
+    begun = None if out.size(MANIFEST) is None else ShardFolder(out)
+    if begun:  # its other files may have changed since: they decide no id
+        decisive = {name: known[name] for name in ("tokenizer.json", TOKEN_IDS)}
+        known = begun.manifest.tokenizer.get("files", {}) | decisive
+    tokens = {"added_tokens": vocabulary.added_tokens(), "files": known}
+    manifest = replace(plan_parts(config, staged, description | tokens), passed_over=corpus.passed_over)
+    lease.check()
+    if begun is None:  # what is there may be half a tokenizer, of a run that died
+        out.remove(TOKENIZER)
+        for name, data in files.items():
+            out.replace(f"{TOKENIZER}/{name}", data)
+    else:
+        manifest = replace(manifest, passed_over=begun.manifest.passed_over)  # others of the folder may come and go
+        if begun.manifest.checksum != manifest.checksum:
+            raise ValueError(
+                f"{out.url}: holds another pack, with other documents or counts; was it begun with another "
+                f"--text-field, --on-bad-document or --on-bad-file? {instead_of(begun)}"
+            )
+    _save_rejected(staged, out)
+    crash_point("output.begun")
+    lease.check()
+    manifest.write(out)
+    crash_point("driver.planned")
+    return ShardFolder(out)
 
 
 def _save_rejected(staged: list[dict], out: Store) -> None:

@@ -13,8 +13,15 @@ from scorer.sources import Source
 from scorer.tokenizer import PackTokenizer
 from scorer.vocabulary import hashes
 from shards.folder import ShardFolder
-from shards.manifest import CorpusFile, Manifest, PartPlan, first_difference, part_name
+from shards.manifest import CorpusFile, Manifest, PartPlan, part_name
+from shards.output_folder import instead_of, refuse_other
 
+OPTIONS = {
+    "seq_len": "--seq-len",
+    "tokens_per_shard": "--tokens-per-shard",
+    "tokenizer.special_tokens": "--special-tokens",
+}
+"""What a user calls fields of a pack."""
 NOTED_SHARE = 0.01  # of unknown tokens, of documents that do not come back
 
 
@@ -82,12 +89,16 @@ def refuse_other_plan(
         hashes_then = [file.sha256 for file in manifest.corpus]
         for ours, theirs, now, then in zip(asked, corpus, hashes_now(config.out, sources, hashes_then), hashes_then):
             ours["sha256"], theirs["sha256"] = now, then
-    layout = ("seq_len", "rows_per_part", "rows_per_batch")
-    difference = first_difference(
-        {name: getattr(config, name) for name in layout}
-        | {"tokenizer": description, "corpus": asked, "references": []},
-        {name: getattr(manifest, name) for name in layout}
-        | {"tokenizer": packed, "corpus": corpus, "references": sorted(manifest.references)},
+    ours = {"seq_len": config.seq_len, "tokens_per_shard": config.tokens_per_shard}
+    theirs = {"seq_len": manifest.seq_len, "tokens_per_shard": manifest.rows_per_part * manifest.seq_len}
+    if (manifest.seq_len, manifest.rows_per_part) == (config.seq_len, config.rows_per_part):  # a part has whole rows
+        ours = {"seq_len": config.seq_len, "rows_per_batch": config.rows_per_batch}
+        theirs = {"seq_len": manifest.seq_len, "rows_per_batch": manifest.rows_per_batch}
+    refuse_other(
+        str(folder.path),
+        "pack",
+        {**ours, "tokenizer": description, "corpus": asked, "references": []},
+        {**theirs, "tokenizer": packed, "corpus": corpus, "references": sorted(manifest.references)},
+        instead_of(folder),
+        OPTIONS,
     )
-    if difference:
-        raise ValueError(f"{folder.path}: holds another pack: {difference}; choose another --out or delete it")

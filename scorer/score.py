@@ -15,7 +15,6 @@ from scorer.config import ScoreConfig
 from scorer.drive import Drive, PartsFailed, Progress
 from scorer.engine import EngineConfig
 from scorer.forwards import ForwardTask, find_prompts
-from scorer.output import absolute, begin_output, clean, leave, require_empty
 from scorer.placement import engine_bundle
 from scorer.precision import nearer_dtype, settled_dtype
 from scorer.reference import (
@@ -30,13 +29,15 @@ from scorer.reference import (
 from shards.crash import crash_point
 from shards.fingerprint import config_fingerprint, weights_fingerprint
 from shards.folder import ShardFolder
-from shards.lease import Lease
-from shards.manifest import MANIFEST, Manifest, first_difference
+from shards.manifest import MANIFEST, Manifest
+from shards.output_folder import SHARD_FOLDERS, begin_shards, instead_of, refuse_other, require_empty, writing
 from shards.quarantine import clear_failures
-from shards.store import Store, open_store
+from shards.store import Store, absolute, open_store
 
 __all__ = ["PartsFailed", "score"]
 
+OPTIONS = ("dtype", "context", "logprob_step", "top_k", "tensor_parallel_size", "engine")
+"""Fields of a reference that options decide."""
 NOT_RECORDED_BEFORE = ("engine_distribution", "device", "head_dtype", "tokenizer_differences")
 
 
@@ -67,8 +68,7 @@ def score(
     if config.engine == "vllm" and config.canary:
         require_quantised_readable(reference.path, "; --no-canary scores without a second opinion")
     out = open_store(config.out)
-    if out.size(MANIFEST) is None:
-        require_empty(out)
+    require_empty(out, MANIFEST, "a shard folder")
     dtype = settled_dtype(config, reference.path, model_config, recorded_dtype(out, config.name), note)
     with ray_cluster(config.debug):
         device = "cuda" if ray.cluster_resources().get("GPU") and config.engine == "vllm" else "cpu"
@@ -94,25 +94,21 @@ def score(
         names = manifest.schema.names
         if len(set(names)) < len(names):  # rl with --top-k beside a reference called rl_topk
             raise ValueError(f"{config.shards}: --name {config.name} would give two columns one name; choose another")
-        refuse_other_scoring(out, manifest)
+        refuse_other_scoring(out, manifest, config.name)
         bundle = engine_bundle(config, device)
         forwards = None
         if dtype is None:  # of a new folder: one that was begun has it recorded
             engine, forwards = choose_dtype(config, shards, engine, should_stop, note)
             manifest = with_reference(shards.manifest, config, reference, engine, tokenizer_differences)
-        lease = Lease(out).acquire(note)
-        try:
-            refuse_other_scoring(out, manifest)  # another driver may have had the lease since we looked
-            clean(out)
-            folder = begin_output(shards, out, manifest)
+        with writing(out, note, SHARD_FOLDERS) as lease:
+            refuse_other_scoring(out, manifest, config.name)  # another driver may have had the lease since we looked
+            folder = begin_shards(shards, out, manifest)
             crash_point("driver.planned")
             clear_failures(out)
             if folder.missing_parts():
                 drive = Drive(config, shards, folder, engine, model_config, bundle, lease, progress, note, forwards)
                 drive.drive(should_stop)
             crash_point("driver.finished")
-        finally:
-            leave(out, lease)
     return folder
 
 
@@ -150,8 +146,8 @@ def choose_dtype(
     return replace(engine, dtype=nearer_dtype(forwards, note)), forwards
 
 
-def refuse_other_scoring(out: Store, manifest: Manifest) -> None:
-    """ValueError where `out` holds something else than `manifest` plans.
+def refuse_other_scoring(out: Store, manifest: Manifest, name: str) -> None:
+    """ValueError where `out` holds something else than `manifest` plans, with the log-probs of `name` as the new column.
 
     A complete folder of an earlier release, which did not record all that is recorded now, is what it says it is; an
     incomplete one is refused, since its parts came from an engine with other logits.
@@ -163,9 +159,8 @@ def refuse_other_scoring(out: Store, manifest: Manifest) -> None:
     if not there.missing_parts():
         then = theirs["references"]
         ours["references"] = {
-            name: {k: v for k, v in entry.items() if k in then.get(name, entry) or k not in NOT_RECORDED_BEFORE}
-            for name, entry in ours["references"].items()
+            each: {k: v for k, v in entry.items() if k in then.get(each, entry) or k not in NOT_RECORDED_BEFORE}
+            for each, entry in ours["references"].items()
         }
-    difference = first_difference(ours, theirs)
-    if difference:
-        raise ValueError(f"{out.url}: holds another scoring: {difference}; choose another --out or delete it")
+    options = {f"references.{name}.{field}": "--" + field.replace("_", "-") for field in OPTIONS}
+    refuse_other(out.url, "scoring", ours, theirs, instead_of(there), options)

@@ -13,20 +13,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
-from scorer.config import SelectConfig, Stopped
-from scorer.output import begin_output, clean, leave, require_empty
+from scorer.config import SelectConfig
 from scorer.ranking import CorpusRows, best_rows, part_scores, plan_selection
+from scorer.stopping import Stopped
 from shards.contract import check
 from shards.crash import crash_point
 from shards.folder import ShardFolder
 from shards.lease import Lease
-from shards.manifest import MANIFEST, Manifest, first_difference
+from shards.manifest import MANIFEST, Manifest
+from shards.output_folder import SHARD_FOLDERS, begin_shards, instead_of, refuse_other, require_empty, writing
 from shards.part import CommitRecord, write_part
 from shards.quarantine import read_quarantined_rows, write_quarantined_rows
 from shards.store import Store, open_store
@@ -35,6 +35,8 @@ Progress = Callable[[str, int, int], None]
 """Called as progress("rank" or "write", tokens done, tokens in all)."""
 ShouldStop = Callable[[], bool]
 Result = TypeVar("Result")
+OPTIONS = ("teacher", "small", "keep_ratio")
+"""Fields of a selection that options decide."""
 MAX_WORKERS = 8  # unless more are asked for: each holds a decompressed part
 
 
@@ -62,11 +64,9 @@ def select(
     written then is finished, nothing else is begun. note: told what takes long.
     """
     shards, out = ShardFolder(config.shards), open_store(config.out)
-    if _same_folder(shards.store, out):
-        raise ValueError(f"--out {config.out} is the folder to select from, which stays as it is; choose another --out")
     shards.require_complete()
     shards.require_one_context(config.teacher, config.small)
-    require_empty(out)
+    require_empty(out, MANIFEST, "a shard folder")
     asked = {
         "method": "miniplm",
         "teacher": config.teacher,
@@ -75,10 +75,8 @@ def select(
         "source_manifest_sha256": shards.manifest.checksum,
     }
     refuse_other_selection(out, shards.manifest, asked)
-    lease = Lease(out).acquire(note)
-    try:
+    with writing(out, note, SHARD_FOLDERS) as lease:
         refuse_other_selection(out, shards.manifest, asked)  # another driver may have had the lease since we looked
-        clean(out)
         if out.size(MANIFEST) is None or ShardFolder(out).missing_parts():
             workers = config.num_workers or min(MAX_WORKERS, len(os.sched_getaffinity(0)))
             scores = score_rows(shards, config, workers, progress, should_stop)
@@ -92,19 +90,11 @@ def select(
             manifest = plan_selection(shards.manifest, places, asked | counts)
             del scores
             refuse_other_plan(out, manifest)
-            folder = begin_output(shards, out, manifest)
+            folder = begin_shards(shards, out, manifest)
             crash_point("driver.planned")
             write_parts(shards, folder, places, lease, workers, progress, should_stop)
         crash_point("driver.finished")
-    finally:
-        leave(out, lease)
     return ShardFolder(out)
-
-
-def _same_folder(one: Store, other: Store) -> bool:
-    if one.local is not None and other.local is not None:
-        return Path(one.local).resolve() == Path(other.local).resolve()
-    return one.url == other.url
 
 
 def refuse_other_selection(out: Store, source: Manifest, asked: dict[str, Any]) -> None:
@@ -114,19 +104,16 @@ def refuse_other_selection(out: Store, source: Manifest, asked: dict[str, Any]) 
     there = list(Manifest.read(out).selections)
     if there:
         there[-1] = {key: there[-1].get(key) for key in asked}
-    _refuse(out, {"selections": [*source.selections, asked]}, {"selections": there})
+    options = {f"selections[{len(there) - 1}].{name}": f"--{name.replace('_', '-')}" for name in OPTIONS}
+    ours, theirs = {"selections": [*source.selections, asked]}, {"selections": there}
+    refuse_other(out.url, "selection", ours, theirs, instead_of(ShardFolder(out)), options)
 
 
 def refuse_other_plan(out: Store, manifest: Manifest) -> None:
     """ValueError where `out` holds something else than `manifest` plans."""
     if out.size(MANIFEST) is not None:
-        _refuse(out, manifest.provenance(), Manifest.read(out).provenance())
-
-
-def _refuse(out: Store, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    difference = first_difference(ours, theirs)
-    if difference:
-        raise ValueError(f"{out.url}: holds another selection: {difference}; choose another --out or delete it")
+        there = ShardFolder(out)
+        refuse_other(out.url, "selection", manifest.provenance(), there.manifest.provenance(), instead_of(there))
 
 
 @contextmanager

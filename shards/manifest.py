@@ -271,25 +271,3 @@ class Manifest:
         read = [selection["rows_read"] for selection in self.selections]
         if kept != [*read[1:], self.rows][: len(kept)]:
             raise ValueError(f"selections kept {kept} rows, expected {[*read[1:], self.rows]}")
-
-
-def first_difference(ours: Any, theirs: Any, where: str = "") -> str | None:
-    """Name, our value and their value of the first field in which two JSON values differ, or None."""
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        for key in [*ours, *(key for key in theirs if key not in ours)]:
-            path = f"{where}.{key}" if where else key
-            difference = first_difference(ours.get(key), theirs.get(key), path)
-            if difference:
-                return difference
-        return None
-    if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
-        for index, (our, their) in enumerate(zip(ours, theirs)):
-            difference = first_difference(our, their, f"{where}[{index}]")
-            if difference:
-                return difference
-        return None
-    if isinstance(ours, list) and isinstance(theirs, list):
-        return f"{where} has {len(theirs)} entries there, {len(ours)} asked for now"
-    if ours != theirs:
-        return f"{where} is {theirs!r} there, {ours!r} asked for now"
-    return None

@@ -5,11 +5,9 @@ FileExistsError. Both ways, a hard link and a rename that does not replace, are 
 sees a whole file or none, and of two writers one is told that the name is taken.
 """
 
-import contextlib
 import ctypes
 import errno
 import os
-import secrets
 from pathlib import Path
 
 AT_FDCWD = -100  # paths are relative to the current folder
@@ -54,26 +52,6 @@ def _rename_without_replacing(temporary: Path, final: Path) -> None:
     if rename(AT_FDCWD, old, AT_FDCWD, new, RENAME_NOREPLACE) != 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), str(temporary), None, str(final))
-
-
-def require_naming(folder: Path) -> None:
-    """OSError as of give_name unless files can be given names in `folder`, which is made where it does not exist.
-
-    For commands that write the first file of a folder after minutes of work.
-    """
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".probe-{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    final = temporary.with_suffix(".named.tmp")
-    try:
-        temporary.touch()
-        give_name(temporary, final)
-    finally:
-        for path in (temporary, final):
-            path.unlink(missing_ok=True)
-        if made:
-            with contextlib.suppress(OSError):  # another process was as quick
-                folder.rmdir()
 
 
 def fsync_folder(folder: Path) -> None:

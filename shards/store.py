@@ -39,6 +39,11 @@ def is_remote(folder: "str | Path") -> bool:
     return "://" in str(folder) and not str(folder).startswith(("file://", "hf://"))
 
 
+def absolute(folder: "str | Path") -> str:
+    """The same folder for processes with another working directory."""
+    return str(folder) if is_remote(folder) else str(Path(folder).absolute())
+
+
 class Store:
     """A folder. Names are relative to it, with `/` between folders; url is what messages call it."""
 

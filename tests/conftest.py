@@ -15,8 +15,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # models of these sizes only wait
 # what remit remembers of corpora in a user's cache; these tests are no user
 os.environ["REMIT_CACHE"] = (_cache := tempfile.TemporaryDirectory(prefix="cache-of-tests-")).name
 
-import pyarrow as pa
 import outside
+import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
@@ -55,7 +55,8 @@ VOCABULARY = 521  # odd on purpose
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """One Ray for all tests that ask for it, by name or through a fixture that packs or scores."""
-    
+    from scorer.cluster import ray_cluster
+
     with outside.allowed(), ray_cluster():
         yield
 
@@ -251,9 +252,7 @@ def reference_model(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: 
 
 
 @pytest.fixture(scope="session")
-def scored_rl(
-    tmp_path_factory: pytest.TempPathFactory, packed: Path, reference_model: Path, engine: None
-) -> Path:
+def scored_rl(tmp_path_factory: pytest.TempPathFactory, packed: Path, reference_model: Path, engine: None) -> Path:
     """The packed folder with a column rl_logprobs in packed context, made by two engines at once."""
     return score_to(tmp_path_factory.mktemp("scored") / "rl", packed, reference_model, num_engines=2).path
 
@@ -279,7 +278,9 @@ def small(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> P
     for index in range(40):
         texts = [text[:60] for text in source_texts(12, seed=30 + index)[:3]]
         write_corpus(folder / "corpus" / f"{index:02d}.jsonl", [*texts, "e"])
-    pack_inline(PackConfig([str(folder / "corpus")], str(tokenizer_folder), folder / "packed", 24, tokens_per_shard=24 * 30))
+    pack_inline(
+        PackConfig([str(folder / "corpus")], str(tokenizer_folder), folder / "packed", 24, tokens_per_shard=24 * 30)
+    )
     return folder / "packed"
 
 

@@ -57,6 +57,6 @@ def pack_inline(config: PackConfig) -> ShardFolder:
     with (
         mock.patch.object(scorer.pack, "ray", _InlineRay),
         mock.patch.object(scorer.pack, "ray_cluster", nothing),
-        mock.patch.object(scorer.pack, "require_ray", lambda: None),
+        mock.patch.object(scorer.pack, "require_ray"),
     ):
         return scorer.pack.pack(config)

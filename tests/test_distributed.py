@@ -18,6 +18,8 @@ from oracles import load, read_rows, remit_step
 from processes import Ranks
 from safetensors.torch import load_file
 
+from shards.lease import Lease
+
 pytestmark = pytest.mark.usefixtures("starts_processes")
 
 ROOT = Path(__file__).parents[1]
@@ -263,6 +265,12 @@ def test_ray_train_launches_the_same(
         "train", "--shards", annotated["packed"], "--model", models["base"], "--out", tmp_path / "out", "--dtype",
         "float32", "--global-batch-size", 7, "--micro-batch-size", 2, "--max-steps", STEPS, "--ray-workers", 2,
     ]  # fmt: skip
+    lease = Lease(tmp_path / "out").acquire()
+    code, _, error = remit(*arguments)
+    assert code == 1
+    assert f"another driver writes to this folder: host {socket.gethostname()}, pid {os.getpid()}, since" in error
+    lease.release()
     code, _, error = remit(*arguments)
     assert code == 0, error
     assert_same(metrics_of(tmp_path / "out"), metrics_of(one))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -206,7 +206,7 @@ def test_a_run_is_the_definition(tmp_path: Path, small: Path, mixtral: Path, rem
     line += ("--global-batch-size", 7, "--micro-batch-size", 3, "--seed", 4, "--dtype", "float32", "--max-steps", 1)
     code, _, err = remit(*line, "--router-aux-loss", 0.1)
     assert code == 1
-    assert "router_aux_loss is 0.5 there, 0.1 asked for now" in err
+    assert "--router-aux-loss is 0.5 there, 0.1 asked for now" in err
 
 
 @pytest.mark.parametrize("scope", ["micro", "global"])

@@ -222,6 +222,37 @@ def take_over(folder: Path) -> None:
     (folder / "_lease" / f"{max(numbers):08d}.json").unlink()
 
 
+@pytest.mark.parametrize("clock", [0, 1])
+def test_a_check_in_a_loop_looks_again_after_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: int
+) -> None:
+    """By either clock: one of them stands still while the machine sleeps."""
+    monkeypatch.setattr(lease_module, "HEARTBEAT_SECONDS", 600)
+    now = [1000.0, 1000.0]
+    monkeypatch.setattr(lease_module, "_clocks", lambda: tuple(now))
+    lease = Lease(tmp_path / "out").acquire()
+    lease.check_often()
+    take_over(tmp_path / "out")
+    now[clock] += 9.9
+    lease.check_often()
+    now[clock] += 0.2
+    for _ in range(2):
+        with pytest.raises(LeaseLost):
+            lease.check_often()
+    lease.release()
+
+
+def test_a_heartbeat_that_finds_the_lease_lost_ends_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease_module, "HEARTBEAT_SECONDS", 0.05)
+    lease = Lease(tmp_path / "out").acquire()
+    lease.check_often()
+    take_over(tmp_path / "out")
+    time.sleep(1)  # much less than TRUSTED_SECONDS
+    with pytest.raises(LeaseLost):
+        lease.check_often()
+    lease.release()
+
+
 @pytest.mark.parametrize("at_call", [1, 2])
 def test_a_lost_lease_commits_no_part(tmp_path: Path, at_call: int) -> None:
     """Taken over before the part is published, and between the part and its record."""

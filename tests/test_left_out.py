@@ -103,7 +103,7 @@ def test_the_number_is_printed_and_older_runs_go_on(
         )
     assert remit(*good)[1].startswith("nothing to do")
     code, _, error = remit(*bad)
-    assert (code, "leave_out is None there, 'any' asked for now" in error) == (1, True), error
+    assert (code, "--leave-out is not set there, 'any' asked for now" in error) == (1, True), error
     assert remit(*bad, "--leave-out", "reference")[1].startswith("nothing to do")
 
 

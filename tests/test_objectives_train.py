@@ -280,7 +280,7 @@ def test_the_division_of_scope_micro_is_a_setting(
 ) -> None:
     settings = {"objective": "rho1", "scope": "micro"}
     run(tmp_path / "out", several["packed"], models["base"], micro_batch_size=4, **settings)
-    with pytest.raises(ValueError, match="micro_batch_size is 4 there, 2 asked for now"):
+    with pytest.raises(ValueError, match="--micro-batch-size is 4 there, 2 asked for now"):
         run(tmp_path / "out", several["packed"], models["base"], micro_batch_size=2, **settings)
 
 
@@ -391,7 +391,7 @@ def test_settings_of_others_do_not_matter_for_a_resume(
 ) -> None:
     run(tmp_path / "out", several["packed"], models["base"], objective="rho1", keep_ratio=0.5)
     assert "epsilon" not in json.loads((tmp_path / "out/run.json").read_text())
-    with pytest.raises(ValueError, match=r"keep_ratio is 0.5 there, 0.6 asked for now"):
+    with pytest.raises(ValueError, match=r"--keep-ratio is 0.5 there, 0.6 asked for now"):
         run(tmp_path / "out", several["packed"], models["base"], objective="rho1", keep_ratio=0.6)
     with pytest.raises(ValueError, match="objective is 'rho1' there, 'remit' asked for now"):
         run(tmp_path / "out", several["packed"], models["base"])

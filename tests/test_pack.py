@@ -93,7 +93,7 @@ def test_rerun_does_what_is_missing(tmp_path: Path, corpus_folder: Path, tokeniz
 
 def test_other_settings_are_refused(tmp_path: Path, corpus_folder: Path, tokenizer_folder: Path) -> None:
     pack_to(tmp_path / "a", corpus_folder, tokenizer_folder)
-    with pytest.raises(ValueError, match="seq_len is 64 there, 32 asked for now"):
+    with pytest.raises(ValueError, match="--seq-len is 64 there, 32 asked for now"):
         pack_to(tmp_path / "a", corpus_folder, tokenizer_folder, seq_len=32, tokens_per_shard=32 * 40)
     with pytest.raises(ValueError, match=r"corpus has 4 entries there, 1 asked"):
         pack_to(tmp_path / "a", corpus_folder / "a.jsonl", tokenizer_folder)

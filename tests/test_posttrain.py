@@ -149,7 +149,7 @@ def test_small_steps_from_bfloat16_are_said_to_be_lost_or_kept(
         assert {name: tensor.dtype for name, tensor in after.items()} == dict.fromkeys(before, dtype)
         assert (tmp_path / name / "model/chat_template.jinja").read_text() == "{{ messages }}"
     assert any((after[name] != before[name].float()).any() for name in before)
-    with pytest.raises(ValueError, match="export_dtype is 'float32' there, None asked for now"):
+    with pytest.raises(ValueError, match="--export-dtype is 'float32' there, not set now"):
         sft(replace(config, out=tmp_path / "float32"), never)
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,9 +23,10 @@ from processes import Command, committed, content
 from s3_server import REGION, S3Server
 from selecting import PACKED, add_reference, annotate_two, brute_force, corpus_rows, write_rows, write_uniform
 
-from scorer.config import SelectConfig, Stopped
+from scorer.config import SelectConfig
 from scorer.ranking import CorpusRows, best_rows, part_scores
 from scorer.select import select
+from scorer.stopping import Stopped
 from shards import Manifest, ShardFolder
 from shards.crash import CRASH_POINTS
 from shards.quarantine import read_quarantined_rows
@@ -364,8 +366,8 @@ def test_another_selection_is_refused_by_field(corpus: Path, tmp_path: Path, rem
     before = content(out)
     other = make_corpus(tmp_path / "other", seed=1)
     for shards, settings, message in (
-        (corpus, {"keep_ratio": 0.5}, "selections[0].keep_ratio is 0.8 there, 0.5 asked for now"),
-        (corpus, {"teacher": "base", "small": "rl"}, "selections[0].teacher is 'rl' there, 'base' asked for now"),
+        (corpus, {"keep_ratio": 0.5}, "--keep-ratio is 0.8 there, 0.5 asked for now"),
+        (corpus, {"teacher": "base", "small": "rl"}, "--teacher is 'rl' there, 'base' asked for now"),
         (other, {}, "selections[0].source_manifest_sha256 is"),
         (out, {"out": corpus}, "selections has 0 entries there, 2 asked for now"),
     ):
@@ -378,7 +380,8 @@ def test_another_selection_is_refused_by_field(corpus: Path, tmp_path: Path, rem
 def test_folders_that_do_not_fit(corpus: Path, tmp_path: Path, remit: Remit) -> None:
     (tmp_path / "link").symlink_to(corpus)
     for out in (corpus, f"{corpus}/", f"file://{corpus}", tmp_path / "link"):
-        assert "is the folder to select from" in remit(*arguments(corpus, out))[2]
+        code, _, error = remit(*arguments(corpus, out))
+        assert (code, "isthefolderof--shards;remitselectwrites" in re.sub(r"[\s│]", "", error)) == (2, True), error
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("x")
     assert "is not empty and not a shard folder" in remit(*arguments(corpus, tmp_path / "full"))[2]
@@ -473,5 +476,5 @@ def test_in_a_bucket(corpus: Path, undisturbed: dict[str, bytes], server: S3Serv
     out = shards.replace("shards", "selected")
     select(config(shards, out, num_workers=2))
     assert server.files("selected") == undisturbed
-    with pytest.raises(ValueError, match="is the folder to select from"):
-        select(config(shards, shards + "/"))
+    with pytest.raises(ValueError, match="is the folder of --shards"):
+        config(shards, shards + "/")

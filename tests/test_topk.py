@@ -190,8 +190,8 @@ def test_settings_that_do_not_fit(
     for arguments, code, message in (
         (("--out", tmp_path / "o", "--top-k", VOCABULARY + 1), 1, "--top-k is 522, expected at most 521"),
         (("--out", tmp_path / "o", "--top-k", -1), 2, "--top-k is -1, expected 0"),
-        (("--out", scored_rl, "--top-k", 5), 1, "references.rl.top_k is None there, 5 asked for now"),
-        (("--out", exact, "--top-k", 4, "--logprob-step", 0), 1, "references.rl.top_k is 5 there, 4 asked for now"),
+        (("--out", scored_rl, "--top-k", 5), 1, "--top-k is not set there, 5 asked for now"),
+        (("--out", exact, "--top-k", 4, "--logprob-step", 0), 1, "--top-k is 5 there, 4 asked for now"),
         (("--shards", exact, "--out", tmp_path / "o", "--name", "rl_topk"), 1, "would give two columns one name"),
     ):
         got, _, error = remit(*base, *arguments)

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from shards.lease import Lease, LeaseLost
 from shards.part import encode_json, publish_json, sha256_file
 from shards.publish import fsync_folder
 from shards.store import open_store, temporary_name
@@ -43,14 +44,23 @@ def _state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 class Checkpoints:
     """The checkpoints of a run under `folder`, which all ranks see; the newest `keep` of them are kept.
 
-    settings: a fingerprint of all that decides the outcome; a checkpoint with another one is not loaded.
+    settings: a fingerprint of all that decides the outcome; a checkpoint with another one is not loaded. lease: of the
+    run's folder; once another process has taken it over, a save publishes and deletes nothing.
     """
 
     def __init__(
-        self, folder: Path, model: nn.Module, optimizer: Optimizer, world: World, settings: str, keep: int
+        self,
+        folder: Path,
+        model: nn.Module,
+        optimizer: Optimizer,
+        world: World,
+        settings: str,
+        keep: int,
+        lease: Lease | None = None,
     ) -> None:
         self.folder, self.model, self.optimizer, self.world = folder, model, optimizer, world
-        self.settings, self.keep = settings, keep
+        self.settings, self.keep, self.lease = settings, keep, lease
+        self._passed_over: list[Path] = []  # damaged ones, newer than what was loaded; the next save deletes them
         # a save runs beside the training and must not meet its collectives
         self._group = dist.new_group(backend="gloo", timeout=world.timeout) if world.size > 1 else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -93,16 +103,31 @@ class Checkpoints:
                 hashes = dict(zip([file.name for file in files], pool.map(_sync_and_hash, files)))
             index |= {"random": states, "files": hashes}
             publish_json(open_store(temporary), INDEX, encode_json(index | {"checksum": _checksum(index)}), "")
-            if final.exists():  # one that did not match its hashes, or the run would have gone on from it
-                shutil.rmtree(final)
-            os.rename(temporary, final)
+            try:
+                if final.exists():  # one that did not match its hashes, or the run would have gone on from it
+                    self._delete(final)
+                self._check()
+                os.rename(temporary, final)
+            except LeaseLost:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
             fsync_folder(self.folder)
-            steps = _steps(self.folder)
-            newer = [path for step, path in steps.items() if step > index["step"]]  # passed over when the run began
-            for old in newer + [path for step, path in steps.items() if step <= index["step"]][: -self.keep]:
-                shutil.rmtree(old)
+            passed_over = [path for path in self._passed_over if path != final]
+            kept = [path for step, path in _steps(self.folder).items() if step <= index["step"]]
+            older = [path for path in kept if path not in passed_over][: -self.keep]
+            for old in [*passed_over, *older]:
+                self._delete(old)
+            self._passed_over = []
             for leftover in self.folder.glob(".step-*.tmp"):
-                shutil.rmtree(leftover)
+                self._delete(leftover)
+
+    def _check(self) -> None:
+        if self.lease:
+            self.lease.check()
+
+    def _delete(self, checkpoint: Path) -> None:
+        self._check()
+        shutil.rmtree(checkpoint)
 
     def load_newest(self) -> tuple[int, list[str]]:
         """Load the newest valid checkpoint into model and optimizer.
@@ -118,6 +143,7 @@ class Checkpoints:
                     found = (checkpoint, found[1])
                     break
                 found[1].append(problem)
+                self._passed_over.append(checkpoint)
         checkpoint_found, problems = self.world.from_first(found)
         if checkpoint_found is None:
             if problems:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from shards.output_folder import require_new_folder
 from trainer.objectives.settings import ObjectiveSettings
 
 LOWEST = 1e-7
@@ -95,6 +96,9 @@ class TrainConfig(ObjectiveSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_new_folder(
+            self.out, "remit train", shards=self.shards, eval_shards=self.eval_shards, model=self.model
+        )  # fmt: skip
         for name in ("global_batch_size", "micro_batch_size", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")

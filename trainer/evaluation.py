@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from shards.folder import ShardFolder
+from shards.lease import Lease
 from trainer.batch import collate
 from trainer.checks import check_document_attention, check_fits
 from trainer.config import TrainConfig
@@ -81,7 +82,7 @@ def open_measure(
 
 class Evaluation:
     """Appends to evaluation.jsonl, if there are --eval-shards. model: to call for a forward; loss_model: what it spreads.
-    dtypes: to which an export rounds each weight; trained, note: see open_measure."""
+    dtypes: to which an export rounds each weight; trained, note: see open_measure; lease: of --out, on the first rank."""
 
     def __init__(
         self,
@@ -94,7 +95,9 @@ class Evaluation:
         dtypes: Mapping[str, torch.dtype],
         trained: ShardFolder,
         note: Callable[[str], None],
+        lease: Lease | None,
     ) -> None:
+        self.lease = lease
         self.measure = open_measure(config, base, model, world, context, trained, note)
         self.loss_model, self.world, self.dtypes = loss_model, world, dtypes
         self.path, self.export_dtype = config.out / EVALUATION, config.export_dtype
@@ -109,7 +112,8 @@ class Evaluation:
         if of_export and rounds(self.dtypes):
             with rounded(self.loss_model, self.dtypes):
                 line["exported_loss"] = self.measure()["loss"]
-        if self.world.first:
+        if self.lease:
+            self.lease.check()
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
@@ -120,7 +124,8 @@ class Evaluation:
         last = read_lines(self.path)[-1] if self.world.first else {}
         is_there = last.get("export_dtype") == self.export_dtype and last.get("step") == step
         if not self.world.from_first(is_there):
-            if self.world.first:
+            if self.lease:
+                self.lease.check()
                 keep_lines(self.path, step - 1)
             self.write(step, of_export=True)
 

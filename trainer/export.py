@@ -24,7 +24,6 @@ from shards.store import fsync_folder, temporary_name
 from trainer.layout import INDEX, SINGLE, Files, Layout, State
 from trainer.tokenizer import make_faithful
 
-MODEL = "model"
 EXPORTS = "exports"
 
 COPIED = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".yaml", ".yml")

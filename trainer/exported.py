@@ -9,8 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from shards.lease import Lease
+from shards.output_folder import MODEL
 from shards.store import temporary_name
-from trainer.export import MODEL, Rounding
+from trainer.export import Rounding
 from trainer.layout import Layout
 
 EXPORTED = "exported.json"
@@ -26,8 +28,8 @@ RETURNED_THAT_COUNTS = 0.5
 class Exported:
     """OUT/exported.json: what the base's files hold beside the model, and each export of the run."""
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
+    def __init__(self, out: Path, lease: Lease | None = None) -> None:
+        self.out, self.lease = out, lease
 
     def read(self) -> dict[str, Any]:
         path = self.out / EXPORTED
@@ -54,6 +56,9 @@ class Exported:
         self._write({"carried_over": layout.carried_over, "not_trained": layout.frozen, "models": models})
 
     def add(self, name: str, step: int, export_dtype: str, rounding: Rounding) -> None:
+        """Write down an export that gets its name next; LeaseLost where another process has taken `out` over."""
+        if self.lease:
+            self.lease.check()
         value = self.read()
         entry = {
             "step": step,

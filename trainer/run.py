@@ -5,22 +5,19 @@ import json
 import math
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from shards.fingerprint import model_origin, weights_fingerprint
 from shards.folder import ShardFolder
-from shards.manifest import first_difference
-from shards.part import encode_json, publish_json
-from shards.publish import require_naming
-from shards.store import open_store, temporary_name
+from shards.output_folder import MODEL, read_record, refuse_other
+from shards.store import temporary_name
 from trainer.config import TrainConfig
 from trainer.data import unscored_rows
-from trainer.export import EXPORTS, MODEL
+from trainer.export import EXPORTS
 from trainer.objectives.settings import OPTIONS
 
-RUN = "run.json"
 METRICS = "metrics.jsonl"
 EVALUATION = "evaluation.jsonl"
 TENSORBOARD = "tensorboard"
@@ -84,34 +81,21 @@ def references_left_out(config: TrainConfig, shards: ShardFolder) -> tuple[str, 
     return () if config.objective == "ntp" else (config.reference,)
 
 
-def prepare_out(out: Path, settings: dict[str, Any]) -> None:
-    """ValueError where `out` holds another run or something else."""
-    if (out / RUN).exists():
-        before = json.loads((out / RUN).read_text(encoding="utf-8"))
-        ours, theirs = ({key: run[key] for key in run if key not in RECORDED} for run in (settings, before))
-        if ours.get("router_aux_loss") == 0:  # runs from before there was a choice trained without, too
-            theirs.setdefault("router_aux_loss", ours["router_aux_loss"])
-        difference = first_difference(ours, theirs)
-        if difference and difference.startswith("leave_out"):
-            difference += " (runs of earlier releases go on with --leave-out reference)"
-        if difference:
-            began = before.get("base") or {}
-            if difference.startswith("base_weights_sha256") and began.get("revision"):
-                difference += f" (it began with {began['model']}@{began['revision']})"  # a branch moves on
-            raise ValueError(
-                f"{out}: holds another run: {difference}; choose another --out, or delete it to start over"
-            )
-    elif out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out}: is not empty and not a run of remit train; choose another --out or empty it")
-    else:
-        require_naming(out)
-
-
-def open_run(out: Path, settings: dict[str, Any]) -> None:
-    """Write the settings down, once, before the first step."""
-    out.mkdir(parents=True, exist_ok=True)
-    if not (out / RUN).exists():
-        publish_json(open_store(out), RUN, encode_json(settings), "")
+def refuse_other_settings(out: Path, settings: dict[str, Any]) -> None:
+    """ValueError where `out` holds a run with other settings."""
+    before = read_record(out)
+    if before is None:
+        return
+    ours, theirs = ({key: run[key] for key in run if key not in RECORDED} for run in (settings, before))
+    if ours.get("router_aux_loss") == 0:  # runs from before there was a choice trained without, too
+        theirs.setdefault("router_aux_loss", ours["router_aux_loss"])
+    hints = {"leave_out": " (runs of earlier releases go on with --leave-out reference)"}
+    began = before.get("base") or {}
+    if began.get("revision"):  # a branch moves on
+        hints["base_weights_sha256"] = f" (it began with {began['model']}@{began['revision']})"
+    options = {field.name: f"--{field.name.replace('_', '-')}" for field in fields(TrainConfig)}
+    remedy = "choose another --out, or delete that run to start over"
+    refuse_other(str(out), "run", ours, theirs, remedy, options, hints)
 
 
 def keep_lines(path: Path, last_step: int) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 
 from shards.folder import ShardFolder
+from shards.lease import Lease
+from shards.output_folder import MODEL, RUN, write_record, writing_run
 from shards.part import sha256_file
 from trainer.batch import Row, collate
 from trainer.board import Board
@@ -31,7 +33,7 @@ from trainer.deterministic import deterministic
 from trainer.distributed import World, accumulate_only, connect, scalar, spread
 from trainer.evaluation import Evaluation
 from trainer.experts import Balancing, check_experts, describe, router_loss
-from trainer.export import EXPORTS, MODEL, Rounding, export
+from trainer.export import EXPORTS, Rounding, export
 from trainer.exported import Exported, rounding_notes, untrained_notes
 from trainer.first_pass import global_weights, second_pass
 from trainer.layout import read_layout
@@ -42,14 +44,12 @@ from trainer.run import (
     CHECKPOINTS,
     EVALUATION,
     METRICS,
-    RUN,
     TENSORBOARD,
     TrainResult,
     drop_exports,
     keep_lines,
-    open_run,
-    prepare_out,
     references_left_out,
+    refuse_other_settings,
     run_result,
     run_settings,
 )
@@ -73,11 +73,16 @@ def train(
     should_stop: asked after each step; when true, the state is saved and the result is not finished. note: told, on the
     first process alone, what a user should know of the base or the run.
 
-    Raises ValueError with value, expectation and remedy for input that does not fit together, and
-    FloatingPointError, before the optimizer step, where a loss or gradient is not finite.
+    Raises ValueError with value, expectation and remedy for input that does not fit together, RuntimeError where another
+    process trains into --out, LeaseLost where one has taken it over, and FloatingPointError, before the optimizer step,
+    where a loss or gradient is not finite.
     """
-    with connect(config.timeout_seconds) as world, deterministic(world.device, config.deterministic):
-        return train_in(world, config, progress, should_stop, note if world.first else lambda line: None)
+    with (
+        connect(config.timeout_seconds) as world,
+        deterministic(world.device, config.deterministic),
+        writing_run(config.out, "a run of remit train", world.first, note) as lease,
+    ):
+        return train_in(world, config, progress, should_stop, note if world.first else lambda line: None, lease)
 
 
 def train_in(
@@ -86,8 +91,12 @@ def train_in(
     progress: Progress,
     should_stop: Callable[[], bool],
     note: Callable[[str], None],
+    lease: Lease | None,
 ) -> TrainResult:
-    """`train` as one of the processes of `world`; all of them read the same folders and return the same."""
+    """`train` as one of the processes of `world`; all of them read the same folders and return the same.
+
+    lease: of --out, on the process that writes to it.
+    """
     if config.wandb_project is not None:
         require_wandb()  # before minutes of loading
     torch.manual_seed(config.seed)
@@ -102,9 +111,9 @@ def train_in(
     if differences:
         settings["tokenizer_differences"] = differences
     if world.first:
-        prepare_out(config.out, settings)
+        refuse_other_settings(config.out, settings)
         Exported(config.out).require_dtype(config.export_dtype)
-    if world.from_first((config.out / MODEL).exists()):
+    if world.from_first(lease is None or (config.out / MODEL).exists()):
         return world.from_first(run_result(config.out) if world.first else None)
     check_experts(Path(config.model), config.router_aux_loss)
     base = load_base(Path(config.model), config.dtype, world.device, context)
@@ -143,16 +152,17 @@ def train_in(
     model = spread(loss_model, base.layers, world, config.sharding, base.dtype)
     optimizer = make_optimizer(loss_model, config)
     dtypes = layout.rounding(config.export_dtype)
-    evaluation = Evaluation(config, base, loss_model, model, world, context, dtypes, shards, note)
+    evaluation = Evaluation(config, base, loss_model, model, world, context, dtypes, shards, note, lease)
     if world.first:
-        open_run(config.out, settings)
+        write_record(config.out, settings)
     fingerprint = world.from_first(sha256_file(config.out / RUN) if world.first else None)
     checkpoints = Checkpoints(
-        config.out / CHECKPOINTS, loss_model, optimizer, world, fingerprint, config.keep_checkpoints
+        config.out / CHECKPOINTS, loss_model, optimizer, world, fingerprint, config.keep_checkpoints, lease
     )  # fmt: skip
     first_step, problems = checkpoints.load_newest()
     tokens = 0
-    if world.first:
+    if lease:
+        lease.check()  # much of what follows is deleted or cut where it is made again
         for problem in problems:
             note(f"passed over a damaged checkpoint: {problem}")
         tokens = keep_lines(config.out / METRICS, first_step).get("tokens", 0)
@@ -162,9 +172,10 @@ def train_in(
 
     def export_model(name: str, step: int) -> Rounding | None:
         state = whole_weights(loss_model)  # all ranks take part
-        if not world.first:
+        if not lease:
             return None
-        record = partial(Exported(config.out).add, name, step, config.export_dtype)
+        lease.check()
+        record = partial(Exported(config.out, lease).add, name, step, config.export_dtype)
         return export(base.model, layout, state, config.out / name, config.export_dtype, shards, record)
 
     if first_step == 0:
@@ -229,6 +240,8 @@ def train_in(
             if balancing:
                 metrics["router_aux_loss"] = statistics.router_loss.item()
             metrics = {"step": step, "tokens": tokens} | metrics
+            if lease:
+                lease.check_often()
             metrics_file.write(json.dumps(metrics) + "\n")
             metrics_file.flush()
             board.write(metrics)

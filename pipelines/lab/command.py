@@ -9,7 +9,7 @@ import tyro
 
 from pipelines.cli import fail
 from pipelines.console import BAD_USAGE, FAILED, STOPPED, quiet_libraries
-from pipelines.signals import Stopped, StopRequest
+from pipelines.signals import SignalReceived, StopRequest
 
 
 def run_command(
@@ -27,7 +27,7 @@ def run_command(
     try:
         quiet_libraries()
         code = run(config, stop)
-    except Stopped:
+    except SignalReceived:
         code = STOPPED
     except Exception as error:
         if config.debug:

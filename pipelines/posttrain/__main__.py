@@ -12,7 +12,7 @@ import tyro
 from pipelines.cli import expand_config_file, fail
 from pipelines.console import BAD_USAGE, FAILED, STOPPED
 from pipelines.posttrain.settings import DpoConfig, RlConfig, SftConfig
-from pipelines.signals import Stopped, StopRequest
+from pipelines.signals import SignalReceived, StopRequest
 
 DESCRIPTION = (
     "Post-train a model with TRL (in your checkout of remit: pip install '.[flywheel]'). Writes OUT/model, a Hugging Face folder, and "
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
     stop.install()
     try:
         code = run(config, stop.requested)
-    except Stopped:
+    except SignalReceived:
         code = STOPPED
     except Exception as error:
         if config.debug:

@@ -14,11 +14,13 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from pipelines.console import ShouldStop, progress_bar
 from pipelines.posttrain.run import CHECKPOINTS, METRICS
 from pipelines.posttrain.settings import PostTrainConfig
+from shards.lease import Lease
 from shards.publish import fsync_folder
 from shards.store import temporary_name
 from trainer.model import resolve_dtype
 
 COMPLETE = "complete"  # in a checkpoint that is whole
+KEPT = 2
 SHOWN = {"reward": "reward", "rewards/accuracies": "pairs", "kl": "KL"}
 
 
@@ -52,7 +54,6 @@ def trainer_arguments(config: PostTrainConfig) -> dict[str, Any]:
         "logging_nan_inf_filter": False,
         "save_strategy": "steps" if config.checkpoint_every else "no",
         "save_steps": config.checkpoint_every or 1,
-        "save_total_limit": 2,  # the newest one counts only once it is marked; until then the other does
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": device.type == "cuda",
@@ -63,8 +64,10 @@ def trainer_arguments(config: PostTrainConfig) -> dict[str, Any]:
 class Watch(TrainerCallback):
     """Writes the metrics, shows progress, marks checkpoints, and stops where a signal asked for it."""
 
-    def __init__(self, trainer: Any, out: Path, bar: tqdm, should_stop: ShouldStop) -> None:
+    def __init__(self, trainer: Any, out: Path, bar: tqdm, should_stop: ShouldStop, lease: Lease | None) -> None:
+        """lease: of `out`, on the process that writes to it."""
         self.trainer = trainer
+        self.lease = lease
         self.metrics = out / METRICS
         self.bar = bar
         self.should_stop = should_stop
@@ -76,8 +79,9 @@ class Watch(TrainerCallback):
         # TRL's count of tokens is the one thing that its checkpoints do not bring along
         counts = [entry["num_tokens"] for entry in state.log_history if "num_tokens" in entry]
         self.trainer._total_train_tokens = int(counts[-1]) if counts else 0
-        if not state.is_world_process_zero:
+        if not self.lease:
             return
+        self.lease.check()
         # a checkpoint brings the log up to its step along; what was logged after it is logged again
         temporary = temporary_name(self.metrics)
         temporary.write_text("".join(line(entry) for entry in state.log_history), encoding="utf-8")
@@ -86,7 +90,8 @@ class Watch(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if not logs or "train_runtime" in logs:  # the summary at the end, about time
             return
-        if state.is_world_process_zero:
+        if self.lease:
+            self.lease.check_often()
             with self.metrics.open("a", encoding="utf-8") as file:
                 file.write(line({**logs, "step": state.global_step}))
         for name in ("loss", "grad_norm"):
@@ -105,6 +110,8 @@ class Watch(TrainerCallback):
         whole_line = state.global_step % args.logging_steps == 0
         if whole_line and self.asked_to_stop() and state.global_step < state.max_steps:
             self.stopped = control.should_save = control.should_training_stop = True
+        if self.lease and control.should_save:
+            self.lease.check()
 
     def asked_to_stop(self) -> bool:
         """Whether any of the processes was: they have to stop at the same step."""
@@ -115,13 +122,17 @@ class Watch(TrainerCallback):
         return bool(accelerator.reduce(torch.tensor(float(asked), device=accelerator.device), "sum") > 0)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.is_world_process_zero:
+        if self.lease:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             for file in folder.iterdir():
                 with file.open("rb") as written:
                     os.fsync(written.fileno())
+            self.lease.check()
             (folder / COMPLETE).touch()
             fsync_folder(folder)
+            for old in whole_checkpoints(folder.parent)[:-KEPT]:
+                self.lease.check()
+                shutil.rmtree(old)
 
 
 def line(entry: dict[str, Any]) -> str:
@@ -131,23 +142,23 @@ def line(entry: dict[str, Any]) -> str:
     return json.dumps({"step": values.pop("step"), **values}) + "\n"
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint; those that are not whole are deleted."""
-    whole = []
-    for checkpoint in folder.glob("checkpoint-*"):
-        if (checkpoint / COMPLETE).exists():
-            whole.append(checkpoint)
-        else:
-            shutil.rmtree(checkpoint, ignore_errors=True)  # another process may be at it
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints that count, oldest first."""
+    whole = [path for path in folder.glob("checkpoint-*") if (path / COMPLETE).exists()]
+    return sorted(whole, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
-def run_trainer(config: PostTrainConfig, trainer: Trainer, should_stop: ShouldStop) -> bool:
-    """Train, from the newest checkpoint where there is one; whether it came to its end."""
+def run_trainer(config: PostTrainConfig, trainer: Trainer, should_stop: ShouldStop, lease: Lease | None) -> bool:
+    """Train, from the newest checkpoint where there is one; whether it came to its end. lease: as of Watch."""
     trainer.remove_callback(PrinterCallback)
-    checkpoint = newest_checkpoint(config.out / CHECKPOINTS)
+    whole = whole_checkpoints(config.out / CHECKPOINTS)
+    checkpoint = whole[-1] if whole else None
+    if lease:
+        for path in set((config.out / CHECKPOINTS).glob("checkpoint-*")) - {*whole}:
+            lease.check()
+            shutil.rmtree(path)
     with progress_bar(desc="train", unit=" steps", disable=not trainer.is_world_process_zero()) as bar:
-        watch = Watch(trainer, config.out, bar, should_stop)
+        watch = Watch(trainer, config.out, bar, should_stop, lease)
         trainer.add_callback(watch)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return not watch.stopped

@@ -5,10 +5,10 @@ needed to go on, OUT/model the result: the start's folder with other weights. A 
 `complete` is there.
 """
 
-import json
+import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,17 +20,16 @@ from pipelines.posttrain.data import Example, keep_short, read_examples
 from pipelines.posttrain.rewards import reward_fingerprint
 from pipelines.posttrain.settings import PostTrainConfig, RlConfig
 from shards.fingerprint import model_origin, weights_fingerprint
-from shards.manifest import first_difference
-from shards.part import encode_json, publish_json, sha256_file
-from shards.publish import require_naming
-from shards.store import open_store
+from shards.lease import Lease
+from shards.output_folder import MODEL, read_record, refuse_other, write_record, writing_run
+from shards.part import sha256_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from trainer.model import Base
 
-RUN, METRICS, CHECKPOINTS, MODEL = "run.json", "metrics.jsonl", "checkpoints", "model"
+METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
 # where things are, what is shown, and what changes the machine's work but not what is computed
 NOT_SETTINGS = (
     "model",
@@ -75,11 +74,18 @@ def post_train(config: PostTrainConfig, stage: Stage, should_stop: ShouldStop) -
             "post-training needs TRL, which is not installed; in your checkout of remit: pip install '.[flywheel]'"
         )
     quiet_libraries()
+    first = int(os.environ.get("RANK", "0")) == 0  # of torchrun and accelerate launch
+    with writing_run(config.out, "a run of post-training", first, note) as lease:
+        return train_and_export(config, stage, should_stop, lease)
+
+
+def train_and_export(config: PostTrainConfig, stage: Stage, should_stop: ShouldStop, lease: Lease | None) -> int:
+    """`post_train` as one of its processes. lease: of --out, on the one that writes to it."""
     folder = resolve_model("--model", config.model).path
     examples = read_examples(config.data, stage.fields)
     base, tokenizer = load(folder)
     settings = run_settings(config, folder)
-    prepare_out(config.out, settings)
+    refuse_other_settings(config, settings)
     final = config.out / MODEL
     if final.exists():
         print(f"nothing to do, trained before: {final}")
@@ -101,15 +107,19 @@ def post_train(config: PostTrainConfig, stage: Stage, should_stop: ShouldStop) -
     from trainer.exported import rounding_notes
     from trainer.layout import read_layout
 
-    open_run(config.out, settings)
+    if lease:
+        write_record(config.out, settings)
     layout = read_layout(folder, base.model)
     trainer = stage.trainer(Job(base, tokenizer, short, trainer_arguments(config)))
-    if not run_trainer(config, trainer, should_stop):
+    if not run_trainer(config, trainer, should_stop, lease):
         return STOPPED
-    if trainer.is_world_process_zero():
-        rounding = export(base.model, layout, base.model.state_dict(), final, config.export_dtype)
+    if lease:
+        lease.check()
+        state = base.model.state_dict()
+        rounding = export(base.model, layout, state, final, config.export_dtype, record=lambda rounding: lease.check())
         for line in rounding_notes(rounding, None, {}):
             note(line)
+        lease.check()
         shutil.rmtree(config.out / CHECKPOINTS, ignore_errors=True)
         print(f"trained {trainer.state.global_step:,} steps on {len(short):,} examples -> {final}")
     return DONE
@@ -166,27 +176,15 @@ def run_settings(config: PostTrainConfig, folder: Path) -> dict[str, Any]:
     }
 
 
-def prepare_out(out: Path, settings: dict[str, Any]) -> None:
-    """ValueError where `out` holds another run or something else."""
-    if (out / RUN).exists():
-        before = json.loads((out / RUN).read_text(encoding="utf-8"))
+def refuse_other_settings(config: PostTrainConfig, settings: dict[str, Any]) -> None:
+    """ValueError where --out holds a run with other settings."""
+    before = read_record(config.out)
+    if before is not None:
+        options = {field.name: f"--{field.name.replace('_', '-')}" for field in fields(config)}
+        remedy = "choose another --out, or delete that run to start over"
         # the folder that it starts from may have been moved; the weights are what counts
-        difference = first_difference(settings | {"base": None}, before | {"base": None})
-        if difference:
-            raise ValueError(
-                f"{out}: holds another run: {difference}; choose another --out, or delete it to start over"
-            )
-    elif out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out}: is not empty and holds no run of post-training; choose another --out or empty it")
-    else:
-        require_naming(out)
-
-
-def open_run(out: Path, settings: dict[str, Any]) -> None:
-    """Write the settings down, once, before the first step."""
-    out.mkdir(parents=True, exist_ok=True)
-    if not (out / RUN).exists():
-        publish_json(open_store(out), RUN, encode_json(settings), "")
+        ours, theirs = settings | {"base": None}, before | {"base": None}
+        refuse_other(str(config.out), "run", ours, theirs, remedy, options)
 
 
 def trl_config(kind: type, arguments: dict[str, Any], options: dict[str, Any], extra: dict[str, Any]) -> Any:

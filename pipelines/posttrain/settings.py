@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import yaml
 
+from shards.output_folder import require_new_folder
+
 OURS = {
     "output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "seed", "data_seed", "bf16",
@@ -89,6 +91,7 @@ class PostTrainConfig:
             )
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"--out {self.out}: is a file, expected a folder")
+        require_new_folder(self.out, "post-training", model=self.model)
         self.trainer_args()
 
     def trainer_args(self) -> dict[str, Any]:
