@@ -164,6 +164,7 @@ def test_prompts_come_from_the_rows(packed: Path, monkeypatch: pytest.MonkeyPatc
     assert canary_prompts(folder, "part-00000.arrow", "packed", 1) == []
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_engine_of_another_model_is_refused(
     tmp_path: Path, packed: Path, reference_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,6 +205,7 @@ def test_most_probable_tokens_of_another_model_are_refused() -> None:
             compare([wrong], expected, limits)
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_a_token_that_breaks_the_model(tmp_path: Path, packed: Path, reference_model: Path) -> None:
     """Its embedding is NaN: rows that hold it are quarantined, all others are right. Real engine."""
     rows = read_rows(packed)
@@ -270,6 +272,7 @@ print("RESULT", np.isfinite(clean).all(), np.isfinite(spoiled).all(), np.array_e
 """
 
 
+@pytest.mark.usefixtures("starts_processes")
 def test_forgetting_clears_what_a_nan_left_in_the_cache(reference_model: Path) -> None:
     """Without it a later prompt that gets the same cache blocks comes out NaN: the second value shows the hazard."""
     done = subprocess.run(

@@ -27,6 +27,7 @@ def test_help_explains_every_option(remit: Remit, command: str) -> None:
     assert ("--config" in output) is (command != "completion")
 
 
+@pytest.mark.usefixtures("starts_processes")
 def test_help_is_quick_and_loads_no_model_library() -> None:
     script = (
         "import sys, pipelines.cli\n"
@@ -37,6 +38,7 @@ def test_help_is_quick_and_loads_no_model_library() -> None:
     assert output.splitlines()[-1] == "[]"
 
 
+@pytest.mark.usefixtures("starts_processes")
 def test_a_reader_of_help_that_has_left_is_no_accident() -> None:
     """As in `remit train --help | head -1`."""
     read, write = os.pipe()
@@ -118,6 +120,7 @@ def test_verify_names_the_bad_part_and_fails(tmp_path: Path, packed: Path, remit
     assert "part-00001.arrow: sha256" in error
 
 
+@pytest.mark.usefixtures("starts_processes")
 def test_signal_stops_training_resumably(tmp_path: Path, packed: Path, tokenizer_folder: Path) -> None:
     make_model(tmp_path / "model")
     command = [
@@ -139,6 +142,7 @@ def test_signal_stops_training_resumably(tmp_path: Path, packed: Path, tokenizer
     assert (tmp_path / "out" / "checkpoints" / f"step-{steps:06d}").is_dir()
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_corpus_named_in_a_config_file_runs(tmp_path: Path, tokenizer_folder: Path, remit: Remit) -> None:
     corpus = write_corpus(tmp_path / "c.jsonl", ["some text", "more"], field="body")
     file = tmp_path / "pack.yaml"
@@ -150,6 +154,7 @@ def test_corpus_named_in_a_config_file_runs(tmp_path: Path, tokenizer_folder: Pa
     assert "from 2 documents" in output
 
 
+@pytest.mark.usefixtures("starts_processes")
 def test_signal_stops_scoring_resumably(tmp_path: Path, packed: Path, reference_model: Path) -> None:
     out = tmp_path / "out"
     command = [

@@ -20,6 +20,8 @@ import pytest
 
 from pipelines.completion import script
 
+pytestmark = pytest.mark.usefixtures("starts_processes")
+
 Remit = Callable[..., tuple[int, str, str]]
 SETUP = {
     "bash": (["bash", "--norc", "--noprofile", "-i"], "source ./_remit"),

@@ -71,6 +71,7 @@ def test_every_spelling_gives_the_same_documents(tmp_path: Path, suffix: str, co
         file.unlink()
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_a_folder_reads_what_it_can_and_counts_the_rest(tmp_path: Path, tokenizer_folder: Path, remit: Remit) -> None:
     corpus, readable = tmp_path / "corpus", ["B.JSONL", "a.jsonl", "c.json.gz", "d.ndjson", "e.jsonl.bz2", "f.json"]
     (corpus / "sub").mkdir(parents=True)
@@ -165,6 +166,7 @@ def test_one_long_line_of_json_is_a_document(tmp_path: Path) -> None:
 # --- links ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_links_of_a_cache_have_their_own_names(tmp_path: Path, tokenizer_folder: Path) -> None:
     """The hub's cache: a relative link with a suffix to a blob without one."""
     (tmp_path / "blobs").mkdir()
@@ -263,6 +265,7 @@ def test_suffixes() -> None:
     assert found == [".txt", ".tar.gz", "no suffix", "no suffix", ".v2", "no suffix", "no suffix"]
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_a_name_that_is_not_utf8_goes_all_the_way(tmp_path: Path, tokenizer_folder: Path, remit: Remit) -> None:
     corpus, out = tmp_path / "corpus", tmp_path / "out"
     write_corpus(corpus / "a.jsonl", ["fine"])
@@ -339,6 +342,7 @@ def test_other_encodings_are_one_line(tmp_path: Path, encoding: str, codec: str)
         ("x.jsonl", b"\0" * 5000, "begins with zero bytes"),
     ],
 )
+@pytest.mark.usefixtures("ray_session")
 def test_a_file_is_something_else_than_its_name_says(
     tmp_path: Path, name: str, data: bytes, message: str, tokenizer_folder: Path, remit: Remit
 ) -> None:
@@ -450,6 +454,7 @@ def many(tmp_path: Path) -> Path:
     return tmp_path / "corpus"
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_a_bad_file_stops_and_says_the_way_out(many: Path, tokenizer_folder: Path, remit: Remit) -> None:
     command = ["pack", "--corpus", many, "--tokenizer", tokenizer_folder, "--out", many.parent / "out", "--seq-len", 64]
     for more in ([], ["--on-bad-document", "reject"]):
@@ -460,6 +465,7 @@ def test_a_bad_file_stops_and_says_the_way_out(many: Path, tokenizer_folder: Pat
     assert not (many.parent / "out").exists()
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_bad_files_are_left_out_whole_and_counted(many: Path, tokenizer_folder: Path, remit: Remit) -> None:
     out, good = many.parent / "out", many.parent / "good"
     command = ["pack", "--corpus", many, "--tokenizer", tokenizer_folder, "--seq-len", 64, "--on-bad-file", "reject"]
@@ -495,6 +501,7 @@ def test_bad_files_are_left_out_whole_and_counted(many: Path, tokenizer_folder: 
     assert (code, "holds another pack: corpus[3]" in error) == (1, True)
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_only_bad_files_are_an_empty_corpus(tmp_path: Path, tokenizer_folder: Path) -> None:
     file = write_corpus(tmp_path / "c" / "x.jsonl.gz", ["text"] * 50)
     cut(file)
@@ -566,6 +573,7 @@ def read_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     return hashed
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_a_finished_folder_does_not_read_its_corpus(
     tmp_path: Path, corpus_folder: Path, tokenizer_folder: Path, read_again: list[str]
 ) -> None:
@@ -598,6 +606,7 @@ def test_a_finished_folder_does_not_read_its_corpus(
 
 
 @pytest.mark.parametrize("restore", [False, True])
+@pytest.mark.usefixtures("ray_session")
 def test_an_edit_of_the_same_size_is_noticed(
     tmp_path: Path, corpus_folder: Path, tokenizer_folder: Path, read_again: list[str], restore: bool
 ) -> None:
@@ -618,6 +627,7 @@ def test_an_edit_of_the_same_size_is_noticed(
     pack_to(out, corpus, tokenizer_folder)
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_files_written_just_now_are_read(
     tmp_path: Path, tokenizer_folder: Path, read_again: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,7 @@ def test_rows_are_those_of_the_trainer(annotated: dict[str, Path]) -> None:
         assert row.input_ids.tolist() == want["input_ids"]
 
 
+@pytest.mark.usefixtures("starts_processes")
 def test_ranks_and_workers_take_every_row_once(annotated: dict[str, Path]) -> None:
     every = names(list(RowDataset(annotated["packed"], "rl", epochs=1)))
     assert len(set(every)) == len(every) == len(read_rows(annotated["packed"]))
@@ -38,6 +39,7 @@ def test_ranks_and_workers_take_every_row_once(annotated: dict[str, Path]) -> No
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.usefixtures("starts_processes")
 def test_stateful_loader_resumes(annotated: dict[str, Path], workers: int) -> None:
     def make() -> StatefulDataLoader:
         rows = RowDataset(annotated["packed"], "rl", seed=2)

@@ -21,6 +21,8 @@ from oracles import load, row_distributions
 from pipelines.cli import parse
 from trainer.objectives import settings as registry
 
+pytestmark = pytest.mark.usefixtures("starts_processes")
+
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [path.name for path in sorted(DOCS.glob("*.md"))]

@@ -46,6 +46,7 @@ def test_duckdb(shards: Path) -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.usefixtures("starts_processes")
 def test_datasets(shards: Path, tmp_path: Path, streaming: bool) -> None:
     """In a process of its own, with a cache of its own."""
     script = f"""

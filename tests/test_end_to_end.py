@@ -41,6 +41,7 @@ def check_scores(shards: Path, model: Path, name: str, context: str) -> None:
         pytest.param("Llama", "packed", True, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
+@pytest.mark.usefixtures("ray_session")
 def test_family(
     tmp_path: Path,
     corpus_folder: Path,

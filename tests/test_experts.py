@@ -134,6 +134,7 @@ def test_loss_and_gradients_are_transformers_own(tmp_path: Path, family: str, co
 
 
 @pytest.mark.parametrize("how", ["checkpointing", "compile", "both", "bfloat16", "document"])
+@pytest.mark.usefixtures("starts_processes")
 def test_the_same_however_the_body_runs(tmp_path: Path, how: str) -> None:
     folder = make(tmp_path, "Qwen3Moe")
     rows = make_rows([21, 9])
@@ -220,6 +221,7 @@ def test_other_objectives_have_it_too(tmp_path: Path, annotated: dict[str, Path]
 
 
 @pytest.mark.parametrize("sharding", ["replicate", "full"])
+@pytest.mark.usefixtures("starts_processes")
 def test_two_processes(tmp_path: Path, annotated: dict[str, Path], mixtral: Path, sharding: str) -> None:
     shards = annotated["packed"]
     options = {"router_aux_loss": 0.5, "max_steps": 5, "global_batch_size": 6, "micro_batch_size": 1}
@@ -281,6 +283,7 @@ def test_a_note_where_the_config_asks_for_it(tmp_path: Path, small: Path, mixtra
     assert "train without their balancing loss (--router-aux-loss 0); the coefficient in its config is 0.001" in err
 
 
+@pytest.mark.usefixtures("starts_processes")
 def test_experts_of_every_family_are_seen_and_dense_ones_are_not() -> None:
     """All causal language models that transformers can build from a default config, without weights."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING

@@ -207,6 +207,7 @@ def test_a_head_of_its_own_beside_a_config_that_ties(tmp_path: Path, annotated: 
     assert last["loss"] == last["exported_loss"] == pytest.approx(loss_of(tmp_path / "more/model", shards), abs=1e-5)
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_vllm_reads_a_head_of_its_own(
     tmp_path: Path, annotated: dict[str, Path], packed: Path, tokenizer_folder: Path
 ) -> None:

@@ -36,6 +36,7 @@ def test_dependency_rules(package: str) -> None:
         assert not imported(file) & FORBIDDEN[package], file
 
 
+@pytest.mark.usefixtures("starts_processes")
 def test_shards_needs_pyarrow_and_numpy_alone() -> None:
     allowed = set(sys.stdlib_module_names) | {"pyarrow", "numpy", "shards"}
     for file in (ROOT / "shards").rglob("*.py"):

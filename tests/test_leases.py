@@ -62,6 +62,7 @@ def killed_holder(tmp_path: Path) -> Iterator[tuple[Path, BaseProcess]]:
     process.join()
 
 
+@pytest.mark.usefixtures("starts_processes")
 def test_lease_of_a_zombie_and_of_a_process_that_is_gone(killed_holder: tuple[Path, BaseProcess]) -> None:
     folder, process = killed_holder
     lease = Lease(folder).acquire(lambda message: pytest.fail(message))  # it would say that it waits
@@ -437,6 +438,7 @@ def race(barrier: Any, rounds: list[str], results: Any, release: bool) -> None:
 
 @pytest.mark.parametrize("release", [False, True])
 @pytest.mark.parametrize("kind", ["threads", "processes"])
+@pytest.mark.usefixtures("starts_processes")
 def test_never_two_holders(tmp_path: Path, kind: str, release: bool) -> None:
     """Rounds of five who try at once. Without release one holds it and four are refused, by name; with release
     they come one after the other, and no two are ever in at the same time. Half of the rounds find a dead lease."""

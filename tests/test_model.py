@@ -95,6 +95,7 @@ def make_tiny(family: str, **settings: object) -> transformers.PreTrainedModel:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", HYBRIDS)
+@pytest.mark.usefixtures("starts_processes")
 def test_state_that_runs_on_is_seen_in_any_dtype(family: str, dtype: torch.dtype) -> None:
     """Short convolutions, linear attention, state spaces and recurrences take no notice of position ids."""
     model = make_tiny(family, **HYBRIDS[family])

@@ -111,6 +111,7 @@ def test_gate_wants_the_model_that_scored(tmp_path: Path, scored: Path, remit: R
     assert remit("verify", "--shards", scored, "--rows", 0)[0] == 2
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_repair_and_refill(tmp_path: Path, packed: Path, reference_model: Path, remit: Remit) -> None:
     folder = score_to(tmp_path / "out", packed, reference_model, engine="fake").path
     sound = {

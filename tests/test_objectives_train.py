@@ -317,6 +317,7 @@ train(config, lambda done, total, metrics: os._exit(9) if done == 31 else None)
 """
 
 
+@pytest.mark.usefixtures("starts_processes")
 def test_tensorboard_of_a_killed_run_has_every_step(
     tmp_path: Path, several: dict[str, Path], models: dict[str, Path]
 ) -> None:

@@ -13,6 +13,8 @@ import pytest
 import yaml
 from conftest import source_texts, write_corpus
 
+pytestmark = pytest.mark.usefixtures("starts_processes")
+
 ROOT = Path(__file__).parent.parent
 Run = Callable[..., str]
 

@@ -19,6 +19,8 @@ from scorer.pack import pack
 from shards import ShardFolder
 from shards.verify import verify_folder
 
+pytestmark = pytest.mark.usefixtures("ray_session")
+
 Remit = Callable[..., tuple[int, str, str]]
 
 

@@ -307,6 +307,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert all(torch.equal(weights_one[name], weights_other[name]) for name in weights_one)
 
 
+@pytest.mark.usefixtures("starts_processes")
 def test_killed_and_stopped_runs_go_on_as_if_nothing_had_been(tmp_path: Path, speaker: Path) -> None:
     prompts = [{"prompt": f"Which digit?{' ' * index}\n", "answer": str(index % 4)} for index in range(24)]
     data = write(tmp_path / "data.jsonl", prompts)  # an epoch has six steps
@@ -489,6 +490,7 @@ def test_diverging_run_says_so(tmp_path: Path, start: Path, posttrain: Callable)
     assert not (tmp_path / "out" / "model").exists()
 
 
+@pytest.mark.usefixtures("starts_processes")
 def test_help_is_light() -> None:
     code = (
         "import sys, contextlib, io\nfrom pipelines.posttrain.__main__ import main\n"

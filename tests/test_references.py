@@ -18,6 +18,8 @@ from scorer.reference import Reference, check_reference
 from scorer.textonly import text_tensors
 from shards import ShardFolder
 
+pytestmark = pytest.mark.usefixtures("ray_session")
+
 Remit = Callable[..., tuple[int, str, str]]
 
 

@@ -29,6 +29,7 @@ def test_solutions_are_right_unless_asked_otherwise(seed: int) -> None:
     assert any(eval(step.split(" = ")[0]) != int(step.split(" = ")[1]) for step in wrong[1:-1])
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_build_twice_gives_the_same_models(tmp_path: Path) -> None:
     for name in ("one", "two"):
         build(SampleConfig(tmp_path / name, documents=300, base_steps=15, reference_steps=25, seq_len=64))

@@ -105,6 +105,7 @@ def test_rerun_scores_what_is_missing(scored_rl: Path, packed: Path, reference_m
 
 
 @pytest.mark.parametrize("context", ["packed", pytest.param("document", marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("ray_session")
 def test_short_rows_and_pieces(tmp_path: Path, tokenizer_folder: Path, reference_model: Path, context: str) -> None:
     """Corpus files whose last rows have 1, 2 and all tokens; documents of one token (EOS only follows)."""
     tokenizer = ExactCorpora(tokenizer_folder)
@@ -146,6 +147,7 @@ class ExactCorpora:
         return texts
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_tensor_parallel_engine_on_cpu(tmp_path: Path, packed: Path, reference_model: Path) -> None:
     folder = score_to(tmp_path / "out", packed, reference_model, tensor_parallel_size=2)
     assert compare(folder, reference_model, "rl", "packed", 1 / 128 + 1e-4, every=20) > 300
@@ -330,6 +332,7 @@ def test_nearer_dtype() -> None:
         assert "float16 overflows" in choose(half)[1]
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_auto_takes_float16_and_keeps_it(tmp_path: Path, packed: Path, reference_model: Path) -> None:
     """A bfloat16 model through a real engine: recorded, right to 1/128 nat and float16's noise, not chosen again."""
     model = in_bfloat16(reference_model, tmp_path / "model")
@@ -352,6 +355,7 @@ def test_auto_takes_float16_and_keeps_it(tmp_path: Path, packed: Path, reference
         score(replace(config, dtype="bfloat16"), reference)
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_auto_stays_in_bfloat16_where_float16_overflows(
     tmp_path: Path, packed: Path, reference_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

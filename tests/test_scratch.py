@@ -16,6 +16,8 @@ ROOT = Path(__file__).parent.parent
 ENGINE = """
 import os, subprocess, sys, tempfile
 from scorer.scratch import own_temporary_folder
+
+pytestmark = pytest.mark.usefixtures("starts_processes")
 folder = own_temporary_folder()
 with tempfile.NamedTemporaryFile(delete=False) as file:
     file.write(b"x")

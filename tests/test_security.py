@@ -25,6 +25,8 @@ from shards.manifest import Manifest
 from shards.part import METADATA_KEY
 from trainer.data import RowReader
 
+pytestmark = pytest.mark.usefixtures("ray_session", "starts_processes")
+
 Remit = Callable[..., tuple[int, str, str]]
 
 

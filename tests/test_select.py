@@ -220,6 +220,7 @@ print(next(line.split()[1] for line in status.splitlines() if line.startswith("V
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
+@pytest.mark.usefixtures("starts_processes")
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     peaks = []
     for rows in (10_000, 100_000):  # the larger one has 150 MB of values
@@ -242,6 +243,7 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 @pytest.mark.parametrize("point", [name for name in CRASH_POINTS if not name.startswith("staging.")])
+@pytest.mark.usefixtures("starts_processes")
 def test_killed_anywhere(corpus: Path, tmp_path: Path, undisturbed: dict[str, bytes], point: str) -> None:
     killed = Command(tmp_path, *arguments(corpus, tmp_path / "out"), REMIT_CRASH_AT=point)
     assert killed.finish() == -signal.SIGKILL, killed.errors
@@ -250,6 +252,7 @@ def test_killed_anywhere(corpus: Path, tmp_path: Path, undisturbed: dict[str, by
     assert content(tmp_path / "out") == undisturbed
 
 
+@pytest.mark.usefixtures("starts_processes")
 def test_killed_after_every_part(corpus: Path, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     """Each run commits a part or two and dies, and leaves the others to the next."""
     parts: list[int] = []
@@ -300,6 +303,7 @@ def test_stopped_in_either_pass(corpus: Path, tmp_path: Path, undisturbed: dict[
     assert content(out) == undisturbed
 
 
+@pytest.mark.usefixtures("starts_processes")
 def test_sigterm_is_three(corpus: Path, tmp_path: Path) -> None:
     """The signal comes while the third part is scored."""
     script = (
@@ -436,6 +440,7 @@ def test_the_result_is_an_ordinary_folder(small: Path, models: dict[str, Path], 
         assert run(tmp_path / objective, out, models["base"], objective=objective, **epoch) == metrics
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_another_column_on_top(small: Path, reference_model: Path, tmp_path: Path) -> None:
     chosen = select(config(annotate_two(small, tmp_path / "shards"), tmp_path / "out"))
     scored = score_to(tmp_path / "scored", chosen.path, reference_model, name="sft", engine="fake")

@@ -187,6 +187,7 @@ def test_local_datasets(local: Path, entry: str, texts: list[str]) -> None:
     assert texts_of(entry) == texts
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_files_of_a_local_dataset_are_told_apart(local: Path, tokenizer_folder: Path, remit: Remit) -> None:
     files = find_sources(["splits:"])
     assert [file.name for file in files] == ["splits::train#00000-of-00002", "splits::train#00001-of-00002"]

@@ -21,6 +21,8 @@ from shards.tokens import decode_token_ids, disagreement, encode_token_ids
 from shards.verify import verify_folder
 from trainer.data import RowReader
 
+pytestmark = pytest.mark.usefixtures("ray_session")
+
 BOS = "<s>"
 TEXTS = [
     "def f(x):\n    return x + 1\n",

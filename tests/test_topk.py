@@ -156,6 +156,8 @@ def test_other_tools_read_the_same(tmp_path: Path, packed: Path, reference_model
         ] == want[column]  # fmt: skip
     script = f"""
 import datasets, json
+
+pytestmark = pytest.mark.usefixtures("ray_session")
 data = datasets.load_dataset("arrow", data_files="{part}", split="train")
 print(json.dumps({{column: data[column][:] for column in {columns}}}))
 """
