@@ -199,7 +199,7 @@ def report(config: ReportConfig, should_stop: ShouldStop) -> int:
             bar.update(size)
 
         runs = write_report(config, progress)
-    names = ", ".join(f"{run.name} ({run.num_steps:,} steps{'' if run.finished else ', not finished'})" for run in runs)
+    names = ", ".join(f"{run.name} ({len(run.steps):,} steps{'' if run.finished else ', not finished'})" for run in runs)
     print(f"report of {names} -> {config.out} ({config.out.stat().st_size / 1e6:.1f} MB)")
     return DONE
 
