@@ -81,7 +81,7 @@ def open_measure(
 
 class Evaluation:
     """Appends to evaluation.jsonl, if there are --eval-shards. model: to call for a forward; loss_model: what it spreads.
-    dtypes: to which an export rounds each weight; trained, note: see open_measure."""
+    dtypes: to which an export rounds each weight; trained, note: see open_measure; phase: told what begins."""
 
     def __init__(
         self,
@@ -94,7 +94,9 @@ class Evaluation:
         dtypes: Mapping[str, torch.dtype],
         trained: ShardFolder,
         note: Callable[[str], None],
+        phase: Callable[[str], None] = lambda name: None,
     ) -> None:
+        self.phase = phase
         self.measure = open_measure(config, base, model, world, context, trained, note)
         self.loss_model, self.world, self.dtypes = loss_model, world, dtypes
         self.path, self.export_dtype = config.out / EVALUATION, config.export_dtype
@@ -103,12 +105,14 @@ class Evaluation:
         """of_export: whether the model of this step is exported. All ranks take part."""
         if self.measure is None:
             return
+        self.phase("evaluate")
         line = {"step": step, **self.measure()}
         if of_export:
             line |= {"exported_loss": line["loss"], "export_dtype": self.export_dtype}
         if of_export and rounds(self.dtypes):
             with rounded(self.loss_model, self.dtypes):
                 line["exported_loss"] = self.measure()["loss"]
+        self.phase("train")
         if self.world.first:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")

@@ -67,17 +67,18 @@ def train(
     progress: Progress = lambda done, total, metrics: None,
     should_stop: Callable[[], bool] = lambda: False,
     note: Callable[[str], None] = lambda line: None,
+    phase: Callable[[str], None] = lambda name: None,
 ) -> TrainResult:
     """Run or resume the run that `config` describes.
 
     should_stop: asked after each step; when true, the state is saved and the result is not finished. note: told, on the
-    first process alone, what a user should know of the base or the run.
+    first process alone, what a user should know of the base or the run. phase: told `evaluate` or `train` as it begins.
 
     Raises ValueError with value, expectation and remedy for input that does not fit together, and
     FloatingPointError, before the optimizer step, where a loss or gradient is not finite.
     """
     with connect(config.timeout_seconds) as world, deterministic(world.device, config.deterministic):
-        return train_in(world, config, progress, should_stop, note if world.first else lambda line: None)
+        return train_in(world, config, progress, should_stop, note if world.first else lambda line: None, phase)
 
 
 def train_in(
@@ -86,6 +87,7 @@ def train_in(
     progress: Progress,
     should_stop: Callable[[], bool],
     note: Callable[[str], None],
+    phase: Callable[[str], None] = lambda name: None,
 ) -> TrainResult:
     """`train` as one of the processes of `world`; all of them read the same folders and return the same."""
     if config.wandb_project is not None:
@@ -143,7 +145,7 @@ def train_in(
     model = spread(loss_model, base.layers, world, config.sharding, base.dtype)
     optimizer = make_optimizer(loss_model, config)
     dtypes = layout.rounding(config.export_dtype)
-    evaluation = Evaluation(config, base, loss_model, model, world, context, dtypes, shards, note)
+    evaluation = Evaluation(config, base, loss_model, model, world, context, dtypes, shards, note, phase)
     if world.first:
         open_run(config.out, settings)
     fingerprint = world.from_first(sha256_file(config.out / RUN) if world.first else None)

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class Run:
     def missing(self) -> list[tuple[int, int]]:
         """First and last of each stretch of steps that metrics.jsonl does not have."""
         steps = [0, *self.steps.index]
-        return [(before + 1, step - 1) for before, step in zip(steps, steps[1:]) if step != before + 1]
+        return [(before + 1, step - 1) for before, step in pairwise(steps) if step != before + 1]
 
 
 def read_run(out: Path, name: str, progress: Callable[[int], None] = lambda size: None) -> Run:

@@ -83,7 +83,7 @@ class Stack:
         """num_steps: the last step of the axis; legend: the names that it has, none for no legend."""
         plots = len(panels) * PANEL + (len(panels) - 1) * GAP
         per_row = max(1, 330 // (7 * max(map(len, legend), default=1) + 45))  # in a window of 400 pixels
-        self.height = plots + 85 + 20 * math.ceil(len(legend) / per_row)
+        self.height = plots + 105 + 20 * math.ceil(len(legend) / per_row)
         self.x: list[tuple[Any, Any]] = []
         self.dtick = 1 if num_steps <= 10 else None  # whole steps
         self.figure = make_subplots(
@@ -92,7 +92,7 @@ class Stack:
         self.figure.update_annotations(x=0, xanchor="left", font_size=13)  # the titles
         self.figure.update_layout(
             template="none", paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", hovermode="x unified",
-            font={"size": 12, "family": "system-ui, sans-serif"}, margin={"l": 10, "r": 10, "t": 35, "b": 40},
+            font={"size": 12, "family": "system-ui, sans-serif"}, margin={"l": 10, "r": 10, "t": 55, "b": 40},
             legend={"orientation": "h", "x": 0, "yref": "container", "y": 1, "yanchor": "top"}, showlegend=bool(legend),
         )  # fmt: skip
         self.figure.update_xaxes(automargin=True, showticklabels=True, **self._axis("step"))
@@ -100,7 +100,7 @@ class Stack:
         for row, (_, unit, format_) in enumerate(panels, start=1):
             is_share, is_count = "%" in format_, "," in format_
             self.figure.update_yaxes(
-                row=row, title={"text": unit}, automargin=True, exponentformat="power",
+                row=row, title={"text": unit, "standoff": 4}, automargin=True, exponentformat="power",
                 tickformat=".2~%" if is_share else "~s" if is_count else None,
                 # else a constant gets a whole unit on both sides
                 **({"minallowed": -0.01, "maxallowed": 1.01} if is_share else {}),
@@ -126,7 +126,7 @@ class Stack:
             changes = {"x": [own[place] for own in self.x]}, layout | {f"{axes[-1]}.title.text": what}
             buttons.append({"label": f"{what.rstrip('s')}s", "method": "update", "args": changes})
         if any(np.isfinite(tokens).any() for _, tokens in self.x):
-            place_of_it = {"x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom", "pad": {"b": 4}}
+            place_of_it = {"x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom", "pad": {"b": 22}}
             self.figure.update_layout(
                 updatemenus=[{"type": "buttons", "direction": "right", "buttons": buttons, **place_of_it}]
             )
@@ -147,7 +147,9 @@ def label(name: str) -> str:
     return html.escape(name if len(name) <= 40 else f"…{name[-39:]}", quote=False)
 
 
-def curve(values: pd.Series, name: str, line: dict[str, Any], format_: str, at: bool = False, **more: Any) -> go.Scatter:
+def curve(
+    values: pd.Series, name: str, line: dict[str, Any], format_: str, at: bool = False, **more: Any
+) -> go.Scatter:
     """A line with its gaps; points that have no neighbours get a marker. at: each says under the pointer where it stands."""
     there = values.notna().to_numpy()
     alone = there & ~np.append(False, there[:-1]) & ~np.append(there[1:], False)
@@ -240,7 +242,7 @@ def weights_of(run: Run, points: Points) -> Stack | None:
         is_median = share == "0.5"
         line = {"color": RUN_COLORS[0], "width": 2 if is_median else 0.8, "dash": "solid" if is_median else "dot"}
         opacity = 0.05 + 0.25 * (1 - abs(place - 0.5 - middle) / (middle + 1))
-        fill = {"fill": "tonexty" if place else "none", "fillcolor": f"rgba(42,127,201,{opacity:.2f})"}
+        fill: dict[str, Any] = {"fill": "tonexty" if place else "none", "fillcolor": f"rgba(42,127,201,{opacity:.2f})"}
         trace = curve(points.quantiles[share], f"{float(share):.0%}", line, ".4g", **fill)
         stack.add(len(panels), trace, points.quantiles.index, points.curves["tokens"])
     return stack
@@ -249,19 +251,18 @@ def weights_of(run: Run, points: Points) -> Stack | None:
 def sources_of(run: Run, points: Points, places: dict[str, int]) -> Stack | None:
     """Figures of each corpus source of a run that has several. places: of each source among those of all runs, so that
     it has one colour on the page."""
-    kinds = (("ntp_loss", "Next-token loss by corpus source", "nats per token", None),
-             ("weight_mean", "Mean weight by corpus source", "weight", 1.0))  # fmt: skip
     tables = list(points.sources.values())
-    kinds = tuple(kind for kind in kinds if len(tables) > 1 and not is_idle(tables, kind[0], kind[3]))
-    if not kinds:
+    if len(tables) < 2 or is_idle(tables, "ntp_loss", None):
         return None
+    kinds = [("ntp_loss", "Next-token loss by corpus source", "nats per token")]
+    kinds += [] if is_idle(tables, "weight_mean", 1.0) else [("weight_mean", "Mean weight by corpus source", "weight")]
     names = sorted(points.sources)
-    stack = Stack([(title, unit, ".4g") for _, title, unit, _ in kinds], run.steps.index.max(), list(map(label, names)))
+    stack = Stack([(title, unit, ".4g") for _, title, unit in kinds], run.steps.index.max(), list(map(label, names)))
     for row, (figure, *_) in enumerate(kinds, start=1):
         for name in names:
             values = points.sources[name][figure]
             if values.notna().any():
-                group = {"legendgroup": name, "showlegend": row == 1}
+                group: dict[str, Any] = {"legendgroup": name, "showlegend": row == 1}
                 trace = curve(values, name, look(places[name], SOURCE_COLORS), ".4g", **group)
                 stack.add(row, trace, values.index, points.curves["tokens"])
     return stack

@@ -108,7 +108,11 @@ def make_sections(runs: Sequence[Run], points: Sequence[Points]) -> tuple[list[S
         Section(
             title,
             notes,
-            [(caption, Markup(stack.html(f"figure-{number}-{place}"))) for place, (caption, stack) in enumerate(own) if stack],
+            [
+                (caption, Markup(stack.html(f"figure-{number}-{place}")))
+                for place, (caption, stack) in enumerate(own)
+                if stack
+            ],
         )
         for number, (title, notes, own) in enumerate(parts)
     ]

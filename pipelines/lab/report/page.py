@@ -1,19 +1,20 @@
 """The report as Markdown, and as one self-contained HTML page with the style of remit report."""
 
+import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-import pipelines.report
 from pipelines.lab.report.claims import Finding
 from pipelines.lab.report.data import Results
 from pipelines.lab.report.plots import make_plots
 from pipelines.lab.report.sentences import LIMITS, summary
 from pipelines.lab.report.tables import Table, make_tables
-from pipelines.report.page import encode
 
 HERE = Path(__file__).parent
 TITLE = "The paper's claims at laptop scale"
@@ -48,7 +49,7 @@ def to_html(results: Results, findings: Sequence[Finding]) -> str:
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    style = Path(pipelines.report.__file__).with_name("report.css").read_text(encoding="utf-8")
+    style = (HERE / "report.css").read_text(encoding="utf-8")
     return environment.get_template("report.html").render(
         title=TITLE,
         summary=summary(results, findings),
@@ -61,3 +62,21 @@ def to_html(results: Results, findings: Sequence[Finding]) -> str:
         script=Markup((HERE / "report.js").read_text(encoding="utf-8")),
         data=Markup(encode([asdict(plot) for plot in plots])),
     )
+
+
+def encode(value: Any) -> str:
+    """JSON for a script element: no number has more than six significant digits but whole ones, and no `<` is left
+    that could end the element."""
+    return json.dumps(_short(value), ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _short(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_short(entry) for entry in value]
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        return int(value) if value.is_integer() and abs(value) < 2**53 else float(f"{value:.6g}")
+    return value
