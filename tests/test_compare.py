@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from annotated import run
 from conftest import make_model
-
 from pipelines.compare import MAY_DIFFER, main, read_losses, require_comparable
+
 from trainer.config import TrainConfig
 from trainer.objectives.settings import OPTIONS
 

@@ -13,8 +13,8 @@ from annotated import run
 from conftest import VOCABULARY, score_to
 from exporting import KINDS, edit_weights, make_base, raw, require_same_weights
 from oracles import load, read_rows, remit_step, row_logprobs
-
 from pipelines.compare import read_losses, table
+
 from trainer.config import TrainConfig
 from trainer.export import export
 from trainer.layout import read_layout

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 from annotated import run
 from oracles import load, read_rows, remit_step
-
 from pipelines.compare import require_comparable
+
 from shards import ShardFolder, write_part
 from shards.manifest import Manifest
 from trainer.dataset import RowDataset

@@ -7,8 +7,8 @@ import pytest
 import torch
 import transformers
 from oracles import load
-
 from pipelines.compare import table
+
 from pipelines.sample import SampleConfig, build
 from pipelines.sample_corpus import documents, reasoning
 

@@ -5,9 +5,8 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
-
-from pipelines.report.runs import finite
 
 if TYPE_CHECKING:
     from pipelines.report.curves import Run
@@ -38,19 +37,16 @@ def provenance_rows(settings: Sequence[dict[str, Any]]) -> list[Row]:
 
 
 def _provenance(settings: dict[str, Any]) -> dict[str, Any]:
-    shards = settings.get("shards")
-    shards = dict(shards) if isinstance(shards, dict) else {}
-    first = {"base_weights_sha256": settings.get("base_weights_sha256")}
+    shards = dict(settings.get("shards") or {})
+    if corpus := shards.pop("corpus", None):  # the list itself is too long for a table
+        shards["corpus"] = {
+            "files": len(corpus),
+            "tokens": sum(file.get("tokens") or 0 for file in corpus),
+            "sha256": [str(file.get("sha256"))[:12] for file in corpus],
+        }
     # what tells runs apart before what describes the folder
-    first |= {key: shards.pop(key) for key in ("tokenizer", "references") if key in shards}
-    corpus = shards.pop("corpus", None)
-    rest: dict[str, Any] = {}
-    if isinstance(corpus, list):
-        files = [file for file in corpus if isinstance(file, dict)]
-        rest["corpus files"] = len(files)
-        rest["corpus tokens"] = sum(file["tokens"] for file in files if isinstance(file.get("tokens"), int))
-        rest["corpus sha256"] = [str(file.get("sha256"))[:12] for file in files]
-    return _flatten(first) | rest | _flatten(shards)
+    first = {key: shards.pop(key) for key in ("tokenizer", "references") if key in shards}
+    return _flatten({"base_weights_sha256": settings.get("base_weights_sha256")} | first | shards)
 
 
 def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -71,12 +67,10 @@ def _rows(columns: Sequence[dict[str, Any]]) -> list[Row]:
 def _text(value: Any) -> str:
     if isinstance(value, str):
         return value
-    if isinstance(value, list) and value and all(isinstance(entry, str) for entry in value):
+    if isinstance(value, list) and len(value) > 8:
         all_of_it = hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]  # their beginnings may be equal
-        return ", ".join(value[:8]) + (f", ... {len(value)} in all, together {all_of_it}" if len(value) > 8 else "")
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000:
-        return f"{value:,}"
-    return json.dumps(value, ensure_ascii=False)
+        return f"{', '.join(map(str, value[:8]))}, ... {len(value)} in all, together {all_of_it}"
+    return f"{value:,}" if type(value) is int else json.dumps(value, ensure_ascii=False)
 
 
 def totals_rows(runs: Sequence["Run"]) -> list[Row]:
@@ -87,25 +81,27 @@ def totals_rows(runs: Sequence["Run"]) -> list[Row]:
 
 
 def _totals(run: "Run") -> dict[str, str]:
-    last = run.steps.iloc[-1] if len(run.steps) else run.steps.max()  # without a step: NaN each
-    evaluated = [line for line in run.evaluations if finite(line.get("loss")) is not None]
-    sets = dict.fromkeys((finite(line.get("tokens")), line.get("manifest_sha256")) for line in run.evaluations)
+    last = {} if run.steps.empty else run.steps.iloc[-1].to_dict()
+    seconds = run.steps["seconds"].sum(min_count=1)
+    peak = last.get("peak_memory_bytes", math.nan) / 2**30
+    sets = run.held_out[["tokens", "manifest_sha256"]].drop_duplicates().itertuples(index=False)
     return {
         "objective": str(run.settings.get("objective", ABSENT)),
-        "state": "finished" if run.finished else "not finished" if len(run.steps) else "no step yet",
-        "steps": f"{len(run.steps):,}" + _missing(run.missing),
-        "tokens": _figure(last["tokens"], ",.0f"),
-        "time of training, from tokens/s": ABSENT if math.isnan(run.hours) else duration(run.hours * 3600),
-        "next-token loss, last step": _figure(last["ntp_loss"], ".4f"),
-        "held-out loss, last": _held_out(evaluated[-1]) if evaluated else ABSENT,
-        "held-out tokens": "; ".join(_held_out_set(*own) for own in sets) or ABSENT,
-        "peak memory": _figure(last["peak_memory_bytes"] / 2**30, ".2f", " GiB"),
+        "state": "finished" if run.finished else "no step yet" if run.steps.empty else "not finished",
+        "steps": f"{len(run.steps):,}" + _missing(run.steps.index),
+        "tokens": _figure(last.get("tokens"), ",.0f"),
+        "time of training, from tokens/s": ABSENT if math.isnan(seconds) else duration(seconds),
+        "next-token loss, last step": _figure(last.get("ntp_loss"), ".4f"),
+        "held-out loss, last": _held_out(run),
+        "held-out tokens": "; ".join(f"{_figure(own[0], ',.0f')} (manifest {str(own[1])[:12]})" for own in sets)
+        or ABSENT,
+        "peak memory": _figure(peak, ".2f", " GiB"),
         "left out": run.damaged or ABSENT,
     }
 
 
-def _figure(value: float, format_: str, unit: str = "") -> str:
-    return ABSENT if math.isnan(value) else f"{value:{format_}}{unit}"
+def _figure(value: float | None, format_: str, unit: str = "") -> str:
+    return ABSENT if value is None or math.isnan(value) else f"{value:{format_}}{unit}"
 
 
 def duration(seconds: float) -> str:
@@ -117,22 +113,21 @@ def duration(seconds: float) -> str:
     return f"{seconds:.3g} s"
 
 
-def _missing(stretches: list[tuple[int, int]]) -> str:
-    shown = [f"{first:,}" if first == last else f"{first:,} to {last:,}" for first, last in stretches[:3]]
-    more = f" and {len(stretches) - 3:,} more stretches" if len(stretches) > 3 else ""
-    return f"; metrics.jsonl lacks {', '.join(shown)}{more}" if shown else ""
+def _missing(index: Sequence[int]) -> str:
+    """The steps that metrics.jsonl does not have."""
+    steps = [0, *index]
+    gaps = [(before + 1, step - 1) for before, step in pairwise(steps) if step != before + 1]
+    shown = [f"{first:,}" if first == last else f"{first:,} to {last:,}" for first, last in gaps[:3]]
+    more = f" and {len(gaps) - 3:,} more stretches" if len(gaps) > 3 else ""
+    return f"; metrics.jsonl lacks {', '.join(shown)}{more}" if gaps else ""
 
 
-def _held_out(line: dict[str, Any]) -> str:
+def _held_out(run: "Run") -> str:
     """The loss of the model that was exported, where one was; what rounding did to it is said beside it."""
-    loss, exported = line["loss"], finite(line.get("exported_loss"))
-    if exported is None:
-        return f"{loss:.4f} (step {line['step']:,}, of the float32 weights)"
-    if f"{exported:.4f}" == f"{loss:.4f}":
-        return f"{loss:.4f} (step {line['step']:,}, of the exported model)"
-    return f"{exported:.4f} (step {line['step']:,}, of the exported model; {loss:.4f} before rounding)"
-
-
-def _held_out_set(tokens: float | None, manifest: str | None) -> str:
-    count = "?" if tokens is None else f"{tokens:,.0f}"
-    return count if manifest is None else f"{count} (manifest {manifest[:12]})"
+    if run.held_out.empty:
+        return ABSENT
+    step, line = run.held_out.index[-1], run.held_out.iloc[-1]
+    loss, exported = (_figure(line[key], ".4f") for key in ("loss", "exported_loss"))
+    if exported == ABSENT:
+        return f"{loss} (step {step:,}, of the float32 weights)"
+    return f"{exported} (step {step:,}, of the exported model{'' if exported == loss else f'; {loss} before rounding'})"
