@@ -180,7 +180,7 @@ def shared(runs: Sequence[Run], panels: Sequence[Panel]) -> Stack:
                 if panel is HELD_OUT:
                     diamonds = {"mode": "markers", "marker": {"symbol": "diamond-open", "size": 11}}
                     more = {"mode": "lines+markers", "line": line(number, RUN_COLORS)} | (diamonds if place else {})
-                name = run.name + (f", {figure.split('_')[place and -1]}" if place else "")
+                name = run.name + (f", {figure.removeprefix('clipped_').removesuffix('_loss')}" if place else "")
                 trace = curve(values, name, panel.format, legendgroup=str(number), showlegend=in_legend, **more)
                 stack.add(row, trace, tokens.reindex(values.index))
                 in_legend = False

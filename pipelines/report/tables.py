@@ -84,7 +84,8 @@ def _totals(run: "Run") -> dict[str, str]:
     last = {} if run.steps.empty else run.steps.iloc[-1].to_dict()
     seconds = run.steps["seconds"].sum(min_count=1)
     peak = last.get("peak_memory_bytes", math.nan) / 2**30
-    sets = run.held_out[["tokens", "manifest_sha256"]].drop_duplicates().itertuples(index=False)
+    sets = run.held_out[["tokens", "manifest_sha256"]].drop_duplicates().fillna({"manifest_sha256": ABSENT})
+    held_out = [f"{_figure(own.tokens, ',.0f')} (manifest {own.manifest_sha256[:12]})" for own in sets.itertuples()]
     return {
         "objective": str(run.settings.get("objective", ABSENT)),
         "state": "finished" if run.finished else "no step yet" if run.steps.empty else "not finished",
@@ -93,8 +94,7 @@ def _totals(run: "Run") -> dict[str, str]:
         "time of training, from tokens/s": ABSENT if math.isnan(seconds) else duration(seconds),
         "next-token loss, last step": _figure(last.get("ntp_loss"), ".4f"),
         "held-out loss, last": _held_out(run),
-        "held-out tokens": "; ".join(f"{_figure(own[0], ',.0f')} (manifest {str(own[1])[:12]})" for own in sets)
-        or ABSENT,
+        "held-out tokens": "; ".join(held_out) or ABSENT,
         "peak memory": _figure(peak, ".2f", " GiB"),
         "left out": run.damaged or ABSENT,
     }
