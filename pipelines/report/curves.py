@@ -25,7 +25,8 @@ class Run:
     """The tables have a row per step or point (their index), and NaN where there is no such figure.
 
     steps: a column per figure; bins: tokens in each bin of weight, by its centre; quantiles: of the excess loss, by share;
-    sources: figures of each corpus source; held_out: loss, exported_loss, tokens, manifest_sha256 of each evaluation.
+    sources: figures of each corpus source; held_out: loss, exported_loss, tokens, manifest_sha256 of each evaluation, and the
+    trained_tokens before it.
     window: steps of a point; damaged: what was left out of the files.
     """
 
@@ -54,16 +55,19 @@ def read_run(out: Path, name: str, progress: Callable[[int], None] = lambda size
     index = pd.Index([line["step"] for line in lines], dtype="int64")
     names = dict.fromkeys(name for line in lines for name in line["sources"])
     evaluations = list(read_lines(out / EVALUATION, damaged.append))
-    held_out = pd.DataFrame(evaluations, columns=["step", "loss", "exported_loss", "tokens", "manifest_sha256"])
+    steps = derive(_table(lines, index))
+    columns = ["step", "loss", "exported_loss", "tokens", "manifest_sha256"]
+    held_out = pd.DataFrame(evaluations, columns=columns).dropna(subset="loss").set_index("step")
+    trained = pd.concat([pd.Series({0: 0.0}), steps["tokens"]])
     return Run(
         name,
         settings,
         (out / "model").exists(),
-        derive(_table(lines, index)),
+        steps,
         _table((line.get("weight_histogram") or {} for line in lines), index),
         _table((line.get("delta_quantiles") or {} for line in lines), index),
         {characters(name): _table((line["sources"].get(name, {}) for line in lines), index) for name in names},
-        held_out[held_out["loss"].notna()].set_index("step"),
+        held_out.assign(trained_tokens=trained.reindex(held_out.index)),
         "; ".join(damaged),
     )
 
@@ -91,7 +95,7 @@ def thin(run: Run, max_points: int) -> Run:
     """The run with a row per point, at most so many."""
     num_steps = len(run.steps)
     size = math.ceil(num_steps / max_points) or 1
-    windows = np.arange(num_steps)[::-1] // -size  # ascending; only the first may be shorter
+    windows = -(np.arange(num_steps)[::-1] // size)  # ascending; only the first may be shorter
     ends = np.flatnonzero(np.diff(windows, append=1))
 
     def means(table: pd.DataFrame, weights: "pd.Series | float" = 1.0) -> pd.DataFrame:

@@ -168,9 +168,9 @@ def shared(runs: Sequence[Run], panels: Sequence[Panel]) -> Stack:
     stack = Stack(panels, last, [label(run.name) for run in runs] if len(runs) > 1 else [])
     for number, run in enumerate(runs):
         in_legend = True
-        tokens = pd.concat([pd.Series({0: 0.0}), run.steps["tokens"]])
         for row, panel in enumerate(panels, start=1):
             table = run.held_out if panel is HELD_OUT else run.steps
+            tokens = table["trained_tokens" if panel is HELD_OUT else "tokens"]
             for place, figure in enumerate(panel.figures):
                 values = table.get(figure, pd.Series(dtype="float64"))
                 values = values.dropna() if panel is HELD_OUT else values
@@ -182,7 +182,7 @@ def shared(runs: Sequence[Run], panels: Sequence[Panel]) -> Stack:
                     more = {"mode": "lines+markers", "line": line(number, RUN_COLORS)} | (diamonds if place else {})
                 name = run.name + (f", {figure.removeprefix('clipped_').removesuffix('_loss')}" if place else "")
                 trace = curve(values, name, panel.format, legendgroup=str(number), showlegend=in_legend, **more)
-                stack.add(row, trace, tokens.reindex(values.index))
+                stack.add(row, trace, tokens[values.index])
                 in_legend = False
     return stack
 
