@@ -227,7 +227,9 @@ def held_out_summary(out: Path) -> str:
         text += f", {first['loss']:.4f} before"
     exported = last.get("exported_loss", last["loss"])
     if f"{exported:.4f}" != f"{last['loss']:.4f}":
-        text += f"; {exported:.4f} of the exported model, whose weights are rounded to --export-dtype {last['export_dtype']}"
+        text += (
+            f"; {exported:.4f} of the exported model, whose weights are rounded (--export-dtype {last['export_dtype']})"
+        )
     return text
 
 

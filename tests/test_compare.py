@@ -10,6 +10,7 @@ import pytest
 from annotated import run
 from conftest import make_model
 
+from pipelines.commands import held_out_summary
 from pipelines.report.compare import MAX_ROWS, MAY_DIFFER, OF_AN_OBJECTIVE, compare
 from trainer.config import TrainConfig
 from trainer.objectives.settings import OPTIONS
@@ -169,6 +170,23 @@ def test_other_corpora(runs: dict[str, Path], tmp_path: Path) -> None:
     assert "corpus › sha256: " in said
     assert "anoth" in said
     assert "on the same rows" not in said
+
+
+def test_training_says_what_it_was_worth(
+    annotated: dict[str, Path], small: Path, models: dict[str, Path], tmp_path: Path, remit: Remit
+) -> None:
+    options = {"shards": annotated["packed"], "model": models["base"], "objective": "ntp", "max-steps": 2,
+               "global-batch-size": 8, "eval-shards": small, "out": tmp_path / "out"}  # fmt: skip
+    code, output, error = remit("train", *(word for name, value in options.items() for word in (f"--{name}", value)))
+    first, last = map(json.loads, (tmp_path / "out" / "evaluation.jsonl").read_text().splitlines())
+    line = f"held-out loss: {last['loss']:.4f} nat per token after 2 steps, {first['loss']:.4f} before\n"
+    assert (code, line in output, "evaluate: " in error) == (0, True, True), (output, error)
+    rounded = written(
+        tmp_path / "rounded", START, {"step": 4, "loss": 2.4, "exported_loss": 2.5, "export_dtype": "base"}
+    )
+    assert held_out_summary(rounded).endswith(
+        "before; 2.5000 of the exported model, whose weights are rounded (--export-dtype base)"
+    )
 
 
 def test_what_is_no_run(tmp_path: Path, remit: Remit) -> None:
