@@ -113,7 +113,7 @@ train: install $(SAMPLE)/reference
 	$(BIN)/remit pack --corpus $(SAMPLE)/heldout --tokenizer $(SAMPLE)/tokenizer --out $(WORK)/heldout --seq-len $(SEQ_LEN)
 	$(TRAIN) --objective ntp --out $(OUT)-ntp $(SAMPLE_TRAIN)
 	$(TRAIN) --objective remit --reference $(NAME) --out $(OUT) $(SAMPLE_TRAIN)
-	@$(BIN)/python -P -m pipelines.compare --ntp $(OUT)-ntp --remit $(OUT)
+	@$(BIN)/remit compare $(OUT)-ntp $(OUT)
 endif
 
 # The laboratory: seeds may be run one after the other into the same folder.

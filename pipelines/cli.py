@@ -25,6 +25,7 @@ from pipelines.console import BAD_USAGE, FAILED, STOPPED, BadUsage
 from pipelines.evaluation.settings import EvalConfig
 from pipelines.flywheel.settings import FlywheelOptions
 from pipelines.plan.settings import PlanConfig
+from pipelines.report.compare import CompareConfig
 from pipelines.settings import CompletionConfig, InspectConfig, ReportConfig, VerifyConfig
 from pipelines.signals import SignalReceived, StopRequest
 from scorer.config import PackConfig, ScoreConfig, SelectConfig
@@ -39,6 +40,7 @@ COMMANDS: dict[str, tuple[type, Any]] = {
     "inspect": (InspectConfig, tools.inspect),
     "plan": (PlanConfig, tools.plan),
     "report": (ReportConfig, tools.report),
+    "compare": (CompareConfig, tools.compare),
     "eval": (EvalConfig, tools.evaluate),
     "flywheel": (FlywheelOptions, commands.flywheel),
     "completion": (CompletionConfig, completion.print_script),

@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from dataclasses import replace
+from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from rich.table import Table
 from pipelines.console import DONE, STOPPED, ShouldStop, note, progress_bar, quiet_libraries, tokens_summary
 from pipelines.flywheel.settings import FlywheelOptions, read_config
 from pipelines.models import resolve_model
+from pipelines.report.runs import EVALUATION, read_lines
 from scorer.config import PackConfig, ScoreConfig, SelectConfig
 from scorer.stopping import Stopped
 from shards.folder import ShardFolder
@@ -187,6 +189,9 @@ def train(config: TrainConfig, should_stop: ShouldStop) -> int:
             bar.set_postfix_str(f"{numbers}{metrics['tokens_per_second']:,.0f} tokens/s", refresh=False)
             bar.update(done - bar.n)
 
+        def phase(name: str) -> None:
+            bar.set_description(name)  # shown at once: an evaluation may take minutes
+
         config = replace(config, model=str(model.path))
         if config.ray_workers:
             from pipelines.ray_train import train_on_ray
@@ -195,13 +200,15 @@ def train(config: TrainConfig, should_stop: ShouldStop) -> int:
             check_experts(model.path, config.router_aux_loss)  # here, and not in each worker
             result = train_on_ray(config, should_stop)
         else:
-            result = run(config, progress, should_stop, note)
+            result = run(config, progress, should_stop, note, phase)
     if not result.finished:
         return STOPPED
     if rank:
         return DONE
     what = "trained" if config.ray_workers or tokens_at_start is not None else "nothing to do, trained before:"
     print(f"{what} {result.steps:,} steps -> {result.out / 'model'} ({monotonic() - began:.0f} s)")
+    if config.eval_shards is not None:
+        print(held_out_summary(result.out))
     if clips:
         low, high = 1 - config.epsilon, 1 + config.epsilon
         print(
@@ -209,6 +216,21 @@ def train(config: TrainConfig, should_stop: ShouldStop) -> int:
             f"in between: {1 - result.clipped_low - result.clipped_high:.1%}"
         )
     return DONE
+
+
+def held_out_summary(out: Path) -> str:
+    """One line about the evaluations of a finished run: before, after, of the exported model where rounding changed it."""
+    lines = list(read_lines(out / EVALUATION, lambda damaged: None))
+    first, last = lines[0], lines[-1]
+    text = f"held-out loss: {last['loss']:.4f} nat per token after {last['step']:,} steps"
+    if first["step"] == 0:
+        text += f", {first['loss']:.4f} before"
+    exported = last.get("exported_loss", last["loss"])
+    if f"{exported:.4f}" != f"{last['loss']:.4f}":
+        text += (
+            f"; {exported:.4f} of the exported model, whose weights are rounded (--export-dtype {last['export_dtype']})"
+        )
+    return text
 
 
 def flywheel(config: FlywheelOptions, should_stop: ShouldStop) -> int:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from pipelines.report.runs import require_different
 from trainer.objectives.settings import check_epsilon
 
 
@@ -127,10 +128,7 @@ class ReportConfig:
     def __post_init__(self) -> None:
         if not self.runs:
             raise ValueError("--run is not given, expected the folder of a run (--out of remit train)")
-        resolved = [folder.resolve() for folder in self.runs]
-        for index, folder in enumerate(resolved):
-            if folder in resolved[:index]:
-                raise ValueError(f"--run {self.runs[index]} is given twice, expected different folders")
+        require_different(self.runs)
         check_page("--out", self.out)
 
     @property

@@ -15,6 +15,8 @@ from pipelines.evaluation.settings import EvalConfig
 from pipelines.models import resolve_model
 from pipelines.pages import write_page
 from pipelines.plan.settings import PlanConfig
+from pipelines.report.compare import CompareConfig
+from pipelines.report.compare import compare as compare_runs
 from pipelines.settings import InspectConfig, ReportConfig, VerifyConfig
 from shards.folder import ShardFolder
 from shards.output_folder import writing
@@ -196,8 +198,15 @@ def report(config: ReportConfig, should_stop: ShouldStop) -> int:
             bar.update(size)
 
         runs = write_report(config, progress)
-    names = ", ".join(f"{run.name} ({run.num_steps:,} steps{'' if run.finished else ', not finished'})" for run in runs)
+    names = ", ".join(
+        f"{run.name} ({len(run.steps):,} steps{'' if run.finished else ', not finished'})" for run in runs
+    )
     print(f"report of {names} -> {config.out} ({config.out.stat().st_size / 1e6:.1f} MB)")
+    return DONE
+
+
+def compare(config: CompareConfig, should_stop: ShouldStop) -> int:
+    print(compare_runs(config.runs))
     return DONE
 
 

@@ -23,7 +23,8 @@ def test_help_explains_every_option(remit: Remit, command: str) -> None:
     assert code == 0
     settings = COMMANDS[command][0]
     for name in settings.__dataclass_fields__:
-        assert f"--{name.replace('_', '-')}" in output or (command, name) == ("completion", "shell")
+        is_positional = (command, name) in (("completion", "shell"), ("compare", "runs"))
+        assert f"--{name.replace('_', '-')}" in output or is_positional
     assert ("--config" in output) is (command != "completion")
 
 

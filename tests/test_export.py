@@ -14,7 +14,6 @@ from conftest import VOCABULARY, score_to
 from exporting import KINDS, edit_weights, make_base, raw, require_same_weights
 from oracles import load, read_rows, remit_step, row_logprobs
 
-from pipelines.compare import read_losses, table
 from trainer.config import TrainConfig
 from trainer.export import export
 from trainer.layout import read_layout
@@ -447,37 +446,6 @@ def test_weights_that_cannot_be_written_back_are_refused(tmp_path: Path, monkeyp
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"lm_head.weight would not be written back with the values that were read"):
         trainer.layout.read_layout(tmp_path, base.model)
-
-
-def written(path: Path, *lines: dict) -> Path:
-    path.mkdir()
-    (path / "evaluation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-def test_losses_of_exported_models_end_the_table_where_rounding_changed_them(tmp_path: Path) -> None:
-    start = {"step": 0, "loss": 2.5862}
-    ntp = written(tmp_path / "ntp", start, {"step": 4, "loss": 2.4170, "exported_loss": 2.5050})
-    remit = written(tmp_path / "remit", start, {"step": 4, "loss": 2.4119, "exported_loss": 2.5030})
-    models = read_losses(ntp, "exported_loss"), read_losses(remit, "exported_loss")
-    lines = table(read_losses(ntp), read_losses(remit), exported=models).splitlines()
-    assert lines[2:] == [
-        "     4               2.4170   2.4119        -0.0051",
-        " model               2.5050   2.5030        -0.0020",
-        "After 4 steps on the same rows the exported model of ReMiT is 0.0020 nat per token better than NTP on held-out "
-        "reasoning.",
-    ]
-    # of older runs, and where nothing was rounded
-    for exported in (({}, {}), ({4: 2.4170}, {4: 2.4119}), ({}, models[1])):
-        lines = table(read_losses(ntp), read_losses(remit), exported=exported).splitlines()
-        assert lines[3:] == [
-            "After 4 steps on the same rows ReMiT is 0.0051 nat per token better than NTP on held-out reasoning."
-        ]
-
-
-def test_a_run_without_evaluation_says_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="run remit train with --eval-shards"):
-        read_losses(tmp_path)
 
 
 def test_float32_keeps_what_the_class_wants_in_float32(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import torch
 import transformers
 from oracles import load
 
-from pipelines.compare import table
 from pipelines.sample import SampleConfig, build
 from pipelines.sample_corpus import documents, reasoning
 
@@ -53,15 +52,3 @@ def test_build_twice_gives_the_same_models(tmp_path: Path) -> None:
         with torch.no_grad():
             losses[name] = load(tmp_path / "one" / name)(input_ids=ids, labels=ids).loss.item()
     assert losses["reference"] < losses["base"] - 0.1
-
-
-def test_comparison_table_by_hand() -> None:
-    lines = table({0: 2.0, 5: 1.5, 9: 1.25}, {0: 2.0, 5: 1.25, 9: 1.0, 11: 0.5}).splitlines()
-    assert lines[1].split() == ["0", "2.0000", "2.0000", "+0.0000"]
-    assert lines[3].split() == ["9", "1.2500", "1.0000", "-0.2500"]
-    assert (
-        lines[4]
-        == "After 9 steps on the same rows ReMiT is 0.2500 nat per token better than NTP on held-out reasoning."
-    )
-    with pytest.raises(ValueError, match="no evaluated step in common"):
-        table({0: 1.0}, {1: 1.0})

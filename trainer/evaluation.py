@@ -82,7 +82,8 @@ def open_measure(
 
 class Evaluation:
     """Appends to evaluation.jsonl, if there are --eval-shards. model: to call for a forward; loss_model: what it spreads.
-    dtypes: to which an export rounds each weight; trained, note: see open_measure; lease: of --out, on the first rank."""
+    dtypes: to which an export rounds each weight; trained, note: see open_measure; lease: of --out, on the first rank;
+    phase: told what begins."""
 
     def __init__(
         self,
@@ -96,8 +97,9 @@ class Evaluation:
         trained: ShardFolder,
         note: Callable[[str], None],
         lease: Lease | None,
+        phase: Callable[[str], None] = lambda name: None,
     ) -> None:
-        self.lease = lease
+        self.lease, self.phase = lease, phase
         self.measure = open_measure(config, base, model, world, context, trained, note)
         self.loss_model, self.world, self.dtypes = loss_model, world, dtypes
         self.path, self.export_dtype = config.out / EVALUATION, config.export_dtype
@@ -106,12 +108,14 @@ class Evaluation:
         """of_export: whether the model of this step is exported. All ranks take part."""
         if self.measure is None:
             return
+        self.phase("evaluate")
         line = {"step": step, **self.measure()}
         if of_export:
             line |= {"exported_loss": line["loss"], "export_dtype": self.export_dtype}
         if of_export and rounds(self.dtypes):
             with rounded(self.loss_model, self.dtypes):
                 line["exported_loss"] = self.measure()["loss"]
+        self.phase("train")
         if self.lease:
             self.lease.check()
             with open(self.path, "a", encoding="utf-8") as file:

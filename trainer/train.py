@@ -67,11 +67,12 @@ def train(
     progress: Progress = lambda done, total, metrics: None,
     should_stop: Callable[[], bool] = lambda: False,
     note: Callable[[str], None] = lambda line: None,
+    phase: Callable[[str], None] = lambda name: None,
 ) -> TrainResult:
     """Run or resume the run that `config` describes.
 
     should_stop: asked after each step; when true, the state is saved and the result is not finished. note: told, on the
-    first process alone, what a user should know of the base or the run.
+    first process alone, what a user should know of the base or the run. phase: told `evaluate` or `train` as it begins.
 
     Raises ValueError with value, expectation and remedy for input that does not fit together, RuntimeError where another
     process trains into --out, LeaseLost where one has taken it over, and FloatingPointError, before the optimizer step,
@@ -82,7 +83,7 @@ def train(
         deterministic(world.device, config.deterministic),
         writing_run(config.out, "a run of remit train", world.first, note) as lease,
     ):
-        return train_in(world, config, progress, should_stop, note if world.first else lambda line: None, lease)
+        return train_in(world, config, progress, should_stop, note if world.first else lambda line: None, lease, phase)
 
 
 def train_in(
@@ -92,6 +93,7 @@ def train_in(
     should_stop: Callable[[], bool],
     note: Callable[[str], None],
     lease: Lease | None,
+    phase: Callable[[str], None] = lambda name: None,
 ) -> TrainResult:
     """`train` as one of the processes of `world`; all of them read the same folders and return the same.
 
@@ -152,7 +154,7 @@ def train_in(
     model = spread(loss_model, base.layers, world, config.sharding, base.dtype)
     optimizer = make_optimizer(loss_model, config)
     dtypes = layout.rounding(config.export_dtype)
-    evaluation = Evaluation(config, base, loss_model, model, world, context, dtypes, shards, note, lease)
+    evaluation = Evaluation(config, base, loss_model, model, world, context, dtypes, shards, note, lease, phase)
     if world.first:
         write_record(config.out, settings)
     fingerprint = world.from_first(sha256_file(config.out / RUN) if world.first else None)

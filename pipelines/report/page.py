@@ -1,94 +1,112 @@
 """remit report: one self-contained HTML page of training runs, to be looked at in any browser, without a network.
 
-In: folders of remit train. Out: a page with plotly and the thinned figures inside; nothing of it is executable but
-report.js and plotly, and a content security policy keeps the page from loading anything.
+In: folders of remit train. Out: a page with plotly and the thinned figures inside; no script of it runs but plotly and
+those that plotly made, and a content security policy keeps the page from loading anything.
 """
 
-import json
-import math
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from markupsafe import Markup
+from plotly.offline import get_plotlyjs
 
 from pipelines.pages import content_hash, write_page
-from pipelines.report.data import MAX_POINTS, Run, name_runs, read_run
-from pipelines.report.plots import make_plots
-from pipelines.report.tables import make_tables
+from pipelines.report.curves import Run, read_run, thin
+from pipelines.report.figures import (
+    BANDS,
+    HEAT,
+    HELD_OUT,
+    RUN_COLORS,
+    SECTIONS,
+    Panel,
+    Stack,
+    says_something,
+    shared,
+    sources_of,
+    weights_of,
+)  # fmt: skip
+from pipelines.report.runs import run_names
+from pipelines.report.tables import provenance_rows, settings_rows, totals_rows
 from pipelines.settings import ReportConfig
 
-HERE = Path(__file__).parent
-POINTS_OF_ALL_RUNS = 8000  # of a figure, which keeps the page below about 10 MB with any number of runs
+MAX_POINTS = 1000  # of a curve
+POINTS_OF_ALL_RUNS = 4000  # of a figure, which keeps the page below about 10 MB with any number of runs
 
 
 def write_report(config: ReportConfig, progress: Callable[[int], None] = lambda size: None) -> list[Run]:
-    """Write config.out and return what it shows. ValueError where a folder is no run, or its metrics are damaged."""
-    max_points = max(1, min(MAX_POINTS, POINTS_OF_ALL_RUNS // len(config.runs)))
-    runs = [read_run(folder, max_points, progress) for folder in config.runs]
-    name_runs(runs, config.runs)
+    """Write config.out and return what it shows. ValueError where a folder is no run, or its files are damaged."""
+    runs = [read_run(folder, name, progress) for folder, name in zip(config.runs, run_names(config.runs))]
     write_page(config.out, render(runs))
     return runs
 
 
 def render(runs: Sequence[Run]) -> str:
     """The page."""
-    from plotly.offline import get_plotlyjs
-
-    plots, left_out = make_plots(runs)
+    points = [thin(run, max(1, min(MAX_POINTS, POINTS_OF_ALL_RUNS // len(runs)))) for run in runs]
+    sections, left_out = make_sections(points)
+    parts = [
+        (
+            title,
+            notes,
+            [
+                (caption, Markup(stack.html(f"figure-{number}-{place}")))
+                for place, (caption, stack) in enumerate(stacks)
+            ],
+        )
+        for number, (title, notes, stacks) in enumerate(sections)
+    ]
+    # what stands in their script elements; their data have no `<`
+    figures = "".join(html for *_, own in parts for _, html in own)
+    scripts = re.findall("<script[^>]*>(.*?)</script>", figures, re.DOTALL)
+    settings = [run.settings for run in runs]
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    plotly, script = get_plotlyjs(), (HERE / "report.js").read_text(encoding="utf-8")
     return environment.get_template("report.html").render(
         runs=runs,
-        plots=plots,
+        colors=RUN_COLORS,
+        totals=totals_rows(runs),
+        compared=[("Settings", settings_rows(settings)), ("Provenance", provenance_rows(settings))],
+        sections=parts,
+        thinned=[(run, len(own.steps), own.window) for run, own in zip(runs, points) if own.window > 1],
         left_out=left_out,
-        tables=make_tables(runs),
-        windows=[run for run in runs if run.window > 1],
-        style=Markup((HERE / "report.css").read_text(encoding="utf-8")),
-        plotly=Markup(plotly),
-        script=Markup(script),
-        script_hashes=[content_hash(plotly), content_hash(script)],
-        data=Markup(encode({"runs": [run_data(run) for run in runs], "plots": [asdict(plot) for plot in plots]})),
+        plotly=Markup(get_plotlyjs()),
+        script_hashes=[content_hash(script) for script in (get_plotlyjs(), *scripts)],
     )
 
 
-def run_data(run: Run) -> dict[str, Any]:
-    """What the page's script reads of a run."""
-    centres = sorted(run.heat, key=float)
-    return {
-        "name": run.name,
-        "step": run.steps_n,
-        "tokens": run.tokens_n,
-        "window": run.window,
-        "curves": run.curves,
-        "sources": run.sources,
-        "held_out": {
-            "step": [step for step, _, _ in run.held_out],
-            "tokens": [tokens for _, tokens, _ in run.held_out],
-            "loss": [loss for _, _, loss in run.held_out],
-        },
-        "heat": {"edges": run.heat_edges, "centres": centres, "shares": [run.heat[centre] for centre in centres]},
-    }
+def make_sections(runs: Sequence[Run]) -> tuple[list[tuple[str, list[str], list[tuple[str, Stack]]]], list[str]]:
+    """Title, notes and captioned figures of each part of the page, weights first; the titles of panels that are left out."""
+    parts: list[tuple[str, list[str], list[tuple[str, Stack | None]]]] = []
+    left_out: list[str] = []
+    for title, panels in SECTIONS.items():
+        own = [(run.name, weights_of(run)) for run in runs] if title == "Weights" else []
+        drawn = [panel for panel in panels if says_something(_tables(runs, panel), panel)]
+        left_out += [panel.title for panel in panels if panel not in drawn]
+        notes = [f"{panel.title}: {panel.note}" for panel in drawn if panel.note]
+        if HELD_OUT in drawn and not evaluated_alike(runs):
+            notes.append("The held-out tokens, or their context, are not the same for all points: do not compare them.")
+        if any(stack for _, stack in own):
+            notes = [*(f"{panel.title}: {panel.note}" for panel in (HEAT, BANDS)), *notes]
+        parts.append((title, notes, [*own, *([("", shared(runs, drawn))] if drawn else [])]))
+    places = {source: place for place, source in enumerate(sorted({name for run in runs for name in run.sources}))}
+    parts.append(("Corpus sources", [], [(run.name, sources_of(run, places)) for run in runs]))
+    sections = [(title, notes, [(name, stack) for name, stack in stacks if stack]) for title, notes, stacks in parts]
+    return [section for section in sections if section[2]], left_out
 
 
-def encode(value: Any) -> str:
-    """JSON for a script element: no number has more than six significant digits but whole ones, and no `<` is left
-    that could end the element."""
-    return json.dumps(_short(value), ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+def _tables(runs: Sequence[Run], panel: Panel) -> list:
+    return [run.held_out if panel is HELD_OUT else run.steps for run in runs]
 
 
-def _short(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _short(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_short(entry) for entry in value]
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            return None
-        return int(value) if value.is_integer() and abs(value) < 2**53 else float(f"{value:.6g}")
-    return value
+def evaluated_alike(runs: Sequence[Run]) -> bool:
+    """Whether all held-out losses are over the same tokens and in the same context, as far as that is written."""
+    evaluated = [run for run in runs if len(run.held_out)]
+    sets = [
+        {value for run in evaluated for value in run.held_out[key].dropna()} for key in ("tokens", "manifest_sha256")
+    ]
+    contexts = {run.settings.get("context") for run in evaluated} - {None}
+    return all(len(values) < 2 for values in (*sets, contexts))
