@@ -1,8 +1,9 @@
 """What the rows of a shard folder must be, whoever reads them: the contract of the format, in one place.
 
-In: the rows of a record batch, with some or all columns. Out: nothing, or a ValueError that names the row, the value and
+In: the rows of a record batch, with some or all columns (their documents always). Out: the rows, or a ValueError that names the row, the value and
 what was expected. How rows follow one another, which only a reader of the whole corpus sees, is in shards/verify.py.
-R = rows, T = tokens of all of them, D = document pieces, N = tokens that must have a log-prob, K = most probable tokens of a place.
+R = rows, T = tokens, D = document pieces, all of the record batch; N = tokens that must have a log-prob; K = most probable
+tokens that are stored for each.
 """
 
 from collections.abc import Callable
@@ -40,28 +41,23 @@ def check_documents(rows: Rows) -> None:
     manifest, names = rows.part.manifest, set(rows.batch.schema.names)
     for name, column in zip(rows.batch.schema.names, rows.batch.columns):
         if column.null_count:
-            fail(rows, int(np.argmax(column.is_null())), f"{name} is null")
+            fail(rows, int(np.argmax(column.is_null().to_numpy(zero_copy_only=False))), f"{name} is null")
         if name in ("input_ids", "doc_lengths", "doc_ids") and column.flatten().null_count:
             row = next(row for row in range(len(rows)) if column[row].values.null_count)
             fail(rows, row, f"{name} has a null in its list")
-    if "source" in names:
-        files = len(manifest.corpus)
-        bad_R = (rows.source < 0) | (rows.source >= files)
-        refuse_rows(
-            rows, bad_R, lambda row: f"source {rows.source[row]} is not the index of a corpus file, 0..{files - 1}"
-        )
+    files = len(manifest.corpus)
+    bad_R = (rows.source < 0) | (rows.source >= files)
+    refuse_rows(rows, bad_R, lambda row: f"source {rows.source[row]} is not the index of a corpus file, 0..{files - 1}")
+    ids_R = list_lengths(rows.batch.column("doc_ids"))
+    refuse_rows(
+        rows, ids_R != rows.pieces,
+        lambda row: f"doc_ids and doc_lengths differ: {ids_R[row]} documents, {rows.pieces[row]} pieces",
+    )  # fmt: skip
+    refuse_rows(rows, rows.pieces < 1, lambda row: "has no document piece")
+    refuse_pieces(rows, rows.doc_lengths < 1, "a document piece is empty")
     if "input_ids" in names:
         bad_R = (rows.lengths < 1) | (rows.lengths > manifest.seq_len)
         refuse_rows(rows, bad_R, lambda row: f"has {rows.lengths[row]} tokens, expected 1..{manifest.seq_len}")
-    if {"doc_lengths", "doc_ids"} <= names:
-        ids_R = list_lengths(rows.batch.column("doc_ids"))
-        refuse_rows(
-            rows, ids_R != rows.pieces,
-            lambda row: f"doc_ids and doc_lengths differ: {ids_R[row]} documents, {rows.pieces[row]} pieces",
-        )  # fmt: skip
-    if {"doc_lengths", "input_ids"} <= names:
-        refuse_rows(rows, rows.pieces < 1, lambda row: "has no document piece")
-        refuse_pieces(rows, rows.doc_lengths < 1, "a document piece is empty")
         sums_R = np.diff(np.cumsum(rows.doc_lengths, dtype=np.int64)[rows.piece_ends - 1], prepend=0)
         refuse_rows(
             rows, sums_R != rows.lengths,

@@ -161,6 +161,7 @@ ROWS: dict[str, tuple[Change, str]] = {
     "piece is null": (lambda v: v["doc_lengths"][1].__setitem__(0, None), "doc_lengths has a null in its list"),
     "document too many": (lambda v: v["doc_ids"][0].append(1), "doc_ids and doc_lengths differ: 2 documents, 1 pieces"),
     "document is null": (lambda v: v["doc_ids"][0].__setitem__(0, None), "doc_ids has a null in its list"),
+    "documents are null": (lambda v: v["doc_ids"].__setitem__(1, None), "row 1: doc_ids is null"),
     "unknown source": (lambda v: v["source"].__setitem__(0, 1), "source 1 is not the index of a corpus file, 0..0"),
     "null log-prob": (
         lambda v: v["rl_logprobs"][0].__setitem__(1, None), "rl_logprobs is null, expected null exactly where nothing precedes"
