@@ -21,8 +21,8 @@ def peak(kind: str, vocabulary: int, length: int, budget: int) -> None:
 
     from trainer.batch import MicroBatch
     from trainer.head import objective_loss
+    from trainer.loss_model import peak_memory_bytes
     from trainer.objectives import ObjectiveSettings, make_objective
-    from trainer.step import peak_memory_bytes
 
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, length, HIDDEN, generator=generator).requires_grad_()

@@ -27,7 +27,7 @@ def ours(model: Path, shards: Path, steps: int, rows: int) -> None:
 
     from benchmarks.training import Steps
     from shards import ShardFolder
-    from trainer.step import peak_memory_bytes
+    from trainer.loss_model import peak_memory_bytes
 
     trainer = Steps(ShardFolder(shards), model, "ntp", rows, rows, steps + 1, torch.device("cpu"))
     trainer.step()
@@ -43,7 +43,7 @@ def theirs(model: Path, shards: Path, steps: int, rows: int) -> None:
     import transformers
 
     from trainer.dataset import RowDataset
-    from trainer.step import peak_memory_bytes
+    from trainer.loss_model import peak_memory_bytes
 
     class Clock(transformers.TrainerCallback):
         began = 0.0

@@ -17,11 +17,11 @@ from trainer.data import GlobalBatch, RowReader, global_batches
 from trainer.distributed import World, scalar
 from trainer.first_pass import global_weights, second_pass
 from trainer.head import token_losses
+from trainer.loss_model import LossModel
 from trainer.model import Base, load_base
 from trainer.objectives import ObjectiveSettings, make_objective
 from trainer.order import RowOrder
 from trainer.statistics import StepStatistics
-from trainer.step import LossModel
 from trainer.train import make_optimizer
 
 

@@ -19,7 +19,7 @@ from pipelines.console import note
 from scorer.cluster import cause, ray_cluster
 from shards.store import absolute
 from trainer.config import TrainConfig
-from trainer.run import TrainResult, run_result
+from trainer.run_folder import TrainResult, run_result
 
 STOP = "stop"
 NOTES = "notes"  # what the workers tell the user

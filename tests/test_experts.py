@@ -14,10 +14,10 @@ from test_distributed import assert_same, finish, launch, metrics_of
 
 from trainer.batch import Row, collate
 from trainer.experts import Balancing, check_experts, has_experts, num_experts, router_loss
+from trainer.loss_model import LossModel
 from trainer.model import load_base
 from trainer.objectives.ntp import NTP
 from trainer.statistics import StepStatistics
-from trainer.step import LossModel
 
 CPU = torch.device("cpu")
 Remit = Callable[..., tuple[int, str, str]]

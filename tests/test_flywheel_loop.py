@@ -30,7 +30,7 @@ from pipelines.flywheel.settings import read_config
 from pipelines.flywheel.stage import Input, Output, Stage, Unkeyed, Word
 from pipelines.posttrain.__main__ import parse as parse_posttrain
 from pipelines.posttrain.rewards import reward_fingerprint
-from trainer.run import NOT_SETTINGS
+from trainer.run_folder import NOT_SETTINGS
 
 Remit = Callable[..., tuple[int, str, str]]
 STAGES = [

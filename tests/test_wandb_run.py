@@ -128,7 +128,7 @@ def test_without_the_library(
 
 
 def test_a_damaged_id_is_named(tmp_path: Path) -> None:
-    from trainer.wandb_run import run_id
+    from trainer.loggers import run_id
 
     one = run_id(tmp_path, "a")
     assert run_id(tmp_path, "b") != one == run_id(tmp_path, "a")

@@ -20,11 +20,11 @@ from trainer.config import TrainConfig
 from trainer.data import GlobalBatch, RowReader
 from trainer.distributed import World
 from trainer.export import rounded, rounds
+from trainer.loss_model import LossModel
 from trainer.model import Base
 from trainer.objectives.ntp import NTP
-from trainer.run import EVALUATION, keep_lines
+from trainer.run_folder import EVALUATION, keep_lines
 from trainer.statistics import StepStatistics
-from trainer.step import LossModel
 from trainer.tokenizer import check_tokenizer
 
 

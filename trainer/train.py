@@ -37,10 +37,12 @@ from trainer.export import EXPORTS, Rounding, export
 from trainer.exported import Exported, rounding_notes, untrained_notes
 from trainer.first_pass import global_weights, second_pass
 from trainer.layout import read_layout
+from trainer.loggers import WandbRun, require_wandb
+from trainer.loss_model import LossModel, peak_memory_bytes
 from trainer.model import load_base
 from trainer.objectives import make_objective
 from trainer.order import RowOrder
-from trainer.run import (
+from trainer.run_folder import (
     CHECKPOINTS,
     EVALUATION,
     METRICS,
@@ -54,9 +56,7 @@ from trainer.run import (
     run_settings,
 )
 from trainer.statistics import Sources, StepStatistics
-from trainer.step import LossModel, peak_memory_bytes
 from trainer.tokenizer import check_tokenizer
-from trainer.wandb_run import WandbRun, require_wandb
 
 Progress = Callable[[int, int, dict[str, Any]], None]
 """Called as progress(steps done, steps in all, metrics of the step)."""

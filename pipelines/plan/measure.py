@@ -30,10 +30,10 @@ from trainer.batch import MicroBatch
 from trainer.checks import check_plain_head
 from trainer.config import TrainConfig
 from trainer.head import token_losses
+from trainer.loss_model import LossModel
 from trainer.model import Base, resolve_dtype
 from trainer.objectives import ObjectiveSettings, make_objective
 from trainer.statistics import Sources, StepStatistics
-from trainer.step import LossModel
 from trainer.train import make_optimizer
 
 ROUNDS = 4  # of each kind of step, at least
