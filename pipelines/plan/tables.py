@@ -1,4 +1,4 @@
-"""The tables of remit plan: the JSON object of pipelines/plan/costs.py, for a terminal."""
+"""remit plan: two configs become the figures of pipelines/plan/figures.py, and these the tables of a terminal."""
 
 import math
 from typing import Any
@@ -13,7 +13,7 @@ def show(figures: dict[str, Any], console: Console) -> None:
     job, machine, proposal = figures["job"], figures["machine"], figures["proposal"]
     console.print(
         Text(
-            f"{job['tokens']:,} tokens, {job['epochs']:g} epoch(s), {job['steps']:,} steps of {job['global_batch_size']} rows "
+            f"{job['tokens']:,} tokens, {job['epochs']:g} {'epoch' if job['epochs'] == 1 else 'epochs'}, {job['steps']:,} steps of {job['global_batch_size']} rows "
             f"of {job['seq_len']:,}; {machine['num_gpus']} x {machine['gpu']}, {machine['dtype']}"
         ),
         soft_wrap=True,
@@ -31,6 +31,14 @@ def show(figures: dict[str, Any], console: Console) -> None:
         for name, cost in figures["costs"].items()
     ]
     _table(console, "Costs", ["", "wall time", "GPU-hours", "tokens/s"], lines)
+    step = figures["step"]
+    console.print(
+        Text(
+            f"A step: {step['rows_per_gpu']} rows per GPU take {_time(step['compute_seconds'])}, the exchange of gradients "
+            f"{_time(step['exchange_seconds'])}, of which {_time(step['exchange_overlapped_seconds'])} beside the computation."
+        ),
+        soft_wrap=True,
+    )
     even = figures["break_even"]
     console.print(
         Text(
@@ -44,7 +52,7 @@ def show(figures: dict[str, Any], console: Console) -> None:
         for total in even["totals"]
     ]
     _table(console, "GPU-hours in all", ["runs", "scored once", "reference online"], lines)
-    lines = [[name, in_bytes(value)] for name, value in figures["disk_bytes"].items() if value]
+    lines = [[name, in_bytes(value)] for name, value in figures["disk_bytes"].items()]
     _table(console, "Disk", ["", "bytes"], lines)
     lines = [[name, in_bytes(value)] for name, value in figures["memory_bytes"].items()]
     _table(console, f"Training memory per GPU, of {in_bytes(proposal['usable_bytes'])} usable", ["", "bytes"], lines)
@@ -57,18 +65,6 @@ def show(figures: dict[str, Any], console: Console) -> None:
         [entry["option"], f"{entry['value']:.4g} {entry['unit']}", entry["source"]] for entry in figures["assumptions"]
     ]
     _table(console, "Assumptions; each option replaces its value", ["option", "value", "from"], lines, left=True)
-    if figures["measured"]:
-        lines = [
-            [
-                entry["what"],
-                _time(entry["measured_seconds"]),
-                _time(entry["predicted_seconds"]),
-                f"{entry['ratio']:.2f}",
-            ]
-            for entry in figures["measured"]
-        ]
-        headers = ["", "measured", "predicted without", "measured / predicted"]
-        _table(console, "Measured on this machine", headers, lines)
     for line in figures["warnings"]:
         console.print(Text(f"warning: {line}", style="yellow"), soft_wrap=True)
 
