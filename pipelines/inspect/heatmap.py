@@ -14,13 +14,12 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipelines.inspect.find_rows import Found, read_rows
-from pipelines.inspect.terminal import token_label, token_strings
 from pipelines.inspect.token_deltas import Base, TokenFigures, choose_base, token_figures
-from pipelines.inspect.token_text import TokenText
 from pipelines.pages import content_hash
 from pipelines.plan.settings import PlanConfig
 from pipelines.plan.weights import plan_weights
 from pipelines.settings import InspectConfig
+from pipelines.token_text import TokenText, token_label, token_strings
 from shards.folder import ShardFolder
 from shards.schema import has_predecessor, logprobs_column
 

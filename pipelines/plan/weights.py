@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.inspect.terminal import token_label, token_strings
 from pipelines.plan.rows import choose_context, choose_rows, read_batches
 from pipelines.plan.settings import PlanConfig
+from pipelines.token_ranking import TokenRanking
+from pipelines.token_text import token_label, token_strings
 from shards.folder import ShardFolder
 from trainer.objectives.objective import Tokens
 from trainer.objectives.remit import make
@@ -38,11 +39,11 @@ def plan_weights(folder: ShardFolder, config: PlanConfig, progress: Callable[[in
     }
     statistics = {epsilon: StepStatistics() for epsilon in objectives}
     manifest = folder.manifest
-    sums_3V = np.zeros((3, manifest.tokenizer["vocab_size"]))  # occurrences, weights, excess losses
+    ranking = TokenRanking(manifest.tokenizer["vocab_size"])
     chosen = choose_rows(manifest, config.rows, config.seed)
     done = used = tokens = 0
     for rows in read_batches(folder, context, config.reference, config.base, chosen):
-        ids, weights, deltas = [np.zeros(0, dtype=np.int64)], [np.zeros(0)], [np.zeros(0)]
+        found = [(np.zeros(0, dtype=np.int64), np.zeros(0), np.zeros(0))]  # ids, weights, excess losses
         for row in rows:
             done += 1
             if row is None:
@@ -59,15 +60,10 @@ def plan_weights(folder: ShardFolder, config: PlanConfig, progress: Callable[[in
                 statistics[epsilon].add_weights(0, losses_N, weighted)
                 if epsilon == config.show_epsilon:
                     assert weighted.delta_N is not None
-                    ids.append(row.ids_N)
-                    weights.append(weighted.weights_N.numpy())
-                    deltas.append(weighted.delta_N.numpy())
-        ids_N = np.concatenate(ids)
-        for sum_V, values in zip(sums_3V, (None, weights, deltas)):
-            own = None if values is None else np.concatenate(values)
-            sum_V += np.bincount(ids_N, own, minlength=len(sum_V))
+                    found.append((row.ids_N, weighted.weights_N.numpy(), weighted.delta_N.numpy()))
+        ranking.add(*map(np.concatenate, zip(*found)))
         progress(done, tokens)
-    if not sums_3V[0].any():
+    if not ranking.count_V.any():
         raise ValueError(
             f"{folder.path}: none of the {done:,} rows that were read has a token with log-probs of both; raise --rows"
         )
@@ -92,7 +88,7 @@ def plan_weights(folder: ShardFolder, config: PlanConfig, progress: Callable[[in
         "manifest_sha256": manifest.checksum,
         "epsilons": {str(epsilon): _figures(metrics[epsilon]) for epsilon in config.epsilon_values},
         "excess_loss": {"mean": some["delta_mean"], "quantiles": some["delta_quantiles"]},
-        "vocabulary": _vocabulary(folder, config, sums_3V),
+        "vocabulary": _vocabulary(folder, config, ranking),
     }
 
 
@@ -106,34 +102,15 @@ def _figures(metrics: dict[str, Any]) -> dict[str, float | None]:
     }
 
 
-def _vocabulary(folder: ShardFolder, config: PlanConfig, sums_3V: np.ndarray) -> dict[str, Any]:
+def _vocabulary(folder: ShardFolder, config: PlanConfig, ranking: TokenRanking) -> dict[str, Any]:
     """The tokens with the largest and the smallest mean weight among those that occur often enough."""
-    often_K = np.flatnonzero(sums_3V[0] >= config.min_count)
-    count_K, weight_K, delta_K = sums_3V[:, often_K]
-    weight_K, delta_K = weight_K / count_K, delta_K / count_K
-
-    def entries(order: np.ndarray) -> list[dict[str, Any]]:
-        places = order[: config.top]
-        strings = token_strings(folder, often_K[places].tolist())
-        return [
-            {
-                "id": int(often_K[place]),
-                "token": string,
-                "count": int(count_K[place]),
-                "weight_mean": float(weight_K[place]) if math.isfinite(weight_K[place]) else None,
-                "excess_loss_mean": float(delta_K[place]),
-            }
-            for place, string in zip(places, strings)
+    most = ranking.most(config.top, config.min_count)
+    for direction in ("up", "down"):
+        strings = token_strings(folder, [entry["id"] for entry in most[direction]])
+        most[direction] = [
+            {"id": entry["id"], "token": string} | entry for entry, string in zip(most[direction], strings)
         ]
-
-    return {
-        "epsilon": str(config.show_epsilon),
-        "min_count": config.min_count,
-        "tokens": len(often_K),
-        # clipped weights tie, so the excess loss decides next
-        "up": entries(np.lexsort((often_K, -delta_K, -weight_K))),
-        "down": entries(np.lexsort((often_K, delta_K, weight_K))),
-    }
+    return {"epsilon": str(config.show_epsilon), "min_count": config.min_count, **most}
 
 
 def show(figures: dict[str, Any], console: Console) -> None:
