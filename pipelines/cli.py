@@ -24,7 +24,9 @@ from pipelines import commands, completion, tools
 from pipelines.console import BAD_USAGE, FAILED, STOPPED, BadUsage
 from pipelines.evaluation.settings import EvalConfig
 from pipelines.flywheel.settings import FlywheelOptions
-from pipelines.plan.settings import PlanConfig
+from pipelines.plan.settings import PlanConfig, WeightsConfig, refuse_moved_option
+from pipelines.plan.tables import plan
+from pipelines.plan.weights_tables import weights
 from pipelines.settings import CompletionConfig, InspectConfig, ReportConfig, SelectConfig, VerifyConfig
 from pipelines.signals import Stopped, StopRequest
 from scorer.config import PackConfig, ScoreConfig
@@ -37,7 +39,8 @@ COMMANDS: dict[str, tuple[type, Any]] = {
     "train": (TrainConfig, commands.train),
     "verify": (VerifyConfig, tools.verify),
     "inspect": (InspectConfig, tools.inspect),
-    "plan": (PlanConfig, tools.plan),
+    "plan": (PlanConfig, plan),
+    "weights": (WeightsConfig, weights),
     "report": (ReportConfig, tools.report),
     "eval": (EvalConfig, tools.evaluate),
     "flywheel": (FlywheelOptions, commands.flywheel),
@@ -119,6 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no Unicode
     command = arguments[0] if arguments else ""
     try:
+        refuse_moved_option(arguments)
         config = parse(expand_config_file(arguments))
     except BrokenPipeError:  # --help | head: what Python has not written yet goes nowhere as it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

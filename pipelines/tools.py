@@ -5,8 +5,7 @@ Heavy imports (torch, transformers) happen inside, so that --help answers at onc
 
 import json
 import sys
-from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -14,7 +13,6 @@ from pipelines.console import DONE, FAILED, ShouldStop, note, progress_bar, quie
 from pipelines.evaluation.settings import EvalConfig
 from pipelines.models import resolve_model
 from pipelines.pages import write_page
-from pipelines.plan.settings import PlanConfig
 from pipelines.settings import InspectConfig, ReportConfig, VerifyConfig
 from shards.folder import ShardFolder
 from shards.lease import Lease
@@ -126,67 +124,6 @@ def write_heatmap(config: InspectConfig, folder: ShardFolder, found: "Found") ->
     rows = found.rows
     which = f"row {rows[0]}" if len(rows) == 1 else f"{len(rows):,} rows, {rows[0]} to {rows[-1]}"
     print(f"wrote {which} -> {config.html}")
-
-
-def plan(config: PlanConfig, should_stop: ShouldStop) -> int:
-    console = Console(file=sys.stdout, highlight=False)
-    figures = plan_of_weights(config, console) if config.weights else plan_of_costs(config, console)
-    if config.json is not None:
-        config.json.write_text(json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
-    return DONE
-
-
-def plan_of_weights(config: PlanConfig, console: Console) -> dict[str, Any]:
-    """remit plan --weights: print the tables; returns the figures."""
-    from pipelines.plan.weights import plan_weights, show
-
-    folder = ShardFolder(config.shards or "")
-    began, total = monotonic(), folder.manifest.rows
-    with progress_bar(desc="plan", unit=" rows", total=min(config.rows or total, total)) as bar:
-
-        def progress(rows: int, tokens: int) -> None:
-            bar.set_postfix_str(f"{tokens / max(1e-9, monotonic() - began):,.0f} tokens/s", refresh=False)
-            bar.update(rows - bar.n)
-
-        figures = plan_weights(folder, config, progress)
-    show(figures, console)
-    return figures
-
-
-def plan_of_costs(config: PlanConfig, console: Console) -> dict[str, Any]:
-    """remit plan with --base, --reference and --tokens: print the tables; returns the figures."""
-    from pipelines.plan.calibration import read_calibration, write_calibration
-    from pipelines.plan.costs import plan_costs
-    from pipelines.plan.model import read_config, shape_of
-    from pipelines.plan.tables import show
-
-    quiet_libraries()
-    folders = [resolve_model(f"--{role}", getattr(config, role), weights=False) for role in ("base", "reference")]
-    configs = [read_config(f"--{role}", folder.path) for role, folder in zip(("base", "reference"), folders)]
-    base, reference = (
-        shape_of(f"--{role}", settings, folder.name)
-        for role, settings, folder in zip(("base", "reference"), configs, folders)
-    )
-    calibration: dict[str, Any] = {}
-    if config.measure:
-        from pipelines.plan.measure import measure
-
-        with progress_bar(desc="measure", unit=" rounds") as bar:
-
-            def tick(what: str) -> None:
-                if what:
-                    bar.set_description(what)
-                else:
-                    bar.update()
-
-            calibration = measure(config, (configs[0], configs[1]), (base, reference), tick)
-        if config.calibration is not None:
-            write_calibration(config.calibration, calibration)
-    elif config.calibration is not None:
-        calibration = read_calibration(config.calibration)
-    figures = plan_costs(config, base, reference, calibration)
-    show(figures, console)
-    return figures
 
 
 def report(config: ReportConfig, should_stop: ShouldStop) -> int:

@@ -6,24 +6,26 @@ commit record first, because Arrow reads a flipped bit back as data without an e
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from shards.contract import check
 from shards.decompressed import check_decompressed_size
 from shards.fingerprint import parse_tokenizer_json, vocabulary
 from shards.manifest import Manifest
-from shards.part import COMMITS, METADATA_KEY, CommitRecord, read_record
+from shards.part import COMMITS, METADATA_KEY, REMEDY, CommitRecord, read_record
+from shards.rows import PartRows, Rows, columns_to_read
 from shards.schema import logprobs_column, topk_columns
 from shards.store import Store, open_store
 from shards.tokens import decode_token_ids, differences, disagreement
 
 TOKENIZER = "_tokenizer"
 TOKEN_IDS = "token_ids.json"  # in that folder: which ids the rows have
-REMEDY = "run remit verify --repair, then the command that writes this folder"
 
 
 class ShardFolder:
@@ -123,14 +125,34 @@ class ShardFolder:
             )
         return self.manifest.references[name]
 
-    def require_logprobs_of(self, name: str, context: str) -> None:
-        """ValueError unless the log-probs of `name` were scored in `context`."""
-        scored = self.require_reference(name)["context"]
-        if scored != context:
+    def require_scored(self, name: str, context: str | None = None) -> dict:
+        """Provenance of the reference `name`; ValueError unless a model scored its log-probs, and in `context` if given."""
+        reference = self.require_reference(name)
+        column, scored = logprobs_column(name), reference["context"]
+        if reference.get("engine") == "fake":
             raise ValueError(
-                f"{self.path}: column {logprobs_column(name)} was scored in {scored} context, {context} asked for; "
+                f"{self.path}: {column} comes from the fake engine, a hash, and not from a model; score again without "
+                "--engine fake"
+            )
+        if context not in (None, scored):
+            raise ValueError(
+                f"{self.path}: column {column} was scored in {scored} context, {context} asked for; "
                 f"use --context {scored}, or score again with --context {context}"
             )
+        return reference
+
+    def require_one_context(self, *names: str) -> str:
+        """The context in which all these references were scored; ValueError unless it is one, and models scored them."""
+        contexts = {name: self.require_scored(name)["context"] for name in names}
+        first = names[0]
+        for name in names[1:]:
+            if contexts[name] != contexts[first]:
+                raise ValueError(
+                    f"{self.path}: {logprobs_column(first)} was scored in {contexts[first]} context, "
+                    f"{logprobs_column(name)} in {contexts[name]} context, so they are not of the same predictions; score "
+                    "one of them again with the other's --context"
+                )
+        return contexts[first]
 
     def require_top_k(self, name: str) -> None:
         """ValueError unless the most probable tokens of the reference `name` are stored."""
@@ -227,3 +249,39 @@ class ShardFolder:
         # read, not mapped: pages that stay mapped count as memory of a process that goes through the whole corpus
         source = data if self.store.local is None else self.store.open(part)
         return pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=included))
+
+    def open_rows(self, part: str, columns: Iterable[str] | None = None) -> PartRows:
+        """The rows of a part that is opened as open_part does, with the columns that a check of `columns` needs too."""
+        manifest, index = self.manifest, self._index[part]
+        reader = self.open_part(part, None if columns is None else columns_to_read(columns, manifest))
+        return PartRows(reader, manifest, index, self.store.where(part), self.record(part).quarantined)
+
+    def batches(self, columns: Iterable[str] | None = None, parts: Iterable[str] | None = None) -> Iterator[Rows]:
+        """The rows of all parts, or of `parts`, a record batch at a time, each verified and checked against the contract.
+
+        columns: only these are read, and what checking them needs; None reads all. ValueError as of open_part, and for a
+        row that breaks the contract (shards/contract.py).
+        """
+        for part in [plan.name for plan in self.manifest.parts] if parts is None else parts:
+            rows = self.open_rows(part, columns)
+            for number in range(len(rows)):
+                yield check(rows.batch(number))
+
+    def rows(self, numbers: Iterable[int], columns: Iterable[str] | None = None) -> Iterator[Rows]:
+        """Each of the rows `numbers`, counted over all parts, verified and checked; as batches, one row at a time.
+
+        A part, and a record batch of it, is read again wherever the numbers come back to it: ascending ones read each
+        once. ValueError, too, for a number that the folder does not have.
+        """
+        size, of_batch = self.manifest.rows_per_part, self.manifest.rows_per_batch
+
+        def known(number: int) -> int:
+            if not 0 <= number < self.manifest.rows:
+                raise ValueError(f"{self.path}: has rows 0..{self.manifest.rows - 1}, not row {number}")
+            return int(number)
+
+        for part, of_part in groupby(map(known, numbers), lambda number: number // size):
+            reader = self.open_rows(self.manifest.parts[part].name, columns)
+            for batch, places in groupby((number % size for number in of_part), lambda place: place // of_batch):
+                checked = check(reader.batch(batch))
+                yield from (checked.row(place % of_batch) for place in places)

@@ -19,6 +19,7 @@ from shards.store import Store, open_store
 
 METADATA_KEY = b"remit"
 COMMITS = "_commits"
+REMEDY = "run remit verify --repair, then the command that writes this folder"
 
 
 class CommittedAlready(ValueError):
@@ -71,7 +72,6 @@ def read_record(store: Store, part: str) -> CommitRecord | None:
     Raises ValueError for a damaged record: one with other bytes than this project writes for its values.
     """
     name = record_name(part)
-    remedy = "run remit verify --repair, then the command that wrote this folder"
     try:
         data = store.read(name)
     except FileNotFoundError:
@@ -79,7 +79,7 @@ def read_record(store: Store, part: str) -> CommitRecord | None:
     try:
         value = json.loads(data)
     except ValueError as error:
-        raise ValueError(f"{store.where(name)}: not valid JSON ({error}); {remedy}") from None
+        raise ValueError(f"{store.where(name)}: not valid JSON ({error}); {REMEDY}") from None
     if (
         not isinstance(value, dict)
         or {*value} != {field.name for field in fields(CommitRecord)}
@@ -87,7 +87,7 @@ def read_record(store: Store, part: str) -> CommitRecord | None:
         or value["part"] != part
         or encode_json(value) != data
     ):
-        raise ValueError(f"{store.where(name)}: not the commit record of {part}, or altered; {remedy}")
+        raise ValueError(f"{store.where(name)}: not the commit record of {part}, or altered; {REMEDY}")
     return CommitRecord(**value)
 
 

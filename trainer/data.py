@@ -54,7 +54,7 @@ class RowReader:
         self.left_out = left_out if left_out is not None else () if reference is None else (reference,)
         self._names: dict[str, str] = {}  # of the columns in the folder
         if reference is not None:
-            folder.require_logprobs_of(reference, context)
+            folder.require_scored(reference, context)
             top_ids, top_logprobs = topk_columns(reference)
             known = {"logprobs": logprobs_column(reference), "topk_ids": top_ids, "topk_logprobs": top_logprobs}
             self._names = {column: known[column] for column in columns}

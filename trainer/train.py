@@ -287,10 +287,5 @@ def choose_context(config: TrainConfig, shards: ShardFolder, reference: str | No
     elif context == "auto":
         context = contexts.pop() if len(contexts) == 1 else "packed"
     if reference is not None:
-        shards.require_logprobs_of(reference, context)
-        if shards.require_reference(reference).get("engine") == "fake":
-            raise ValueError(
-                f"{shards.path}: its log-probs of {reference!r} come from the fake engine, a hash, and not from a model; "
-                "score again without --engine fake"
-            )
+        shards.require_scored(reference, context)
     return context

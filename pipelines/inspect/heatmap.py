@@ -14,13 +14,12 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipelines.inspect.find_rows import Found, read_rows
-from pipelines.inspect.terminal import token_label, token_strings
 from pipelines.inspect.token_deltas import Base, TokenFigures, choose_base, token_figures
-from pipelines.inspect.token_text import TokenText
 from pipelines.pages import content_hash
-from pipelines.plan.settings import PlanConfig
-from pipelines.plan.weights import plan_weights
+from pipelines.plan.settings import WeightsConfig
+from pipelines.plan.weights import weights_of_corpus
 from pipelines.settings import InspectConfig
+from pipelines.token_text import TokenText, token_label, token_strings
 from shards.folder import ShardFolder
 from shards.schema import has_predecessor, logprobs_column
 
@@ -153,11 +152,11 @@ def _ranking(
         }
     rows = min(SAMPLE_ROWS, folder.manifest.rows)
     least = 20 if folder.manifest.tokens / folder.manifest.rows * rows >= 100_000 else 2
-    plan = PlanConfig(
-        weights=True, shards=config.shards, reference=config.reference, base=base.name, epsilons=str(config.epsilon),
+    plan = WeightsConfig(
+        shards=config.shards, reference=config.reference, base=base.name, epsilons=str(config.epsilon),
         show_epsilon=config.epsilon, rows=rows, top=TOP, min_count=least,
     )  # fmt: skip
-    vocabulary = plan_weights(folder, plan, lambda done, tokens: progress("rank tokens", done, rows))["vocabulary"]
+    vocabulary = weights_of_corpus(folder, plan, lambda done, tokens: progress("rank tokens", done, rows))["vocabulary"]
     which = "all rows" if rows == folder.manifest.rows else f"{rows:,} random rows of {folder.manifest.rows:,}"
     return {
         "what": f"of the folder ({which})",

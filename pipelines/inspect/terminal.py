@@ -2,7 +2,6 @@
 
 import json
 import sys
-import unicodedata
 from typing import Any
 
 import numpy as np
@@ -10,18 +9,13 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from tokenizers.pre_tokenizers import ByteLevel
 
 from pipelines.console import tokens_summary
 from pipelines.inspect.find_rows import read_rows
 from pipelines.settings import InspectConfig
+from pipelines.token_text import printable, token_label, token_strings
 from shards.folder import ShardFolder
 from shards.schema import logprobs_column
-
-_LETTERS = sorted(ByteLevel.alphabet())  # a byte that is no visible character has a letter beyond the first 256
-_OTHERS = [byte for byte in range(256) if chr(byte) not in _LETTERS]
-BYTES = {letter: ord(letter) for letter in _LETTERS if ord(letter) < 256}
-BYTES |= dict(zip((letter for letter in _LETTERS if ord(letter) >= 256), _OTHERS, strict=True))
 
 MAX_LABEL = 24  # characters of a token
 BAR = 12  # marks, one per nat
@@ -30,41 +24,6 @@ BAR = 12  # marks, one per nat
 def read_row(folder: ShardFolder, row: int) -> dict[str, Any]:
     """Row `row` of a folder, counted over all parts, as plain Python values; its part is verified first."""
     return next(read_rows(folder, [row]))
-
-
-def token_strings(folder: ShardFolder, input_ids: list[int]) -> list[str]:
-    """Text of each token; bytes that are only a piece of a character show as <0xE5>."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_str(json.dumps(folder.tokenizer_json()))
-    strings = []
-    for token_id in input_ids:
-        text = tokenizer.decode([token_id], skip_special_tokens=False)
-        strings.append(spelled(tokenizer.id_to_token(token_id) or "?") if "\ufffd" in text or not text else text)
-    return strings
-
-
-def spelled(symbol: str) -> str:
-    """A symbol of a vocabulary; <0xE5> for bytes that a byte-level one has by its own letters and that are no text."""
-    if not all(letter in BYTES for letter in symbol):
-        return symbol
-    data = bytes(BYTES[letter] for letter in symbol)
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        return "".join(f"<0x{byte:02X}>" if byte >= 0x80 else chr(byte) for byte in data)
-
-
-def printable(text: str) -> str:
-    """`text` with escapes for what a terminal would not show, or obey."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def token_label(text: str) -> str:
-    """The text of a token in one line of visible characters: · for a space, escapes, ◌ under a mark that combines."""
-    shown = text.replace("\\", "\\\\").replace("·", "\\xb7").replace(" ", "·")
-    stands_on = "◌" if unicodedata.category(text[:1] or " ").startswith("M") else ""
-    return stands_on + printable(shown)
 
 
 def show(folder: ShardFolder, config: InspectConfig, rows: list[int]) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines.plan.rows import choose_context
 from scorer.forward import load_forward, spans
 from shards.folder import ShardFolder
 from shards.schema import logprobs_column
@@ -52,7 +51,7 @@ def choose_base(folder: ShardFolder, reference: str, base: str | None, model: Pa
 
     ValueError where a column is missing, the two were scored in different contexts, or the model does not fit the rows.
     """
-    context = choose_context(folder, reference, reference)
+    context = folder.require_one_context(reference)
     if model is not None:
         from scorer.reference import Reference, check_reference, require_quantised_readable
 
@@ -63,7 +62,7 @@ def choose_base(folder: ShardFolder, reference: str, base: str | None, model: Pa
     if base is None and ("base" not in folder.manifest.references or reference == "base"):
         return Base(None, context)
     name = base or "base"
-    return Base(name, choose_context(folder, reference, name), column=logprobs_column(name))
+    return Base(name, folder.require_one_context(reference, name), column=logprobs_column(name))
 
 
 def token_figures(row: dict[str, Any], reference: str, base: Base, epsilon: float) -> TokenFigures:

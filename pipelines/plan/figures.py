@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pipelines.plan.costs import Rates, Step, costs, disk, step_of
-from pipelines.plan.hardware import GPU, GPUS, Machine
+from pipelines.plan.hardware import GPU, GPUS, Machine, compute_dtype
 from pipelines.plan.layout import Job, Layout, Proposal, default_sharding, engine_size, memory, propose
 from pipelines.plan.model_shape import ModelShape
 from pipelines.plan.settings import PlanConfig
@@ -41,7 +41,7 @@ def machine_of(config: PlanConfig, notes: Assumptions) -> Machine:
     """The GPUs of the plan."""
     name = config.gpu
     known = GPUS.get(name) or GPU(math.nan, math.nan, math.nan, 32, "PCIe 4.0 x16")  # peak and memory are given
-    dtype = config.dtype if config.dtype != "auto" else "float32" if name == "cpu" else "bfloat16"
+    dtype = compute_dtype(name, config.dtype)
     peak, source = getattr(known, dtype), f"{name}, {dtype}: {known.source}"
     return Machine(
         gpu=name,

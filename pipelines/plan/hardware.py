@@ -26,6 +26,11 @@ GPUS = {
 }
 
 
+def compute_dtype(gpu: str, dtype: str) -> str:
+    """What --dtype means, of the matrix products."""
+    return dtype if dtype != "auto" else "float32" if gpu == "cpu" else "bfloat16"
+
+
 @dataclass(frozen=True)
 class Machine:
     """All GPUs of a plan.

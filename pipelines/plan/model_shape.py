@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipelines.models import resolve_model
 from shards.modelfolder import max_positions
 
 COUNTING = "remit_counting"
@@ -76,6 +77,16 @@ def mean_context(seq_len: int, window: int | None = None) -> float:
     """Tokens that a token of a row attends to on average, itself included."""
     reach = seq_len if window is None else min(window, seq_len)
     return reach - reach * (reach - 1) / (2 * seq_len)
+
+
+def find_config(option: str, model: str) -> tuple[Any, str]:
+    """Config and name of what --base or --reference says: a preset, a folder or a model of the hub."""
+    from transformers import AutoConfig
+
+    if model in PRESETS and not Path(model).exists():
+        return AutoConfig.for_model(**PRESETS[model]), model
+    found = resolve_model(option, model, weights=False)
+    return read_config(option, found.path), found.name
 
 
 def read_config(option: str, folder: Path) -> Any:

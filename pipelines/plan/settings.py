@@ -7,9 +7,20 @@ from pathlib import Path
 from typing import Literal
 
 from pipelines.plan.hardware import GPUS
+from trainer.objectives.settings import check_epsilon
 
 POSITIVE = (
-    *("epochs", "peak_tflops", "gpu_memory_gb", "link", "network", "train_rate", "score_rate", "mfu_score", "mfu_train"),
+    *(
+        "epochs",
+        "peak_tflops",
+        "gpu_memory_gb",
+        "link",
+        "network",
+        "train_rate",
+        "score_rate",
+        "mfu_score",
+        "mfu_train",
+    ),
     *("mfu_online", "remit_cost", "packed_bytes", "logprob_bytes", "topk_entry_bytes", "memory_share"),
 )
 UNLIMITED = ("link", "network")
@@ -174,7 +185,7 @@ class WeightsConfig:
             if getattr(self, name) < least:
                 what = f"{least} (all) or more" if name == "rows" else f"at least {least}"
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected {what}")
-        _check_epsilon("--show-epsilon", self.show_epsilon)
+        check_epsilon("--show-epsilon", self.show_epsilon)
         _ = self.epsilon_values
         check_json(self.json)
 
@@ -189,7 +200,7 @@ class WeightsConfig:
                 raise ValueError(
                     f"--epsilons is {self.epsilons!r}, expected numbers with commas between, for instance 0.1,0.2,inf"
                 ) from None
-            _check_epsilon("--epsilons", values[-1])
+            check_epsilon("--epsilons", values[-1], "has")
         return tuple(dict.fromkeys(values))
 
 
@@ -205,8 +216,3 @@ def refuse_moved_option(arguments: list[str]) -> None:
     """ValueError for remit plan --weights, which is remit weights now."""
     if arguments[:1] == ["plan"] and {"--weights", "--no-weights"} & set(arguments):
         raise ValueError(MOVED)
-
-
-def _check_epsilon(option: str, value: float) -> None:
-    if not (0 < value < 1 or value == math.inf):
-        raise ValueError(f"{option} has {value:g}, expected numbers between 0 and 1, or inf for no clip")

@@ -1,11 +1,34 @@
 """remit plan: two configs become the figures of pipelines/plan/figures.py, and these the tables of a terminal."""
 
+import json
 import math
-from typing import Any
+import sys
+from pathlib import Path
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from pipelines.console import DONE, ShouldStop, quiet_libraries
+from pipelines.plan.settings import PlanConfig
+
+
+def plan(config: PlanConfig, should_stop: ShouldStop) -> int:
+    """The command: count both models, print, write --json."""
+    from pipelines.plan.figures import plan_costs
+    from pipelines.plan.hardware import compute_dtype
+    from pipelines.plan.model_shape import count, find_config
+
+    quiet_libraries()
+    options = {"--base": config.base, "--reference": config.reference}
+    configs = {option: find_config(option, model) for option, model in options.items()}
+    dtype = compute_dtype(config.gpu, config.dtype)
+    base, reference = (count(option, *found, config.seq_len, dtype) for option, found in configs.items())
+    figures = plan_costs(config, base, reference)
+    show(figures, Console(file=sys.stdout, highlight=False))
+    write_json(config.json, figures)
+    return DONE
 
 
 def show(figures: dict[str, Any], console: Console) -> None:
@@ -25,12 +48,12 @@ def show(figures: dict[str, Any], console: Console) -> None:
         ]
         for role, model in figures["models"].items()
     ]
-    _table(console, "Models", ["", "name", "parameters", "FLOPs/token forward", "with backward"], lines)
+    print_table(console, "Models", ["", "name", "parameters", "FLOPs/token forward", "with backward"], lines)
     lines = [
         [name, _time(cost["wall_seconds"]), _hours(cost["gpu_hours"]), f"{cost['tokens_per_second']:,.0f}"]
         for name, cost in figures["costs"].items()
     ]
-    _table(console, "Costs", ["", "wall time", "GPU-hours", "tokens/s"], lines)
+    print_table(console, "Costs", ["", "wall time", "GPU-hours", "tokens/s"], lines)
     step = figures["step"]
     console.print(
         Text(
@@ -51,11 +74,13 @@ def show(figures: dict[str, Any], console: Console) -> None:
         [f"{total['runs']}", _hours(total["stored_gpu_hours"]), _hours(total["online_gpu_hours"])]
         for total in even["totals"]
     ]
-    _table(console, "GPU-hours in all", ["runs", "scored once", "reference online"], lines)
+    print_table(console, "GPU-hours in all", ["runs", "scored once", "reference online"], lines)
     lines = [[name, in_bytes(value)] for name, value in figures["disk_bytes"].items()]
-    _table(console, "Disk", ["", "bytes"], lines)
+    print_table(console, "Disk", ["", "bytes"], lines)
     lines = [[name, in_bytes(value)] for name, value in figures["memory_bytes"].items()]
-    _table(console, f"Training memory per GPU, of {in_bytes(proposal['usable_bytes'])} usable", ["", "bytes"], lines)
+    print_table(
+        console, f"Training memory per GPU, of {in_bytes(proposal['usable_bytes'])} usable", ["", "bytes"], lines
+    )
     command = f"--sharding {proposal['sharding']} --micro-batch-size {proposal['micro_batch_size']}"
     command += " --activation-checkpointing" * proposal["activation_checkpointing"]
     engine = f"; remit score --tensor-parallel-size {proposal['engine_gpus']}" if proposal["engine_gpus"] else ""
@@ -64,7 +89,7 @@ def show(figures: dict[str, Any], console: Console) -> None:
     lines = [
         [entry["option"], f"{entry['value']:.4g} {entry['unit']}", entry["source"]] for entry in figures["assumptions"]
     ]
-    _table(console, "Assumptions; each option replaces its value", ["option", "value", "from"], lines, left=True)
+    print_table(console, "Assumptions; each option replaces its value", ["option", "value", "from"], lines, left=3)
     for line in figures["warnings"]:
         console.print(Text(f"warning: {line}", style="yellow"), soft_wrap=True)
 
@@ -93,10 +118,22 @@ def _si(value: float) -> str:
     return f"{value / 1000**power:.3g} {['', 'k', 'M', 'G', 'T'][power]}"
 
 
-def _table(console: Console, title: str, headers: list[str], lines: list[list[str]], left: bool = False) -> None:
+def write_json(path: Path | None, figures: dict[str, Any]) -> None:
+    """--json of plan and weights."""
+    if path is not None:
+        path.write_text(json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+
+
+def print_table(
+    console: Console, title: str, headers: list[str], lines: list[list[str]], left: int = 1, width: int | None = None
+) -> None:  # fmt: skip
+    """left: columns that are aligned to the left; width: most characters of the first column, which is then cut."""
     table = Table(show_edge=False, pad_edge=False, header_style="bold")
     for index, header in enumerate(headers):
-        table.add_column(header, justify="left" if left or index == 0 else "right", overflow="fold")
+        narrow = width if index == 0 else None
+        justify: Literal["left", "right"] = "left" if index < left else "right"
+        overflow: Literal["ellipsis", "fold"] = "ellipsis" if narrow else "fold"
+        table.add_column(header, justify=justify, overflow=overflow, no_wrap=bool(narrow), max_width=narrow)
     for line in lines:
         table.add_row(*(Text(cell) for cell in line))
     console.print("", Text(title, style="bold"), table, sep="\n")

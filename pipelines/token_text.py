@@ -1,15 +1,23 @@
-"""Text of the tokens of a row, in groups that show each character once, although a token may be a piece of one.
+"""Text of tokens: of one, for a table; and of a row, in groups that show each character once.
 
-In: token ids. Out: groups of consecutive tokens, each with its text; the texts one after the other are the decoded row.
+A byte-level token may be a piece of a character. In: token ids. Out: groups of consecutive tokens, each with its text;
+the texts one after the other are the decoded row.
 """
 
 import json
+import unicodedata
 from typing import Any
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
+from tokenizers.pre_tokenizers import ByteLevel
 
 from shards.folder import ShardFolder
+
+_LETTERS = sorted(ByteLevel.alphabet())  # a byte that is no visible character has a letter beyond the first 256
+_OTHERS = [byte for byte in range(256) if chr(byte) not in _LETTERS]
+BYTES = {letter: ord(letter) for letter in _LETTERS if ord(letter) < 256}
+BYTES |= dict(zip((letter for letter in _LETTERS if ord(letter) >= 256), _OTHERS, strict=True))
 
 
 class TokenText:
@@ -64,3 +72,38 @@ class TokenText:
             else:
                 break
         return [*groups, (len(input_ids), text)]
+
+
+def token_strings(folder: ShardFolder, input_ids: list[int]) -> list[str]:
+    """Text of each token; bytes that are only a piece of a character show as <0xE5>."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(json.dumps(folder.tokenizer_json()))
+    strings = []
+    for token_id in input_ids:
+        text = tokenizer.decode([token_id], skip_special_tokens=False)
+        strings.append(spelled(tokenizer.id_to_token(token_id) or "?") if "\ufffd" in text or not text else text)
+    return strings
+
+
+def spelled(symbol: str) -> str:
+    """A symbol of a vocabulary; <0xE5> for bytes that a byte-level one has by its own letters and that are no text."""
+    if not all(letter in BYTES for letter in symbol):
+        return symbol
+    data = bytes(BYTES[letter] for letter in symbol)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "".join(f"<0x{byte:02X}>" if byte >= 0x80 else chr(byte) for byte in data)
+
+
+def printable(text: str) -> str:
+    """`text` with escapes for what a terminal would not show, or obey."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def token_label(text: str) -> str:
+    """The text of a token in one line of visible characters: · for a space, escapes, ◌ under a mark that combines."""
+    shown = text.replace("\\", "\\\\").replace("·", "\\xb7").replace(" ", "·")
+    stands_on = "◌" if unicodedata.category(text[:1] or " ").startswith("M") else ""
+    return stands_on + printable(shown)

@@ -1,0 +1,158 @@
+"""What the rows of a shard folder must be, whoever reads them: the contract of the format, in one place.
+
+In: the rows of a record batch, with some or all columns. Out: nothing, or a ValueError that names the row, the value and
+what was expected. How rows follow one another, which only a reader of the whole corpus sees, is in shards/verify.py.
+R = rows, T = tokens of all of them, N = tokens that must have a log-prob, K = most probable tokens of a place.
+"""
+
+from collections.abc import Callable
+from typing import NoReturn
+
+import numpy as np
+
+from shards.part import REMEDY
+from shards.rows import Rows
+from shards.schema import list_lengths, logprobs_column, topk_columns
+from shards.topk import fault_of_topk
+
+LARGEST = np.finfo(np.float32).max
+
+
+def check(rows: Rows) -> Rows:
+    """These rows; ValueError unless each column that was read keeps the contract."""
+    check_documents(rows)
+    names, manifest = set(rows.batch.schema.names), rows.part.manifest
+    vocab_size = manifest.tokenizer["vocab_size"]
+    if "input_ids" in names and (rows.ids.min(initial=0) < 0 or rows.ids.max(initial=0) >= vocab_size):
+        bad_T = (rows.ids < 0) | (rows.ids >= vocab_size)
+        refuse_tokens(rows, bad_T, lambda token: f"token id {rows.ids[token]} is not in 0..{vocab_size - 1}")
+    for name in manifest.references:
+        if logprobs_column(name) in names:
+            _check_logprobs(rows, name)
+        if names & {*topk_columns(name)}:
+            _check_topk(rows, name)
+    return rows
+
+
+def check_documents(rows: Rows) -> None:
+    """ValueError unless lists are whole and document pieces fill their rows, so that contexts can be taken from them."""
+    rows.batch.validate(full=True)
+    manifest, names = rows.part.manifest, set(rows.batch.schema.names)
+    for name, column in zip(rows.batch.schema.names, rows.batch.columns):
+        if column.null_count:
+            fail(rows, int(np.argmax(column.is_null())), f"{name} is null")
+        if name in ("input_ids", "doc_lengths", "doc_ids") and column.flatten().null_count:
+            row = next(row for row in range(len(rows)) if column[row].values.null_count)
+            fail(rows, row, f"{name} has a null in its list")
+    if "source" in names:
+        files = len(manifest.corpus)
+        bad_R = (rows.source < 0) | (rows.source >= files)
+        refuse_rows(
+            rows, bad_R, lambda row: f"source {rows.source[row]} is not the index of a corpus file, 0..{files - 1}"
+        )
+    if "input_ids" in names:
+        bad_R = (rows.lengths < 1) | (rows.lengths > manifest.seq_len)
+        refuse_rows(rows, bad_R, lambda row: f"has {rows.lengths[row]} tokens, expected 1..{manifest.seq_len}")
+    if {"doc_lengths", "doc_ids"} <= names:
+        ids_R = list_lengths(rows.batch.column("doc_ids"))
+        refuse_rows(
+            rows, ids_R != rows.pieces,
+            lambda row: f"doc_ids and doc_lengths differ: {ids_R[row]} documents, {rows.pieces[row]} pieces",
+        )  # fmt: skip
+    if {"doc_lengths", "input_ids"} <= names:
+        refuse_rows(rows, rows.pieces < 1, lambda row: "has no document piece")
+        if rows.doc_lengths.min(initial=1) < 1:
+            piece = int(np.argmax(rows.doc_lengths < 1))
+            fail(rows, int(np.searchsorted(rows.piece_ends, piece, side="right")), "a document piece is empty")
+        sums_R = np.diff(np.cumsum(rows.doc_lengths, dtype=np.int64)[rows.piece_ends - 1], prepend=0)
+        refuse_rows(
+            rows, sums_R != rows.lengths,
+            lambda row: f"doc_lengths do not sum to the row's length: {sums_R[row]}, expected {rows.lengths[row]}",
+        )  # fmt: skip
+
+
+def _check_logprobs(rows: Rows, name: str) -> None:
+    column, step = logprobs_column(name), rows.part.manifest.references[name]["logprob_step"]
+    _check_length(rows, column)
+    values_T, predicted_T = rows.logprobs(name), rows.predicted(name)
+    valid_T = (values_T <= 0) & (values_T >= -LARGEST)  # False for NaN, which stands for null here
+    nulls = rows.batch.column(column).flatten().null_count
+    if nulls != np.count_nonzero(~predicted_T) or not np.array_equal(valid_T, predicted_T):
+        _check_null(rows, column, predicted_T)
+        refuse_tokens(
+            rows, predicted_T & ~valid_T,
+            lambda token: f"{column} is {values_T[token]:g}, which is not finite and <= 0",
+        )  # fmt: skip
+    if step:
+        multiple_T = values_T / np.float32(step)  # exact, because steps are powers of two
+        refuse_tokens(
+            rows, predicted_T & (np.rint(multiple_T) != multiple_T),
+            lambda token: f"{column} is {values_T[token]:g}, which is not a multiple of {step:g}",
+        )  # fmt: skip
+
+
+def _check_topk(rows: Rows, name: str) -> None:
+    reference, predicted_T, columns = rows.part.manifest.references[name], rows.predicted(name), topk_columns(name)
+    for column in columns:
+        _check_length(rows, column)
+        _check_null(rows, column, predicted_T)
+        entries = rows.batch.column(column).flatten()
+        if entries.values.null_count and entries.flatten().null_count:  # flatten leaves out null entries
+            row = next(row for row in range(len(rows)) if rows.batch.column(column)[row].values.flatten().null_count)
+            fail(rows, row, f"{column} has a null in an entry")
+    step, vocab_size = reference["logprob_step"], reference.get("vocab_size")
+    ids_TK, logprobs_TK = rows.topk(name)
+
+    def fault(tokens_N: np.ndarray) -> str | None:
+        entries_NK = logprobs_TK[tokens_N]
+        found = fault_of_topk(
+            rows.ids[tokens_N], rows.logprobs(name)[tokens_N], ids_TK[tokens_N], entries_NK, vocab_size, step
+        )
+        multiple_NK = entries_NK / np.float32(step or 1)
+        if not found and step and not np.array_equal(np.rint(multiple_NK), multiple_NK):
+            found = f"a log-prob is not a multiple of {step:g}"
+        return found
+
+    if fault(predicted_T):
+        for row in range(len(rows)):  # which of them
+            start, end = rows.place(row).start, rows.place(row).stop
+            found = fault(start + np.flatnonzero(predicted_T[start:end]))
+            if found:
+                fail(rows, row, f"{', '.join(columns)}: {found}")
+
+
+def _check_length(rows: Rows, column: str) -> None:
+    lengths_R = list_lengths(rows.batch.column(column))
+    refuse_rows(
+        rows, lengths_R != rows.lengths,
+        lambda row: f"{column} and input_ids differ in length: {lengths_R[row]} and {rows.lengths[row]}",
+    )  # fmt: skip
+
+
+def _check_null(rows: Rows, column: str, predicted_T: np.ndarray) -> None:
+    present_T = rows.batch.column(column).flatten().is_valid().to_numpy(zero_copy_only=False)
+    refuse_tokens(
+        rows, present_T != predicted_T,
+        lambda token: f"{column} is {'null' if predicted_T[token] else 'not null'}, expected null exactly where nothing "
+        "precedes, and in quarantined rows",
+    )  # fmt: skip
+
+
+def refuse_rows(rows: Rows, bad_R: np.ndarray, what: Callable[[int], str]) -> None:
+    """ValueError for the first row where `bad_R` is True; what: of that row."""
+    if bad_R.any():
+        row = int(np.argmax(bad_R))
+        fail(rows, row, what(row))
+
+
+def refuse_tokens(rows: Rows, bad_T: np.ndarray, what: Callable[[int], str]) -> None:
+    """ValueError for the first token where `bad_T` is True; what: of that token, a place in arrays of T."""
+    if bad_T.any():
+        token = int(np.argmax(bad_T))
+        row = int(np.searchsorted(rows.ends, token, side="right"))
+        fail(rows, row, f"{what(token)} (token {token - rows.place(row).start})")
+
+
+def fail(rows: Rows, row: int, what: str) -> NoReturn:
+    """ValueError that names a row, counted from 0 in these."""
+    raise ValueError(f"{rows.where(row)}: {what}; {REMEDY}")
