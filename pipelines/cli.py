@@ -98,6 +98,9 @@ def with_config_file(settings: type) -> type:
 def parse(arguments: list[str]) -> Any:
     """The settings dataclass of the command that `arguments` name; SystemExit(2) for bad usage."""
     described = {"-h", "--help", "--tyro-print-completion"} & set(arguments)
+    if not described and arguments and arguments[0] in COMMANDS:  # so that errors point to the command's own --help
+        settings = COMMANDS[arguments[0]][0]
+        return tyro.cli(settings, prog=f"remit {arguments[0]}", args=arguments[1:], use_underscores=False)
     union: Any = None
     for name, (settings, _) in COMMANDS.items():
         summary = (settings.__doc__ or "").splitlines()[0]

@@ -15,6 +15,10 @@ from pipelines.plan.settings import PlanConfig
 
 RUNS = (1, 2, 3, 5, 10)
 OURS = "measured by this project"
+NETWORK = (
+    "400 Gb/s for each GPU between machines; replicas exchange beside the backward of their last micro-batch, sharded weights "
+    "beside everything"
+)
 MEASURED_TOKENS = 8192
 """Of a forward at which --mfu-train was measured: two rows of 4,096."""
 
@@ -52,7 +56,7 @@ def machine_of(config: PlanConfig, notes: Assumptions) -> Machine:
         memory_bytes=1e9 * notes.take("gpu_memory_gb", known.memory_gb, "GB per GPU", f"{name}: {known.source}"),
         memory_share=notes.take("memory_share", 0.9, "of it", "allocator, kernels, communication take the rest"),
         link=1e9 * notes.take("link", known.link_gbps, "GB/s per GPU", f"inside of a machine, {name}: {known.source}"),
-        network=1e9 * notes.take("network", 50, "GB/s per GPU", "between machines, 400 Gb/s for each GPU"),
+        network=1e9 * notes.take("network", 50, "GB/s per GPU", NETWORK),
     )
 
 

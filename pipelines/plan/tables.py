@@ -55,10 +55,12 @@ def show(figures: dict[str, Any], console: Console) -> None:
     ]
     print_table(console, "Costs", ["", "wall time", "GPU-hours", "tokens/s"], lines)
     step = figures["step"]
+    rows = f"{step['rows_per_gpu']} {'row' if step['rows_per_gpu'] == 1 else 'rows'}"
+    hidden = step["exchange_overlapped_seconds"]
     console.print(
         Text(
-            f"A step: {step['rows_per_gpu']} rows per GPU take {_time(step['compute_seconds'])}, the exchange of gradients "
-            f"{_time(step['exchange_seconds'])}, of which {_time(step['exchange_overlapped_seconds'])} beside the computation."
+            f"A step computes {rows} per GPU in {_time(step['compute_seconds'])} and exchanges gradients for "
+            f"{_time(step['exchange_seconds'])}" + f", {_time(hidden)} of them beside the computation." * (hidden > 0)
         ),
         soft_wrap=True,
     )
