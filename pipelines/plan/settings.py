@@ -23,7 +23,6 @@ POSITIVE = (
     ),
     *("mfu_online", "remit_cost", "packed_bytes", "logprob_bytes", "topk_entry_bytes", "memory_share"),
 )
-UNLIMITED = ("link", "network")
 SHARES = ("mfu_score", "mfu_train", "mfu_online", "memory_share")
 COUNTS = ("num_gpus", "gpus_per_node", "global_batch_size", "micro_batch_size")
 FROM_ZERO = ("score_start_seconds", "train_start_seconds", "top_k")
@@ -78,9 +77,9 @@ class PlanConfig:
     mfu_online: float | None = None
     """Share of the peak that a reference reaches inside of the training step; default: as training."""
     network: float | None = None
-    """GB/s per GPU and direction between machines, inf where it costs nothing; default 50."""
+    """GB/s per GPU and direction between machines; default 50."""
     link: float | None = None
-    """GB/s per GPU and direction inside of a machine, likewise; default: by --gpu."""
+    """GB/s per GPU and direction inside of a machine; default: by --gpu."""
     peak_tflops: float | None = None
     """Peak of one GPU, in 10^12 floating point operations per second; default: by --gpu and --dtype."""
     gpu_memory_gb: float | None = None
@@ -112,7 +111,7 @@ class PlanConfig:
                 raise ValueError(f"{option} is {value}, expected at least 1")
             if name in FROM_ZERO and not 0 <= value < math.inf:
                 raise ValueError(f"{option} is {value:g}, expected 0 or more")
-            if name in POSITIVE and not (0 < value < math.inf or (value == math.inf and name in UNLIMITED)):
+            if name in POSITIVE and not 0 < value < math.inf:
                 raise ValueError(f"{option} is {value:g}, expected a number above 0")
             if name in SHARES and value > 1:
                 raise ValueError(f"{option} is {value:g}, expected a share of at most 1, for instance 0.4")

@@ -19,15 +19,15 @@ from pipelines.token_text import token_strings
 from shards.folder import ShardFolder
 from shards.rows import Rows
 from shards.schema import logprobs_column
-from trainer.objectives.objective import Tokens, Weighted
+from trainer.objectives.objective import Tokens
 from trainer.objectives.remit import make
 from trainer.objectives.settings import ObjectiveSettings
 from trainer.statistics import Sources, StepStatistics
 
 QUANTILE_STEP = 1 / 64
 """Nats, of the histogram in trainer/statistics.py."""
-RANKED_AT_ONCE = 1 << 20
-"""Tokens: an addition to the ranking takes as long as the vocabulary is large."""
+RANKED_AT_ONCE = 256
+"""Rows: an addition to the ranking takes as long as the vocabulary is large."""
 
 
 def weights_of_corpus(
@@ -45,10 +45,12 @@ def weights_of_corpus(
     }
     statistics = {epsilon: StepStatistics() for epsilon in objectives}
     manifest = folder.manifest
-    ranking = _Ranking(manifest.tokenizer["vocab_size"])
+    ranking = TokenRanking(manifest.tokenizer["vocab_size"])
+    to_rank: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     columns = [logprobs_column(name) for name in (config.reference, config.base)]
+    chosen = choose_rows(manifest, config.rows, config.seed).tolist()
     done = used = tokens = 0
-    for row in folder.rows(choose_rows(manifest, config.rows, config.seed).tolist(), columns):
+    for row in folder.rows(chosen, columns):
         done += 1
         if row.scored(config.reference, config.base)[0]:
             used, tokens = used + 1, tokens + len(row.ids)
@@ -59,9 +61,13 @@ def weights_of_corpus(
                     weighted = objective.weigh(seen)
                     statistics[epsilon].add_weights(0, seen.losses_N, weighted)
                     if epsilon == config.show_epsilon:
-                        ranking.add(ids_N, weighted)
+                        assert weighted.delta_N is not None
+                        to_rank.append((ids_N, weighted.weights_N.numpy(), weighted.delta_N.numpy()))
+        if to_rank and (len(to_rank) == RANKED_AT_ONCE or done == len(chosen)):
+            ranking.add(*map(np.concatenate, zip(*to_rank)))
+            to_rank.clear()
         progress(done, tokens)
-    if not (ranked := ranking.all()).count_V.any():
+    if not ranking.count_V.any():
         raise ValueError(
             f"{folder.path}: none of the {done:,} rows that were read has a token with log-probs of both; raise --rows"
         )
@@ -91,7 +97,7 @@ def weights_of_corpus(
             "quantiles": some["delta_quantiles"],
             "step": max(*steps, QUANTILE_STEP),  # the quantiles are no finer
         },
-        "vocabulary": _vocabulary(folder, config, ranked),
+        "vocabulary": _vocabulary(folder, config, ranking),
     }
 
 
@@ -114,29 +120,6 @@ def _seen(row: Rows, context: str, config: WeightsConfig) -> tuple[np.ndarray, T
     stored = {"logprobs": torch.from_numpy(row.logprobs(config.reference)[predicted])}
     seen = Tokens(losses_N, torch.zeros_like(document_N), document_N, stored)
     return row.ids[predicted].astype(np.int64), seen
-
-
-class _Ranking:
-    """A TokenRanking that is added to many rows at a time."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self._ranking = TokenRanking(vocab_size)
-        self._waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        self._tokens = 0
-
-    def add(self, ids_N: np.ndarray, weighted: Weighted) -> None:
-        assert weighted.delta_N is not None
-        self._waiting.append((ids_N, weighted.weights_N.numpy(), weighted.delta_N.numpy()))
-        self._tokens += len(ids_N)
-        if self._tokens >= RANKED_AT_ONCE:
-            self.all()
-
-    def all(self) -> TokenRanking:
-        """With everything that was added."""
-        if self._waiting:
-            self._ranking.add(*map(np.concatenate, zip(*self._waiting)))
-        self._waiting, self._tokens = [], 0
-        return self._ranking
 
 
 def _figures(metrics: dict[str, Any]) -> dict[str, float | None]:
