@@ -41,13 +41,7 @@ function describeCurrent() {
   else detail.hidden = true;
 }
 
-function focus(token) {
-  const before = token.closest(".text").querySelector('.t[tabindex="0"]');
-  if (before) before.tabIndex = -1; // one stop of the Tab key per row
-  token.tabIndex = 0;
-  token.focus();
-}
-
+for (const text of rows.querySelectorAll(".text")) text.querySelector(".t").tabIndex = 0; // one stop of the Tab key per row
 for (const event of ["mouseover", "mouseleave", "focusin", "focusout"]) rows.addEventListener(event, describeCurrent);
 addEventListener("scroll", describeCurrent, { passive: true });
 addEventListener("keydown", (event) => {
@@ -58,7 +52,10 @@ addEventListener("keydown", (event) => {
   const by = { ArrowRight: 1, ArrowDown: 10, ArrowLeft: -1, ArrowUp: -10, Home: -all.length, End: all.length }[event.key];
   if (!by) return;
   event.preventDefault();
-  focus(all[Math.max(0, Math.min(all.length - 1, all.indexOf(token) + by))]);
+  const next = all[Math.max(0, Math.min(all.length - 1, all.indexOf(token) + by))];
+  token.tabIndex = -1;
+  next.tabIndex = 0;
+  next.focus();
 });
 for (const choice of document.querySelectorAll('input[name="by"]')) {
   choice.addEventListener("change", () => (document.body.dataset.by = choice.value));

@@ -192,31 +192,26 @@ def _legend(by: str, steps: range, ticks: list[str], left: str, right: str, scal
 
 
 def _spans(rows: list[PageRow], full: dict[str, float], search: str | None, base: Base) -> Iterator[dict[str, Any]]:
-    """The rows as the template reads them, one at a time. search: what to mark; the page shows its first match first."""
+    """The rows as the template reads them, one at a time. search: what to mark; the page shows its first match first.
+
+    Groups are documents that begin there, tokens as pairs of the classes of their colours and their data-n, and text.
+    """
     is_first_match = True
     by = ("delta", "weight") if base.name is not None else ("reference",)
     for row in rows:
         marks = find_in_groups(row.groups, search) if search else [[] for _ in row.groups]
-        colours = [_steps(name, getattr(row.figures, f"{name}_T"), full[name]).tolist() for name in by]
-        is_scored = np.isfinite(getattr(row.figures, f"{by[0]}_T")).tolist()
-        numbers = _numbers(row)
-        tokens = [
-            {
-                "colours": "".join(f" {_colour_class(*pair)}" for pair in zip(by, steps) if pair[1])
-                if scored
-                else " none",
-                "numbers": own,
-                "first": place == 0,
-            }
-            for place, (scored, own, *steps) in enumerate(zip(is_scored, numbers, *colours))
-        ]
+        values = [getattr(row.figures, f"{name}_T") for name in by]
+        steps = [_steps(name, values_T, full[name]).tolist() for name, values_T in zip(by, values)]
+        classes = [" ".join(filter(None, map(_colour_class, by, of_token))) for of_token in zip(*steps)]
+        classes = [own if scored else "none" for own, scored in zip(classes, np.isfinite(values[0]))]
+        tokens = list(zip(classes, _numbers(row)))
         groups, place, documents = [], 0, list(row.documents)
         for (count, text), ranges in zip(row.groups, marks):
-            begun = [document for start, document in documents if place <= start < place + count]
-            documents = documents[len(begun) :]
-            shown = _shown(text, ranges, is_first_match)
+            begun = []
+            while documents and documents[0][0] < place + count:  # also one that begins within a character
+                begun.append(documents.pop(0)[1])
+            groups.append((begun, tokens[place : place + count], _shown(text, ranges, is_first_match)))
             is_first_match = is_first_match and not ranges
-            groups.append({"documents": begun, "tokens": tokens[place : place + count], "text": shown})
             place += count
         yield {"number": row.number, "facts": row.facts, "groups": groups}
 
@@ -239,19 +234,21 @@ def _numbers(row: PageRow) -> list[str]:
     return [" ".join(values) for values in zip(places, map(str, row.ids), *columns, clipped)]
 
 
-def _shown(text: str, ranges: list[tuple[int, int]], is_first: bool) -> Markup:
-    """The text of a group as HTML. ranges: of its characters, what to mark; is_first: whether that is the page's first."""
+def _shown(text: str, ranges: list[tuple[int, int]], is_first: bool) -> str:
+    """The text of a group, as HTML where it is more than text. ranges: of its characters, what to mark; is_first: whether
+    that is the page's first match."""
+    if not text:  # the decoder drops this token
+        return Markup('<span class="e">∅</span>')
+    combines = unicodedata.category(text[0]).startswith("M")  # with a letter that is in another token
+    if not ranges and not combines and text.isprintable():
+        return text
     shown, end = Markup(), 0
     for start, stop in ranges:
         name = Markup(' id="match"') if is_first else ""
         shown += _visible(text[end:start]) + Markup("<mark{}>{}</mark>").format(name, _visible(text[start:stop]))
         end, is_first = stop, False
     shown += _visible(text[end:])
-    if not text:  # the decoder drops this token
-        return Markup('<span class="e">∅</span>')
-    if unicodedata.category(text[0]).startswith("M"):  # the letter that it belongs to is in another token
-        return Markup('<span class="c">{}</span>').format(shown)
-    return shown
+    return Markup('<span class="c">{}</span>').format(shown) if combines else shown
 
 
 def _visible(text: str) -> Markup:
