@@ -24,10 +24,11 @@ from pipelines import commands, completion, tools
 from pipelines.console import BAD_USAGE, FAILED, STOPPED, BadUsage
 from pipelines.evaluation.settings import EvalConfig
 from pipelines.flywheel.settings import FlywheelOptions
+from pipelines.inspect.settings import InspectConfig
 from pipelines.plan.settings import PlanConfig, WeightsConfig, refuse_moved_option
 from pipelines.plan.tables import plan
 from pipelines.plan.weights_tables import weights
-from pipelines.settings import CompletionConfig, InspectConfig, ReportConfig, SelectConfig, VerifyConfig
+from pipelines.settings import CompletionConfig, ReportConfig, SelectConfig, VerifyConfig
 from pipelines.signals import Stopped, StopRequest
 from scorer.config import PackConfig, ScoreConfig
 from trainer.config import TrainConfig

@@ -4,7 +4,7 @@ In: an annotated folder and the reference model. Out: differences over random ro
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.inspect.terminal import read_row
 from scorer.canary import BIAS_DEVIATIONS, Distance, Limits
 from scorer.forward import load_forward
 from scorer.reference import require_quantised_readable
@@ -21,6 +20,7 @@ from scorer.rowcheck import round_logprobs
 from shards.fingerprint import weights_fingerprint
 from shards.folder import ShardFolder
 from shards.modelfolder import require_language_model
+from shards.rows import Rows
 from shards.schema import logprobs_column, topk_columns
 from trainer.objectives.remit import remit_weights
 
@@ -117,9 +117,7 @@ def measure(
 ) -> Numerics:
     """Rescore random rows of `folder` and compare; ValueError where `model` did not score the column."""
     name = choose_reference(folder, model, name)
-    reference = folder.manifest.references[name]
-    if reference.get("engine") == "fake":
-        raise ValueError(f"{folder.path}: {logprobs_column(name)} comes from the fake engine, not from a model")
+    reference = folder.require_scored(name)
     forward = load_forward(model)
     if base:
         require_language_model(base)
@@ -133,11 +131,11 @@ def measure(
     rounding: list[np.ndarray] = []
     top_differences: list[tuple[np.ndarray, np.ndarray]] = []
     changed = clip_changed = used = 0
-    for row in sorted(map(int, chosen)):
-        values = read_row(folder, row)
-        stored, again, own, losses = _row(values, name, reference["context"], forward, own_forward, base_forward)
+    columns = [logprobs_column(name), *(topk_columns(name) if reference.get("top_k") else ())]
+    for row in folder.rows(np.sort(chosen), columns):
+        stored, again, own, losses = _row(row, name, forward, own_forward, base_forward)
         if reference.get("top_k"):
-            top_differences.append(_top_row(values, name, reference["context"], forward, own_forward))
+            top_differences.append(_top_row(row, name, forward, own_forward))
         on_row()
         if not len(stored):
             continue
@@ -180,46 +178,40 @@ def measure(
     )
 
 
-def _top_row(
-    row: dict[str, Any], name: str, context: str, forward: Callable, own_forward: Callable
-) -> tuple[np.ndarray, np.ndarray]:
+def _top_row(row: Rows, name: str, forward: Callable, own_forward: Callable) -> tuple[np.ndarray, np.ndarray]:
     """|stored - rescored| of the most probable tokens of a row, and |in the column's dtype - rescored| of the same."""
-    ids_column, logprobs_column_ = topk_columns(name)
-    found, own, start = [np.zeros(0)], [np.zeros(0)], 0
-    for length in [len(row["input_ids"])] if context == "packed" else row["doc_lengths"]:
-        here = slice(start + 1, start + length)
-        if length > 1 and row[ids_column][start + 1] is not None:
-            ids_NK, stored_NK = np.array(row[ids_column][here]), np.array(row[logprobs_column_][here])
-            prompt = np.array(row["input_ids"][start : start + length])
-            again_NK = forward(prompt, ids_NK=ids_NK)[1]
-            found.append(np.abs(stored_NK - again_NK).ravel())
-            if own_forward is not forward:
-                own.append(np.abs(own_forward(prompt, ids_NK=ids_NK)[1] - again_NK).ravel())
-            else:
-                own.append(np.zeros(again_NK.size))
-        start += length
+    found, own = [np.zeros(0)], [np.zeros(0)]
+    ids_TK, stored_TK = row.topk(name)
+    for start, end in _scored_spans(row, name):
+        prompt, ids_NK = row.ids[start:end], ids_TK[start + 1 : end]
+        again_NK = forward(prompt, ids_NK=ids_NK)[1]
+        found.append(np.abs(stored_TK[start + 1 : end].astype(np.float64) - again_NK).ravel())
+        if own_forward is not forward:
+            own.append(np.abs(own_forward(prompt, ids_NK=ids_NK)[1] - again_NK).ravel())
+        else:
+            own.append(np.zeros(again_NK.size))
     return np.concatenate(found), np.concatenate(own)
 
 
 def _row(
-    row: dict[str, Any], name: str, context: str, forward: Callable, own_forward: Callable, base_forward: Callable
+    row: Rows, name: str, forward: Callable, own_forward: Callable, base_forward: Callable
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Stored log-probs of a row, those rescored in float32 and in the column's dtype, and the base's losses: float64
     [tokens that have one]."""
-    stored, again, own, losses = [], [], [], []
-    start = 0
-    values = row[logprobs_column(name)]
-    for length in [len(row["input_ids"])] if context == "packed" else row["doc_lengths"]:
-        ids = np.array(row["input_ids"][start : start + length])
-        if length > 1 and values[start + 1] is not None:  # else the row is quarantined
-            stored.append(np.array(values[start + 1 : start + length], dtype=np.float64))
-            again.append(forward(ids).astype(np.float64))
-            own.append(own_forward(ids).astype(np.float64) if own_forward is not forward else again[-1])
-            losses.append(-base_forward(ids).astype(np.float64) if base_forward is not forward else -again[-1])
-        start += length
-    if not stored:
-        return (np.zeros(0),) * 4
+    stored, again, own, losses = [np.zeros(0)], [np.zeros(0)], [np.zeros(0)], [np.zeros(0)]
+    for start, end in _scored_spans(row, name):
+        ids = row.ids[start:end]
+        stored.append(row.logprobs(name)[start + 1 : end].astype(np.float64))
+        again.append(forward(ids).astype(np.float64))
+        own.append(own_forward(ids).astype(np.float64) if own_forward is not forward else again[-1])
+        losses.append(-base_forward(ids).astype(np.float64) if base_forward is not forward else -again[-1])
     return np.concatenate(stored), np.concatenate(again), np.concatenate(own), np.concatenate(losses)
+
+
+def _scored_spans(row: Rows, name: str) -> list[tuple[int, int]]:
+    """What was conditioned on together in a row: first token and one past the last; nothing of a quarantined row."""
+    spans = row.spans(row.part.manifest.references[name]["context"])
+    return [(start, end) for start, end, _ in spans] if row.scored(name).all() else []
 
 
 def show(numerics: Numerics, console: Console) -> None:
@@ -227,20 +219,19 @@ def show(numerics: Numerics, console: Console) -> None:
     table = Table(box=None, show_header=False)
     rows = {
         "column": logprobs_column(numerics.reference),
-        "compared": f"{numerics.tokens:,} log-probs in {numerics.rows:,} rows",
+        "compared": f"{numerics.tokens:,} log-probs in {numerics.rows:,} rows, with a float32 forward",
         "mean |difference|": f"{numerics.mean:.2e} nat (at most {numerics.tolerance:.2e})",
-        f"of a forward in {numerics.dtype}": f"{numerics.own_mean:.2e} nat",
+        f"the model in {numerics.dtype}": f"{numerics.own_mean:.2e} nat from float32",
         "max |difference|": f"{numerics.max:.2e} nat",
         "bias": f"{numerics.bias:+.2e} nat (at most {numerics.bias_tolerance:.2e} from {numerics.rounding_bias:+.2e}, "
         "which rounding gives)",
         f"weights changed by > {WEIGHT_CHANGE}": f"{numerics.weights_changed:.3%}",
         "clipped in one only": f"{numerics.clip_changed:.3%}",
-        "weights with the losses of": numerics.base or "the reference itself (no --base given)",
+        "losses of the base": f"of {numerics.base}" if numerics.base else "the reference stands in; --base gives one",
     }
     if numerics.topk_mean is not None:
-        rows["mean |difference| of the top k"] = f"{numerics.topk_mean:.2e} nat"
+        rows["mean |difference| of the top k"] = f"{numerics.topk_mean:.2e} nat (at most {numerics.topk_tolerance:.2e})"
     for key, value in rows.items():
         table.add_row(key, value)
     console.print(table)
     console.print(numerics.verdict)
-    console.print_json(data=asdict(numerics) | {"passes": numerics.passes}, indent=None)

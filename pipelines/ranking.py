@@ -11,7 +11,8 @@ import numpy as np
 
 from shards.folder import ShardFolder
 from shards.manifest import Manifest, PartPlan, part_name
-from shards.schema import list_lengths, logprobs_column
+from shards.part import REMEDY
+from shards.schema import logprobs_column
 from shards.selection import keep_count
 
 
@@ -47,44 +48,24 @@ def part_scores(shards: ShardFolder, corpus: CorpusRows, teacher: str, small: st
     taken of the differences, whose sum is exact for rounded log-probs, so rows that tie in truth tie here. ValueError
     for a part that is damaged, or whose rows are not those of the manifest, or not scored alike by both.
     """
-    manifest, plan = shards.manifest, shards.manifest.parts[part]
-    columns = [logprobs_column(name) for name in (teacher, small)]
-    reader = shards.open_part(plan.name, [*columns, "source"])
-    first = part * manifest.rows_per_part
-    lengths = corpus.lengths(first, first + plan.rows)
-    sources = corpus.source_of(np.arange(first, first + plan.rows))
-    quarantined = np.zeros(plan.rows, dtype=bool)
-    for name in (teacher, small):
-        quarantined[shards.record(plan.name).quarantined.get(name, [])] = True
+    plan = shards.manifest.parts[part]
+    context = shards.manifest.references[teacher]["context"]
     scores = np.full(plan.rows, np.nan)
-    begin = 0
-    for index in range(reader.num_record_batches):
-        batch = reader.get_batch(index)
-        rows = slice(begin, begin + batch.num_rows)
-        begin += batch.num_rows
-        where = f"{shards.store.where(plan.name)}: record batch {index}"
-        as_planned = np.array_equal(batch.column("source").to_numpy(), sources[rows])
-        for column in columns:
-            as_planned = as_planned and np.array_equal(list_lengths(batch.column(column)), lengths[rows])
-        if not as_planned:
-            raise ValueError(f"{where}: its rows are not those that the manifest plans; run remit verify")
-        teacher_flat, small_flat = (batch.column(column).flatten() for column in columns)
-        present = teacher_flat.is_valid().to_numpy(zero_copy_only=False)
-        small_present = small_flat.is_valid().to_numpy(zero_copy_only=False)
-        starts = np.cumsum(lengths[rows]) - lengths[rows]
-        differs = np.logical_or.reduceat(present != small_present, starts)
-        if np.any(differs & ~quarantined[rows]):
-            raise ValueError(f"{where}: {teacher} and {small} have log-probs of different tokens; run remit verify")
-        difference = teacher_flat.fill_null(0).to_numpy().astype(np.float64)
-        difference -= small_flat.fill_null(0).to_numpy()
-        counts = np.add.reduceat(present.astype(np.int64), starts)
-        scored = (counts > 0) & ~quarantined[rows]
-        sums = np.add.reduceat(difference, starts)[scored]
-        if not np.all(np.isfinite(sums)):
-            raise ValueError(f"{where}: a log-prob of {teacher} or {small} is not finite; run remit verify")
-        scores[rows][scored] = sums / counts[scored]
-    if begin != plan.rows:
-        raise ValueError(f"{shards.store.where(plan.name)}: has {begin} rows, expected {plan.rows}; run remit verify")
+    for rows in shards.batches([logprobs_column(teacher), logprobs_column(small)], [plan.name]):
+        first, end = rows.numbers[0], rows.numbers[-1] + 1
+        if not (
+            np.array_equal(rows.source, corpus.source_of(rows.numbers))
+            and np.array_equal(rows.lengths, corpus.lengths(first, end))
+        ):
+            raise ValueError(f"{rows.where()} and those after it are not the rows that the manifest plans; {REMEDY}")
+        predicted = rows.has_predecessor(context)
+        difference = rows.logprobs(teacher).astype(np.float64) - rows.logprobs(small)
+        difference[~predicted] = 0
+        starts = rows.ends - rows.lengths
+        counts = np.add.reduceat(predicted.astype(np.int64), starts)
+        scored = (counts > 0) & rows.scored(teacher, small)
+        of_part = rows.first_row + np.flatnonzero(scored)
+        scores[of_part] = np.add.reduceat(difference, starts)[scored] / counts[scored]
     return scores
 
 

@@ -23,6 +23,7 @@ from pipelines.ranking import CorpusRows, best_rows, part_scores, plan_selection
 from pipelines.settings import SelectConfig
 from scorer.config import Stopped
 from scorer.output import begin_output, clean, leave, require_empty
+from shards.contract import check
 from shards.crash import crash_point
 from shards.folder import ShardFolder
 from shards.lease import Lease
@@ -65,7 +66,7 @@ def select(
     if _same_folder(shards.store, out):
         raise ValueError(f"--out {config.out} is the folder to select from, which stays as it is; choose another --out")
     shards.require_complete()
-    check_references(shards, config.teacher, config.small)
+    shards.require_one_context(config.teacher, config.small)
     require_empty(out)
     asked = {
         "method": "miniplm",
@@ -105,24 +106,6 @@ def _same_folder(one: Store, other: Store) -> bool:
     if one.local is not None and other.local is not None:
         return Path(one.local).resolve() == Path(other.local).resolve()
     return one.url == other.url
-
-
-def check_references(shards: ShardFolder, teacher: str, small: str) -> None:
-    """ValueError unless both references have scored the folder, in one context, and are models."""
-    contexts = []
-    for name in (teacher, small):
-        reference = shards.require_reference(name)
-        contexts.append(reference["context"])
-        if reference.get("engine") == "fake":
-            raise ValueError(
-                f"{shards.path}: its log-probs of {name!r} come from the fake engine, a hash, and not from a model; "
-                "score again without --engine fake"
-            )
-    if contexts[0] != contexts[1]:
-        raise ValueError(
-            f"{shards.path}: {teacher!r} was scored in {contexts[0]} context, {small!r} in {contexts[1]} context, so their "
-            "log-probs are not of the same predictions; score one of them again with the other's --context"
-        )
 
 
 def refuse_other_selection(out: Store, source: Manifest, asked: dict[str, Any]) -> None:
@@ -247,17 +230,15 @@ def read_kept(shards: ShardFolder, places: np.ndarray, part: int) -> KeptRows:
     first_row = part * manifest.rows_per_part
     first, end = np.searchsorted(places, [first_row, first_row + manifest.parts[part].rows]).tolist()
     rows = places[first:end] - first_row
-    reader = shards.open_part(name)
-    batches, begin = [], 0
-    for index in range(reader.num_record_batches):
-        bounds = np.searchsorted(rows, [begin, begin + manifest.rows_per_batch])
-        here = rows[slice(*bounds)] - begin
+    reader = shards.open_rows(name)
+    batches = []
+    for index in range(len(reader)):
+        begin = index * manifest.rows_per_batch
+        here = rows[slice(*np.searchsorted(rows, [begin, begin + manifest.rows_per_batch]))] - begin
         if len(here):
-            batches.append(reader.get_batch(index).take(pa.array(here)))
-        begin += manifest.rows_per_batch
+            batches.append(check(reader.batch(index)).batch.take(pa.array(here)))
     table = pa.Table.from_batches(batches).replace_schema_metadata(None)
-    quarantined = shards.record(name).quarantined
-    listed = {(reference, row) for reference, rows_of_it in quarantined.items() for row in rows_of_it}
+    listed = {(reference, row) for reference, rows_of_it in reader.quarantined.items() for row in rows_of_it}
     entries = read_quarantined_rows(shards.store, name) if listed else []
     if listed != {(entry["reference"], entry["row"]) for entry in entries}:
         raise ValueError(f"{shards.store.where(name)}: its quarantined rows are not those it lists; run remit verify")

@@ -1,7 +1,7 @@
 """Which tokens of the vocabulary ReMiT weights most and least, on average over the places where they occur.
 
 In: ids, weights and excess losses of predicted tokens, a few rows at a time. Out: the tokens with the largest and the
-smallest mean weight. N = predicted tokens, V = ids of the tokenizer, K = those that occur often enough. Nats.
+smallest mean weight. N = predicted tokens, V = ids of the tokenizer, K = some of those. Losses in nats.
 """
 
 import math
@@ -11,7 +11,7 @@ import numpy as np
 
 
 class TokenRanking:
-    """Sums over the places of each token of a vocabulary, filled by `add`."""
+    """Occurrences of each token of a vocabulary, and sums over them of weights and excess losses."""
 
     def __init__(self, vocab_size: int) -> None:
         self.count_V = np.zeros(vocab_size)
@@ -19,8 +19,9 @@ class TokenRanking:
         self.excess_loss_V = np.zeros(vocab_size)
 
     def add(self, ids_N: np.ndarray, weights_N: np.ndarray, excess_losses_N: np.ndarray) -> None:
+        ids_K, place_N = np.unique(ids_N, return_inverse=True)  # far fewer than V
         for sum_V, values in ((self.count_V, None), (self.weight_V, weights_N), (self.excess_loss_V, excess_losses_N)):
-            sum_V += np.bincount(ids_N, values, minlength=len(sum_V))
+            sum_V[ids_K] += np.bincount(place_N, values)
 
     def most(self, top: int, min_count: int) -> dict[str, Any]:
         """tokens: how many occur at least min_count times; up, down: `top` of them with the largest, smallest mean weight.

@@ -5,7 +5,10 @@ the texts one after the other are the decoded row.
 """
 
 import json
+import re
 import unicodedata
+from bisect import bisect_right
+from itertools import accumulate
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -29,6 +32,14 @@ class TokenText:
     def symbol(self, token_id: int) -> str:
         """How the vocabulary spells a token: byte-level symbols, where the tokenizer has such."""
         return self.tokenizer.id_to_token(token_id) or "?"
+
+    def strings(self, input_ids: list[int]) -> list[str]:
+        """Text of each token; bytes that are only a piece of a character show as <0xE5>."""
+        texts = [self.decode([token_id]) for token_id in input_ids]
+        return [
+            spelled(self.symbol(token_id)) if "\ufffd" in text or not text else text
+            for token_id, text in zip(input_ids, texts)
+        ]
 
     def decode(self, input_ids: list[int]) -> str:
         return self.tokenizer.decode(input_ids, skip_special_tokens=False)
@@ -75,15 +86,8 @@ class TokenText:
 
 
 def token_strings(folder: ShardFolder, input_ids: list[int]) -> list[str]:
-    """Text of each token; bytes that are only a piece of a character show as <0xE5>."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_str(json.dumps(folder.tokenizer_json()))
-    strings = []
-    for token_id in input_ids:
-        text = tokenizer.decode([token_id], skip_special_tokens=False)
-        strings.append(spelled(tokenizer.id_to_token(token_id) or "?") if "\ufffd" in text or not text else text)
-    return strings
+    """Text of each token by the tokenizer of a folder, as TokenText.strings gives it."""
+    return TokenText(folder).strings(input_ids)
 
 
 def spelled(symbol: str) -> str:
@@ -107,3 +111,20 @@ def token_label(text: str) -> str:
     shown = text.replace("\\", "\\\\").replace("·", "\\xb7").replace(" ", "·")
     stands_on = "◌" if unicodedata.category(text[:1] or " ").startswith("M") else ""
     return stands_on + printable(shown)
+
+
+def find_in_groups(groups: list[tuple[int, str]], wanted: str) -> list[list[tuple[int, int]]]:
+    """Where `wanted` is in the text of the groups: of each group, the first character and one past the last, in its text.
+
+    A match that reaches over several groups has a range in each of them.
+    """
+    ranges: list[list[tuple[int, int]]] = [[] for _ in groups]
+    ends = list(accumulate(len(text) for _, text in groups))
+    for match in re.finditer(re.escape(wanted), "".join(text for _, text in groups)):
+        for index in range(bisect_right(ends, match.start()), len(groups)):
+            start = ends[index] - len(groups[index][1])
+            if start >= match.end():
+                break
+            if groups[index][1]:
+                ranges[index].append((max(match.start() - start, 0), min(match.end(), ends[index]) - start))
+    return ranges

@@ -5,15 +5,18 @@ Heavy imports (torch, transformers) happen inside, so that --help answers at onc
 
 import json
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from pipelines.console import DONE, FAILED, ShouldStop, note, progress_bar, quiet_libraries
+from pipelines.console import DONE, FAILED, ShouldStop, counted, note, progress_bar, quiet_libraries
 from pipelines.evaluation.settings import EvalConfig
+from pipelines.inspect.settings import InspectConfig
 from pipelines.models import resolve_model
 from pipelines.pages import write_page
-from pipelines.settings import InspectConfig, ReportConfig, VerifyConfig
+from pipelines.provenance import print_lines, print_references, selection_line
+from pipelines.settings import ReportConfig, VerifyConfig
 from shards.folder import ShardFolder
 from shards.lease import Lease
 from shards.quarantine import QUARANTINE, take_out
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def verify(config: VerifyConfig, should_stop: ShouldStop) -> int:
-    folder = ShardFolder(config.shards)
+    folder = ShardFolder(config.path)
     if not config.repair:
         return verify_and_show(config, folder)
     lease = Lease(folder.store).acquire(note)  # or a part might be committed between its check and its repair
@@ -40,20 +43,26 @@ def verify_and_show(config: VerifyConfig, folder: ShardFolder) -> int:
         report = verify_folder(folder, lambda plan: bar.update(plan.tokens))
     for problem in report.problems:
         print(f"remit verify: {problem}", file=sys.stderr)
-    documents = folder.manifest.documents
-    print(
-        f"{folder.path}: {report.parts} of {len(folder.manifest.parts)} parts are sound, {report.rows:,} rows, "
-        f"{report.tokens:,} tokens"
-        + ("" if report.documents is None else f", {report.documents:,} documents")
-        + (", whole or in part" if folder.manifest.selections and report.documents is not None else "")
+    manifest, console = folder.manifest, Console(file=sys.stdout, highlight=False)
+    if not console.is_terminal:
+        console.width = 200  # a log has no width
+    counts = [counted(report.rows, "row"), counted(report.tokens, "token")]
+    if report.documents is not None:
+        whole = ", whole or in part" if manifest.selections else ""
+        counts.append(counted(report.documents, "document") + whole)
+    whose = "corpus as packed" if manifest.selections else "plan"
+    print_lines(
+        console,
+        f"{folder.path}: {report.parts} of {counted(len(manifest.parts), 'part')} are sound, {', '.join(counts)}",
+        f"documents of the {whose}: " + ", ".join(f"{kind} {count:,}" for kind, count in manifest.documents.items()),
+        *map(selection_line, manifest.selections),
     )
-    whose = "corpus as packed" if folder.manifest.selections else "plan"
-    print(f"documents of the {whose}: " + ", ".join(f"{kind} {count:,}" for kind, count in documents.items()))
-    for selection in folder.manifest.selections:
-        print(f"selection: {json.dumps(selection)}")
-    for name, count in report.logprobs.items():
-        line = f"{name}: {count:,} log-probs, {report.quarantined[name]:,} rows quarantined, "
-        print(line + json.dumps(folder.manifest.references[name]))
+    columns = {"log-probs": report.logprobs, "rows quarantined": report.quarantined}
+    print_references(
+        console,
+        manifest,
+        {header: {name: f"{count:,}" for name, count in own.items()} for header, own in columns.items()},
+    )
     passes = not report.problems
     if config.repair and report.bad_parts:
         for part in report.bad_parts:
@@ -77,7 +86,9 @@ def rescore(config: VerifyConfig, folder: ShardFolder) -> bool:
         numerics = measure(
             folder, model, config.reference, config.rows, base, config.epsilon, config.seed, lambda: bar.update(1)
         )
-    show(numerics, Console(highlight=False, width=200))
+    show(numerics, Console(file=sys.stdout, highlight=False, width=200))
+    if config.json is not None:
+        config.json.write_text(json.dumps(asdict(numerics) | {"passes": numerics.passes}, indent=1) + "\n", "utf-8")
     return numerics.passes
 
 
@@ -85,7 +96,7 @@ def inspect(config: InspectConfig, should_stop: ShouldStop) -> int:
     from pipelines.inspect.find_rows import find_rows
     from pipelines.inspect.terminal import show
 
-    folder = ShardFolder(config.shards)
+    folder = ShardFolder(config.path)
     if config.row_range is None and config.doc is None and config.search is None:
         show(folder, config, [])
         return DONE
@@ -107,7 +118,7 @@ def inspect(config: InspectConfig, should_stop: ShouldStop) -> int:
 
 def write_heatmap(config: InspectConfig, folder: ShardFolder, found: "Found") -> None:
     """remit inspect --html: the rows as one page."""
-    from pipelines.inspect.heatmap import heatmap
+    from pipelines.inspect.page import write_rows
 
     quiet_libraries()
     assert config.html is not None
@@ -119,7 +130,7 @@ def write_heatmap(config: InspectConfig, folder: ShardFolder, found: "Found") ->
             bar.total = total
             bar.update(done - bar.n)
 
-        page = heatmap(folder, config, found, model, progress)
+        page = write_rows(folder, config, found, model, progress)
     write_page(config.html, page)
     rows = found.rows
     which = f"row {rows[0]}" if len(rows) == 1 else f"{len(rows):,} rows, {rows[0]} to {rows[-1]}"

@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from scorer.batch import Rows
+from scorer.batch import ScoredRows
 from scorer.canary import Forwards, compare
 from scorer.cores import claim_cores
 from scorer.engine import Engine, EngineConfig, batched_tokens, device_memory, environment
@@ -25,6 +25,7 @@ from shards.folder import ShardFolder
 from shards.lease import LeaseLost, check_fence
 from shards.part import CommittedAlready, read_record, record_name, write_part
 from shards.quarantine import read_quarantined_rows, write_quarantined_rows
+from shards.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -85,15 +86,14 @@ class ScoringActor:
         job = self._jobs[part] = Job()
         try:
             began = perf_counter()
-            reader = self._shards.open_part(part)
+            reader = self._shards.open_rows(part)
             read_seconds = perf_counter() - began
-            batches: list[Rows] = []
-            for index in range(reader.num_record_batches):
-                first = sum(rows.batch.num_rows for rows in batches)
+            batches: list[ScoredRows] = []
+            for number in range(len(reader)):
                 before = perf_counter()
-                batch = reader.get_batch(index)
+                rows = reader.batch(number)
                 read_seconds += perf_counter() - before
-                batches.append(self._submit(job, batch, first))  # waits while the engine has enough to do
+                batches.append(self._submit(job, rows))  # waits while the engine has enough to do
             self._loop.wait(job)
             scored = perf_counter()
             self._fill(job, batches)
@@ -125,46 +125,46 @@ class ScoringActor:
         except (ValueError, OSError) as error:
             raise EngineDied(f"the node cannot read {folder}: {error}") from None
 
-    def _submit(self, job: Job, batch: pa.RecordBatch, first_row: int) -> Rows:
+    def _submit(self, job: Job, rows: Rows) -> ScoredRows:
         """Send the prompts of a record batch to the engine."""
         task = self._task
-        rows = Rows.of(batch, first_row, task.context, task.num_embeddings, task.top_k)
-        for start, end, row in rows.spans:
-            if row not in rows.faults:
+        scored = ScoredRows(rows, task.context, task.num_embeddings, task.top_k)
+        for start, end, row in scored.spans:
+            if row not in scored.faults:
                 self._loop.submit(job, job.asked, rows.ids[start:end])
-        return rows
+        return scored
 
-    def _fill(self, job: Job, batches: list[Rows]) -> None:
+    def _fill(self, job: Job, batches: list[ScoredRows]) -> None:
         """Put the values into their rows; score rows with impossible ones again, alone, and note what stays bad."""
         index = 0
-        for rows in batches:
-            for start, end, row in rows.spans:
-                if row not in rows.faults:
-                    rows.put(start, end, job.values.pop(index))
+        for scored in batches:
+            for start, end, row in scored.spans:
+                if row not in scored.faults:
+                    scored.put(start, end, job.values.pop(index))
                     index += 1
         job.asked = 0
         num_rows = bad = 0
-        for rows in batches:
-            num_rows += rows.batch.num_rows
-            for row in range(rows.batch.num_rows):
-                if row in rows.faults or not rows.fault_of(row):
+        for scored in batches:
+            num_rows += len(scored.rows)
+            for row in range(len(scored.rows)):
+                if row in scored.faults or not scored.fault_of(row):
                     continue
                 again = Job(alone=True)
-                spans = [span for span in rows.spans if span[2] == row]
+                spans = [span for span in scored.spans if span[2] == row]
                 for place, (start, end, _) in enumerate(spans):
-                    self._loop.submit(again, place, rows.ids[start:end])
+                    self._loop.submit(again, place, scored.rows.ids[start:end])
                 self._loop.wait(again)
                 for place, (start, end, _) in enumerate(spans):
-                    rows.put(start, end, again.values[place])
-                fault = rows.fault_of(row)
+                    scored.put(start, end, again.values[place])
+                fault = scored.fault_of(row)
                 if fault:
-                    rows.faults[row] = f"scored twice, {fault}"
-            bad += len(rows.faults)
+                    scored.faults[row] = f"scored twice, {fault}"
+            bad += len(scored.faults)
         if bad == num_rows > 1:
             reason = next(iter(batches[0].faults.values()))
             raise EngineDied(f"all {num_rows} rows of the part came out bad ({reason})")
 
-    def _commit(self, part: str, batches: list[Rows]) -> None:
+    def _commit(self, part: str, batches: list[ScoredRows]) -> None:
         """Write the part with the new column; CommittedAlready where another engine was faster."""
         assert self._shards is not None
         assert self._out is not None
@@ -173,13 +173,14 @@ class ScoringActor:
         side = read_quarantined_rows(self._shards.store, part)
         quarantined = dict(self._shards.record(part).quarantined)
         written, bad_rows = [], []
-        for rows in batches:
-            for row, reason in sorted(rows.faults.items()):
+        for scored in batches:
+            rows = scored.rows
+            for row, reason in sorted(scored.faults.items()):
                 bad_rows.append(rows.first_row + row)
                 ids = rows.ids[rows.place(row)].tolist()
                 side.append({"reference": name, "row": rows.first_row + row, "reason": reason, "input_ids": ids})
             by_name = dict(zip(rows.batch.schema.names, rows.batch.columns))
-            by_name |= rows.columns(name, self._task.logprob_step)
+            by_name |= scored.columns(name, self._task.logprob_step)
             written.append(pa.record_batch([by_name[field.name] for field in schema], schema=schema))
         if bad_rows:
             quarantined[name] = bad_rows

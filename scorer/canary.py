@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from scorer.engine import Answer
-from scorer.forward import load_forward, spans
+from scorer.forward import load_forward
+from shards.contract import check_documents
 from shards.folder import ShardFolder
-from shards.schema import list_lengths
 
 SHORT_PROMPTS, SHORT_TOKENS = 3, 256  # beside a whole one, which has all positions that an engine will see
 FLOOR = 2e-3  # nat: float32 kernels that add in another order; a wrong model is off by tenths
@@ -93,12 +93,11 @@ def canary_prompts(shards: ShardFolder, part: str, context: str, num_embeddings:
     The longest of the first record batch is whole, as an engine gets it, in chunks perhaps; the others are cut.
     """
     prompts: list[np.ndarray] = []
-    reader = shards.open_part(part)
-    for index in range(reader.num_record_batches):
-        batch = reader.get_batch(index)
-        ids = batch.column("input_ids").flatten().to_numpy()
-        pieces = batch.column("doc_lengths").flatten().to_numpy().astype(np.int64)
-        found = [ids[start:end] for start, end in spans(list_lengths(batch.column("input_ids")), pieces, context)]
+    part_rows = shards.open_rows(part, ["input_ids"])
+    for number in range(len(part_rows)):
+        rows = part_rows.batch(number)
+        check_documents(rows)
+        found = [rows.ids[start:end] for start, end, _ in rows.spans(context)]
         found = [prompt for prompt in found if prompt.min() >= 0 and prompt.max() < num_embeddings]
         if found and not prompts:
             longest = max(range(len(found)), key=lambda place: len(found[place]))  # the first of those

@@ -3,8 +3,6 @@
 import os
 from typing import Any
 
-from shards.store import StoreSilent
-
 ANSWERS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 MISTAKES = (ValueError, TypeError, KeyError, AttributeError, AssertionError, ImportError, NotImplementedError)
 BAD_SETTINGS = {
@@ -13,6 +11,10 @@ BAD_SETTINGS = {
 }  # fmt: skip
 PASSING_STATUS = {408, 409, 425, 429}
 PASSING_CODES = {"RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"}  # with status 400
+
+
+class StoreSilent(OSError):
+    """A remote store has not answered for as long as it is asked."""
 
 
 def retry_seconds() -> float:

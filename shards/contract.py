@@ -2,7 +2,7 @@
 
 In: the rows of a record batch, with some or all columns. Out: nothing, or a ValueError that names the row, the value and
 what was expected. How rows follow one another, which only a reader of the whole corpus sees, is in shards/verify.py.
-R = rows, T = tokens of all of them, N = tokens that must have a log-prob, K = most probable tokens of a place.
+R = rows, T = tokens of all of them, D = document pieces, N = tokens that must have a log-prob, K = most probable tokens of a place.
 """
 
 from collections.abc import Callable
@@ -61,9 +61,7 @@ def check_documents(rows: Rows) -> None:
         )  # fmt: skip
     if {"doc_lengths", "input_ids"} <= names:
         refuse_rows(rows, rows.pieces < 1, lambda row: "has no document piece")
-        if rows.doc_lengths.min(initial=1) < 1:
-            piece = int(np.argmax(rows.doc_lengths < 1))
-            fail(rows, int(np.searchsorted(rows.piece_ends, piece, side="right")), "a document piece is empty")
+        refuse_pieces(rows, rows.doc_lengths < 1, "a document piece is empty")
         sums_R = np.diff(np.cumsum(rows.doc_lengths, dtype=np.int64)[rows.piece_ends - 1], prepend=0)
         refuse_rows(
             rows, sums_R != rows.lengths,
@@ -84,9 +82,8 @@ def _check_logprobs(rows: Rows, name: str) -> None:
             lambda token: f"{column} is {values_T[token]:g}, which is not finite and <= 0",
         )  # fmt: skip
     if step:
-        multiple_T = values_T / np.float32(step)  # exact, because steps are powers of two
         refuse_tokens(
-            rows, predicted_T & (np.rint(multiple_T) != multiple_T),
+            rows, predicted_T & ~_are_multiples(values_T, step),
             lambda token: f"{column} is {values_T[token]:g}, which is not a multiple of {step:g}",
         )  # fmt: skip
 
@@ -102,23 +99,20 @@ def _check_topk(rows: Rows, name: str) -> None:
             fail(rows, row, f"{column} has a null in an entry")
     step, vocab_size = reference["logprob_step"], reference.get("vocab_size")
     ids_TK, logprobs_TK = rows.topk(name)
+    for row in range(len(rows)):  # a row fits the processor's cache, a record batch does not
+        here = rows.place(row)
+        places_N = here.start + np.flatnonzero(predicted_T[here])
+        own_N, entries_NK = rows.logprobs(name)[places_N], logprobs_TK[places_N]
+        fault = fault_of_topk(rows.ids[places_N], own_N, ids_TK[places_N], entries_NK, vocab_size, step)
+        if not fault and step and not _are_multiples(entries_NK, step).all():
+            fault = f"a log-prob is not a multiple of {step:g}"
+        if fault:
+            fail(rows, row, f"{', '.join(columns)}: {fault}")
 
-    def fault(tokens_N: np.ndarray) -> str | None:
-        entries_NK = logprobs_TK[tokens_N]
-        found = fault_of_topk(
-            rows.ids[tokens_N], rows.logprobs(name)[tokens_N], ids_TK[tokens_N], entries_NK, vocab_size, step
-        )
-        multiple_NK = entries_NK / np.float32(step or 1)
-        if not found and step and not np.array_equal(np.rint(multiple_NK), multiple_NK):
-            found = f"a log-prob is not a multiple of {step:g}"
-        return found
 
-    if fault(predicted_T):
-        for row in range(len(rows)):  # which of them
-            start, end = rows.place(row).start, rows.place(row).stop
-            found = fault(start + np.flatnonzero(predicted_T[start:end]))
-            if found:
-                fail(rows, row, f"{', '.join(columns)}: {found}")
+def _are_multiples(values: np.ndarray, step: float) -> np.ndarray:
+    multiples = values / np.float32(step)  # exact, because a step is a power of two
+    return np.rint(multiples) == multiples
 
 
 def _check_length(rows: Rows, column: str) -> None:
@@ -145,14 +139,20 @@ def refuse_rows(rows: Rows, bad_R: np.ndarray, what: Callable[[int], str]) -> No
         fail(rows, row, what(row))
 
 
-def refuse_tokens(rows: Rows, bad_T: np.ndarray, what: Callable[[int], str]) -> None:
+def refuse_pieces(rows: Rows, bad_D: np.ndarray, what: str) -> None:
+    """ValueError for the row of the first document piece where `bad_D` is True."""
+    if bad_D.any():
+        fail(rows, int(np.searchsorted(rows.piece_ends, np.argmax(bad_D), side="right")), what)
+
+
+def refuse_tokens(rows: Rows, bad_T: np.ndarray, what: Callable[[int], str], remedy: str = REMEDY) -> None:
     """ValueError for the first token where `bad_T` is True; what: of that token, a place in arrays of T."""
     if bad_T.any():
         token = int(np.argmax(bad_T))
         row = int(np.searchsorted(rows.ends, token, side="right"))
-        fail(rows, row, f"{what(token)} (token {token - rows.place(row).start})")
+        fail(rows, row, f"{what(token)} (token {token - rows.place(row).start})", remedy)
 
 
-def fail(rows: Rows, row: int, what: str) -> NoReturn:
+def fail(rows: Rows, row: int, what: str, remedy: str = REMEDY) -> NoReturn:
     """ValueError that names a row, counted from 0 in these."""
-    raise ValueError(f"{rows.where(row)}: {what}; {REMEDY}")
+    raise ValueError(f"{rows.where(row)}: {what}; {remedy}")

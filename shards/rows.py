@@ -79,17 +79,17 @@ class Rows:
     @property
     def ids(self) -> np.ndarray:
         """Token ids, int32 [T]."""
-        return self._values("input_ids")
+        return self.values("input_ids")
 
     @property
     def doc_lengths(self) -> np.ndarray:
         """Tokens of each document piece, int32 [D]."""
-        return self._values("doc_lengths")
+        return self.values("doc_lengths")
 
     @property
     def doc_ids(self) -> np.ndarray:
         """Document of each piece, counted in its corpus file, int64 [D]."""
-        return self._values("doc_ids")
+        return self.values("doc_ids")
 
     @property
     def source(self) -> np.ndarray:
@@ -153,38 +153,39 @@ class Rows:
 
     def logprobs(self, name: str) -> np.ndarray:
         """Log-probs of the reference `name` in nats, float32 [T], NaN where there is none."""
-        return self._values(logprobs_column(name))
+        return self.values(logprobs_column(name))
 
     def topk(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Ids, int32 [T, K], and log-probs, float32 [T, K], of the most probable tokens; -1 and NaN where there are none."""
         ids, logprobs = topk_columns(name)
-        return self._values(ids), self._values(logprobs)
+        return self.values(ids), self.values(logprobs)
 
-    def _values(self, column: str) -> np.ndarray:
+    def values(self, column: str) -> np.ndarray:
+        """Entries of the lists of a column, one after the other: [T], [D] or [T, K]; NaN (-1 of ids) where one is null."""
         if column not in self._flat:
-            self._flat[column] = flat(self.batch.column(column))
+            self._flat[column] = flat_values(self.batch.column(column))
         return self._flat[column]
 
 
-def flat(column: pa.ListArray) -> np.ndarray:
+def flat_values(column: pa.ListArray) -> np.ndarray:
     """Entries of all lists of a column, one after the other: [T] or [T, K]; a null is NaN (-1 in an entry of ids)."""
     entries = column.flatten()
     if not pa.types.is_fixed_size_list(entries.type):
         return entries.to_numpy(zero_copy_only=False)
     k = entries.type.list_size
-    values = entries.values.slice(entries.offset * k, len(entries) * k).to_numpy(zero_copy_only=False).reshape(-1, k)
+    flat = entries.values.slice(entries.offset * k, len(entries) * k)
+    missing = float("nan") if pa.types.is_floating(flat.type) else -1
+    values = (flat.fill_null(missing) if flat.null_count else flat).to_numpy().reshape(-1, k)
     if entries.null_count:  # what stands in the place of a null is undefined
-        missing = np.nan if pa.types.is_floating(entries.type.value_type) else -1
-        values = np.where(entries.is_valid().to_numpy(zero_copy_only=False)[:, None], values, missing)
-    return values.astype(entries.type.value_type.to_pandas_dtype(), copy=False)
+        values = values.copy()
+        values[~entries.is_valid().to_numpy(zero_copy_only=False)] = missing
+    return values
 
 
 def columns_to_read(columns: Iterable[str], manifest: Manifest) -> list[str]:
-    """`columns`, and those without which they cannot be checked."""
-    wanted = set(columns)
+    """`columns`, and those without which they cannot be checked; documents are small and always among them."""
+    wanted = {*columns, "doc_lengths", "doc_ids", "source"}
     for name in manifest.references:
-        if wanted & {*topk_columns(name)}:
-            wanted |= {*topk_columns(name), logprobs_column(name)}
-        if logprobs_column(name) in wanted:
-            wanted |= {"input_ids", "doc_lengths"}
+        wanted |= {*topk_columns(name), logprobs_column(name)} if wanted & {*topk_columns(name)} else set()
+        wanted |= {"input_ids"} if logprobs_column(name) in wanted else set()
     return [field.name for field in manifest.schema if field.name in wanted]

@@ -39,10 +39,6 @@ def is_remote(folder: "str | Path") -> bool:
     return "://" in str(folder) and not str(folder).startswith(("file://", "hf://"))
 
 
-class StoreSilent(OSError):
-    """A remote store has not answered for as long as it is asked."""
-
-
 class Store:
     """A folder. Names are relative to it, with `/` between folders; url is what messages call it."""
 

@@ -55,11 +55,3 @@ def topk_array(values_NK: np.ndarray, present_N: np.ndarray) -> pa.FixedSizeList
     values_NK[~present_N] = 0
     type_ = pa.list_(pa.from_numpy_dtype(values_NK.dtype), values_NK.shape[1])
     return pa.FixedSizeListArray.from_arrays(pa.array(values_NK.reshape(-1)), type=type_, mask=pa.array(~present_N))
-
-
-def topk_values(entries: pa.FixedSizeListArray) -> np.ndarray:
-    """The entries that are not null, [N, K]; ValueError where one of them holds a null."""
-    flat = entries.flatten()  # leaves out null entries, `values` would not
-    if flat.null_count:
-        raise ValueError("an entry of the most probable tokens holds a null")
-    return flat.to_numpy().reshape(-1, entries.type.list_size)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from damage import TOKENIZER, TOKENIZER_JSON
 from oracles import contexts, read_rows
-from test_verify import TOKENIZER, TOKENIZER_JSON
 
 from shards import CorpusFile, Manifest, PartPlan, ShardFolder, row_schema, write_part
 from shards.manifest import part_name

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.dataset
 import pytest
-from test_verify import rows, write_folder
+from damage import rows, write_folder
 
 
 @pytest.fixture

@@ -43,10 +43,10 @@ from scorer.known import hashes_now
 from scorer.sources import find_corpus, find_sources
 from scorer.staging import stage_source
 from shards import ShardFolder, write_part
-from shards.answers import may_pass, plain
+from shards.answers import StoreSilent, may_pass, plain
 from shards.lease import Lease
 from shards.remote import RemoteStore
-from shards.store import StoreSilent, open_store
+from shards.store import open_store
 from trainer.data import RowReader
 
 Remit = Callable[..., tuple[int, str, str]]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_verify import rows, write_folder
+from damage import rows, write_folder
 
 REFERENCES = {"rl": {"context": "document", "logprob_step": 0.25}}
 DOCUMENT_LOGPROBS = [[None, -1.0, -0.25, 0.0], [None, -3.5, None, -1.0], [None, -2.0, -2.0, None], [None, -7.75]]
@@ -44,9 +44,11 @@ def test_rows_by_number(tmp_path: Path) -> None:
 
 def test_only_what_is_asked_for_and_what_its_check_needs_is_read(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, rows())
-    assert next(folder.batches(["doc_ids"])).batch.schema.names == ["doc_ids"]
-    assert next(folder.batches(["rl_logprobs"])).batch.schema.names == ["input_ids", "doc_lengths", "rl_logprobs"]
-    assert [row.numbers.tolist() for row in folder.batches(["source"], ["part-00001.arrow"])] == [[2, 3]]
+    documents = ["doc_lengths", "doc_ids", "source"]
+    assert next(folder.batches(["doc_ids"])).batch.schema.names == documents
+    assert next(folder.batches(["input_ids"])).batch.schema.names == ["input_ids", *documents]
+    assert next(folder.batches(["rl_logprobs"])).batch.schema.names == ["input_ids", *documents, "rl_logprobs"]
+    assert [row.numbers.tolist() for row in folder.batches(["input_ids"], ["part-00001.arrow"])] == [[2, 3]]
 
 
 def test_log_probs_that_cannot_be_used_are_refused(tmp_path: Path) -> None:

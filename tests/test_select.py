@@ -345,9 +345,9 @@ def test_bad_settings(corpus: Path, tmp_path: Path, remit: Remit, settings: dict
             ["has no log-probs of a reference named 'nobody'", "it has: base, base_document, pretend"],
         ),
         ({"small": "nobody"}, ["'nobody'"]),
-        ({"small": "pretend"}, ["'pretend' come from the fake engine", "score again without --engine fake"]),
-        ({"teacher": "pretend"}, ["'pretend' come from the fake engine"]),
-        ({"teacher": "sft"}, ["'sft' was scored in document context", "'base' in packed context", "--context"]),
+        ({"small": "pretend"}, ["pretend_logprobs comes from the fake engine", "score again without --engine fake"]),
+        ({"teacher": "pretend"}, ["pretend_logprobs comes from the fake engine"]),
+        ({"teacher": "sft"}, ["sft_logprobs was scored in document context, base_logprobs in packed", "--context"]),
     ],
 )
 def test_references_that_do_not_fit(

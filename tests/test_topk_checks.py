@@ -1,7 +1,5 @@
 """Altered most probable tokens are found on disk; the kernel's order and the fake engine's numbers by hand."""
 
-import copy
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +8,7 @@ import pyarrow as pa
 import pytest
 import torch
 from conftest import VOCABULARY
-from test_verify import REFERENCE, rows, write_folder
+from damage import TOP, top_rows, write_folder
 
 from scorer.drive import TOPK_BYTES_PER_ENTRY
 from scorer.engine import order_topk
@@ -21,60 +19,12 @@ from shards.topk import fault_of_topk, topk_array
 from shards.verify import verify_folder
 
 
-def top_rows() -> dict[str, list]:
-    """Those of test_verify with the two best of every place: the row's own token first, and token 50."""
-    values: dict = copy.deepcopy(rows())
-    own = {-0.25: 0, 0.0: 0, -0.5: 0, -1.0: 0, -2.0: 1, -3.5: 1, -7.75: 1}  # its place
-    ids, logprobs = [], []
-    for row, tokens in zip(values["rl_logprobs"], values["input_ids"]):
-        ids.append([None if v is None else ([t, 50] if own[v] == 0 else [50, t]) for v, t in zip(row, tokens)])
-        others = [None if v is None else (min(-2.0, v - 1) if own[v] == 0 else -0.25) for v in row]
-        logprobs.append(
-            [None if v is None else sorted((v, other), reverse=True) for v, other in zip(row, others)]
-        )  # fmt: skip
-    return values | {"rl_topk_ids": ids, "rl_topk_logprobs": logprobs}
-
-
-TOP = {"rl": REFERENCE | {"top_k": 2, "vocab_size": 120}}
-
-
 def test_sound_entries_have_no_problems(tmp_path: Path) -> None:
     values = top_rows()
     values["rl_topk_ids"][0][1][1] = 119  # padded embedding rows: beyond the tokenizer's ids, not the reference's
     report = verify_folder(write_folder(tmp_path, values, references=TOP))
     assert report.problems == []
     assert report.logprobs == {"rl": 10}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda ids, _: ids[0][1].__setitem__(1, 120), "an id is not in 0..119"),
-        (lambda ids, _: ids[0][1].__setitem__(1, -1), "an id is not in 0..119"),
-        (lambda ids, _: ids[0][1].__setitem__(1, 6), "a token stands twice"),
-        (lambda ids, _: ids[0].__setitem__(1, None), "rl_topk_ids is null elsewhere than rl_logprobs"),
-        (lambda ids, _: ids[0].__setitem__(0, [1, 2]), "rl_topk_ids is null elsewhere than rl_logprobs"),
-        (lambda ids, _: ids[0][1].__setitem__(1, None), "holds a null"),
-        (lambda ids, _: ids[0].pop(), "rl_topk_ids and input_ids differ in length"),
-        (lambda _, v: v[0].pop(), "rl_topk_logprobs and input_ids differ in length"),
-        (lambda _, v: v[0].__setitem__(2, None), "rl_topk_logprobs is null elsewhere"),
-        (lambda _, v: v[0][1].__setitem__(1, None), "holds a null"),
-        (lambda _, v: v[0][1].__setitem__(1, -2.1), "rl_topk_logprobs is not a multiple of 0.25"),
-        (lambda _, v: v[0][1].__setitem__(0, 0.25), "a log-prob is 0.25, expected at most 0"),
-        (lambda _, v: v[0][1].__setitem__(1, float("nan")), "a log-prob is not finite"),
-        (lambda _, v: v[0][1].__setitem__(1, float("-inf")), "a log-prob is not finite"),
-        (lambda _, v: v[0][1].__setitem__(1, -0.75), "do not descend"),
-        (lambda _, v: v[0][1].__setitem__(0, -0.5), "own token has another log-prob"),
-        (lambda _, v: v[0][3].__setitem__(1, -0.25), "of an entry sum to 1.77"),
-        (lambda ids, v: (ids[0][1].__setitem__(0, 7), v[0][1].__setitem__(0, -1.25)), "own token is more probable"),
-    ],
-)
-def test_altered_entries_are_named(tmp_path: Path, change: Callable, message: str) -> None:
-    """The part is written anew with its right hash."""
-    values = top_rows()
-    change(values["rl_topk_ids"], values["rl_topk_logprobs"])
-    problems = verify_folder(write_folder(tmp_path, values, references=TOP)).problems
-    assert any(message in problem for problem in problems), problems
 
 
 @pytest.mark.parametrize(("key", "value"), [("top_k", -1), ("top_k", 1 << 40), ("top_k", "2"), ("vocab_size", None)])

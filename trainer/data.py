@@ -4,15 +4,15 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import perf_counter
 
 import numpy as np
-import pyarrow as pa
 
+from shards.contract import check, refuse_tokens
 from shards.folder import ShardFolder
-from shards.schema import has_predecessor, list_lengths, logprobs_column, topk_columns
-from shards.topk import SUM_TOLERANCE
+from shards.rows import PartRows, Rows
+from shards.schema import logprobs_column, topk_columns
 from trainer.batch import Row
 from trainer.order import WINDOW_BLOCKS, RowOrder
 
@@ -60,8 +60,6 @@ class RowReader:
             self._names = {column: known[column] for column in columns}
             if "topk_ids" in columns:
                 folder.require_top_k(reference)
-            # probabilities sum to 1, but for bfloat16 and rounding
-            self._most_mass = (1 + SUM_TOLERANCE) * math.exp(folder.require_reference(reference)["logprob_step"] / 2)
         self.folder, self.context, self.reference, self.num_embeddings, self.columns = (
             folder,
             context,
@@ -79,9 +77,7 @@ class RowReader:
         self.reference_rows = 0
         if reference is not None and "topk_ids" in columns:
             self.reference_rows = folder.require_reference(reference).get("vocab_size", 0)
-        self._parts: OrderedDict[int, pa.ipc.RecordBatchFileReader] = OrderedDict()
-        self._quarantined: dict[int, set[int]] = {}  # rows of a part that were not scored
-        self._left_out: dict[int, set[int]] = {}
+        self._parts: OrderedDict[int, PartRows] = OrderedDict()
         self._blocks: OrderedDict[int, list[Row]] = OrderedDict()
 
     def __reduce__(self) -> tuple:
@@ -119,106 +115,61 @@ class RowReader:
         self._blocks.move_to_end(block)
         return self._blocks[block]
 
-    def _reader(self, part: int) -> pa.ipc.RecordBatchFileReader:
+    def _part(self, part: int) -> PartRows:
         if part not in self._parts:
-            columns = ["input_ids", "doc_lengths", "source", *self._names.values()]
-            self._parts[part] = self.folder.open_part(self.folder.manifest.parts[part].name, columns)
-            quarantined = self.folder.record(self.folder.manifest.parts[part].name).quarantined
-            self._quarantined[part] = set(quarantined.get(self.reference or "", []))
-            self._left_out[part] = {row for name in self.left_out for row in quarantined.get(name, [])}
+            name = self.folder.manifest.parts[part].name
+            self._parts[part] = self.folder.open_rows(name, ["input_ids", *self._names.values()])
             if len(self._parts) > (2 * WINDOW_BLOCKS if self.folder.store.local is None else OPEN_FILES):
-                old, _ = self._parts.popitem(last=False)
-                del self._quarantined[old], self._left_out[old]
+                self._parts.popitem(last=False)
         self._parts.move_to_end(part)
         return self._parts[part]
 
     def _read_block(self, block: int) -> list[Row]:
         part = int(np.searchsorted(self._first_block, block, side="right")) - 1
-        name, index = self.folder.manifest.parts[part].name, block - int(self._first_block[part])
-        batch = self._reader(part).get_batch(index)
-        if batch.num_rows != self.block_rows[block]:
-            raise ValueError(
-                f"{self.folder.store.where(name)}: record batch {index} has {batch.num_rows} rows, "
-                f"expected {self.block_rows[block]}; write the folder again"
+        rows = check(self._part(part).batch(block - int(self._first_block[part])))
+        predicted_T = rows.has_predecessor(self.context)
+        # a row that a reference could not score keeps its place in the order, and predicts nothing
+        scored_R = rows.scored(*self.left_out, *([self.reference] if self.reference else []))
+        if not scored_R.all():
+            predicted_T &= np.repeat(scored_R, rows.lengths)
+        columns = {column: rows.values(name) for column, name in self._names.items()}
+        self._require_model_fits(rows, columns.get("topk_ids"))
+        for column, values in columns.items():
+            columns[column] = values.copy()
+            columns[column][~predicted_T] = 0
+        source = rows.source.tolist()
+        return [
+            Row(
+                rows.where(row),
+                source[row],
+                rows.ids[rows.place(row)],
+                rows.doc_lengths[rows.piece_place(row)],
+                predicted_T[rows.place(row)],
+                {name: values[rows.place(row)] for name, values in columns.items()},
             )
-        first_row = index * self.folder.manifest.rows_per_batch
-        lengths = list_lengths(batch.column("input_ids"))
-        pieces = list_lengths(batch.column("doc_lengths"))
-        ids = batch.column("input_ids").flatten().to_numpy()
-        doc_lengths = batch.column("doc_lengths").flatten().to_numpy()
-        predicted = has_predecessor(lengths, doc_lengths, self.context)
-        source = batch.column("source").to_numpy()
-        stored = {column: _flat(batch.column(name)) for column, name in self._names.items()}
-        token_ends, piece_ends = np.cumsum(lengths), np.cumsum(pieces)
-        rows = []
-        for row in range(batch.num_rows):
-            tokens = slice(token_ends[row] - lengths[row], token_ends[row])
-            # a row that the reference could not score keeps its place in the order, and predicts nothing
-            scored = first_row + row not in self._quarantined[part]
-            checked = self._check(
-                Row(
-                    f"{self.folder.store.where(name)} row {first_row + row}",
-                    int(source[row]),
-                    ids[tokens],
-                    doc_lengths[piece_ends[row] - pieces[row] : piece_ends[row]],
-                    predicted[tokens] & scored,
-                    {column: values[tokens] for column, values in stored.items()},
-                )
-            )
-            rows.append(checked.silent() if first_row + row in self._left_out[part] else checked)
-        return rows
+            for row in range(len(rows))
+        ]
 
-    def _check(self, row: Row) -> Row:
-        """Only valid numbers train: ids in range, log-probs finite, not positive, null just where nothing precedes."""
-        if row.doc_lengths.sum() != len(row.input_ids):
-            raise ValueError(
-                f"{row.where}: doc_lengths sum to {row.doc_lengths.sum()}, the row has {len(row.input_ids)}"
-            )
-        if row.input_ids.min() < 0 or row.input_ids.max() >= self.num_embeddings:
-            raise ValueError(
-                f"{row.where}: token ids from {row.input_ids.min()} to {row.input_ids.max()}, the model has embeddings "
-                f"for 0..{self.num_embeddings - 1}; use the model that the corpus was packed for"
-            )
-        if not row.columns:
-            return row
-        clean = {}
-        for column, values in row.columns.items():  # null arrives as NaN
-            present = values[row.predicted]
-            fault = None
-            if column == "topk_ids":
-                if not np.all((present >= 0) & (present < self.num_embeddings)):
-                    fault = f"that is not a token of the model (0..{self.num_embeddings - 1})"
-                    if present.min() >= 0 and self.reference_rows > self.num_embeddings:
-                        raise ValueError(
-                            f"{row.where}: {self._names[column]} has token {present.max()}, and the base has "
-                            f"{self.num_embeddings} embedding rows, the reference {self.reference!r} {self.reference_rows}: the "
-                            "reference holds one of its padding rows probable there; score again with a smaller --top-k, or "
-                            f"train a base with at least {present.max() + 1} rows"
-                        )
-            elif not np.all(np.isfinite(present) & (present <= 0)) or not np.all(np.isnan(values[~row.predicted])):
-                fault = "that is missing, not finite or positive"
-            elif column == "topk_logprobs" and np.any(np.exp(present).sum(-1) > self._most_mass):
-                fault = "too much: the probabilities of a token sum to more than 1"
-            if fault:
-                raise ValueError(
-                    f"{row.where}: {self._names[column]} has a value {fault}; run remit verify, then score the part again"
-                )
-            shape = (-1, *[1] * (values.ndim - 1))
-            clean[column] = np.where(row.predicted.reshape(shape), values, 0).astype(values.dtype)
-        return replace(row, columns=clean)
-
-
-def _flat(column: pa.ListArray) -> np.ndarray:
-    """Entries of all lists of a column, one after the other: [T] or [T, K]; a null is NaN (-1 for ids)."""
-    flat = column.flatten()
-    if not pa.types.is_fixed_size_list(flat.type):
-        return flat.to_numpy(zero_copy_only=False)
-    k = flat.type.list_size
-    values = flat.values.slice(flat.offset * k, len(flat) * k).to_numpy(zero_copy_only=False).reshape(-1, k)
-    if flat.null_count:  # what stands in the place of a null is undefined
-        missing = np.nan if values.dtype == np.float32 else -1
-        values = np.where(flat.is_valid().to_numpy(zero_copy_only=False)[:, None], values, missing)
-    return values.astype(np.int32 if pa.types.is_integer(flat.type.value_type) else np.float32, copy=False)
+    def _require_model_fits(self, rows: Rows, topk_ids_TK: np.ndarray | None) -> None:
+        """ValueError where the model has no embedding for a token of the rows, or for one of the most probable ones."""
+        bound = self.num_embeddings
+        if rows.ids.max() >= bound:
+            refuse_tokens(
+                rows, rows.ids >= bound,
+                lambda token: f"has token id {rows.ids[token]}, the model has embeddings for 0..{bound - 1}",
+                "use the model that the corpus was packed for",
+            )  # fmt: skip
+        if topk_ids_TK is not None and topk_ids_TK.max() >= bound:
+            most_T = topk_ids_TK.max(axis=1)
+            refuse_tokens(
+                rows, most_T >= bound,
+                lambda token: (
+                    f"{self._names['topk_ids']} has token {most_T[token]}, and the base has {bound} embedding rows, the "
+                    f"reference {self.reference!r} {self.reference_rows or 'more'}: the reference holds one of its padding rows "
+                    "probable there"
+                ),
+                f"score again with a smaller --top-k, or train a base with at least {most_T.max() + 1} rows",
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)

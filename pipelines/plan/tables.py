@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.console import DONE, ShouldStop, quiet_libraries
+from pipelines.console import DONE, ShouldStop, counted, quiet_libraries
 from pipelines.plan.settings import PlanConfig
 
 
@@ -55,7 +55,7 @@ def show(figures: dict[str, Any], console: Console) -> None:
     ]
     print_table(console, "Costs", ["", "wall time", "GPU-hours", "tokens/s"], lines)
     step = figures["step"]
-    rows = f"{step['rows_per_gpu']} {'row' if step['rows_per_gpu'] == 1 else 'rows'}"
+    rows = counted(step["rows_per_gpu"], "row")
     hidden = step["exchange_overlapped_seconds"]
     console.print(
         Text(
