@@ -20,7 +20,8 @@ from pipelines.plan.costs import Rates, costs, disk, step_of
 from pipelines.plan.figures import plan_costs
 from pipelines.plan.hardware import Machine
 from pipelines.plan.layout import Job, Layout, engine_size, exchange, memory, powers_down, propose
-from pipelines.plan.model_shape import ModelShape, count, find_config, mean_context, read_config
+from pipelines.plan.model_shape import ModelShape, count, mean_context, read_config
+from pipelines.plan.presets import find_model
 
 Remit = Callable[..., tuple[int, str, str]]
 TIED = [False, True]
@@ -150,12 +151,17 @@ def test_activations_are_those_that_autograd_keeps(tmp_path: Path, family: str, 
 
 def test_presets_are_the_models_that_they_are_called_after() -> None:
     """Parameters as on their model cards; FLOPs per token at 4,096 by hand."""
-    one = count("--base", *find_config("--base", "olmo2-1b"), 4096)
+
+    def shape(name: str, seq_len: int = 64) -> ModelShape:
+        found, name = find_model("--base", name)
+        return count("--base", read_config("--base", found), name, seq_len)
+
+    one = shape("olmo2-1b", 4096)
     assert (one.parameters, one.max_position) == (1_484_916_736, 4096)
     layer = 4 * 2048**2 + 3 * 2048 * 8192
     assert one.forward_flops == 2 * 16 * layer + 16 * 2 * 2 * 2048 * 2048.5 + 2 * 100_352 * 2048
-    assert count("--base", *find_config("--base", "llama3-8b"), 64).parameters == 8_030_261_248
-    assert count("--base", *find_config("--base", "olmo2-7b"), 64).parameters == 7_298_617_344
+    assert shape("llama3-8b").parameters == 8_030_261_248
+    assert shape("olmo2-7b").parameters == 7_298_617_344
 
 
 def test_costs_by_hand() -> None:

@@ -12,25 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.models import resolve_model
+from pipelines.plan.presets import PRESETS
 from shards.modelfolder import max_positions
 
 COUNTING = "remit_counting"
 """Name of the attention and of the experts that the counted model is built with."""
-PRESETS: dict[str, dict[str, Any]] = {
-    "olmo2-1b": {
-        "model_type": "olmo2", "vocab_size": 100_352, "hidden_size": 2048, "intermediate_size": 8192,
-        "num_hidden_layers": 16, "num_attention_heads": 16, "max_position_embeddings": 4096,
-    },
-    "olmo2-7b": {
-        "model_type": "olmo2", "vocab_size": 100_352, "hidden_size": 4096, "intermediate_size": 11_008,
-        "num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 4096,
-    },
-    "llama3-8b": {
-        "model_type": "llama", "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336,
-        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131_072,
-    },
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,20 +65,15 @@ def mean_context(seq_len: int, window: int | None = None) -> float:
     return reach - reach * (reach - 1) / (2 * seq_len)
 
 
-def find_config(option: str, model: str) -> tuple[Any, str]:
-    """Config and name of what --base or --reference says: a preset, a folder or a model of the hub."""
+def read_config(option: str, folder: Path | dict[str, Any]) -> Any:
+    """transformers' config of a folder, or of the settings of a preset.
+
+    ValueError where a folder has none that transformers can build without remote code.
+    """
     from transformers import AutoConfig
 
-    if model in PRESETS and not Path(model).exists():
-        return AutoConfig.for_model(**PRESETS[model]), model
-    found = resolve_model(option, model, weights=False)
-    return read_config(option, found.path), found.name
-
-
-def read_config(option: str, folder: Path) -> Any:
-    """transformers' config of a folder; ValueError where it has none that transformers can build without remote code."""
-    from transformers import AutoConfig
-
+    if isinstance(folder, dict):
+        return AutoConfig.for_model(**folder)
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"{option} {folder}: has no config.json, expected a Hugging Face model folder, NAME or NAME@REVISION of the hub, "

@@ -11,15 +11,15 @@ from rich.text import Text
 from pipelines.console import DONE, ShouldStop, progress_bar
 from pipelines.plan.settings import WeightsConfig
 from pipelines.plan.tables import print_table, write_json
+from shards.folder import ShardFolder
 
 
 def weights(config: WeightsConfig, should_stop: ShouldStop) -> int:
     """The command: read, print, write --json."""
-    from pipelines.plan.weights import weights_of_corpus
-    from shards.folder import ShardFolder
-
     folder = ShardFolder(config.shards)
-    began, total = monotonic(), folder.manifest.rows
+    began, total = monotonic(), folder.manifest.rows  # a mistyped path is told before the heavy imports
+    from pipelines.plan.weights import weights_of_corpus
+
     with progress_bar(desc="weights", unit=" rows", total=min(config.rows or total, total)) as bar:
 
         def progress(rows: int, tokens: int) -> None:
