@@ -119,7 +119,7 @@ def test_sliding_layers_look_back_less(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("family", "dtype"),
-    [(family, dtype) for family in ("Olmo2", "Llama", "Qwen3", "Gemma2") for dtype in ("float32", "bfloat16")]
+    [(family, dtype) for family in ("Olmo2", "Llama", "Qwen3", "Gemma2", "Cohere") for dtype in ("float32", "bfloat16")]
     + [("Qwen3Moe", "float32")],  # in bfloat16 autocast leaves the experts in float32, and sharded weights do not
 )
 def test_activations_are_those_that_autograd_keeps(tmp_path: Path, family: str, dtype: str) -> None:

@@ -7,6 +7,7 @@ import math
 from dataclasses import asdict
 from typing import Any
 
+from pipelines.console import counted
 from pipelines.plan.costs import Rates, Step, costs, disk, step_of
 from pipelines.plan.hardware import GPU, GPUS, Machine, compute_dtype
 from pipelines.plan.layout import Job, Layout, Proposal, default_sharding, engine_size, memory, propose
@@ -207,8 +208,8 @@ def _warnings(
     idle = 1 - job.global_batch_size / (rows * machine.num_gpus)
     if idle > 0:
         lines.append(
-            f"{idle:.0%} of the GPUs' time is lost: --global-batch-size {job.global_batch_size} gives some of {machine.num_gpus} GPUs "
-            f"{rows} rows and others fewer; take a multiple of {machine.num_gpus}"
+            f"{idle:.0%} of the GPUs' time is lost: --global-batch-size {job.global_batch_size} gives some of "
+            f"{machine.num_gpus} GPUs {counted(rows, 'row')} and others fewer; take a multiple of {machine.num_gpus}"
         )
     if step.exchange > step.compute:
         lines.append(
