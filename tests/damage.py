@@ -126,11 +126,19 @@ def read_to_rescore(folder: Path, model: Path) -> None:
     measure(ShardFolder(folder), model, "rl", 4, None, 0.2, 0)
 
 
+def read_to_weigh(folder: Path, model: Path) -> None:
+    from pipelines.plan.settings import WeightsConfig
+    from pipelines.plan.weights import weights_of_corpus
+
+    weights_of_corpus(ShardFolder(folder), WeightsConfig(str(folder)), lambda rows, tokens: None)
+
+
 READERS: dict[str, Callable[[Path, Path], None]] = {
     "verify": read_to_verify,
     "train": read_to_train,
     "other loops": read_for_other_loops,
     "select": read_to_select,
+    "weights": read_to_weigh,
     "verify --model": read_to_rescore,
 }
 TOPK_READERS: dict[str, Callable[[Path, Path], None]] = {

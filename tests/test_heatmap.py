@@ -22,7 +22,7 @@ from tokenizers.models import BPE
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from pipelines.inspect.token_text import TokenText
+from pipelines.token_text import TokenText
 from scorer.config import PackConfig
 from scorer.pack import pack
 

@@ -11,7 +11,7 @@ from oracles import read_rows
 from test_plan_weights import annotate_several
 from tokenizers.pre_tokenizers import ByteLevel
 
-from pipelines.inspect.terminal import printable, spelled, token_label
+from pipelines.token_text import printable, spelled, token_label
 from scorer.config import PackConfig
 from scorer.pack import pack
 
