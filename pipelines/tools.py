@@ -55,7 +55,7 @@ def verify_and_show(config: VerifyConfig, folder: ShardFolder) -> int:
     whose = "corpus as packed" if manifest.selections else "plan"
     print_lines(
         console,
-        f"{folder.path}: {report.parts} of {counted(len(manifest.parts), 'part')} are sound, {', '.join(counts)}",
+        f"{folder.path}: {report.parts} of {len(manifest.parts)} parts are sound, {', '.join(counts)}",
         f"documents of the {whose}: " + ", ".join(f"{kind} {count:,}" for kind, count in manifest.documents.items()),
         *map(selection_line, manifest.selections),
     )
