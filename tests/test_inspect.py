@@ -120,16 +120,21 @@ def test_search_shows_the_match(tmp_path: Path, tokenizer_folder: Path, remit: R
     assert any(len(match) > 1 for match in matches), "no match is of several tokens"
 
     code, output, _ = remit("inspect", tmp_path / "packed", "--search", "needle", "--tokens", 0)
-    assert (code, marked_tokens(output)) == (0, (list(range(len(ids))), sum(matches, [])))
+    assert (code, marked_tokens(output)) == (
+        0,
+        (list(range(len(ids))), [place for match in matches for place in match]),
+    )
     output = remit("inspect", tmp_path / "packed", "--search", "needle", "--tokens", 20)[1]
     assert marked_tokens(output) == (list(range(20)), matches[0])
     assert f"more of 'needle' from token {matches[1][0]} on" in output
-    assert f"... {len(ids) - 20} more tokens; --tokens 0 shows all" in output
+    assert f"... {len(ids) - 20:,} more tokens; --tokens 0 shows all" in output
     output = remit("inspect", tmp_path / "packed", "--search", "b needle a", "--tokens", 20)[1]
     shown, found = marked_tokens(output)
     assert set(matches[1]) < set(found) <= set(shown)
     assert len(shown) == 20
-    assert f"... {shown[0]} tokens before and {len(ids) - shown[-1] - 1} after these; --tokens 0 shows all" in output
+    assert (
+        f"... {shown[0]:,} tokens before and {len(ids) - shown[-1] - 1:,} after these; --tokens 0 shows all" in output
+    )
     shown, found = marked_tokens(remit("inspect", tmp_path / "packed", "--search", f"needle{EOS}", "--tokens", 20)[1])
     assert shown == list(range(len(ids) - 20, len(ids)))
     assert found == [*matches[3], len(ids) - 1]
