@@ -120,7 +120,7 @@ def inspect(config: InspectConfig, should_stop: ShouldStop) -> int:
 
 def write_heatmap(config: InspectConfig, folder: ShardFolder, found: "Found") -> None:
     """remit inspect --html: the rows as one page."""
-    from pipelines.inspect.page import write_rows
+    from pipelines.inspect.page import page_of_rows
 
     quiet_libraries()
     assert config.html is not None
@@ -132,7 +132,7 @@ def write_heatmap(config: InspectConfig, folder: ShardFolder, found: "Found") ->
             bar.total = total
             bar.update(done - bar.n)
 
-        page = write_rows(folder, config, found, model, progress)
+        page = page_of_rows(folder, config, found, model, progress)
     write_page(config.html, page)
     rows = found.rows
     which = f"row {rows[0]}" if len(rows) == 1 else f"{len(rows):,} rows, {rows[0]} to {rows[-1]}"

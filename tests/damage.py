@@ -135,11 +135,11 @@ def read_to_inspect(folder: Path, model: Path) -> None:
 
 def read_for_page(folder: Path, model: Path) -> None:
     from pipelines.inspect.find_rows import Found
-    from pipelines.inspect.page import write_rows
+    from pipelines.inspect.page import page_of_rows
     from pipelines.inspect.settings import InspectConfig
 
     config = InspectConfig(str(folder), rows="0..3", html=folder.parent / "page.html")
-    write_rows(ShardFolder(folder), config, Found([0, 1, 2, 3], "rows 0 to 3"), None, lambda what, done, total: None)
+    page_of_rows(ShardFolder(folder), config, Found([0, 1, 2, 3], "rows 0 to 3"), None, lambda what, done, total: None)
 
 
 READERS: dict[str, Callable[[Path, Path], None]] = {
