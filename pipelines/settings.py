@@ -14,7 +14,7 @@ from trainer.objectives.settings import check_epsilon
 class OneFolder:
     """Options of a command that looks at one shard folder."""
 
-    folder: tyro.conf.Positional[str | None] = None
+    folder: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[FOLDER]")] = None
     """Shard folder."""
     shards: str | None = None
     """The shard folder, as an option."""

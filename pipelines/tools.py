@@ -52,7 +52,7 @@ def verify_and_show(config: VerifyConfig, folder: ShardFolder) -> int:
     whose = "corpus as packed" if manifest.selections else "plan"
     print_lines(
         console,
-        f"{folder.path}: {report.parts} of {counted(len(manifest.parts), 'part')} are sound, {', '.join(counts)}",
+        f"{folder.path}: {report.parts} of {len(manifest.parts)} parts are sound, {', '.join(counts)}",
         f"documents of the {whose}: " + ", ".join(f"{kind} {count:,}" for kind, count in manifest.documents.items()),
         *map(selection_line, manifest.selections),
     )
@@ -117,7 +117,7 @@ def inspect(config: InspectConfig, should_stop: ShouldStop) -> int:
 
 def write_heatmap(config: InspectConfig, folder: ShardFolder, found: "Found") -> None:
     """remit inspect --html: the rows as one page."""
-    from pipelines.inspect.page import write_rows
+    from pipelines.inspect.page import page_of_rows
 
     quiet_libraries()
     assert config.html is not None
@@ -129,7 +129,7 @@ def write_heatmap(config: InspectConfig, folder: ShardFolder, found: "Found") ->
             bar.total = total
             bar.update(done - bar.n)
 
-        page = write_rows(folder, config, found, model, progress)
+        page = page_of_rows(folder, config, found, model, progress)
     write_page(config.html, page)
     rows = found.rows
     which = f"row {rows[0]}" if len(rows) == 1 else f"{len(rows):,} rows, {rows[0]} to {rows[-1]}"

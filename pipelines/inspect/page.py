@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from pipelines.console import counted
+from pipelines.inspect.colours import LOW, colour_class, colour_rules, legends, scale, steps
 from pipelines.inspect.find_rows import Found
 from pipelines.inspect.settings import InspectConfig
 from pipelines.inspect.token_deltas import Base, TokenFigures, choose_base, token_figures
@@ -32,11 +33,6 @@ MAX_TOKENS = 500_000  # of a page: about 45 MB, and seconds until a browser has 
 MANY = 20_000  # tokens: above, rows are laid out as they come into view
 SAMPLE_ROWS = 2_000  # that the tokens of the folder are ranked over
 TOP = 15
-STEPS = 20  # of a colour, from none to full
-SHARE_IN_SCALE = 0.99  # of |delta| on the page; beyond, a colour is full
-LEAST_SCALE = 1 / 64  # nat; log-probs are rounded to such steps, and smaller differences mean nothing
-LOW = 8  # nat: a token with probability below exp(-8) has the full colour where there is no base
-COLOURS = {"delta": ("down", "up"), "weight": ("down", "up"), "reference": ("low", "low")}  # below and above the middle
 HERE = Path(__file__).parent
 Progress = Callable[[str, int, int], None]
 
@@ -55,7 +51,9 @@ class PageRow:
     figures: TokenFigures
 
 
-def write_rows(folder: ShardFolder, config: InspectConfig, found: Found, model: Path | None, progress: Progress) -> str:
+def page_of_rows(
+    folder: ShardFolder, config: InspectConfig, found: Found, model: Path | None, progress: Progress
+) -> str:
     """The page of the rows. model: folder of the base that computes its log-probs now. progress(what, done, total)."""
     numbers = found.rows
     tokens = len(numbers) * folder.manifest.seq_len
@@ -72,7 +70,7 @@ def write_rows(folder: ShardFolder, config: InspectConfig, found: Found, model: 
         rows.append(_page_row(folder, row, token_figures(row, config.reference, base, config.epsilon), text, config))
         _rank(ranking, row, rows[-1].figures)
         progress("rows", len(rows), len(numbers))
-    full = {"delta": _scale([row.figures.delta_T for row in rows])}
+    full = {"delta": scale([row.figures.delta_T for row in rows])}
     full |= {"weight": config.epsilon if math.isfinite(config.epsilon) else 1.0, "reference": LOW}
     ids = np.unique(np.concatenate([np.array(row.ids) for row in rows])).tolist()
     return render(
@@ -84,7 +82,7 @@ def write_rows(folder: ShardFolder, config: InspectConfig, found: Found, model: 
         computed=base.forward is not None,
         context=base.context,
         epsilon=f"{config.epsilon:g}",
-        legends=_legends(config.reference, base.name, full),
+        legends=legends(config.reference, base.name, full),
         numbers=numbers,
         many=sum(len(row.ids) for row in rows) > MANY,
         rows=_spans(rows, full, config.search, base),
@@ -100,7 +98,7 @@ def render(**values: Any) -> str:
     )
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
     style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    style += "\n".join(_colour_rules())
+    style += "\n".join(colour_rules())
     hashes = {f"{name}_hash": content_hash(content) for name, content in (("style", style), ("script", script))}
     return environment.get_template("page.html").render(style=style, script=script, **hashes, **values)
 
@@ -131,63 +129,6 @@ def _page_row(folder: ShardFolder, row: Rows, figures: TokenFigures, text: Token
     return PageRow(number, row.ids.tolist(), groups, exact, facts, list(zip(starts, row.doc_ids.tolist())), figures)
 
 
-# --- colours ----------------------------------------------------------------------------------------------
-
-
-def _scale(deltas: list[np.ndarray]) -> float:
-    """The |delta| from which on a colour is full: above nearly all of the page's, so that each page uses all colours."""
-    sizes = np.abs(np.concatenate(deltas))
-    sizes = sizes[np.isfinite(sizes)]
-    return max(LEAST_SCALE, float(np.quantile(sizes, SHARE_IN_SCALE))) if len(sizes) else LEAST_SCALE
-
-
-def _steps(by: str, values_T: np.ndarray, full: float) -> np.ndarray:
-    """int [T], from -STEPS to STEPS: how much of a colour the values get; `full` from the middle on it is full."""
-    middle = 1.0 if by == "weight" else 0.0
-    shares_T = np.nan_to_num((values_T.astype(np.float64) - middle) / full, posinf=1, neginf=-1)
-    return np.rint(STEPS * np.clip(shares_T, -1, 1)).astype(int)
-
-
-def _colour_class(by: str, step: int) -> str:
-    return f"{by[0]}{step}" if step else ""
-
-
-def _colour_rules() -> Iterator[str]:
-    """The style of each class of a colour: mixed from the paper's and one other."""
-    for by, (below, above) in COLOURS.items():
-        for step in range(-STEPS, STEPS + 1):
-            if step:
-                share, colour = 100 * abs(step) / STEPS, above if step > 0 else below
-                mix = f"color-mix(in srgb, var(--{colour}) {share:g}%, var(--paper))"
-                yield f"[data-by={by}] .{_colour_class(by, step)} {{ background-color: {mix}; }}"
-
-
-def _legends(reference: str, base: str | None, full: dict[str, float]) -> list[dict[str, Any]]:
-    """A bar of colours with numbers below it, for each of the ways to colour."""
-    if base is None:
-        ticks = [f"{tick}" for tick in np.linspace(-LOW, 0, 5, dtype=int)]
-        ends = (f"improbable to {reference}", "certain", f"full colour from -{LOW} nat on")
-        return [_legend("reference", range(-STEPS, 1), [f"{ticks[0]} nat", *ticks[1:]], *ends)]
-    delta, weight = full["delta"], full["weight"]
-    ticks = [f"{delta * share:+.2g}" if share else "0" for share in (-1, -0.5, 0, 0.5, 1)]
-    scale = f"full colour from ±{delta:.2g} nat on, the 99th percentile of |delta| on this page"
-    if delta == LEAST_SCALE:
-        scale = f"full colour from ±{delta:.2g} nat on, the step that log-probs are rounded to"
-    ends = (f"{base} more confident", f"{reference} more confident", scale)
-    weight_ticks = [f"{1 + weight * share:.4g}" for share in (-1, -0.5, 0, 0.5, 1)]
-    weight_ends = ("weight below 1", "weight above 1", f"full colour from 1 ± {weight:g} on")
-    both = range(-STEPS, STEPS + 1)
-    return [
-        _legend("delta", both, [*ticks[:-1], f"{ticks[-1]} nat"], *ends),
-        _legend("weight", both, weight_ticks, *weight_ends),
-    ]
-
-
-def _legend(by: str, steps: range, ticks: list[str], left: str, right: str, scale: str) -> dict[str, Any]:
-    classes = [_colour_class(by, step) for step in steps]
-    return {"by": by, "steps": classes, "ticks": ticks, "left": left, "right": right, "scale": scale}
-
-
 # --- tokens -----------------------------------------------------------------------------------------------
 
 
@@ -201,8 +142,8 @@ def _spans(rows: list[PageRow], full: dict[str, float], search: str | None, base
     for row in rows:
         marks = find_in_groups(row.groups, search) if search else [[] for _ in row.groups]
         values = [getattr(row.figures, f"{name}_T") for name in by]
-        steps = [_steps(name, values_T, full[name]).tolist() for name, values_T in zip(by, values)]
-        classes = [" ".join(filter(None, map(_colour_class, by, of_token))) for of_token in zip(*steps)]
+        own_steps = [steps(name, values_T, full[name]).tolist() for name, values_T in zip(by, values)]
+        classes = [" ".join(filter(None, map(colour_class, by, of_token))) for of_token in zip(*own_steps)]
         classes = [own if scored else "none" for own, scored in zip(classes, np.isfinite(values[0]))]
         tokens = list(zip(classes, _numbers(row)))
         groups, place, documents = [], 0, list(row.documents)

@@ -44,7 +44,11 @@ def _show_row(folder: ShardFolder, row: Rows, text: TokenText, config: InspectCo
     console.print(_table(row, text, places, set(marked), console))
     before, after = places.start, len(ids) - places.stop
     if before or after:
-        left_out = f"{before} tokens before and {after} after these" if before else f"{counted(after, 'more token')}"
+        left_out = (
+            f"{counted(before, 'token')} before and {after:,} after these"
+            if before
+            else f"{counted(after, 'more token')}"
+        )
         console.print(Text(f"... {left_out}; --tokens 0 shows all"))
     if beyond := [place for place in marked if place not in places]:
         console.print(Text(f"... more of {config.search!r} from token {beyond[0]} on"), soft_wrap=True)
