@@ -44,20 +44,27 @@ class RequestCache(lm_eval.api.model.CachingLM):
 
     def __init__(self, lm: Any, cache_db: str, requests_at_once: int) -> None:
         self.lm, self.cache_db, self.requests_at_once = lm, cache_db, requests_at_once
-        self.dbdict = SqliteDict(cache_db, autocommit=True, encode=json.dumps, decode=_decode, outer_stack=False)
-        if requests_at_once == REQUESTS_AT_ONCE["hf"]:
-            lm.set_cache_hook(self.get_cache_hook())
 
     def __getattr__(self, name: str) -> Any:
-        answer = super().__getattr__(name)
         if name not in KINDS:
-            return answer
+            return getattr(self.lm, name)
 
-        def answer_in_slices(requests: list[Any]) -> list[Any]:
+        def answer(requests: list[Any]) -> list[Any]:
+            # it has a thread, which must not be there where a metric forks: the copies would wait for it forever
+            self.dbdict = SqliteDict(
+                self.cache_db, autocommit=True, encode=json.dumps, decode=_decode, outer_stack=False
+            )
+            if self.requests_at_once == REQUESTS_AT_ONCE["hf"]:
+                self.lm.set_cache_hook(self.get_cache_hook())
+            ask = super(RequestCache, self).__getattr__(name)
             starts = range(0, len(requests), self.requests_at_once)
-            return [each for start in starts for each in answer(requests[start : start + self.requests_at_once])]
+            try:
+                return [each for start in starts for each in ask(requests[start : start + self.requests_at_once])]
+            finally:
+                self.lm.set_cache_hook(lm_eval.api.model.CacheHook(None))
+                self.dbdict.close()
 
-        return answer_in_slices
+        return answer
 
 
 def _decode(text: str) -> Any:
@@ -80,9 +87,11 @@ def code_execution(allowed: bool) -> Iterator[None]:
 def prepare_process(config: EvalConfig, model: Path) -> None:
     """Quiet libraries, and what vLLM reads as it is imported."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["DISABLE_MULTIPROC"] = "1"  # the harness would fork this process for the error of a perplexity
     quiet_libraries()
     for name in ("lm_eval", "huggingface_hub", "datasets", "evaluate", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("sqlitedict").setLevel(logging.CRITICAL)  # what it logs is raised as well
     if not os.isatty(2):  # a bar in a log has a line every ten seconds
         tqdm.__init__ = functools.partialmethod(tqdm.__init__, mininterval=10)  # type: ignore[assignment]
     # it asks git about the folder that the command runs in, which says nothing about the harness
@@ -175,7 +184,6 @@ def run_task(config: EvalConfig, model: Any, task: SuiteTask, loaded: list[Any],
     are neither taken from it nor kept: several to one question would become one.
     """
     drawn = any(map(is_drawn, tasks_of(loaded)))
-    model.set_cache_hook(lm_eval.api.model.CacheHook(None))  # that of the task before
     try:
         return evaluator.simple_evaluate(
             model=model,

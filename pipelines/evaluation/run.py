@@ -4,6 +4,7 @@ One process evaluates one model: vLLM patches the transformers classes of its pr
 ends. Other models of --compare are evaluated by commands of their own.
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -195,7 +196,7 @@ def evaluated(
     harness.prepare_process(config, subject.model.path)
     names = [task.task for task in tasks]
     note(f"loading the data of {', '.join(names)}")
-    with harness.code_execution(config.allow_code_execution):
+    with harness.code_execution(config.allow_code_execution), contextlib.redirect_stdout(sys.stderr):
         loaded = load_tasks(names, config.task_dir, config.allow_code_execution)
         model = harness.load_model(config, subject.model.path)
         for name in names:
