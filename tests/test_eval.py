@@ -310,14 +310,18 @@ def test_nothing_is_unpickled(
     check_numbers(tmp_path / "o", oracle)
 
 
-def test_the_ids_are_those_of_the_file(tmp_path: Path) -> None:
-    """A tokenizer whose class drops the BOS that its file adds, as Gemma's does: the model is evaluated with it."""
-    folder = save(byte_level(bos=True), make_model(tmp_path, "Llama"), tokenizer_class="GemmaTokenizerFast")
+@pytest.mark.parametrize("name", ["LlamaTokenizerFast", "GemmaTokenizerFast"])
+def test_the_ids_are_those_of_the_file(tmp_path: Path, name: str) -> None:
+    """A file with a BOS in front, as Gemma's has, whose class makes other ids of a text, or cannot be made of the file."""
+    folder = save(byte_level(bos=True), make_model(tmp_path, "Llama"), tokenizer_class=name)
     file = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     text, answer = "x = row", " + 1"
     ids = file.encode(text + answer).ids
     assert ids[0] == file.token_to_id(BOS)
-    assert transformers.AutoTokenizer.from_pretrained(folder)(text + answer).input_ids != ids
+    theirs = None
+    with contextlib.suppress(Exception):
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)(text + answer).input_ids
+    assert theirs != ids
     model = lm_harness.load_model(EvalConfig(str(folder), dtype="float32"), folder)
     assert model.tok_encode(text) == file.encode(text).ids
     request = Instance("loglikelihood", {}, (text, answer), 0)
@@ -634,7 +638,7 @@ def test_inputs_that_are_refused(tmp_path: Path, remit: Remit, models: dict[str,
     assert (code, "is no result of remit eval" in error) == (1, True)
     (tmp_path / "old.json").write_text('{"format": 1, "tasks": {}}')
     code, _, error = remit("eval", "--model", models["base"], "--compare", tmp_path / "old.json")
-    assert (code, "old.json: has format 1, expected 2" in error) == (1, True)
+    assert (code, "old.json: has format 1, expected 3" in error) == (1, True)
     code, _, error = remit("eval", "--model", models["base"], "--chat-template", "--out", tmp_path / "out")
     assert (code, "--chat-template is given and" in error) == (1, True)
     code, _, error = remit("eval", "--model", models["base"], "--max-length", 65, "--out", tmp_path / "out")
