@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.flywheel.task_folder import task_folder_fingerprint
+from pipelines.evaluation.task_folder import task_folder_fingerprint
 
 
 def test_what_a_task_folder_depends_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

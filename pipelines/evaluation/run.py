@@ -7,7 +7,6 @@ ends. Other models of --compare are evaluated by commands of their own.
 import contextlib
 import hashlib
 import json
-import re
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from pipelines.evaluation.compare import compare
 from pipelines.evaluation.results import FORMAT, finished, read_results, to_record, write_json
 from pipelines.evaluation.settings import EvalConfig
 from pipelines.evaluation.suites import SUITES, SuiteTask
+from pipelines.evaluation.task_folder import task_folder_fingerprint
 from pipelines.models import LocalModel, resolve_model
 from shards.fingerprint import config_fingerprint, weights_fingerprint
 from shards.modelfolder import max_positions, read_config, require_language_model
@@ -34,7 +34,6 @@ READ_BESIDE = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "special_tokens_map.json",
     "added_tokens.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt",
 )  # fmt: skip
-TASK_NAME = re.compile(r"^(?:group|task):[ \t]*['\"]?([^\s'\"#]+)", re.MULTILINE)  # in a task file
 CODE = "; HumanEval and MBPP run programs that the model writes, which needs --allow-code-execution"
 
 
@@ -67,7 +66,8 @@ def evaluate(config: EvalConfig, note: Note) -> dict[str, Any]:
     the same results, or one for a model of --compare fails.
     """
     require_packages(config)
-    require_task_folder(config.task_dir)
+    if config.task_dir is not None and not config.task_dir.is_dir():
+        raise ValueError(f"--task-dir {config.task_dir}: no such folder, expected one with the YAML files of tasks")
     tasks, left_out = plan_tasks(config)
     if not tasks:
         raise ValueError(f"no task is left to evaluate: {', '.join(left_out)} are left out; give --skip fewer names")
@@ -97,20 +97,6 @@ def require_packages(config: EvalConfig) -> None:
             raise ValueError(
                 f"remit eval needs {package}, which is not installed; in your checkout of remit: pip install '.[{extra}]'"
             )
-
-
-def require_task_folder(folder: Path | None) -> None:
-    """ValueError where there is none, or where two of its files have the same task, of which the harness takes either."""
-    if folder is None:
-        return
-    if not folder.is_dir():
-        raise ValueError(f"--task-dir {folder}: no such folder, expected one with the YAML files of tasks")
-    files: dict[str, Path] = {}
-    for file in sorted(folder.rglob("*.yaml")):
-        for name in TASK_NAME.findall(file.read_text(encoding="utf-8"))[:1]:
-            other = files.setdefault(name, file)
-            if other != file:
-                raise ValueError(f"--task-dir {folder}: {other} and {file} are both {name!r}; rename one of them")
 
 
 def require_usable(config: EvalConfig, name: str, folder: Path) -> None:
@@ -173,8 +159,7 @@ def evaluate_model(
         "tasks": {},
     }
     with writing(subject.folder, note) as lease:
-        before = None if config.task_dir else finished(file, values)  # task files, or what they name, may have changed
-        if before is not None:
+        if (before := finished(file, values)) is not None:
             note(f"{subject.name}: was evaluated before, in {subject.folder}")
             return before | {"folder": str(subject.folder)}
         for name, record in evaluated(config, subject, tasks, note):
@@ -217,7 +202,7 @@ def cache_file(subject: Subject) -> Path:
     A request has the examples, the text with its chat template, and what the answer may be like; which questions are asked
     changes no answer.
     """
-    decides = subject.settings | {"limit": None, "format": FORMAT}
+    decides = subject.settings | {"limit": None, "task_files": None, "format": FORMAT}
     text = json.dumps(decides, sort_keys=True)
     return subject.folder / f"answers-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
@@ -257,5 +242,6 @@ def common_settings(config: EvalConfig, model: LocalModel) -> dict[str, Any]:
         "max_length": config.max_length,
         "chat_template": config.chat_template,
         "seed": config.seed,
+        "task_files": task_folder_fingerprint(config.task_dir) if config.task_dir else None,
         "versions": versions,
     }

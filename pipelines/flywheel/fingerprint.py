@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipelines.flywheel.task_folder import task_folder_fingerprint
+from pipelines.evaluation.task_folder import task_folder_fingerprint
 from shards.folder import TOKENIZER, ShardFolder
 from shards.manifest import MANIFEST
 from shards.part import read_record, record_name, sha256_file
