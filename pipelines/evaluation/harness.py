@@ -50,6 +50,10 @@ class RequestCache(lm_eval.api.model.CachingLM):
             return getattr(self.lm, name)
 
         def answer(requests: list[Any]) -> list[Any]:
+            with contextlib.closing(sqlite3.connect(self.cache_db)) as database:  # damage shows here, not in a thread
+                (found,) = database.execute("PRAGMA quick_check").fetchone()
+                if found != "ok":
+                    raise sqlite3.DatabaseError(found)
             # it has a thread, which must not be there where a metric forks: the copies would wait for it forever
             self.dbdict = SqliteDict(
                 self.cache_db, autocommit=True, encode=json.dumps, decode=_decode, outer_stack=False
