@@ -37,7 +37,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
 .PHONY: help install sample score train verify inspect test test-fast test-slow test-real docs lint clean bench bench-score bench-pack \
-	bench-scale bench-train bench-head bench-topk bench-plan gpu-check lab
+	bench-scale bench-train bench-head bench-topk gpu-check lab
 
 help: ## list targets and variables
 	@echo "targets:"
@@ -173,10 +173,7 @@ bench-head: $(VENV)/.installed-dev ## memory of the loss head as vocabulary and 
 bench-topk: $(VENV)/.installed-dev $(SAMPLE)/reference ## bytes per token of a reference's most probable tokens
 	$(BIN)/python -m benchmarks.bench_topk --sample $(SAMPLE)
 
-bench-plan: $(VENV)/.installed-dev $(SAMPLE)/reference ## remit plan --measure against the sample project's real times
-	$(BIN)/python -m benchmarks.bench_plan --sample $(SAMPLE)
-
-bench: bench-score bench-pack bench-scale bench-train bench-head bench-topk bench-plan ## all benchmarks
+bench: bench-score bench-pack bench-scale bench-train bench-head bench-topk ## all benchmarks
 
 docs: $(VENV)/.installed-dev ## build the documentation into docs/_build
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from time import sleep
 
-from pipelines.plan.random_shards import make_shards, write_tokenizer
+from benchmarks.random_shards import make_shards, write_tokenizer
 
 __all__ = ["Claim", "PeakMemory", "claim", "machine", "make_model", "make_shards", "report", "write_tokenizer"]
 

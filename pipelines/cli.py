@@ -24,9 +24,12 @@ from pipelines import commands, completion, tools
 from pipelines.console import BAD_USAGE, FAILED, STOPPED, BadUsage
 from pipelines.evaluation.settings import EvalConfig
 from pipelines.flywheel.settings import FlywheelOptions
-from pipelines.plan.settings import PlanConfig
+from pipelines.inspect.settings import InspectConfig
+from pipelines.plan.settings import PlanConfig, WeightsConfig, refuse_moved_option
+from pipelines.plan.tables import plan
+from pipelines.plan.weights_tables import weights
 from pipelines.report.compare import CompareConfig
-from pipelines.settings import CompletionConfig, InspectConfig, ReportConfig, VerifyConfig
+from pipelines.settings import CompletionConfig, ReportConfig, VerifyConfig
 from pipelines.signals import SignalReceived, StopRequest
 from scorer.config import PackConfig, ScoreConfig, SelectConfig
 from trainer.config import TrainConfig
@@ -38,7 +41,8 @@ COMMANDS: dict[str, tuple[type, Any]] = {
     "train": (TrainConfig, commands.train),
     "verify": (VerifyConfig, tools.verify),
     "inspect": (InspectConfig, tools.inspect),
-    "plan": (PlanConfig, tools.plan),
+    "plan": (PlanConfig, plan),
+    "weights": (WeightsConfig, weights),
     "report": (ReportConfig, tools.report),
     "compare": (CompareConfig, tools.compare),
     "eval": (EvalConfig, tools.evaluate),
@@ -97,6 +101,9 @@ def with_config_file(settings: type) -> type:
 def parse(arguments: list[str]) -> Any:
     """The settings dataclass of the command that `arguments` name; SystemExit(2) for bad usage."""
     described = {"-h", "--help", "--tyro-print-completion"} & set(arguments)
+    if not described and arguments and arguments[0] in COMMANDS:  # so that errors point to the command's own --help
+        settings = COMMANDS[arguments[0]][0]
+        return tyro.cli(settings, prog=f"remit {arguments[0]}", args=arguments[1:], use_underscores=False)
     union: Any = None
     for name, (settings, _) in COMMANDS.items():
         summary = (settings.__doc__ or "").splitlines()[0]
@@ -121,6 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no Unicode
     command = arguments[0] if arguments else ""
     try:
+        refuse_moved_option(arguments)
         config = parse(expand_config_file(arguments))
     except BrokenPipeError:  # --help | head: what Python has not written yet goes nowhere as it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -38,6 +38,11 @@ def note(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
 
 
+def counted(number: int, what: str) -> str:
+    """1 row, 2 rows."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 class BadUsage(ValueError):
     """What the user asks for cannot be meant: exit code 2, before anything has begun."""
 

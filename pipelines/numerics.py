@@ -4,7 +4,7 @@ In: an annotated folder and the reference model. Out: differences over random ro
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -219,20 +219,19 @@ def show(numerics: Numerics, console: Console) -> None:
     table = Table(box=None, show_header=False)
     rows = {
         "column": logprobs_column(numerics.reference),
-        "compared": f"{numerics.tokens:,} log-probs in {numerics.rows:,} rows",
+        "compared": f"{numerics.tokens:,} log-probs in {numerics.rows:,} rows, with a float32 forward",
         "mean |difference|": f"{numerics.mean:.2e} nat (at most {numerics.tolerance:.2e})",
-        f"of a forward in {numerics.dtype}": f"{numerics.own_mean:.2e} nat",
+        f"the model in {numerics.dtype}": f"{numerics.own_mean:.2e} nat from float32",
         "max |difference|": f"{numerics.max:.2e} nat",
         "bias": f"{numerics.bias:+.2e} nat (at most {numerics.bias_tolerance:.2e} from {numerics.rounding_bias:+.2e}, "
         "which rounding gives)",
         f"weights changed by > {WEIGHT_CHANGE}": f"{numerics.weights_changed:.3%}",
         "clipped in one only": f"{numerics.clip_changed:.3%}",
-        "weights with the losses of": numerics.base or "the reference itself (no --base given)",
+        "losses of the base": f"of {numerics.base}" if numerics.base else "the reference stands in; --base gives one",
     }
     if numerics.topk_mean is not None:
-        rows["mean |difference| of the top k"] = f"{numerics.topk_mean:.2e} nat"
+        rows["mean |difference| of the top k"] = f"{numerics.topk_mean:.2e} nat (at most {numerics.topk_tolerance:.2e})"
     for key, value in rows.items():
         table.add_row(key, value)
     console.print(table)
     console.print(numerics.verdict)
-    console.print_json(data=asdict(numerics) | {"passes": numerics.passes}, indent=None)

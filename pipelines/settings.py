@@ -1,6 +1,5 @@
 """Settings of the commands that belong to no stage."""
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,11 +11,29 @@ from trainer.objectives.settings import check_epsilon
 
 
 @dataclass(frozen=True)
-class VerifyConfig:
+class OneFolder:
+    """Options of a command that looks at one shard folder."""
+
+    folder: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[FOLDER]")] = None
+    """Shard folder."""
+    shards: str | None = None
+    """The shard folder, as an option."""
+
+    @property
+    def path(self) -> str:
+        """The shard folder; ValueError where it is not given, or twice."""
+        if (self.folder is None) == (self.shards is None):
+            given = (
+                "no shard folder is" if self.folder is None else f"{self.folder} and --shards {self.shards} are both"
+            )
+            raise ValueError(f"{given} given, expected FOLDER or --shards FOLDER")
+        return self.folder or self.shards or ""
+
+
+@dataclass(frozen=True)
+class VerifyConfig(OneFolder):
     """Check every byte, count and invariant of a shard folder; with --model, rescore random rows with transformers."""
 
-    shards: str
-    """Shard folder."""
     repair: bool = False
     """Move bad parts to _quarantine/damaged, so that the command that wrote the folder refills just those."""
     model: str | None = None
@@ -31,87 +48,20 @@ class VerifyConfig:
     """Clip of the ReMiT weights that are compared; inf: no clip."""
     seed: int = 0
     """Decides which rows are rescored."""
+    json: Path | None = None
+    """File to write the figures of --model to, as JSON."""
     debug: bool = field(default=False, repr=False)
     """Show tracebacks."""
 
     def __post_init__(self) -> None:
+        _ = self.path
         if self.rows < 1:
             raise ValueError(f"--rows is {self.rows}, expected at least 1")
+        if self.json is not None:
+            if self.model is None:
+                raise ValueError("--json is given without --model, whose figures it takes")
+            check_output_file("--json", self.json)
         check_epsilon("--epsilon", self.epsilon)
-
-
-@dataclass(frozen=True)
-class InspectConfig:
-    """Show what a shard folder is, or some of its rows: in the terminal, or as a page that colours each token."""
-
-    shards: str
-    """Shard folder."""
-    row: int | None = None
-    """Row to show, counted over all parts; without it and the next three, the folder's provenance."""
-    rows: str | None = None
-    """Rows to show, first and last with two dots between: 8..11."""
-    doc: int | None = None
-    """Document whose rows to show, by its ordinal in its corpus file."""
-    search: str | None = None
-    """Show the first rows whose decoded text has this in it."""
-    source: int | None = None
-    """Corpus file that --doc or --search looks in, by its number in the folder's provenance."""
-    limit: int = 20
-    """Rows that --doc and --search show at most."""
-    tokens: int = 64
-    """Tokens of each row to show in the terminal; 0: all."""
-    html: Path | None = None
-    """File to write the rows to as one page: tokens coloured by log p(reference) - log p(base), or by ReMiT weight."""
-    reference: str = "rl"
-    """Name of the reference whose log-probs the page compares with the base's."""
-    base: str | None = None
-    """Name of the base's stored log-probs, for the page; default: base, where the folder has it."""
-    model: str | None = None
-    """Base model that computes its log-probs of the rows now, instead of stored ones; a folder, or NAME or
-    NAME@REVISION of the hub."""
-    epsilon: float = 0.2
-    """Clip of the ReMiT weights on the page; inf: no clip."""
-    debug: bool = field(default=False, repr=False)
-    """Show tracebacks."""
-
-    def __post_init__(self) -> None:
-        chosen = [f"--{name}" for name in ("row", "rows", "doc", "search") if getattr(self, name) is not None]
-        if len(chosen) > 1:
-            raise ValueError(f"{' and '.join(chosen)} are given, expected one of them")
-        if self.html is not None and not chosen:
-            raise ValueError("--html is given without rows, expected --row, --rows, --doc or --search beside it")
-        if self.html is None and (self.base is not None or self.model is not None):
-            raise ValueError("--base and --model are for the page; give --html FILE too")
-        if self.base is not None and self.model is not None:
-            raise ValueError(
-                "--base and --model are both given, expected one: a stored column, or a model that runs now"
-            )
-        if self.base is not None and self.base == self.reference:
-            raise ValueError(f"--reference and --base are both {self.base!r}, expected the names of two columns")
-        if self.search == "":
-            raise ValueError("--search is empty, expected text to look for")
-        if self.source is not None and self.doc is None and self.search is None:
-            raise ValueError("--source is given without --doc or --search, which it narrows")
-        for name, least in (("row", 0), ("doc", 0), ("source", 0), ("limit", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"--{name} is {value}, expected at least {least}")
-        if self.tokens < 0:
-            raise ValueError(f"--tokens is {self.tokens}, expected 0 (all) or more")
-        check_epsilon("--epsilon", self.epsilon)
-        if self.html is not None:
-            check_page("--html", self.html)
-        _ = self.row_range
-
-    @property
-    def row_range(self) -> tuple[int, int] | None:
-        """First and last row of --row or --rows."""
-        if self.rows is None:
-            return None if self.row is None else (self.row, self.row)
-        match = re.fullmatch(r"([0-9]{1,18})\.\.([0-9]{1,18})", self.rows)
-        if match is None or int(match[1]) > int(match[2]):
-            raise ValueError(f"--rows is {self.rows!r}, expected the first and the last row, for instance 8..11")
-        return int(match[1]), int(match[2])
 
 
 @dataclass(frozen=True)

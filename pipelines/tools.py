@@ -5,19 +5,20 @@ Heavy imports (torch, transformers) happen inside, so that --help answers at onc
 
 import json
 import sys
-from time import monotonic
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from pipelines.console import DONE, FAILED, ShouldStop, note, progress_bar, quiet_libraries
+from pipelines.console import DONE, FAILED, ShouldStop, counted, note, progress_bar, quiet_libraries
 from pipelines.evaluation.settings import EvalConfig
+from pipelines.inspect.settings import InspectConfig
 from pipelines.models import resolve_model
 from pipelines.pages import write_page
-from pipelines.plan.settings import PlanConfig
+from pipelines.provenance import print_lines, print_references, selection_line
 from pipelines.report.compare import CompareConfig
 from pipelines.report.compare import compare as compare_runs
-from pipelines.settings import InspectConfig, ReportConfig, VerifyConfig
+from pipelines.settings import ReportConfig, VerifyConfig
 from shards.folder import ShardFolder
 from shards.output_folder import writing
 from shards.quarantine import QUARANTINE, take_out
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def verify(config: VerifyConfig, should_stop: ShouldStop) -> int:
-    folder = ShardFolder(config.shards)
+    folder = ShardFolder(config.path)
     if not config.repair:
         return verify_and_show(config, folder)
     with writing(folder.store, note):  # or a part might be committed between its check and its repair
@@ -41,20 +42,26 @@ def verify_and_show(config: VerifyConfig, folder: ShardFolder) -> int:
         report = verify_folder(folder, lambda plan: bar.update(plan.tokens))
     for problem in report.problems:
         print(f"remit verify: {problem}", file=sys.stderr)
-    documents = folder.manifest.documents
-    print(
-        f"{folder.path}: {report.parts} of {len(folder.manifest.parts)} parts are sound, {report.rows:,} rows, "
-        f"{report.tokens:,} tokens"
-        + ("" if report.documents is None else f", {report.documents:,} documents")
-        + (", whole or in part" if folder.manifest.selections and report.documents is not None else "")
+    manifest, console = folder.manifest, Console(file=sys.stdout, highlight=False)
+    if not console.is_terminal:
+        console.width = 200  # a log has no width
+    counts = [counted(report.rows, "row"), counted(report.tokens, "token")]
+    if report.documents is not None:
+        whole = ", whole or in part" if manifest.selections else ""
+        counts.append(counted(report.documents, "document") + whole)
+    whose = "corpus as packed" if manifest.selections else "plan"
+    print_lines(
+        console,
+        f"{folder.path}: {report.parts} of {len(manifest.parts)} parts are sound, {', '.join(counts)}",
+        f"documents of the {whose}: " + ", ".join(f"{kind} {count:,}" for kind, count in manifest.documents.items()),
+        *map(selection_line, manifest.selections),
     )
-    whose = "corpus as packed" if folder.manifest.selections else "plan"
-    print(f"documents of the {whose}: " + ", ".join(f"{kind} {count:,}" for kind, count in documents.items()))
-    for selection in folder.manifest.selections:
-        print(f"selection: {json.dumps(selection)}")
-    for name, count in report.logprobs.items():
-        line = f"{name}: {count:,} log-probs, {report.quarantined[name]:,} rows quarantined, "
-        print(line + json.dumps(folder.manifest.references[name]))
+    columns = {"log-probs": report.logprobs, "rows quarantined": report.quarantined}
+    print_references(
+        console,
+        manifest,
+        {header: {name: f"{count:,}" for name, count in own.items()} for header, own in columns.items()},
+    )
     passes = not report.problems
     if config.repair and report.bad_parts:
         for part in report.bad_parts:
@@ -78,7 +85,9 @@ def rescore(config: VerifyConfig, folder: ShardFolder) -> bool:
         numerics = measure(
             folder, model, config.reference, config.rows, base, config.epsilon, config.seed, lambda: bar.update(1)
         )
-    show(numerics, Console(highlight=False, width=200))
+    show(numerics, Console(file=sys.stdout, highlight=False, width=200))
+    if config.json is not None:
+        config.json.write_text(json.dumps(asdict(numerics) | {"passes": numerics.passes}, indent=1) + "\n", "utf-8")
     return numerics.passes
 
 
@@ -86,7 +95,7 @@ def inspect(config: InspectConfig, should_stop: ShouldStop) -> int:
     from pipelines.inspect.find_rows import find_rows
     from pipelines.inspect.terminal import show
 
-    folder = ShardFolder(config.shards)
+    folder = ShardFolder(config.path)
     if config.row_range is None and config.doc is None and config.search is None:
         show(folder, config, [])
         return DONE
@@ -108,7 +117,7 @@ def inspect(config: InspectConfig, should_stop: ShouldStop) -> int:
 
 def write_heatmap(config: InspectConfig, folder: ShardFolder, found: "Found") -> None:
     """remit inspect --html: the rows as one page."""
-    from pipelines.inspect.heatmap import heatmap
+    from pipelines.inspect.page import page_of_rows
 
     quiet_libraries()
     assert config.html is not None
@@ -120,72 +129,11 @@ def write_heatmap(config: InspectConfig, folder: ShardFolder, found: "Found") ->
             bar.total = total
             bar.update(done - bar.n)
 
-        page = heatmap(folder, config, found, model, progress)
+        page = page_of_rows(folder, config, found, model, progress)
     write_page(config.html, page)
     rows = found.rows
     which = f"row {rows[0]}" if len(rows) == 1 else f"{len(rows):,} rows, {rows[0]} to {rows[-1]}"
     print(f"wrote {which} -> {config.html}")
-
-
-def plan(config: PlanConfig, should_stop: ShouldStop) -> int:
-    console = Console(file=sys.stdout, highlight=False)
-    figures = plan_of_weights(config, console) if config.weights else plan_of_costs(config, console)
-    if config.json is not None:
-        config.json.write_text(json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
-    return DONE
-
-
-def plan_of_weights(config: PlanConfig, console: Console) -> dict[str, Any]:
-    """remit plan --weights: print the tables; returns the figures."""
-    from pipelines.plan.weights import plan_weights, show
-
-    folder = ShardFolder(config.shards or "")
-    began, total = monotonic(), folder.manifest.rows
-    with progress_bar(desc="plan", unit=" rows", total=min(config.rows or total, total)) as bar:
-
-        def progress(rows: int, tokens: int) -> None:
-            bar.set_postfix_str(f"{tokens / max(1e-9, monotonic() - began):,.0f} tokens/s", refresh=False)
-            bar.update(rows - bar.n)
-
-        figures = plan_weights(folder, config, progress)
-    show(figures, console)
-    return figures
-
-
-def plan_of_costs(config: PlanConfig, console: Console) -> dict[str, Any]:
-    """remit plan with --base, --reference and --tokens: print the tables; returns the figures."""
-    from pipelines.plan.calibration import read_calibration, write_calibration
-    from pipelines.plan.costs import plan_costs
-    from pipelines.plan.model import read_config, shape_of
-    from pipelines.plan.tables import show
-
-    quiet_libraries()
-    folders = [resolve_model(f"--{role}", getattr(config, role), weights=False) for role in ("base", "reference")]
-    configs = [read_config(f"--{role}", folder.path) for role, folder in zip(("base", "reference"), folders)]
-    base, reference = (
-        shape_of(f"--{role}", settings, folder.name)
-        for role, settings, folder in zip(("base", "reference"), configs, folders)
-    )
-    calibration: dict[str, Any] = {}
-    if config.measure:
-        from pipelines.plan.measure import measure
-
-        with progress_bar(desc="measure", unit=" rounds") as bar:
-
-            def tick(what: str) -> None:
-                if what:
-                    bar.set_description(what)
-                else:
-                    bar.update()
-
-            calibration = measure(config, (configs[0], configs[1]), (base, reference), tick)
-        if config.calibration is not None:
-            write_calibration(config.calibration, calibration)
-    elif config.calibration is not None:
-        calibration = read_calibration(config.calibration)
-    figures = plan_costs(config, base, reference, calibration)
-    show(figures, console)
-    return figures
 
 
 def report(config: ReportConfig, should_stop: ShouldStop) -> int:

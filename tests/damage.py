@@ -126,16 +126,43 @@ def read_to_rescore(folder: Path, model: Path) -> None:
     measure(ShardFolder(folder), model, "rl", 4, None, 0.2, 0)
 
 
+def read_to_weigh(folder: Path, model: Path) -> None:
+    from pipelines.plan.settings import WeightsConfig
+    from pipelines.plan.weights import weights_of_corpus
+
+    weights_of_corpus(ShardFolder(folder), WeightsConfig(str(folder)), lambda rows, tokens: None)
+
+
+def read_to_inspect(folder: Path, model: Path) -> None:
+    from pipelines.inspect.settings import InspectConfig
+    from pipelines.inspect.terminal import show
+
+    show(ShardFolder(folder), InspectConfig(str(folder), rows="0..3"), [0, 1, 2, 3])
+
+
+def read_for_page(folder: Path, model: Path) -> None:
+    from pipelines.inspect.find_rows import Found
+    from pipelines.inspect.page import page_of_rows
+    from pipelines.inspect.settings import InspectConfig
+
+    config = InspectConfig(str(folder), rows="0..3", html=folder.parent / "page.html")
+    page_of_rows(ShardFolder(folder), config, Found([0, 1, 2, 3], "rows 0 to 3"), None, lambda what, done, total: None)
+
+
 READERS: dict[str, Callable[[Path, Path], None]] = {
     "verify": read_to_verify,
     "train": read_to_train,
+    "inspect": read_to_inspect,
+    "inspect --html": read_for_page,
     "other loops": read_for_other_loops,
     "select": read_to_select,
+    "weights": read_to_weigh,
     "verify --model": read_to_rescore,
 }
 TOPK_READERS: dict[str, Callable[[Path, Path], None]] = {
     "verify": read_to_verify,
     "train": read_for_kd,
+    "inspect": read_to_inspect,
     "verify --model": read_to_rescore,
 }
 

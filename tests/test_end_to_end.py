@@ -147,7 +147,7 @@ def test_every_objective_from_one_store(
         done(remit("train", "--shards", tmp_path / "chosen", "--out", out, *common, "--objective", objective))
 
     figures = tmp_path / "figures.json"
-    plan = done(remit("plan", "--weights", "--shards", shards, "--rows", 0, "--json", figures))
+    plan = done(remit("weights", "--shards", shards, "--rows", 0, "--json", figures))
     assert "epsilon" in plan
     whole = tmp_path / "whole"
     done(remit("train", "--shards", shards, "--out", whole, *common, "--global-batch-size", len(everything)))

@@ -1,11 +1,14 @@
 """remit eval: the harness' numbers against transformers in float64, resuming, comparing, refusals."""
 
+import contextlib
 import json
 import math
 import os
+import pickle
 import shlex
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -14,22 +17,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 import transformers
 import yaml
 from annotated import run
+from conftest import make_model
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from rich.console import Console
+from test_tokenizer import BOS, byte_level, save
 
 from pipelines.cli import parse
+from pipelines.evaluation import harness as lm_harness
 from pipelines.evaluation.compare import claim, compare
 from pipelines.evaluation.prompts import count_cut
-from pipelines.evaluation.run import average, plan_tasks
+from pipelines.evaluation.results import to_record
+from pipelines.evaluation.run import Subject, average, cache_file, common_settings, plan_tasks
 from pipelines.evaluation.settings import EvalConfig
 from pipelines.evaluation.suites import SUITES, SuiteTask
 from pipelines.evaluation.tables import show, show_comparison, verdict
-from pipelines.evaluation.task_folder import task_folder_fingerprint
-from pipelines.evaluation.worker import TaskError, leaves, load_task, to_record
+from pipelines.evaluation.tasks import leaves, load_task
+from pipelines.models import LocalModel
+from shards.output_folder import writing
 
 Remit = Callable[..., tuple[int, str, str]]
 
@@ -151,8 +162,9 @@ def task_dir(tmp_path_factory: pytest.TempPathFactory, oracle: Oracle) -> Path:
 
 
 def record(out: Path, task: str) -> dict[str, Any]:
-    (file,) = out.glob(f"*/{task}.json")
-    return json.loads(file.read_text(encoding="utf-8"))
+    (file,) = out.glob("*/results.json")
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["tasks"][task]
+    return found
 
 
 def values(found: dict[str, Any]) -> list[float]:
@@ -173,54 +185,188 @@ def check_numbers(out: Path, oracle: Oracle) -> None:
     assert values(text) == [float(index % 2 == 0) for index in range(len(QUESTIONS))]
 
 
-def test_own_tasks_and_resume(tmp_path: Path, exported: Path, oracle: Oracle, task_dir: Path, remit: Remit) -> None:
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """What the models of this process are asked, request by request."""
+    requests: list[tuple] = []
+    for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+
+        def counted(ask: Callable) -> Callable:
+            def answer(self: HFLM, asked: list[Any], *rest: Any, **more: Any) -> Any:
+                requests.extend(request.args for request in asked)
+                return ask(self, asked, *rest, **more)
+
+            return answer
+
+        monkeypatch.setattr(HFLM, kind, counted(getattr(HFLM, kind)))
+    return requests
+
+
+NAMES = "own_choice,own_loglikelihood,own_text"
+NUM_REQUESTS = sum(len(choices) for _, choices, _ in QUESTIONS) + len(QUESTIONS)  # first answers are choices, too
+
+
+def test_own_tasks_and_again(
+    tmp_path: Path, exported: Path, oracle: Oracle, task_dir: Path, remit: Remit, asked: list[tuple]
+) -> None:
     command = ["eval", "--model", exported, "--task-dir", task_dir, "--out", tmp_path, "--dtype", "float32"]
-    names = "own_choice,own_loglikelihood,own_text"
-    code, output, error = remit(*command, "--tasks", names)
+    code, output, error = remit(*command, "--tasks", NAMES)
     assert code == 0, error
     check_numbers(tmp_path, oracle)
+    assert len(asked) == NUM_REQUESTS
     choice = record(tmp_path, "own_choice")
     assert f"{choice['value']:.4f} ± {choice['stderr']:.4f}" in output
     (folder,) = tmp_path.iterdir()
-    assert folder.name == f"trained-{choice['settings']['model']['weights'][:8]}"
-    assert set(choice["settings"]["versions"]) == {"lm_eval", "transformers", "torch", "datasets"}
-    assert (choice["shots"], choice["settings"]["seed"]) == ({"own_choice": 0}, 1234)
-    assert list(json.loads((folder / "results.json").read_text())["tasks"]) == names.split(",")
+    results = json.loads((folder / "results.json").read_text())
+    assert folder.name == f"trained-{results['settings']['model']['weights'][:8]}"
+    assert set(results["settings"]["versions"]) == {"lm_eval", "transformers", "torch", "datasets"}
+    assert (choice["shots"], results["settings"]["seed"]) == ({"own_choice": 0}, 1234)
+    assert list(results["tasks"]) == NAMES.split(",")
 
-    before = {file.name: file.stat().st_mtime_ns for file in folder.glob("own_*.json")}
-    code, _, error = remit(*command, "--tasks", names)
-    assert (code, "3 of 3 tasks were evaluated before" in error) == (0, True)
-    (folder / "own_text.json").unlink()
-    (folder / "own_choice.json").write_text("{}")
-    code, _, error = remit(*command, "--tasks", names)
-    assert (code, "own_choice: evaluated before with a result that cannot be read" in error) == (0, True)
-    after = {file.name: file.stat().st_mtime_ns for file in folder.glob("own_*.json")}
-    assert [name for name in before if before[name] == after[name]] == ["own_loglikelihood.json"]
-    check_numbers(tmp_path, oracle)
+    asked.clear()
+    code, again_output, error = remit(*command, "--tasks", NAMES)
+    assert (code, again_output, "loading the data" in error) == (0, output, False)
+    (folder / "results.json").write_text("{}")
+    code, _, error = remit(*command, "--tasks", NAMES)
+    assert (code, asked, "loading the data" in error) == (0, [], True), error  # all is in the cache
+    again = json.loads((folder / "results.json").read_text())
+    for found in (*results["tasks"].values(), *again["tasks"].values()):
+        del found["seconds"]
+    assert again == results
 
     code, output, error = remit(*command, "--tasks", "own_choice", "--limit", 3)
-    assert code == 0, error
-    assert "own_choice: evaluated before with other settings (limit)" in error
-    assert "the first 3 questions of each task only" in output
+    assert (code, asked, "the first 3 questions of each task only" in output) == (0, [], True), error
     assert values(record(tmp_path, "own_choice")) == oracle.right_choices()[:3]
-    code, output, error = remit(*command, "--tasks", names)  # a look at three questions did not cost the others
-    assert (code, "3 of 3 tasks were evaluated before" in error, "the first 3" in output) == (0, True, False)
+    code, _, error = remit(*command, "--tasks", "own_choice", "--num-fewshot", 1)
+    assert (code, len(asked)) == (0, NUM_REQUESTS - len(QUESTIONS)), error  # other prompts
+    asked.clear()
+    # 64 is all that the model takes: the answers are the same, but nothing in a request says so
+    code, _, error = remit(*command, "--tasks", NAMES, "--max-length", 64)
+    assert (code, len(asked)) == (0, NUM_REQUESTS), error
     check_numbers(tmp_path, oracle)
-    code, output, error = remit(*command, "--tasks", "own_choice", "--limit", 3)
-    assert (code, "1 of 1 tasks were evaluated before" in error, "the first 3" in output) == (0, True, True)
-    (folder / "own_choice.json").unlink()  # as after a kill while the two results changed places
-    code, _, error = remit(*command, "--tasks", "own_choice")
-    assert (code, "1 of 1 tasks were evaluated before" in error) == (0, True)
 
 
-def test_vllm(tmp_path: Path, exported: Path, oracle: Oracle, task_dir: Path, remit: Remit) -> None:
-    code, _, error = remit(
-        "eval", "--model", exported, "--task-dir", task_dir, "--out", tmp_path, "--dtype", "float32", "--backend",
-        "vllm", "--tasks", "own_choice,own_loglikelihood,own_text",
+def test_what_is_done_is_not_loaded_again(
+    tmp_path: Path, exported: Path, task_dir: Path, remit: Remit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A suite without network: the harness' index is that of the task folder."""
+    tasks = (SuiteTask("Choice", "own_choice", 1, "acc_norm,none"), SuiteTask("Few", "own_few", 0, "acc,none"))
+    monkeypatch.setitem(SUITES, "paper", tasks)
+    own = TaskManager(include_path=str(task_dir), include_defaults=False)
+    monkeypatch.setattr("pipelines.evaluation.tasks.TaskManager", lambda **_: own)
+    command = ["eval", "--model", exported, "--out", tmp_path]
+    code, first, error = remit(*command)
+    assert (code, "loading the data of own_choice, own_few" in error) == (0, True), error
+    code, again, error = remit(*command)
+    assert (code, "loading the data" in error, "was evaluated before" in error) == (0, False, True)
+    assert again == first
+    assert "average over 2 tasks" in first
+    code, _, error = remit(*command, "--limit", 2)
+    assert (code, "loading the data" in error) == (0, True)
+
+
+def test_answers_drawn_at_random_are_not_kept(tmp_path: Path, exported: Path, remit: Remit, asked: list[tuple]) -> None:
+    """A temperature says so, without do_sample: of three answers to one question the cache would make one."""
+    (tmp_path / "q.jsonl").write_text(json.dumps({"q": "def f(", "a": "x"}) + "\n")
+    task = {
+        "task": "drawn", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "q.jsonl")}},
+        "test_split": "test", "output_type": "generate_until", "repeats": 3, "doc_to_text": "{{q}}", "doc_to_target": "a",
+        "metric_list": [{"metric": "exact_match"}], "generation_kwargs": {"temperature": 1.0, "max_gen_toks": 4, "until": []},
+    }  # fmt: skip
+    (tmp_path / "drawn.yaml").write_text(yaml.safe_dump(task))
+    for _ in range(2):
+        asked.clear()
+        code, _, error = remit(
+            "eval", "--model", exported, "--task-dir", tmp_path, "--tasks", "drawn", "--out", tmp_path / "o"
+        )
+        next(tmp_path.glob("o/*/results.json")).unlink()
+        assert (code, len(asked)) == (0, 3), error
+
+
+class Trap:
+    """Runs as it is unpickled."""
+
+    def __reduce__(self) -> tuple:
+        return (os.mkdir, ("trapped",))
+
+
+def test_nothing_is_unpickled(
+    tmp_path: Path, exported: Path, oracle: Oracle, task_dir: Path, remit: Remit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of results may be somebody else's."""
+    monkeypatch.chdir(tmp_path)
+    command = ["eval", "--model", exported, "--task-dir", task_dir, "--out", tmp_path / "o", "--dtype", "float32"]
+    assert remit(*command, "--tasks", NAMES)[0] == 0
+    (file,) = tmp_path.glob("o/*/answers-*.db")
+    with contextlib.closing(sqlite3.connect(file)) as database, database:
+        rows = database.execute("SELECT value FROM unnamed").fetchall()
+        assert len(rows) == NUM_REQUESTS
+        assert all(isinstance(json.loads(value), list | str) for (value,) in rows)
+        database.execute("UPDATE unnamed SET value = ?", (pickle.dumps(Trap()),))
+    (file.parent / "results.json").unlink()
+    code, _, error = remit(*command, "--tasks", NAMES)
+    assert (code, "Traceback" in error) == (1, False)
+    assert not (tmp_path / "trapped").exists()
+    file.write_bytes(b"no database" * 1000)
+    code, _, error = remit(*command, "--tasks", NAMES)
+    assert (code, f"{file}: cannot be read or written" in error, "delete it" in error) == (1, True, True), error
+    file.unlink()
+    assert remit(*command, "--tasks", NAMES)[0] == 0
+    check_numbers(tmp_path / "o", oracle)
+
+
+@pytest.mark.parametrize("name", ["LlamaTokenizerFast", "GemmaTokenizerFast"])
+def test_the_ids_are_those_of_the_file(tmp_path: Path, name: str) -> None:
+    """A file with a BOS in front, as Gemma's has, whose class makes other ids of a text, or cannot be made of the file."""
+    folder = save(byte_level(bos=True), make_model(tmp_path, "Llama"), tokenizer_class=name)
+    file = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    text, answer = "x = row", " + 1"
+    ids = file.encode(text + answer).ids
+    assert ids[0] == file.token_to_id(BOS)
+    theirs = None
+    with contextlib.suppress(Exception):
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)(text + answer).input_ids
+    assert theirs != ids
+    model = lm_harness.load_model(EvalConfig(str(folder), dtype="float32"), folder)
+    assert model.tok_encode(text) == file.encode(text).ids
+    request = Instance("loglikelihood", {}, (text, answer), 0)
+    ((found, _),) = model.loglikelihood([request], disable_tqdm=True)
+    own = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    logprobs = own(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    start = len(file.encode(text).ids)
+    expected = logprobs.gather(1, torch.tensor(ids[1:])[:, None])[start - 1 :].sum().item()
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+def command_line(*words: object, slow: bool = False, **environment: str) -> subprocess.Popen:
+    """The command in a process of its own; slow: a tenth of a second for each batch."""
+    patch = "from lm_eval.models.huggingface import HFLM as M; import time; c = M._model_call; "
+    patch += "M._model_call = lambda *a, **k: (time.sleep(.1), c(*a, **k))[1]; "
+    code = f"{patch if slow else ''}from pipelines.cli import main; main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, words)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start_new_session=True, env=os.environ | environment,
     )  # fmt: skip
-    assert code == 0, error
-    check_numbers(tmp_path, oracle)
-    assert "vllm" in record(tmp_path, "own_text")["settings"]["versions"]
+
+
+def test_vllm(tmp_path: Path, exported: Path, oracle: Oracle, task_dir: Path) -> None:
+    command = [
+        "eval", "--model", exported, "--task-dir", task_dir, "--out", tmp_path, "--dtype", "float32", "--backend",
+        "vllm", "--tasks", NAMES,
+    ]  # fmt: skip
+    for _ in range(2):
+        for file in tmp_path.glob("*/results.json"):
+            file.unlink()
+        process = command_line(*command)
+        _, error = process.communicate()
+        assert process.returncode == 0, error
+        check_numbers(tmp_path, oracle)
+        (file,) = tmp_path.glob("*/answers-*.db")
+        with contextlib.closing(sqlite3.connect(file)) as database:
+            assert database.execute("SELECT count(*) FROM unnamed").fetchone() == (NUM_REQUESTS,)
+    assert "Processed prompts" not in error  # of the second command
+    (file,) = tmp_path.glob("*/results.json")
+    assert "vllm" in json.loads(file.read_text())["settings"]["versions"]
 
 
 def test_compare_models_and_files(
@@ -238,7 +384,8 @@ def test_compare_models_and_files(
     assert (found["paired"], found["num_questions"]) == (True, len(QUESTIONS))
     assert (found["difference"], found["stderr"]) == (pytest.approx(mean), pytest.approx(stderr))
     # a perplexity is no mean over the questions, so that the pairs say nothing about its error
-    records = [json.loads(file.read_text()) for file in sorted(tmp_path.glob("*/own_loglikelihood.json"))]
+    both = [json.loads(file.read_text())["tasks"] for file in sorted(tmp_path.glob("*/results.json"))]
+    records = [tasks["own_loglikelihood"] for tasks in both]
     unpaired = comparison["tasks"]["own_loglikelihood"]
     assert not unpaired["paired"]
     assert unpaired["stderr"] == pytest.approx(math.hypot(*(entry["stderr"] for entry in records)))
@@ -288,7 +435,7 @@ def test_groups_filters_and_prompts_that_are_cut(
     line = f"own_text: answers may have {NEW_TOKENS} tokens and the model takes {NEW_TOKENS} in all"
     assert (code, line in error) == (1, True)
     code, _, error = remit(*command, "--tasks", "own_choice", "--max-length", longest - 1)
-    line = f"own_choice: an answer of its questions has {longest} tokens and the model takes {longest - 1} in all"
+    line = "own_choice: AssertionError: assert len(continuation_enc) <= self.max_length"
     assert (code, line in error) == (1, True)
 
 
@@ -315,56 +462,57 @@ def test_which_prompts_are_cut() -> None:
     assert cut(("x" * 100,)) == 0
 
 
-def processes_of(model: Path) -> list[int]:
-    """Those whose parent was given `model` on its command line, and it itself."""
-    found = subprocess.run(["ps", "-wweo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
-    rows = [line.split(None, 2) for line in found.splitlines()[1:]]
-    parents = {int(pid) for pid, _, arguments in rows if str(model) in arguments and "pipelines.cli" in arguments}
-    return [int(pid) for pid, parent, _ in rows if int(pid) in parents or int(parent) in parents]
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_resume_after_a_signal(
-    tmp_path: Path, exported: Path, oracle: Oracle, task_dir: Path, remit: Remit, number: signal.Signals
+    tmp_path: Path,
+    exported: Path,
+    oracle: Oracle,
+    task_dir: Path,
+    remit: Remit,
+    asked: list[tuple],
+    number: signal.Signals,
 ) -> None:
-    """kill -9 of the command; Ctrl-C, which a terminal sends to the command and to the process that evaluates."""
-    command = ["eval", "--model", exported, "--task-dir", task_dir, "--out", tmp_path / "out", "--dtype", "float32"]
-    command += ["--tasks", "own_choice,own_loglikelihood,own_text", "--batch-size", "1"]
-    words = [sys.executable, "-m", "pipelines.cli", *map(str, command)]
-    log = tmp_path / "log"
-    for _ in range(10):  # where this process was slow, the other one may have been done before it was stopped
-        with log.open("w") as file:
-            process = subprocess.Popen(words, stderr=file, stdout=file, start_new_session=True)
-        deadline = time.monotonic() + 900
-        family: list[int] = []
-        while not list(tmp_path.glob("out/*/own_choice.json")):
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline
-            if len(family) < 2 and "loading the data" in log.read_text():
-                family = processes_of(exported)
-            time.sleep(0.001)
-        assert len(family) > 1
-        if number == signal.SIGINT:
-            os.killpg(process.pid, number)
-        else:
-            process.kill()
-        code = process.wait(60)
-        while any(Path(f"/proc/{pid}").exists() for pid in family):  # the worker does not outlive the command
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        if not list(tmp_path.glob("out/*/own_text.json")):
-            break
-        shutil.rmtree(tmp_path / "out")
+    """In the middle of a task; what was answered is not asked again, and the result is that of a quiet run."""
+    command = ["eval", "--model", exported, "--task-dir", task_dir, "--dtype", "float32", "--tasks", NAMES]
+    command += ["--batch-size", 1, "--out"]
+    process = command_line(*command, tmp_path / "out", slow=True)
+    deadline = time.monotonic() + 900
+    kept = 0
+    while kept < 5:
+        assert (process.poll(), time.monotonic() < deadline) == (None, True)
+        time.sleep(0.02)
+        for file in tmp_path.glob("out/*/answers-*.db"):
+            with contextlib.suppress(sqlite3.OperationalError), contextlib.closing(sqlite3.connect(file)) as database:
+                (kept,) = database.execute("SELECT count(*) FROM unnamed").fetchone()
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert not list(tmp_path.glob("out/*/results.json"))
     if number == signal.SIGINT:
-        assert code == 3
-        assert log.read_text().endswith("\nremit eval: stopped by SIGINT; the same command again goes on\n")
-        assert "Traceback" not in log.read_text()
-    (file,) = tmp_path.glob("out/*/own_choice.json")
-    before = file.stat().st_mtime_ns
-    code, _, error = remit(*command)
-    assert code == 0, error
-    assert file.stat().st_mtime_ns == before
+        assert process.returncode == 3
+        assert error.endswith("\nremit eval: stopped by SIGINT; the same command again goes on\n")
+        assert "Traceback" not in error
+    (file,) = tmp_path.glob("out/*/answers-*.db")
+    with contextlib.closing(sqlite3.connect(file)) as database:
+        (kept,) = database.execute("SELECT count(*) FROM unnamed").fetchone()
+    assert 5 <= kept < NUM_REQUESTS
+    code, _, error = remit(*command, tmp_path / "out")
+    assert (code, len(asked)) == (0, NUM_REQUESTS - kept), error
     check_numbers(tmp_path / "out", oracle)
+    assert remit(*command, tmp_path / "quiet")[0] == 0
+    for name in NAMES.split(","):
+        found, quiet = record(tmp_path / "out", name), record(tmp_path / "quiet", name)
+        assert (found.pop("seconds") >= 0, quiet.pop("seconds") >= 0, found == quiet) == (True, True, True)
+
+
+def test_two_commands_do_not_write_one_folder(tmp_path: Path, exported: Path, task_dir: Path, remit: Remit) -> None:
+    command = ["eval", "--model", exported, "--task-dir", task_dir, "--tasks", NAMES, "--out", tmp_path]
+    assert remit(*command)[0] == 0
+    (folder,) = tmp_path.iterdir()
+    (folder / "results.json").unlink()
+    with writing(folder):
+        code, _, error = remit(*command)
+    assert (code, str(os.getpid()) in error) == (1, True)
+    assert remit(*command)[0] == 0
 
 
 def test_a_hub_task_without_network_is_one_line(tmp_path: Path, exported: Path) -> None:
@@ -439,23 +587,25 @@ def test_code_runs_only_when_allowed(harness: TaskManager) -> None:
     assert (len(tasks), left_out) == (9, ["GPQA"])
     for name in ("humaneval", "mbpp"):
         with pytest.raises(
-            TaskError, match=f"^{name}: runs the programs that the model writes.*--allow-code-execution"
+            ValueError, match=f"^{name}: runs the programs that the model writes.*--allow-code-execution"
         ):
             load_task(harness, name, False)
 
 
 def test_tasks_that_cannot_be_loaded(tmp_path: Path, harness: TaskManager) -> None:
-    with pytest.raises(TaskError, match="no_such_task: no such task in the installed lm-eval"):
+    with pytest.raises(ValueError, match="no_such_task: no such task in the installed lm-eval"):
         load_task(harness, "no_such_task", False)
-    with pytest.raises(TaskError, match=r"ai2_arc: is a tag of several tasks, expected .* arc_challenge"):
+    with pytest.raises(ValueError, match=r"ai2_arc: is a tag of several tasks, expected .* arc_challenge"):
         load_task(harness, "ai2_arc", False)
     task = {"task": "no_data", "dataset_path": "json", "dataset_kwargs": {"data_files": "gone.jsonl"}}
     (tmp_path / "no_data.yaml").write_text(yaml.safe_dump(task | {"output_type": "multiple_choice"}))
     own = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    with pytest.raises(TaskError, match=r"no_data: its files cannot be loaded \(FileNotFoundError: .*correct its YAML"):
+    with pytest.raises(
+        ValueError, match=r"no_data: its files cannot be loaded \(FileNotFoundError: .*correct its YAML"
+    ):
         load_task(own, "no_data", False)
-    with pytest.raises(TaskError, match="a: the harness gives acc,none, expected em,none"):
-        to_record("a", "em,none", {"results": {"a": {"acc,none": 0.5}}, "samples": {}})
+    with pytest.raises(ValueError, match="a: the harness gives acc,none, expected em,none"):
+        to_record(SuiteTask("a", "a", 0, "em,none"), {"results": {"a": {"acc,none": 0.5}}, "samples": {}})
 
 
 @pytest.mark.parametrize(
@@ -496,7 +646,7 @@ def test_inputs_that_are_refused(tmp_path: Path, remit: Remit, models: dict[str,
     assert (code, "is no result of remit eval" in error) == (1, True)
     (tmp_path / "old.json").write_text('{"format": 1, "tasks": {}}')
     code, _, error = remit("eval", "--model", models["base"], "--compare", tmp_path / "old.json")
-    assert (code, "old.json: has format 1, expected 2" in error) == (1, True)
+    assert (code, "old.json: has format 1, expected 3" in error) == (1, True)
     code, _, error = remit("eval", "--model", models["base"], "--chat-template", "--out", tmp_path / "out")
     assert (code, "--chat-template is given and" in error) == (1, True)
     code, _, error = remit("eval", "--model", models["base"], "--max-length", 65, "--out", tmp_path / "out")
@@ -506,14 +656,14 @@ def test_inputs_that_are_refused(tmp_path: Path, remit: Remit, models: dict[str,
 
 def results_of(rows: dict[str, list[float]], suite: str | None = None, **changes: object) -> dict[str, Any]:
     """Results as evaluate writes them, from the value of each question."""
-    settings: dict[str, Any] = {"limit": None, "num_fewshot": 0, "seed": 1, "chat_template": False} | changes
+    settings: dict[str, Any] = {"limit": None, "seed": 1, "chat_template": False} | changes
     tasks = {}
     for task, numbers in rows.items():
         tasks[task] = {
             "label": task, "task": task, "metric": "acc,none", "value": sum(numbers) / len(numbers), "stderr": 0.1,
             "samples": {task: [[f"{task}{index}", number] for index, number in enumerate(numbers)]},
-            "shots": {task: 0}, "task_versions": {task: "1"}, "num_samples": {task: len(numbers)}, "settings": settings,
-            "cut_questions": {task: 0},
+            "shots": {task: 0}, "task_versions": {task: "1"}, "num_samples": {task: len(numbers)}, "cut_questions": {task: 0},
+            "settings": {"num_fewshot": 3}, "questions": f"{task} {len(numbers)}",
         }  # fmt: skip
     found = {"suite": suite, "left_out": [], "settings": settings, "tasks": tasks}
     return found | {"average": average(found)}
@@ -590,9 +740,31 @@ def test_no_mean_of_values_that_are_no_shares(console: Console) -> None:
     assert compare("other", other, ours)["mean"] is None  # less is better
 
 
-def test_other_task_files_are_named_in_words() -> None:
-    found = compare("other", results_of({"a": [1, 0]}, task_files="00"), results_of({"a": [1, 0]}, task_files="11"))
-    assert found["tasks"]["a"] == {"not_compared": "the files in --task-dir, or data files that they name, differ"}
+def test_other_questions_are_named_in_words() -> None:
+    ours, other = results_of({"a": [1, 0]}), results_of({"a": [1, 0]})
+    other["tasks"]["a"]["questions"] = "others"
+    assert compare("other", other, ours)["tasks"]["a"] == {"not_compared": "the questions or their prompts differ"}
+
+
+def test_what_a_question_is() -> None:
+    """Its document, target and requests; not the prompt where a model's own chat template wraps it."""
+    row = {"doc_hash": "d", "target_hash": "t", "arguments": [("p", " a"), ("p", " b")], "filter": "none", "acc": 1.0}
+    results = {"results": {"a": {"acc,none": 1.0}}, "n-shot": {}, "versions": {}, "n-samples": {}}
+
+    def questions(own_prompts: bool = False, **changes: Any) -> str:
+        return to_record(SuiteTask("a", "a", 0, None), results | {"samples": {"a": [row | changes]}}, own_prompts)[
+            "questions"
+        ]
+
+    others = [
+        {"doc_hash": "e"},
+        {"target_hash": "u"},
+        {"arguments": [("p", " a")]},
+        {"arguments": [("q", " a"), ("q", " b")]},
+    ]
+    assert len({questions(), *(questions(**change) for change in others)}) == 5
+    assert questions(acc=0.0) == questions()
+    assert questions(True, **others[3]) == questions(True) != questions(True, **others[2])
 
 
 def test_settings_that_may_move_the_values_are_named(console: Console) -> None:
@@ -618,29 +790,26 @@ def test_results_with_one_name_stay_apart(console: Console, tmp_path: Path) -> N
     assert text.count("0.0000 ± 0.1000") == 3
 
 
-def test_what_a_task_folder_depends_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    tasks = tmp_path / "tasks"
-    (tasks / "__pycache__").mkdir(parents=True)
-    (tmp_path / "data" / "deep").mkdir(parents=True)
-    for name in ("a.jsonl", "b.csv", "deep/c.csv"):
-        (tmp_path / "data" / name).write_text(name)
-    (tasks / "one.yaml").write_text(
-        "task: one\ndataset_kwargs: {data_files: {test: [data/a.jsonl]}}\nx: !function u.f\n"
-    )
-    (tasks / "_template_yaml").write_text(f"dataset_kwargs: {{data_dir: {tmp_path}/data/deep}}\n")
-    (tasks / "two.yaml").write_text("task: two\ninclude: _template_yaml\ndataset_kwargs: {data_files: 'data/*.csv'}\n")
-    before = {task_folder_fingerprint(tasks)}
-    (tasks / "__pycache__" / "x.pyc").write_text("1")
-    (tmp_path / "data" / "unused.txt").write_text("1")
-    assert {task_folder_fingerprint(tasks)} == before
-    for changed in ("data/a.jsonl", "data/b.csv", "data/deep/c.csv", "data/new.csv", "tasks/utils.py"):
-        (tmp_path / changed).write_text("changed")
-        assert task_folder_fingerprint(tasks) not in before
-        before.add(task_folder_fingerprint(tasks))
-    (tasks / "copy.yaml").write_text("task: one\n")
-    with pytest.raises(ValueError, match=r"copy\.yaml and .*one\.yaml are both 'one'; rename one of them"):
-        task_folder_fingerprint(tasks)
+def test_what_decides_an_answer(tmp_path: Path, models: dict[str, Path]) -> None:
+    """Whatever a request does not have must be in the name of the cache; limit, examples and task files need not."""
+    shutil.copytree(models["base"], tmp_path / "m")
+
+    def name(**options: Any) -> Path:
+        config = EvalConfig("m", tasks="a", **options)
+        model = LocalModel(tmp_path / "m", "m", None)
+        return cache_file(Subject("m", model, common_settings(config, model), tmp_path))
+
+    names = [name(), name(backend="vllm"), name(dtype="float32"), name(max_length=8), name(batch_size=1), name(seed=1)]
+    names.append(name(chat_template=True))
+    assert name() == name(limit=3) == name(num_fewshot=2) == name(task_dir=tmp_path) == names[0]
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"rope_theta": 7}))
+    names.append(name())
+    for file in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json", "tokenizer.json"):
+        with (tmp_path / "m" / file).open("a") as stream:
+            stream.write(" ")
+        names.append(name())
+    assert len(set(names)) == len(names)
 
 
 def test_nothing_is_claimed_inside_the_error() -> None:
@@ -673,8 +842,8 @@ def console() -> Iterator[Console]:
 
 def test_tables_beside_the_papers_rows(console: Console) -> None:
     suite: tuple[SuiteTask, ...] = SUITES["paper"]
-    ours = results_of({task.task: [1, 0] for task in suite}, "paper", num_fewshot=3)
-    other = results_of({task.task: [1, 1] for task in suite[:4]}, "paper", num_fewshot=3)
+    ours = results_of({task.task: [1, 0] for task in suite}, "paper")
+    other = results_of({task.task: [1, 1] for task in suite[:4]}, "paper")
     comparisons = [compare("b[red]", other, ours)]
     show({"results": {"a[/b]": ours}, "others": {"b[red]": other}, "comparisons": comparisons}, console)
     text = console.export_text()

@@ -1,12 +1,12 @@
-"""remit inspect --html in a real Chromium: colours, text, what a token says, against hand-computed and float64 figures;
-and which rows remit inspect finds."""
+"""remit inspect --html in a real Chromium: colours, text, what a token says, against hand-computed and float64 figures."""
 
 import json
-import math
+import random
 import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from annotated import annotate, by_model
 from conftest import EOS, make_model, make_tokenizer, source_texts, write_corpus
+from odd_rows import DELTAS, constant, deltas, write_odd_rows
 from oracles import read_rows
 from test_plan_weights import annotate_several
 from tokenizers import Tokenizer, decoders
@@ -22,7 +23,7 @@ from tokenizers.models import BPE
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from pipelines.inspect.token_text import TokenText
+from pipelines.token_text import TokenText, find_in_groups
 from scorer.config import PackConfig
 from scorer.pack import pack
 
@@ -32,38 +33,10 @@ if TYPE_CHECKING:
 Remit = Callable[..., tuple[int, str, str]]
 Open = Callable[..., "Page"]
 
-# the base's log-prob is -6 everywhere; position t of a row has delta DELTAS[t % 10]
-DELTAS = [0.05, -0.05, 0.1, -0.1, 1.0, -1.0, 2.0, -2.0, 5.0, -5.0]
-ATTACK = "</script><script>document.title='pwned'</script><img src=http://192.0.2.1/x onerror=alert(1)>&amp;"
-HEBREW = "שלום, זה עם 123.45 מספרים"
-TEXTS = [
-    "x",
-    "漢字かな交じり文 你好",
-    "emoji 😀👩‍👩‍👧 e\u0301",
-    f"The word שלום means\n{HEBREW}\r\nالسلام\n\n\tend  of  it ",
-    "null \x00 \u202e\u202eturned\u2069\u2069 \ufeff\u200b",
-    ATTACK,
-    "needle in a row",
-]
-
-
-def deltas(row: dict) -> list:
-    return [None, *(-6 + DELTAS[t % 10] for t in range(1, len(row["input_ids"])))]
-
-
-def constant(row: dict) -> list:
-    return [None, *[-6.0] * (len(row["input_ids"]) - 1)]
-
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
-    """Rows of 31 tokens, some of which begin or end within a character, the last one a single token: rl and base."""
-    folder = tmp_path_factory.mktemp("heatmap")
-    write_corpus(folder / "corpus" / "a.jsonl", [*TEXTS, *source_texts(20, seed=8)])
-    write_corpus(folder / "corpus" / "b<b>.jsonl", ["x"] * 16)  # two tokens each: 32 = 31 + 1
-    pack(PackConfig([str(folder / "corpus")], str(tokenizer_folder), folder / "packed", 31, tokens_per_shard=31 * 12))
-    annotate(folder / "packed", folder / "rl", deltas, "packed")
-    return annotate(folder / "rl", folder / "both", constant, "packed", name="base")
+    return write_odd_rows(tmp_path_factory.mktemp("heatmap"), tokenizer_folder)
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +87,20 @@ def backgrounds(page: "Page", row: int) -> list[np.ndarray]:
 
 def hover(page: "Page", row: int, index: int) -> dict[str, str]:
     """What the page says of a token when the pointer is on it."""
-    page.locator(f"#row-{row} .t[data-i='{index}']").hover()
+    page.locator(f"#row-{row} .t[data-n^='{index} ']").hover()
     names, values = page.locator("#detail dt").all_inner_texts(), page.locator("#detail dd").all_inner_texts()
     return dict(zip(names, values)) | {"token": page.locator("#detail .name").inner_text()}
+
+
+def said_figures(page: "Page", row: int) -> list[list[float | None]]:
+    """The data of each token of a row: position, id, log p of both, delta, centred delta, weight, clipped."""
+    said = page.eval_on_selector_all(f"#row-{row} .t", "tokens => tokens.map(token => token.dataset.n.split(' '))")
+    return [[None if value == "-" else float(value) for value in values] for values in said]
+
+
+def escaped(text: str) -> str:
+    """Text as the page has it: what is neither visible nor a line break or a tab stands as Python would write it."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def weight(delta: np.ndarray, epsilon: float = 0.2) -> np.ndarray:
@@ -124,35 +108,59 @@ def weight(delta: np.ndarray, epsilon: float = 0.2) -> np.ndarray:
     return np.clip(2 / (1 + np.exp(-(delta - delta.mean()))), 1 - epsilon, 1 + epsilon)
 
 
-# hand-mixed: delta / 2 of the colour, the rest paper
 PALETTE = {
-    "light": {"paper": (255, 255, 255), "red": (244, 116, 95), "half red": (249.5, 185.5, 175), "blue": (110, 164, 248)},
-    "dark": {"paper": (22, 24, 29), "red": (179, 49, 42), "half red": (100.5, 36.5, 35.5), "blue": (36, 89, 184)},
+    "light": {"paper": (255, 255, 255), "up": (244, 116, 95), "down": (110, 164, 248)},
+    "dark": {"paper": (22, 24, 29), "up": (179, 49, 42), "down": (36, 89, 184)},
 }  # fmt: skip
+
+
+def mixed(share: float, scheme: str = "light") -> np.ndarray:
+    """Paper with that share of red, or of blue below 0, in steps of a twentieth."""
+    paper, full = (np.array(PALETTE[scheme][name]) for name in ("paper", "up" if share > 0 else "down"))
+    return paper + round(20 * min(1, abs(share))) / 20 * (full - paper)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_colours_of_deltas(shards: Path, open_page: Open, scheme: str) -> None:
-    colours = backgrounds(open_page("--shards", shards, "--row", 0, scheme=scheme), 0)
+    """|delta| is 5 at six of the 30 tokens, so that is the 99th percentile, from which on a colour is full."""
+    page = open_page("--shards", shards, "--row", 0, scheme=scheme)
+    colours = backgrounds(page, 0)
     assert len(colours) == 31
-    expected = PALETTE[scheme]
-    paper, red, blue = (np.array(expected[name]) for name in ("paper", "red", "blue"))
-    for t, name in [
-        (0, "paper"),
-        (1, "paper"),
-        (10, "paper"),
-        (4, "half red"),
-        (6, "red"),
-        (8, "red"),
-        (7, "blue"),
-        (9, "blue"),
-    ]:
-        assert colours[t] == pytest.approx(expected[name], abs=1), t
-    # a twentieth at 0.1 nat, a half at -1
-    assert colours[2] == pytest.approx(paper + (red - paper) / 20, abs=1)
-    assert colours[3] == pytest.approx(paper + (blue - paper) / 20, abs=1)
-    assert colours[5] == pytest.approx((paper + blue) / 2, abs=1)
-    assert np.abs(colours[2] - paper).max() > 2
+    assert colours[0] == pytest.approx(PALETTE[scheme]["paper"], abs=1)
+    assert colours[8] == pytest.approx(PALETTE[scheme]["up"], abs=1)
+    for t, colour in enumerate(colours[1:], start=1):
+        assert colour == pytest.approx(mixed(DELTAS[t % 10] / 5, scheme), abs=1), t
+    legend = page.locator(".legend.delta")
+    assert legend.locator(".ticks span").all_inner_texts() == ["-5", "-2.5", "0", "+2.5", "+5 nat"]
+    assert "full colour from ±5 nat on, the 99th percentile of |delta| on this page" in legend.inner_text()
+    assert not page.locator(".legend.weight").is_visible()
+
+
+def test_a_close_reference_is_not_white(shards: Path, tmp_path: Path, open_page: Open) -> None:
+    """Nine rows have deltas of 0.2 and -0.1; one delta of 5 changes nothing for the others."""
+
+    def close(row: dict) -> list:
+        deltas = [(0.2, -0.1)[t % 2] for t in range(len(row["input_ids"]))]
+        if len(deltas) > 8 and row["doc_ids"][0] == 0 and row["source"] == 0:
+            deltas[4] = 5.0
+        return [None, *(-6 + delta for delta in deltas[1:])]
+
+    annotate(shards.parent / "packed", tmp_path / "rl", close, "packed")
+    page = open_page(annotate(tmp_path / "rl", tmp_path / "both", constant, "packed", name="base"), "--rows", "0..8")
+    colours = backgrounds(page, 3)
+    for t in range(1, 31):
+        assert colours[t] == pytest.approx(mixed((0.2, -0.1)[t % 2] / 0.2), abs=1)
+    assert backgrounds(page, 0)[4] == pytest.approx(mixed(1), abs=1)
+    assert "±0.2 nat" in page.locator(".legend.delta").inner_text()
+
+
+def test_equal_models_are_white(shards: Path, tmp_path: Path, open_page: Open) -> None:
+    """Noise far below the step that log-probs are rounded to is not scaled up."""
+    noise = lambda row: [None, *[-6.0 + 1e-5 * (-1) ** t for t in range(1, len(row["input_ids"]))]]  # noqa: E731
+    annotate(shards.parent / "packed", tmp_path / "rl", noise, "packed")
+    page = open_page(annotate(tmp_path / "rl", tmp_path / "both", constant, "packed", name="base"), "--row", 0)
+    assert np.array(backgrounds(page, 0)).min() == 255
+    assert "±0.016 nat on, the step that log-probs are rounded to" in page.locator(".legend.delta").inner_text()
 
 
 def test_colours_of_weights(shards: Path, open_page: Open) -> None:
@@ -162,11 +170,13 @@ def test_colours_of_weights(shards: Path, open_page: Open) -> None:
     shares = (weight(np.array([DELTAS[t % 10] for t in range(1, 31)]), 0.5) - 1) / 0.5
     assert {-1.0, 1.0} < set(shares.tolist())
     for share, colour in zip(shares, colours[1:]):
-        full = np.array(PALETTE["light"]["red" if share > 0 else "blue"])
-        assert colour == pytest.approx(255 + abs(share) * (full - 255), abs=1)
-    assert page.locator(".ticks span").all_inner_texts() == ["0.5", "0.75", "1", "1.25", "1.5"]
+        assert colour == pytest.approx(mixed(share), abs=1)
+    legend = page.locator(".legend.weight")
+    assert legend.locator(".ticks span").all_inner_texts() == ["0.5", "0.75", "1", "1.25", "1.5"]
+    assert "full colour from 1 ± 0.5 on" in legend.inner_text()
+    assert not page.locator(".legend.delta").is_visible()
     page.get_by_label("delta").check()
-    assert backgrounds(page, 1)[4] == pytest.approx(PALETTE["light"]["half red"], abs=1)
+    assert backgrounds(page, 1)[4] == pytest.approx(mixed(1 / 5), abs=1)
 
 
 def test_what_a_token_says(shards: Path, open_page: Open, tokenizer: AutoTokenizer) -> None:
@@ -199,10 +209,12 @@ def test_text_is_the_decoded_row(shards: Path, open_page: Open, tokenizer: AutoT
     cut = pieces = 0
     for number, row in enumerate(rows):
         text = tokenizer.decode(row["input_ids"], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        assert page.locator(f"#row-{number} .text").evaluate("shown => shown.textContent") == text
-        indices = page.eval_on_selector_all(f"#row-{number} .t", "tokens => tokens.map(t => Number(t.dataset.i))")
-        assert indices == list(range(len(row["input_ids"])))
-        labels = page.eval_on_selector_all(f"#row-{number} .d", "marks => marks.map(mark => mark.dataset.doc)")
+        assert page.locator(f"#row-{number} .text").evaluate("shown => shown.textContent") == escaped(text)
+        figures = said_figures(page, number)
+        assert [said[:2] for said in figures] == [[t, token_id] for t, token_id in enumerate(row["input_ids"])]
+        labels = page.eval_on_selector_all(
+            f"#row-{number} .document", "marks => marks.map(mark => mark.dataset.document)"
+        )
         assert labels == [str(document) for document in row["doc_ids"]]
         cut += "\ufffd" in text
         pieces += page.locator(f"#row-{number} .g").count()
@@ -232,33 +244,14 @@ def test_pieces_of_a_character_can_be_pointed_at(shards: Path, open_page: Open, 
     assert pieces == ["1 of 3", "2 of 3", "3 of 3"]
 
 
-def test_invisible_characters_are_marked_and_lines_break(shards: Path, open_page: Open) -> None:
-    page = open_page("--shards", shards, "--doc", 3, "--source", 0)
-    mark = "mark => getComputedStyle(mark, '::before').content"
-    for character, drawn in {"\n": "↵", "\r": "CR", "\t": "⇥"}.items():
-        found = [m for m in page.locator(".m").all() if m.evaluate("mark => mark.textContent") == character]
-        assert found
-        assert found[0].evaluate(mark) == f'"{drawn}"'
-    dots = page.locator(".s").first.evaluate("space => getComputedStyle(space).backgroundImage")
-    assert dots.startswith("radial-gradient")
-    tops = [
-        page.locator(f".t:has-text('{word}'), .g:has-text('{word}')").first.bounding_box()["y"] for word in ("T", "ז")
-    ]
-    assert tops[0] + 10 < tops[1]
-    other = open_page("--shards", shards, "--doc", 4, "--source", 0)
-    marks = set(other.eval_on_selector_all(".m", "marks => marks.map(mark => mark.dataset.mark)"))
-    assert marks >= {"NUL", "U+202E", "U+2069", "BOM", "ZWSP"}
-
-
-# each character that has no shape stands alone in a token of the tokenizer below
+# each of these has no shape, and is alone with a space in a token of the tokenizer below
 SHAPELESS = (
     "\u200b \u200c \u200d \u00ad \u034f \ufe0f \u2028 \u0085 \u009b \x00 \x1b \u0301 \u0928 \u093f \u00a0 \u3000 \u202f"
 )
 
 
-def test_every_token_can_be_pointed_at_and_copied(tmp_path: Path, open_page: Open) -> None:
+def test_every_token_can_be_seen_and_pointed_at(tmp_path: Path, open_page: Open) -> None:
     """Joiners, selectors, combining marks and controls have a width, whether one token or several make them up."""
-    characters = SHAPELESS.split(" ")
     for vocabulary, name in ((300, "bytes"), (3000, "whole")):
         folder = tmp_path / name
         tokenizer = make_tokenizer(folder / "tokenizer", [SHAPELESS] * 9, vocabulary=vocabulary)
@@ -269,32 +262,32 @@ def test_every_token_can_be_pointed_at_and_copied(tmp_path: Path, open_page: Ope
         widths = page.eval_on_selector_all("#rows .t", "tokens => tokens.map(t => t.getBoundingClientRect().width)")
         assert len(widths) == len(read_rows(folder / "rl")[0]["input_ids"])
         assert min(widths) >= 4
-        marks = page.eval_on_selector_all(".m", "marks => marks.map(mark => [mark.textContent, mark.dataset.mark])")
-        assert {"\u200d": "ZWJ", "\ufe0f": "VS16", "\u034f": "U+034F", "\x1b": "ESC", "\x9b": "U+009B"}.items() <= dict(
-            marks
-        ).items()
-        assert page.eval_on_selector_all(".w", "spaces => spaces.map(space => space.textContent)") == characters[-3:]
-        copied = page.locator(".text").evaluate(
-            "text => { getSelection().selectAllChildren(text); return String(getSelection()); }"
-        )
-        for character in characters:
-            assert character in copied or character == "\x00"
-        # a drawn sign takes the place of the character: no second box beside it
-        escape = page.locator(".m[data-mark=ESC]").first
-        assert escape.evaluate("mark => getComputedStyle(mark).fontSize") == "0px"
+        shown = page.locator(".text").evaluate("text => text.textContent")
+        for character in SHAPELESS.split(" "):
+            assert (character if character.isprintable() else repr(character)[1:-1]) in shown
 
 
-def test_right_to_left_text_reads_right_to_left(shards: Path, open_page: Open) -> None:
-    page = open_page("--shards", shards, "--search", "123", width=1280)
-    letters = {}
-    for shown in page.locator(".r[dir=rtl] > .t, .r[dir=rtl] > .g, .r[dir=ltr] > .t").all():
-        box, text = shown.bounding_box(), shown.evaluate("shown => shown.textContent")
-        letters.setdefault(text.strip(), box["x"] + box["width"])
-        assert shown.evaluate("shown => getComputedStyle(shown).unicodeBidi") == "isolate"
-    # of "עם 123 מספרים", in the order of reading
-    first, number, last = letters["ע"], letters["1"], letters["פ"]
-    assert first > number > last
-    assert letters["1"] < letters["2"] < letters["3"] < letters["4"] < letters["5"]
+def test_no_text_steers_what_is_around_it(shards: Path, open_page: Open) -> None:
+    """Tokens of a line stand from left to right, whatever direction their own letters have; a line break breaks it."""
+    number = next(n for n, row in enumerate(read_rows(shards)) if row["source"] == 0 and 4 in row["doc_ids"])
+    page = open_page("--shards", shards, "--rows", f"0..{number + 1}")
+    assert page.locator(".text").count() == number + 2
+    script = """texts => texts.map(text => [...text.querySelectorAll('.text > .t, .g')].map(token =>
+        [token.getClientRects()[0].x, token.getClientRects()[0].y, getComputedStyle(token).unicodeBidi,
+         token.textContent]))"""
+    lines = 0
+    for tokens in page.eval_on_selector_all(".text", script):
+        assert {bidi for _, _, bidi, _ in tokens} == {"isolate"}
+        for (x, y, _, text), (next_x, next_y, _, _) in pairwise(tokens):
+            assert next_x > x or next_y > y + 5
+            assert next_y > y + 5 or "\n" not in text
+            lines += next_y > y + 5
+    assert lines > 5
+    controls = set(page.locator(".e").all_inner_texts())
+    assert controls >= {"\\x00", "\\u202e", "\\u2069", "\\ufeff", "\\u200b", "\\r"}
+    # a combining mark whose letter is another token has a circle to stand on
+    assert "\u0301" in page.eval_on_selector_all(".c", "marks => marks.map(mark => mark.textContent)")
+    assert page.locator(".n").first.evaluate("mark => getComputedStyle(mark, '::before').content") == '"↵"'
 
 
 @pytest.mark.parametrize("width", [1280, 400])
@@ -321,7 +314,7 @@ def test_fits_and_can_be_read(shards: Path, open_page: Open, width: int, scheme:
 
 def test_keyboard_goes_from_token_to_token(shards: Path, open_page: Open) -> None:
     page = open_page("--shards", shards, "--rows", "0..1", "--epsilon", "inf")
-    focused = "() => [document.activeElement.closest('.row').id, document.activeElement.dataset.i]"
+    focused = "() => [document.activeElement.closest('.row').id, document.activeElement.dataset.n.split(' ')[0]]"
     page.get_by_label("delta").focus()
     for _ in range(3):  # two links to rows
         page.keyboard.press("Tab")
@@ -339,23 +332,19 @@ def test_keyboard_goes_from_token_to_token(shards: Path, open_page: Open) -> Non
     assert not page.locator("#detail").is_visible()
 
 
-def said_data(page: "Page") -> dict:
-    return json.loads(page.locator("#data").evaluate("block => block.textContent"))
-
-
 @pytest.mark.parametrize("context", ["packed", "document"])
 def test_base_that_runs_now(annotated: dict[str, Path], models: dict[str, Path], open_page: Open, context: str) -> None:
     """Against a transformers forward in the context that the reference was scored in."""
     page = open_page("--shards", annotated[context], "--rows", "2..4", "--model", models["base"])
     logprobs = by_model(models["base"], context, 0)
-    for row, said in zip(read_rows(annotated[context])[2:5], said_data(page)["rows"]):
-        expected = logprobs(row)
-        assert [value is None for value in said["base"]] == [value is None for value in expected]
+    for number, row in list(enumerate(read_rows(annotated[context])))[2:5]:
+        expected, said = logprobs(row), said_figures(page, number)
+        assert [figures[3] is None for figures in said] == [value is None for value in expected]
         predicted = [t for t, value in enumerate(expected) if value is not None]
         for t in predicted:
-            assert said["base"][t] == pytest.approx(expected[t], abs=1e-3)
+            assert said[t][3] == pytest.approx(expected[t], abs=1e-3)
         delta = np.array([row["rl_logprobs"][t] - expected[t] for t in predicted])
-        assert [said["weight"][t] for t in predicted] == pytest.approx(weight(delta).tolist(), abs=1e-3)
+        assert [said[t][6] for t in predicted] == pytest.approx(weight(delta).tolist(), abs=1e-3)
     assert "computed for this page" in page.locator(".about").inner_text()
     assert "of the rows on this page" in page.locator("#ranking").inner_text()
 
@@ -384,8 +373,8 @@ def test_without_a_base(shards: Path, open_page: Open) -> None:
     assert page.locator("input").count() == 0
     assert page.locator("#ranking").count() == 0
     colours = backgrounds(page, 0)
-    # log p is -5 at t = 4: 5 / 8 of (217, 164, 65)
-    assert colours[4] == pytest.approx(255 + 5 / 8 * (np.array([217, 164, 65]) - 255), abs=1)
+    # log p is -5 at t = 4: 5 / 8, in twentieths 12, of (217, 164, 65)
+    assert colours[4] == pytest.approx(255 + 12 / 20 * (np.array([217, 164, 65]) - 255), abs=1)
     assert colours[9] == pytest.approx((217, 164, 65), abs=1)  # -11
     assert set(hover(page, 0, 4)) - {"piece"} == {"token", "token id", "position", "log p rl"}
     named = open_page("--shards", shards, "--row", 0, "--reference", "base")
@@ -431,10 +420,13 @@ def test_tokens_of_the_folder_are_ranked(shards: Path, open_page: Open, tokenize
 def test_quarantined_row(small: Path, tmp_path: Path, open_page: Open) -> None:
     """Without log-probs of one of the two there is no delta, and the page says which is missing."""
     values = {"rl": deltas, "base": constant}
-    both = annotate_several(small, tmp_path / "both", values, quarantined={"rl": {1}, "base": {2}})
+    exact = {"logprob_step": 0.0}
+    both = annotate_several(
+        small, tmp_path / "both", values, quarantined={"rl": {1}, "base": {2}}, rl=exact, base=exact
+    )
     page = open_page("--shards", both, "--rows", "0..2")
-    rows = said_data(page)["rows"]
-    assert [any(value is not None for value in row["delta"]) for row in rows] == [True, False, False]
+    has_deltas = [any(figures[4] is not None for figures in said_figures(page, row)) for row in range(3)]
+    assert has_deltas == [True, False, False]
     facts = page.locator(".facts").all_inner_texts()
     assert [re.findall("quarantined: no log-probs of [a-z]+", fact) for fact in facts] == [
         [], ["quarantined: no log-probs of rl"], ["quarantined: no log-probs of base"],
@@ -456,24 +448,6 @@ def test_page_says_which_rows_it_shows(shards: Path, open_page: Open) -> None:
     assert f"each row that has '{EOS}' in its text; only the first 2 found are shown" in about
     about = open_page("--shards", shards, "--doc", 15, "--source", 1).locator(".about").inner_text()
     assert "each row that has document 15, of corpus file b<b>.jsonl." in about
-
-
-@pytest.mark.parametrize(
-    ("values", "what"),
-    [
-        (lambda row: [None, *[0.5] * (len(row["input_ids"]) - 1)], "base_logprobs is not a log-prob"),
-        (lambda row: [None, math.nan, *constant(row)[2:]], "base_logprobs is not a log-prob"),
-        (lambda row: [None, None, *constant(row)[2:]], "base_logprobs is not a log-prob"),
-        (lambda row: [*constant(row), -1.0], "base_logprobs is not a log-prob"),
-    ],
-)
-def test_numbers_that_cannot_be_are_refused(
-    shards: Path, tmp_path: Path, remit: Remit, values: Callable, what: str
-) -> None:
-    bad = annotate(shards.parent / "rl", tmp_path / "bad", values, "packed", name="base")
-    code, _, error = remit("inspect", "--shards", bad, "--row", 2, "--html", tmp_path / "x.html")
-    assert (code, f"row 2: {what}" in error) == (1, True), error
-    assert not (tmp_path / "x.html").exists()
 
 
 def test_log_probs_of_the_fake_engine_are_refused(
@@ -499,7 +473,7 @@ def test_many_rows_are_laid_out_when_seen_and_printed_whole(shards: Path, open_p
     visibility = "row => getComputedStyle(row).contentVisibility"
     page = open_page("--shards", shards, "--rows", "0..9")
     assert page.locator(".row").last.evaluate(visibility) == "visible"
-    page.evaluate("() => document.getElementById('rows').classList.add('many')")
+    page.evaluate("() => document.getElementById('rows').classList.add('many')")  # as of 20,000 tokens on
     assert page.locator(".row").last.evaluate(visibility) == "auto"
     page.emulate_media(media="print")
     assert page.locator(".row").last.evaluate(visibility) == "visible"
@@ -513,7 +487,7 @@ def test_long_row(tmp_path: Path, tokenizer_folder: Path, open_page: Open, token
     page = open_page("--shards", both, "--row", 0, width=400)
     ids = read_rows(both)[0]["input_ids"]
     assert page.locator("#rows .t").count() == len(ids) == 4096
-    assert page.locator(".text").evaluate("shown => shown.textContent") == tokenizer.decode(ids)
+    assert page.locator(".text").evaluate("shown => shown.textContent") == escaped(tokenizer.decode(ids))
     page.locator("#rows .t").first.focus()
     page.keyboard.press("End")
     assert page.locator("#detail dd").nth(1).inner_text() == "4095"
@@ -539,74 +513,70 @@ def test_other_tokenizers(decoder: decoders.Decoder, vocabulary: list[str], expe
     assert not exact or "".join(text for _, text in groups) == tokenizer.decode([0, 1, 2])
 
 
-# --- which rows ------------------------------------------------------------------------------------------
+# --- --search -------------------------------------------------------------------------------------------
 
 
-def shown_rows(remit: Remit, *arguments: object) -> list[int]:
-    code, output, error = remit("inspect", "--tokens", 1, *arguments)
-    assert code == 0, error
-    return [int(number) for number in re.findall(r"^row (\d+) \(part", output, re.MULTILINE)]
+def marked(text: str, wanted: str) -> list[bool]:
+    """For each character of a row's text on the page, whether it is part of a match."""
+    flags = [False] * len(text)
+    for match in re.finditer(re.escape(wanted), text):
+        flags[match.start() : match.end()] = [True] * len(wanted)
+    return [flag for flag, character in zip(flags, text) for _ in escaped(character)]
 
 
-def test_rows_are_found(shards: Path, remit: Remit, tokenizer: AutoTokenizer) -> None:
-    rows = read_rows(shards)
-    texts = [tokenizer.decode(row["input_ids"]) for row in rows]
-    assert shown_rows(remit, "--shards", shards, "--rows", "10..13") == [10, 11, 12, 13]
-    assert shown_rows(remit, "--shards", shards, "--row", 12) == [12]
-    for source, document in ((0, 3), (1, 15), (0, len(TEXTS) + 4)):
-        expected = [n for n, row in enumerate(rows) if row["source"] == source and document in row["doc_ids"]]
-        assert expected
-        arguments = ("--shards", shards, "--doc", document, "--source", source, "--limit", 500)
-        assert shown_rows(remit, *arguments) == expected
-    for text in ("needle", EOS, "漢字", " "):
-        expected = [number for number, shown in enumerate(texts) if text in shown]
-        assert expected
-        assert shown_rows(remit, "--shards", shards, "--search", text, "--limit", 10**6) == expected
-        assert shown_rows(remit, "--shards", shards, "--search", text, "--limit", 2) == expected[:2]
-    own = [number for number, row in enumerate(rows) if row["source"] == 1 and EOS in texts[number]]
-    assert shown_rows(remit, "--shards", shards, "--search", EOS, "--source", 1) == own
+MARKED = """text => {
+    const flags = [], walker = document.createTreeWalker(text, NodeFilter.SHOW_TEXT);
+    while (walker.nextNode())
+        flags.push(...[...walker.currentNode.data].map(() => Boolean(walker.currentNode.parentElement.closest('mark'))));
+    return flags;
+}"""
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "message"),
+    "wanted",
     [
-        (("--row", 1, "--doc", 2), 2, "--row and --doc are given, expected one of them"),
-        (("--rows", "3"), 2, "expected the first and the last row, for instance 8..11"),
-        (("--rows", "4..3"), 2, "expected the first and the last row"),
-        (("--row", -1), 2, "--row is -1, expected at least 0"),
-        (("--search", ""), 2, "--search is empty"),
-        (("--search", "x", "--limit", 0), 2, "--limit is 0, expected at least 1"),
-        (("--source", 1), 2, "--source is given without --doc or --search"),
-        (("--html", "{tmp}/x.html"), 2, "--html is given without rows"),
-        (("--row", 0, "--base", "base"), 2, "give --html FILE too"),
-        (("--row", 0, "--html", "{tmp}/no/x.html"), 2, "its folder does not exist"),
-        (("--row", 0, "--html", "{tmp}"), 2, "is a folder, expected a file"),
-        (("--row", 0, "--html", "{tmp}/x.arrow"), 2, "x.arrow, expected the name of a page"),
-        (("--row", 0, "--html", "{tmp}/x.html", "--epsilon", 1.5), 2, "--epsilon is 1.5"),
-        (("--row", 0, "--html", "{tmp}/x.html", "--base", "rl"), 2, "--reference and --base are both 'rl'"),
-        (("--row", 0, "--html", "{tmp}/x.html", "--base", "b", "--model", "m"), 2, "are both given, expected one"),
-        (("--row", 10**6), 1, "--row is 1000000, "),
-        (("--rows", "0..1000000"), 1, "--rows is 0..1000000, "),
-        (("--doc", 1), 1, "add --source, one of: 0 a.jsonl, 1 b<b>.jsonl"),
-        (("--doc", 1, "--source", 2), 1, "has corpus files 0..1"),
-        (("--doc", 9999, "--source", 1), 1, "no row from corpus file 1, b<b>.jsonl, has document 9999"),
-        (("--search", "haystack"), 1, "no row has 'haystack' in its text"),
-        (("--row", 0, "--html", "{tmp}/x.html", "--reference", "sft"), 1, "no log-probs of a reference named 'sft'"),
-        (("--row", 0, "--html", "{tmp}/x.html", "--base", "other"), 1, "no log-probs of a reference named 'other'"),
+        "needle in a",  # several tokens
+        "e",  # within tokens, several in a row
+        "你",  # bytes of one character
+        "ord ש",  # the end of a token, and a piece of a character's bytes after it
+        "e\u0301",  # as it is written: no é
+        "means\nש",  # over a line break
+        "\u202eturned\u2069",  # what is escaped on the page
+        "\ufffd",  # where a row begins or ends within a character
+        EOS,
+        "/script>",
     ],
 )
-def test_what_is_refused(
-    shards: Path, tmp_path: Path, remit: Remit, options: tuple[object, ...], code: int, message: str
-) -> None:
-    found, _, error = remit("inspect", "--shards", shards, *(str(option).format(tmp=tmp_path) for option in options))
-    assert found == code, error
-    assert message in " ".join(error.replace("│", " ").split())  # bad usage comes in a box
-    assert not list(tmp_path.glob("*.html"))
+def test_matches_are_marked(shards: Path, open_page: Open, tokenizer: AutoTokenizer, wanted: str) -> None:
+    texts = [tokenizer.decode(row["input_ids"]) for row in read_rows(shards)]
+    page = open_page("--shards", shards, "--search", wanted, "--limit", 100)
+    found = [number for number, text in enumerate(texts) if wanted in text]
+    assert [int(section[4:]) for section in page.eval_on_selector_all(".row", "all => all.map(row => row.id)")] == found
+    for number in found:
+        assert page.locator(f"#row-{number} .text").evaluate(MARKED) == marked(texts[number], wanted)
+    assert page.locator("#match").count() == 1
+    assert page.locator("mark").first.get_attribute("id") == "match"
+    assert page.title() == "rl against base, token by token"
 
 
-def test_columns_of_different_contexts(shards: Path, tmp_path: Path, remit: Remit) -> None:
-    other = annotate(shards.parent / "rl", tmp_path / "both", constant, "document", name="base")
-    html = tmp_path / "x.html"
-    code, _, error = remit("inspect", "--shards", other, "--row", 0, "--html", html)
-    assert code == 1
-    assert "expected the same" in error
+def test_page_opens_at_the_first_match(tmp_path: Path, tokenizer_folder: Path, open_page: Open) -> None:
+    text = "".join(source_texts(60, seed=9))[:9000] + " needle " + "e" * 900
+    write_corpus(tmp_path / "corpus" / "a.jsonl", [text])
+    pack(PackConfig([str(tmp_path / "corpus")], str(tokenizer_folder), tmp_path / "packed", 16384))
+    page = open_page(annotate(tmp_path / "packed", tmp_path / "rl", deltas, "packed"), "--search", "needle")
+    assert page.evaluate("() => scrollY") > 900
+    box = page.locator("#match").bounding_box()
+    assert 0 < box["y"] < 900
+
+
+def test_ranges_of_matches_in_groups() -> None:
+    """Against a mark for each character, over texts of two letters cut into groups at random."""
+    rng = random.Random(0)
+    for _ in range(500):
+        texts = ["".join(rng.choices("ab", k=rng.choice([0, 1, 1, 2, 5]))) for _ in range(rng.randint(1, 9))]
+        wanted = "".join(rng.choices("ab", k=rng.randint(1, 4)))
+        flags = []
+        for text, ranges in zip(texts, find_in_groups([(1, text) for text in texts], wanted), strict=True):
+            assert all(0 <= start < stop <= len(text) for start, stop in ranges)
+            flags += [any(start <= place < stop for start, stop in ranges) for place in range(len(text))]
+        assert flags == marked("".join(texts), wanted)

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import write_corpus
+from conftest import EOS, write_corpus
+from odd_rows import write_odd_rows
 from oracles import read_rows
 from test_plan_weights import annotate_several
 from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoTokenizer
 
-from pipelines.inspect.terminal import printable, spelled, token_label
+from pipelines.token_text import printable, spelled, token_label
 from scorer.config import PackConfig
 from scorer.pack import pack
 
@@ -87,6 +89,69 @@ def test_what_was_not_looked_at_is_said(small: Path, tmp_path: Path, remit: Remi
     assert (code, "parts are not committed yet and were not looked at" in error) == (1, True)
 
 
+def marked_tokens(output: str) -> tuple[list[int], list[int]]:
+    """Positions of the tokens that are shown, and of those of them that are marked."""
+    lines = re.findall(r"^ *(> )?(\d+) │", output, re.MULTILINE)
+    return [int(place) for _, place in lines], [int(place) for mark, place in lines if mark]
+
+
+def test_search_shows_the_match(tmp_path: Path, tokenizer_folder: Path, remit: Remit) -> None:
+    """The tokens around the first match of a row, with those marked that have some of its text."""
+    texts = [
+        "needle " + "a b " * 300,
+        "a b " * 150 + "needle" + " a b" * 50 + "needle" + " a b" * 100,
+        "a b " * 300 + "needle",
+    ]
+    write_corpus(tmp_path / "corpus" / "a.jsonl", texts)
+    pack(PackConfig([str(tmp_path / "corpus")], str(tokenizer_folder), tmp_path / "packed", 4096))
+    ids = read_rows(tmp_path / "packed")[0]["input_ids"]
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    ends = [len(tokenizer.decode(ids[: place + 1])) for place in range(len(ids))]
+    text = tokenizer.decode(ids)
+    matches = [
+        [
+            place
+            for place, (start, end) in enumerate(zip([0, *ends], ends))
+            if start < match.end() and end > match.start()
+        ]
+        for match in re.finditer("needle", text)
+    ]
+    assert len(matches) == 4
+    assert any(len(match) > 1 for match in matches), "no match is of several tokens"
+
+    code, output, _ = remit("inspect", tmp_path / "packed", "--search", "needle", "--tokens", 0)
+    assert (code, marked_tokens(output)) == (
+        0,
+        (list(range(len(ids))), [place for match in matches for place in match]),
+    )
+    output = remit("inspect", tmp_path / "packed", "--search", "needle", "--tokens", 20)[1]
+    assert marked_tokens(output) == (list(range(20)), matches[0])
+    assert f"more of 'needle' from token {matches[1][0]} on" in output
+    assert f"... {len(ids) - 20:,} more tokens; --tokens 0 shows all" in output
+    output = remit("inspect", tmp_path / "packed", "--search", "b needle a", "--tokens", 20)[1]
+    shown, found = marked_tokens(output)
+    assert set(matches[1]) < set(found) <= set(shown)
+    assert len(shown) == 20
+    assert (
+        f"... {shown[0]:,} tokens before and {len(ids) - shown[-1] - 1:,} after these; --tokens 0 shows all" in output
+    )
+    shown, found = marked_tokens(remit("inspect", tmp_path / "packed", "--search", f"needle{EOS}", "--tokens", 20)[1])
+    assert shown == list(range(len(ids) - 20, len(ids)))
+    assert found == [*matches[3], len(ids) - 1]
+
+
+def test_a_match_within_a_character(tmp_path: Path, tokenizer_folder: Path, remit: Remit) -> None:
+    """All tokens that a character is made of are marked, and nothing beside them."""
+    shards = write_odd_rows(tmp_path, tokenizer_folder)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    (row,) = [row for row in read_rows(shards) if "你" in tokenizer.decode(row["input_ids"])]
+    pieces = tokenizer.encode("你")
+    assert len(pieces) == 3
+    places = [t for t in range(31) if row["input_ids"][t : t + 3] == pieces]
+    found = marked_tokens(remit("inspect", shards, "--search", "你")[1])[1]
+    assert found == [places[0], places[0] + 1, places[0] + 2]
+
+
 def test_quarantined_rows_say_so(small: Path, tmp_path: Path, remit: Remit) -> None:
     both = annotate_several(small, tmp_path / "both", {"rl": values, "base": values}, quarantined={"rl": {1}})
     output = remit("inspect", "--shards", both, "--rows", "0..1", "--tokens", 2)[1]
@@ -111,3 +176,33 @@ def test_bytes_of_a_character_are_spelled_by_their_numbers() -> None:
     assert spelled("Ġ" + spelling.pre_tokenize_str("é")[0][0][0]) == " <0xC3>"
     for symbol in ("<0xE5>", "▁the", "[UNK]", "你"):
         assert spelled(symbol) == symbol
+
+
+def test_the_folder_is_described_for_people(small: Path, tmp_path: Path, remit: Remit) -> None:
+    """References as a table with hashes cut to 12, and no JSON; what documents end with, by name and number."""
+    entry = {
+        "model": "org/olmo", "revision": "b" * 40, "weights_sha256": "a" * 64, "dtype": "bfloat16", "engine": "vllm",
+        "logprob_step": 1 / 64,
+    }  # fmt: skip
+    names = {"rl": values, "exact": values}
+    shards = annotate_several(small, tmp_path / "scored", names, rl=entry, exact=entry | {"logprob_step": 0.0})
+    for command in ("inspect", "verify"):
+        code, output, error = remit(command, shards)
+        assert code == 0, error
+        lines = {line.split()[0]: line.split() for line in output.splitlines() if line.strip()}
+        assert lines["reference"][1:7] == ["model", "revision", "weights", "dtype", "context", "step"]
+        assert lines["rl"][1:7] == ["org/olmo", "b" * 12, "a" * 12, "bfloat16", "packed", "1/64"]
+        assert lines["exact"][6] == "exact"
+        assert "{" not in output
+        assert "a" * 13 not in output
+    assert f"end with {EOS} (0)" in remit("inspect", shards)[1]
+    log_probs = sum(len(row["input_ids"]) - 1 for row in read_rows(shards))
+    assert lines["rl"][7:] == [f"{log_probs:,}", "0"]
+
+
+def test_one_of_each(tmp_path: Path, tokenizer_folder: Path, remit: Remit) -> None:
+    write_corpus(tmp_path / "corpus" / "a.jsonl", ["x"])
+    pack(PackConfig([str(tmp_path / "corpus")], str(tokenizer_folder), tmp_path / "packed", 16))
+    assert "2 tokens in 1 row of at most 16, 1 part, complete" in remit("inspect", tmp_path / "packed")[1]
+    assert ": 2 tokens, 1 document piece, from a.jsonl" in remit("inspect", tmp_path / "packed", "--row", 0)[1]
+    assert "1 of 1 part are sound" not in remit("verify", tmp_path / "packed")[1]

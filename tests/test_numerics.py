@@ -59,9 +59,9 @@ def test_gate_equals_float64(
     base = make_model(tmp_path / "base", seed=9)
     rows = len(read_rows(scored))
     arguments = ("--model", reference_model, "--reference", name, "--rows", rows, "--base", base, "--epsilon", 0.3)
-    code, output, error = remit("verify", "--shards", scored, *arguments)
+    code, output, error = remit("verify", "--shards", scored, *arguments, "--json", tmp_path / "figures.json")
     assert (code, output.strip().splitlines()[-1]) == (0, "OK"), error
-    figures = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
+    figures = json.loads((tmp_path / "figures.json").read_text())
     want = expected(scored, reference_model, base, f"{name}_logprobs", context, 0.3)
     assert figures["reference"] == name
     assert figures["passes"]
@@ -95,9 +95,12 @@ def test_gate_fails_for_a_column_that_is_off(tmp_path: Path, scored_rl: Path, pa
         batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
         write_part(tmp_path / "forged", plan.name, row_schema(("rl",)), forged.part_metadata(index), batches)
     assert remit("verify", "--shards", tmp_path / "forged")[0] == 0
-    code, output, _ = remit("verify", "--shards", tmp_path / "forged", "--model", model, "--rows", 5)
+    arguments = ("--model", model, "--rows", 5, "--json", tmp_path / "figures.json")
+    code, output, _ = remit("verify", "--shards", tmp_path / "forged", *arguments)
     assert (code, output.strip().splitlines()[-1]) == (1, "FAILED")
-    assert json.loads(next(line for line in output.splitlines() if line.startswith("{")))["mean"] > 0.5
+    assert json.loads((tmp_path / "figures.json").read_text())["mean"] > 0.5
+    assert "{" not in output
+    assert remit("verify", tmp_path / "forged", "--json", tmp_path / "figures.json")[0] == 2
 
 
 def test_gate_wants_the_model_that_scored(tmp_path: Path, scored: Path, remit: Remit) -> None:

@@ -9,8 +9,7 @@ from typing import Any
 
 CONFIDENCE = 1.96  # standard errors: 95 % of a normal distribution
 SHOULD_AGREE = ("backend", "dtype", "versions")  # or values may differ of equal models
-DIFFER = "the files in --task-dir, or data files that they name, differ"
-MUST_AGREE = ("limit", "chat_template", "num_fewshot", "seed", "task_files", "max_length")  # or the questions differ
+MUST_AGREE = ("limit", "chat_template", "seed", "max_length")  # or the questions differ
 
 
 def compare(name: str, other: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
@@ -22,14 +21,18 @@ def compare(name: str, other: dict[str, Any], ours: dict[str, Any]) -> dict[str,
     a question counts in two tasks. There is no mean where a task's value is no share (`is_share`).
     """
     both = [task for task in ours["tasks"] if task in other["tasks"]]
+    clash = next((key for key in MUST_AGREE if other["settings"].get(key) != ours["settings"].get(key)), None)
     rows = {task: compare_task(other["tasks"][task], ours["tasks"][task]) for task in both}
+    if clash is not None:
+        reason = f"{clash} is {ours['settings'].get(clash)} and {other['settings'].get(clash)}"
+        rows = {task: {"not_compared": reason} for task in both}
     compared = [row for row in rows.values() if "difference" in row]
     values: dict[str, Any] = {"other": name, "tasks": rows, "mean": None}
     values["settings_differ"] = []
     values["higher_is_better"] = {task: ours["tasks"][task].get("higher_is_better") for task in both}
     values["tasks_alone"] = sorted(set(ours["tasks"]) ^ set(other["tasks"]))
     if compared:
-        values["settings_differ"] = settings_differ(other, ours, list(rows))
+        values["settings_differ"] = settings_differ(other["settings"], ours["settings"])
     if compared and all(is_share(side["tasks"][task]) for side in (other, ours) for task in rows):
         errors = [row["stderr"] if row["stderr"] or row["difference"] == 0 else None for row in compared]
         names = [name for task, row in rows.items() if "difference" in row for name in ours["tasks"][task]["samples"]]
@@ -48,20 +51,18 @@ def is_share(record: dict[str, Any]) -> bool:
     return 0 <= record["value"] <= 1 and record.get("higher_is_better") is not False
 
 
-def settings_differ(other: dict[str, Any], ours: dict[str, Any], tasks: list[str]) -> list[str]:
-    """Which of SHOULD_AGREE differ in any of `tasks`, as "dtype is float32 and bfloat16", ours first."""
+def settings_differ(other: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """Which of SHOULD_AGREE differ, as "dtype is float32 and bfloat16", ours first."""
     found = []
-    for task in tasks:
-        pair = ours["tasks"][task]["settings"], other["tasks"][task]["settings"]
-        for key in SHOULD_AGREE:
-            a, b = (settings.get(key) for settings in pair)
-            if isinstance(a, dict) and isinstance(b, dict):
-                found += [
-                    f"{name} is {a[name]} and {b[name]}" for name in sorted(a.keys() & b.keys()) if a[name] != b[name]
-                ]
-            elif a != b:
-                found.append(f"{key} is {a} and {b}")
-    return list(dict.fromkeys(found))
+    for key in SHOULD_AGREE:
+        a, b = ours.get(key), other.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += [
+                f"{name} is {a[name]} and {b[name]}" for name in sorted(a.keys() & b.keys()) if a[name] != b[name]
+            ]
+        elif a != b:
+            found.append(f"{key} is {a} and {b}")
+    return found
 
 
 def compare_task(other: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
@@ -69,11 +70,8 @@ def compare_task(other: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
     for key in ("metric", "shots", "task_versions"):
         if other[key] != ours[key]:
             return {"not_compared": f"{key} is {ours[key]} and {other[key]}"}
-    for key in MUST_AGREE:
-        if other["settings"].get(key) != ours["settings"].get(key):
-            if key == "task_files":
-                return {"not_compared": DIFFER}
-            return {"not_compared": f"{key} is {ours['settings'].get(key)} and {other['settings'].get(key)}"}
+    if other["questions"] != ours["questions"]:
+        return {"not_compared": "the questions or their prompts differ"}
     difference = ours["value"] - other["value"]
     pairs = paired_differences(other, ours)
     # the mean over questions is the metric of nearly all tasks; where it is not, the pairs say nothing about it
@@ -92,16 +90,12 @@ def compare_task(other: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
 
 
 def paired_differences(other: dict[str, Any], ours: dict[str, Any]) -> list[float]:
-    """Ours minus other for each question; empty where the two did not answer the same ones in the same order."""
-    if other["samples"].keys() != ours["samples"].keys():
+    """Ours minus other for each question; empty where the two have no values of the same ones in the same order."""
+    rows = [row for task in sorted(ours["samples"]) for row in ours["samples"][task]]
+    others = [row for task in sorted(other["samples"]) for row in other["samples"][task]]
+    if [key for key, _ in rows] != [key for key, _ in others]:
         return []
-    differences = []
-    for task, rows in ours["samples"].items():
-        others = other["samples"][task]
-        if [key for key, _ in rows] != [key for key, _ in others]:
-            return []
-        differences += [value - before for (_, value), (_, before) in zip(rows, others)]
-    return differences
+    return [value - before for (_, value), (_, before) in zip(rows, others)]
 
 
 def paired_stderr(differences: list[float]) -> float | None:

@@ -1,45 +1,28 @@
-"""Prompts against the length that the model takes: the harness cuts longer ones at their beginning, without a word."""
+"""What is asked of a model: how long the answers may be, and prompts that the harness cuts without a word."""
 
 from typing import Any
 
-
-def max_new_tokens(generation_kwargs: dict[str, Any] | None, default: int) -> int:
-    """Tokens that a task's answers may have."""
-    from lm_eval.models.utils import normalize_gen_kwargs
-
-    return normalize_gen_kwargs(generation_kwargs or {}, default)["max_gen_toks"]
+from lm_eval.models.utils import normalize_gen_kwargs
 
 
-def refuse_no_room(tasks: list[Any], model: Any) -> None:
-    """ValueError for a task whose answers may be as long as all that `model` takes: nothing of its prompts would be left.
+def is_drawn(task: Any) -> bool:
+    """Whether the answers to a task of the harness are drawn at random."""
+    return bool(normalize_gen_kwargs(task.get_config("generation_kwargs") or {})["do_sample"])
 
-    tasks: the harness' objects, groups resolved.
+
+def refuse_no_room(name: str, tasks: list[Any], model: Any) -> None:
+    """ValueError where answers may be as long as all that `model` takes: nothing of the prompts would be left.
+
+    tasks: the harness' objects for `name`, groups resolved.
     """
     for task in tasks:
         if task.get_config("output_type") != "generate_until":
             continue
-        new = max_new_tokens(task.get_config("generation_kwargs"), model.max_gen_toks)
+        new = _max_new_tokens(task.get_config("generation_kwargs"), model)
         if new >= model.max_length:
             raise ValueError(
-                f"answers may have {new:,} tokens and the model takes {model.max_length:,} in all, expected room for a "
-                "prompt; leave the task out with --skip or from --tasks"
-            )
-
-
-def refuse_long_answer(tasks: list[Any], model: Any) -> None:
-    """ValueError where an answer to be scored has more tokens than `model` takes, which the harness merely asserts.
-
-    tasks: with the requests that they have built.
-    """
-    pairs = (request.args for task in tasks for request in task.instances or [] if len(request.args) == 2)
-    for prompt, answer in pairs:
-        if not isinstance(answer, str) or len(answer.encode()) < model.max_length:
-            continue
-        number = len(model._encode_pair(prompt, answer)[1])
-        if number > model.max_length:
-            raise ValueError(
-                f"an answer of its questions has {number:,} tokens and the model takes {model.max_length:,} in all; leave the "
-                "task out with --skip or from --tasks"
+                f"{name}: answers may have {new:,} tokens and the model takes {model.max_length:,} in all, expected room for "
+                "a prompt; leave the task out with --skip or from --tasks"
             )
 
 
@@ -61,7 +44,7 @@ def _is_cut(request: tuple[Any, ...], model: Any, backend: str) -> bool:
         return False
     prompt, rest = request[:2]
     if isinstance(rest, dict):
-        limit, text = model.max_length - max_new_tokens(rest, model.max_gen_toks), prompt
+        limit, text = model.max_length - _max_new_tokens(rest, model), prompt
     else:
         # of an answer's tokens the last one is predicted, not read; vLLM wants room for one more nevertheless
         limit, text = model.max_length + (-1 if backend == "vllm" else 1), prompt + rest
@@ -70,3 +53,7 @@ def _is_cut(request: tuple[Any, ...], model: Any, backend: str) -> bool:
     if isinstance(rest, dict):
         return len(model.tok_encode(prompt)) > limit
     return sum(map(len, model._encode_pair(prompt, rest))) > limit
+
+
+def _max_new_tokens(generation_kwargs: dict[str, Any] | None, model: Any) -> int:
+    return normalize_gen_kwargs(generation_kwargs or {}, model.max_gen_toks)["max_gen_toks"]

@@ -1,18 +1,17 @@
-"""remit eval: tasks of lm-evaluation-harness, one after the other, each kept as a file once it is finished.
+"""remit eval: tasks of lm-evaluation-harness on a model, one after the other, each kept as a file once it is finished.
 
-Each model is evaluated in a process of its own: vLLM patches the transformers classes of the process that it is in,
-and the switches for code execution must not outlive the command. Here stands what this process does; the other one
-is in pipelines/evaluation/worker.py.
+One process evaluates one model: vLLM patches the transformers classes of its process, and keeps a GPU's memory until it
+ends. Other models of --compare are evaluated by commands of their own.
 """
 
+import contextlib
 import hashlib
 import json
-import multiprocessing
-import os
-import signal
+import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,66 +19,53 @@ from statistics import fmean
 from typing import Any
 
 from pipelines.evaluation.compare import compare
-from pipelines.evaluation.files import FORMAT, finished, read_results, set_aside, write_json
+from pipelines.evaluation.results import FORMAT, finished, read_results, to_record, write_json
 from pipelines.evaluation.settings import EvalConfig
 from pipelines.evaluation.suites import SUITES, SuiteTask
 from pipelines.evaluation.task_folder import task_folder_fingerprint
 from pipelines.models import LocalModel, resolve_model
-from shards.fingerprint import (
-    config_fingerprint,
-    parse_tokenizer_json,
-    tokenizer_fingerprint,
-    weights_fingerprint,
-)
+from shards.fingerprint import config_fingerprint, weights_fingerprint
 from shards.modelfolder import max_positions, read_config, require_language_model
+from shards.output_folder import writing
 
 Note = Callable[[str], None]
+# prompts and ends depend on them
 READ_BESIDE = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)  # prompts, ends
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "special_tokens_map.json",
+    "added_tokens.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt",
+)  # fmt: skip
 CODE = "; HumanEval and MBPP run programs that the model writes, which needs --allow-code-execution"
 
 
 @dataclass(frozen=True)
-class PlannedTask:
-    """A task to evaluate. label: for tables; shots: None leaves them to the task; metric: None takes its first."""
+class Subject:
+    """A model to evaluate. settings: what its answers depend on, beside the request; folder: of its results."""
 
-    label: str
-    task: str
-    shots: int | None
-    metric: str | None
+    name: str
+    model: LocalModel
+    settings: dict[str, Any]
+    folder: Path
 
 
-def plan_tasks(config: EvalConfig) -> tuple[list[PlannedTask], list[str]]:
+def plan_tasks(config: EvalConfig) -> tuple[list[SuiteTask], list[str]]:
     """The tasks to evaluate and, by label, those of the suite that are left out."""
     if config.tasks is not None:
-        return [PlannedTask(name, name, config.num_fewshot, None) for name in config.task_names], []
+        return [SuiteTask(name, name, config.num_fewshot, None) for name in config.task_names], []
     suite = SUITES[config.suite or "paper"]
 
     def runs(task: SuiteTask) -> bool:
         return task.task not in config.skipped and (config.allow_code_execution or not task.runs_code)
 
-    chosen = [PlannedTask(task.label, task.task, task.shots, task.metric) for task in suite if runs(task)]
-    return chosen, [task.label for task in suite if not runs(task)]
+    return [task for task in suite if runs(task)], [task.label for task in suite if not runs(task)]
 
 
 def evaluate(config: EvalConfig, note: Note) -> dict[str, Any]:
     """Evaluate --model and the models of --compare; write and return results and comparisons.
 
-    Raises ValueError for a model, task or earlier result that cannot be used, RuntimeError where the process of a
-    model ends before its tasks do.
+    Raises ValueError for a model, task or earlier result that cannot be used, RuntimeError where another command writes
+    the same results, or one for a model of --compare fails.
     """
-    for package, extra in (
-        ("lm_eval", "eval"),
-        *((("vllm", "cpu]' or '.[gpu"),) if config.backend == "vllm" else ()),
-    ):
-        if find_spec(package) is None:
-            raise ValueError(
-                f"remit eval needs {package}, which is not installed; in your checkout of remit: pip install '.[{extra}]'"
-            )
+    require_packages(config)
     if config.task_dir is not None and not config.task_dir.is_dir():
         raise ValueError(f"--task-dir {config.task_dir}: no such folder, expected one with the YAML files of tasks")
     tasks, left_out = plan_tasks(config)
@@ -90,74 +76,135 @@ def evaluate(config: EvalConfig, note: Note) -> dict[str, Any]:
     earlier = {other: read_results(Path(other)) for other in config.compare if other.endswith(".json")}
     names = [("--model", config.model), *(("--compare", name) for name in config.compare if name not in earlier)]
     models = [(name, resolve_model(option, name)) for option, name in names]
-    for _, model in models:
-        require_language_model(model.path)
-    results = {}
     for name, model in models:
-        results[name] = evaluate_model(config, model, name, tasks, left_out, note)
-    others = {other: earlier.get(other) or results[other] for other in config.compare}
-    comparisons = [compare(other, values, results[config.model]) for other, values in others.items()]
+        require_usable(config, name, model.path)
+    ours, *others = [subject(config, name, model, note) for name, model in models]
+    results: dict[str, dict[str, Any]] = {config.model: {}}  # first in the tables, evaluated last
+    for other in others:
+        results[other.name] = evaluate_apart(config, other)
+    results[config.model] = evaluate_model(config, ours, tasks, left_out, note)
+    compared = {other: earlier.get(other) or results[other] for other in config.compare}
+    comparisons = [compare(other, values, results[config.model]) for other, values in compared.items()]
     if comparisons:
         write_json(config.out / "compare.json", comparisons)
-    return {"results": results, "others": others, "comparisons": comparisons}
+    return {"results": results, "others": compared, "comparisons": comparisons}
 
 
-def evaluate_model(
-    config: EvalConfig, model: LocalModel, name: str, tasks: list[PlannedTask], left_out: list[str], note: Note
-) -> dict[str, Any]:
-    """The results of one model, those of finished tasks from their files; also written to results.json."""
-    if config.chat_template and not has_chat_template(model.path):
+def require_packages(config: EvalConfig) -> None:
+    needed = {"lm_eval": "eval"} | ({"vllm": "cpu]' or '.[gpu"} if config.backend == "vllm" else {})
+    for package, extra in needed.items():
+        if find_spec(package) is None:
+            raise ValueError(
+                f"remit eval needs {package}, which is not installed; in your checkout of remit: pip install '.[{extra}]'"
+            )
+
+
+def require_usable(config: EvalConfig, name: str, folder: Path) -> None:
+    """ValueError for a model that cannot be evaluated with these settings."""
+    require_language_model(folder)
+    if config.chat_template and not has_chat_template(folder):
         raise ValueError(f"--chat-template is given and {name} has none; leave it out, or name a post-trained model")
-    positions = num_positions(model.path)
+    values = read_config(folder)
+    positions = max_positions(values.get("text_config") or values)
     if config.max_length is not None and positions is not None and config.max_length > positions:
         raise ValueError(
             f"--max-length is {config.max_length:,} and config.json of {name} has {positions:,} positions, expected no more: "
             "beyond them a model predicts what it was never trained for"
         )
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Whether the tokenizer in a model folder has a chat template."""
+    file = folder / "tokenizer_config.json"
+    inside = file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("chat_template")
+    return bool(inside) or (folder / "chat_template.jinja").is_file()
+
+
+def subject(config: EvalConfig, name: str, model: LocalModel, note: Note) -> Subject:
+    """Reads the weights for their fingerprint."""
     note(f"{name}: reading weights for their fingerprint")
     settings = common_settings(config, model)
     # OUT/model is what every run of remit train is called: the folder above tells them apart
     title = model.path.resolve().parent.name if model.name == "model" else model.name.replace("/", "--")
-    folder = config.out / f"{title}-{settings['model']['weights'][:8]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    records: dict[str, dict[str, Any]] = {}
-    pending = []
-    for task in tasks:
-        file = folder / f"{task.task}.json"
-        asked = settings | {"num_fewshot": task.shots, "metric": task.metric}
-        record, reason = finished(file, asked)
-        if record is None and (earlier := set_aside(file, asked)).is_file():
-            set_aside(file)
-            os.replace(earlier, file)
-            record, reason = finished(file, asked)
-        if record is None:
-            pending.append(task)
-            if reason:
-                note(f"{task.task}: evaluated before with {reason}; it is evaluated again")
-        else:
-            records[task.task] = record
-    if len(pending) < len(tasks):
-        note(f"{name}: {len(tasks) - len(pending)} of {len(tasks)} tasks were evaluated before, in {folder}")
-    if pending:
+    return Subject(name, model, settings, config.out / f"{title}-{settings['model']['weights'][:8]}")
 
-        def keep(task: PlannedTask, found: dict[str, Any]) -> None:
-            asked = settings | {"num_fewshot": task.shots, "metric": task.metric}
-            records[task.task] = {"format": FORMAT, "label": task.label, "task": task.task, "settings": asked, **found}
-            set_aside(folder / f"{task.task}.json")
-            write_json(folder / f"{task.task}.json", records[task.task])
 
-        run_worker(config, model, pending, keep, note)
-    values = {
+def evaluate_apart(config: EvalConfig, other: Subject) -> dict[str, Any]:
+    """The results of a model of --compare, evaluated by the same command with it as --model, in a process of its own."""
+    words = []
+    for field in fields(config):
+        value = getattr(replace(config, model=other.name, compare=[]), field.name)
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if value != default:
+            words += [f"--{field.name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    command = [sys.executable, "-m", "pipelines.cli", "eval", *words]
+    code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
+    if code:
+        raise RuntimeError(f"--compare {other.name}: ended with exit code {code}, expected 0; what it printed says why")
+    return read_results(other.folder / "results.json") | {"folder": str(other.folder)}
+
+
+def evaluate_model(
+    config: EvalConfig, subject: Subject, tasks: list[SuiteTask], left_out: list[str], note: Note
+) -> dict[str, Any]:
+    """The results of one model, in results.json from the first task on."""
+    file = subject.folder / "results.json"
+    values: dict[str, Any] = {
         "format": FORMAT,
-        "model": {"name": name, "revision": model.revision, **settings["model"]},
+        "model": {"name": subject.name, "revision": subject.model.revision, **subject.settings["model"]},
         "suite": config.suite or ("paper" if config.tasks is None else None),
         "left_out": left_out,
-        "settings": settings,
-        "tasks": {task.task: records[task.task] for task in tasks},
+        "settings": subject.settings,
+        "asked": [{"task": task.task, "num_fewshot": task.shots, "metric": task.metric} for task in tasks],
+        "tasks": {},
     }
-    values["average"] = average(values)
-    write_json(folder / "results.json", values)
-    return values | {"folder": str(folder)}
+    with writing(subject.folder, note) as lease:
+        if (before := finished(file, values)) is not None:
+            note(f"{subject.name}: was evaluated before, in {subject.folder}")
+            return before | {"folder": str(subject.folder)}
+        for name, record in evaluated(config, subject, tasks, note):
+            values["tasks"][name] = record
+            values["average"] = average(values)
+            lease.check()
+            write_json(file, values)
+    return values | {"folder": str(subject.folder)}
+
+
+def evaluated(
+    config: EvalConfig, subject: Subject, tasks: list[SuiteTask], note: Note
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each task with its result. The data of all, then the model are loaded first: what is missing shows before hours pass."""
+    from pipelines.evaluation import harness
+    from pipelines.evaluation.prompts import count_cut, refuse_no_room
+    from pipelines.evaluation.tasks import load_tasks, tasks_of
+
+    harness.prepare_process(config, subject.model.path)
+    names = [task.task for task in tasks]
+    note(f"loading the data of {', '.join(names)}")
+    with harness.code_execution(config.allow_code_execution), contextlib.redirect_stdout(sys.stderr):
+        loaded = load_tasks(names, config.task_dir, config.allow_code_execution)
+        model = harness.load_model(config, subject.model.path)
+        for name in names:
+            refuse_no_room(name, tasks_of(loaded[name]), model)
+        for number, task in enumerate(tasks, 1):
+            shots = "its own shots" if task.shots is None else f"{task.shots}-shot"
+            note(f"{task.task} ({number} of {len(names)}), {shots}")
+            began = time.monotonic()
+            results = harness.run_task(config, model, task, loaded[task.task], cache_file(subject))
+            record = to_record(task, results, config.chat_template)
+            record["cut_questions"] = count_cut(results["samples"], model, config.backend)
+            yield task.task, record | {"seconds": round(time.monotonic() - began, 1)}
+
+
+def cache_file(subject: Subject) -> Path:
+    """File of the model's answers, without the harness' ending; its name stands for all that its keys, the requests, lack.
+
+    A request has the examples, the text with its chat template, and what the answer may be like; which questions are asked
+    changes no answer.
+    """
+    decides = subject.settings | {"limit": None, "task_files": None, "format": FORMAT}
+    text = json.dumps(decides, sort_keys=True)
+    return subject.folder / f"answers-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def average(values: dict[str, Any]) -> dict[str, Any] | None:
@@ -170,14 +217,11 @@ def average(values: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def common_settings(config: EvalConfig, model: LocalModel) -> dict[str, Any]:
-    """What a result depends on, beside its task: where one of these differs, it is evaluated again."""
+    """What all results of a model depend on, beside the task."""
     fingerprints: dict[str, Any] = {
         "weights": weights_fingerprint(model.path),
         "config": config_fingerprint(model.path),
     }
-    tokenizer = model.path / "tokenizer.json"
-    if tokenizer.exists():
-        fingerprints["tokenizer"] = tokenizer_fingerprint(parse_tokenizer_json(tokenizer.read_bytes(), str(tokenizer)))
     fingerprints["files"] = {
         name: hashlib.sha256((model.path / name).read_bytes()).hexdigest()
         for name in READ_BESIDE
@@ -201,67 +245,3 @@ def common_settings(config: EvalConfig, model: LocalModel) -> dict[str, Any]:
         "task_files": task_folder_fingerprint(config.task_dir) if config.task_dir else None,
         "versions": versions,
     }
-
-
-def num_positions(folder: Path) -> int | None:
-    """Tokens of the longest sequence of the model in `folder`, None where its config.json says nothing of it."""
-    values = read_config(folder)
-    return max_positions(values.get("text_config") or values)
-
-
-def has_chat_template(folder: Path) -> bool:
-    """Whether the tokenizer in a model folder has a chat template."""
-    file = folder / "tokenizer_config.json"
-    inside = file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("chat_template")
-    return bool(inside) or (folder / "chat_template.jinja").is_file()
-
-
-def run_worker(
-    config: EvalConfig,
-    model: LocalModel,
-    tasks: list[PlannedTask],
-    keep: Callable[[PlannedTask, dict[str, Any]], None],
-    note: Note,
-) -> None:
-    """Evaluate `tasks` in a process of its own; `keep` gets each result as it comes."""
-    from pipelines.evaluation.worker import work
-
-    job = {
-        "model": str(model.path),
-        "tasks": [asdict(task) for task in tasks],
-        "task_dir": str(config.task_dir) if config.task_dir else None,
-        **{name: getattr(config, name) for name in ("backend", "dtype", "limit", "batch_size", "max_length", "seed")},
-        "chat_template": config.chat_template,
-        "allow_code_execution": config.allow_code_execution,
-    }
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=work, args=(job, theirs), name="remit eval")
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process inherits it: Ctrl-C is for this one alone
-    process.start()
-    signal.signal(signal.SIGINT, handler)
-    theirs.close()
-    try:
-        left = list(tasks)
-        while left:
-            try:
-                message = ours.recv()
-            except EOFError:
-                process.join()
-                raise RuntimeError(
-                    f"the process that evaluates ended with code {process.exitcode}; what it printed says why; the same "
-                    "command again goes on with the tasks that are left"
-                ) from None
-            if "error" in message:
-                if config.debug:
-                    print(message["traceback"], file=sys.stderr)
-                raise ValueError(message["error"])
-            if "note" in message:
-                note(message["note"])
-            else:
-                keep(left.pop(0), message["record"])
-        process.join(30)
-    finally:
-        if process.is_alive():
-            process.kill()
-        process.join()

@@ -11,8 +11,7 @@ from pipelines.evaluation.suites import SUITES
 class EvalConfig:
     """Evaluate models on the paper's ten tasks, or on tasks of your own, with lm-evaluation-harness.
 
-    Each finished task is kept in --out: the same command again evaluates only what is missing, or was evaluated with
-    other weights or settings.
+    Each answer of a model is kept in --out: the same command again asks only what has not been answered yet.
     """
 
     model: str
@@ -40,7 +39,7 @@ class EvalConfig:
     limit: int | None = None
     """Questions of each task, the first ones; default: all. For a try: such values compare with nobody else's."""
     out: Path = Path("results")
-    """Folder for the results: NAME-FINGERPRINT/TASK.json, NAME-FINGERPRINT/results.json, compare.json."""
+    """Folder for the results: NAME-FINGERPRINT/results.json, compare.json."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the weights; auto: as they are stored."""
     batch_size: int = 8

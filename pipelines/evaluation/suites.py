@@ -10,16 +10,17 @@ SOURCE = "arXiv 2602.03075"
 
 @dataclass(frozen=True)
 class SuiteTask:
-    """label: the paper's name; task: the harness' name of a task or group; shots: as the paper says.
+    """label: the paper's name; task: the harness' name of a task or group; shots: as the paper says, None: as the task does.
 
-    metric: METRIC,FILTER, the harness' key of the value for the table; runs_code: the model's output is executed.
+    metric: METRIC,FILTER, the harness' key of the value for the table, None: its first; runs_code: the model's output is
+    executed.
     fixed_shots: what the harness uses whatever it is asked for, where a task is defined with 0; else None.
     """
 
     label: str
     task: str
-    shots: int
-    metric: str
+    shots: int | None
+    metric: str | None
     runs_code: bool = False
     fixed_shots: int | None = None
 

@@ -1,17 +1,15 @@
-"""Which rows of a folder remit inspect shows, and reading them: by number, by document, by text.
+"""Which rows of a folder remit inspect shows: by number, by document, by text.
 
-In: a shard folder and the options. Out: row numbers, counted over all parts, ascending; rows as plain Python values.
+In: a shard folder and the options. Out: row numbers, counted over all parts, ascending.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
-import pyarrow as pa
-
-from pipelines.settings import InspectConfig
+from pipelines.inspect.settings import InspectConfig
+from pipelines.token_text import TokenText
 from shards.folder import ShardFolder
+from shards.rows import Rows
 
 Progress = Callable[[int, int], None]
 
@@ -75,61 +73,41 @@ def _has_document(folder: ShardFolder, config: InspectConfig) -> Iterator[tuple[
         raise ValueError(
             f"{folder.path}: has several corpus files, each with a document {config.doc}; add --source, one of: {names}{more}"
         )
-    source = config.source or 0
-    for done, total, batch in _batches(folder, ["doc_ids", "source"], config.source):
-        columns = batch.column("doc_ids").to_pylist(), batch.column("source").to_pylist()
-        found = [row for row, (ids, own) in enumerate(zip(*columns)) if own == source and config.doc in ids]
-        yield done, total, [done - batch.num_rows + row for row in found]
+    for done, rows in _batches(folder, ["doc_ids", "doc_lengths", "source"], config.source):
+        has_it = [
+            rows.source[row] == (config.source or 0) and config.doc in rows.doc_ids[rows.piece_place(row)]
+            for row in range(len(rows))
+        ]
+        yield done, folder.manifest.rows, rows.numbers[has_it].tolist()
 
 
 def _has_text(folder: ShardFolder, config: InspectConfig) -> Iterator[tuple[int, int, list[int]]]:
     """The rows whose decoded text holds --search, record batch by record batch."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_str(json.dumps(folder.tokenizer_json()))
-    for done, total, batch in _batches(folder, ["input_ids", "source"], config.source):
-        texts = tokenizer.decode_batch(batch.column("input_ids").to_pylist(), skip_special_tokens=False)
-        own = batch.column("source").to_pylist()
-        found = [
-            row for row, text in enumerate(texts) if (config.search or "") in text and config.source in (None, own[row])
+    tokenizer = TokenText(folder).tokenizer
+    for done, rows in _batches(folder, ["input_ids", "source"], config.source):
+        ids = [rows.ids[rows.place(row)].tolist() for row in range(len(rows))]
+        texts = tokenizer.decode_batch(ids, skip_special_tokens=False)
+        has_it = [
+            (config.search or "") in text and config.source in (None, own)
+            for text, own in zip(texts, rows.source.tolist())
         ]
-        yield done, total, [done - batch.num_rows + row for row in found]
+        yield done, folder.manifest.rows, rows.numbers[has_it].tolist()
 
 
-def _batches(folder: ShardFolder, columns: list[str], source: int | None) -> Iterator[tuple[int, int, pa.RecordBatch]]:
-    """Record batches of all parts that are committed, with one past the batch's last row and the folder's rows."""
+def _batches(folder: ShardFolder, columns: list[str], source: int | None) -> Iterator[tuple[int, Rows]]:
+    """Record batches of all parts that are committed, or that may have rows of `source`; before each, the row that
+    follows its last."""
     manifest = folder.manifest
     first, last = 0, manifest.rows
     if source is not None and not manifest.selections:  # a selection kept some rows of each file
         first = sum(file.rows for file in manifest.corpus[:source])
         last = first + manifest.corpus[source].rows
     missing = set(folder.missing_parts())
-    for index, plan in enumerate(manifest.parts):
-        done = index * manifest.rows_per_part
-        if done >= last or done + plan.rows <= first or plan.name in missing:
-            continue
-        reader = folder.open_part(plan.name, columns)
-        for number in range(reader.num_record_batches):
-            batch = reader.get_batch(number)
-            done += batch.num_rows
-            yield done, manifest.rows, batch
-
-
-def read_rows(folder: ShardFolder, rows: list[int]) -> Iterator[dict[str, Any]]:
-    """The rows of these ascending numbers, as plain Python values; each of their parts is verified first, once.
-
-    Beside its columns a row has "quarantined": the names of the references that it has no log-probs of.
-    """
-    manifest = folder.manifest
-    opened, reader, quarantined = -1, None, {}
-    for row in rows:
-        if not 0 <= row < manifest.rows:
-            raise ValueError(f"--row is {row}, {folder.path} has rows 0..{manifest.rows - 1}")
-        part, row_of_part = divmod(row, manifest.rows_per_part)
-        if part != opened:
-            opened, reader = part, folder.open_part(manifest.parts[part].name)
-            quarantined = folder.record(manifest.parts[part].name).quarantined
-        assert reader is not None
-        batch, row_of_batch = divmod(row_of_part, manifest.rows_per_batch)
-        values = reader.get_batch(batch).slice(row_of_batch, 1).to_pylist()[0]
-        yield values | {"quarantined": [name for name, own in quarantined.items() if row_of_part in own]}
+    starts = range(0, manifest.rows, manifest.rows_per_part)
+    parts = [
+        plan.name
+        for start, plan in zip(starts, manifest.parts)
+        if start < last and start + plan.rows > first and plan.name not in missing
+    ]
+    for rows in folder.batches(columns, parts):
+        yield int(rows.numbers[-1]) + 1, rows

@@ -1,70 +1,24 @@
 """remit inspect: what a shard folder is, and a readable view of its rows in the terminal."""
 
-import json
 import sys
-import unicodedata
-from typing import Any
 
 import numpy as np
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from tokenizers.pre_tokenizers import ByteLevel
 
-from pipelines.console import tokens_summary
-from pipelines.inspect.find_rows import read_rows
-from pipelines.settings import InspectConfig
+from pipelines.console import counted, tokens_summary
+from pipelines.inspect.settings import InspectConfig
+from pipelines.provenance import print_lines, print_references, selection_line
+from pipelines.token_text import TokenText, find_in_groups, printable, token_label
 from shards.folder import ShardFolder
-from shards.schema import logprobs_column
-
-_LETTERS = sorted(ByteLevel.alphabet())  # a byte that is no visible character has a letter beyond the first 256
-_OTHERS = [byte for byte in range(256) if chr(byte) not in _LETTERS]
-BYTES = {letter: ord(letter) for letter in _LETTERS if ord(letter) < 256}
-BYTES |= dict(zip((letter for letter in _LETTERS if ord(letter) >= 256), _OTHERS, strict=True))
+from shards.rows import Rows
 
 MAX_LABEL = 24  # characters of a token
 BAR = 12  # marks, one per nat
-
-
-def read_row(folder: ShardFolder, row: int) -> dict[str, Any]:
-    """Row `row` of a folder, counted over all parts, as plain Python values; its part is verified first."""
-    return next(read_rows(folder, [row]))
-
-
-def token_strings(folder: ShardFolder, input_ids: list[int]) -> list[str]:
-    """Text of each token; bytes that are only a piece of a character show as <0xE5>."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_str(json.dumps(folder.tokenizer_json()))
-    strings = []
-    for token_id in input_ids:
-        text = tokenizer.decode([token_id], skip_special_tokens=False)
-        strings.append(spelled(tokenizer.id_to_token(token_id) or "?") if "\ufffd" in text or not text else text)
-    return strings
-
-
-def spelled(symbol: str) -> str:
-    """A symbol of a vocabulary; <0xE5> for bytes that a byte-level one has by its own letters and that are no text."""
-    if not all(letter in BYTES for letter in symbol):
-        return symbol
-    data = bytes(BYTES[letter] for letter in symbol)
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        return "".join(f"<0x{byte:02X}>" if byte >= 0x80 else chr(byte) for byte in data)
-
-
-def printable(text: str) -> str:
-    """`text` with escapes for what a terminal would not show, or obey."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def token_label(text: str) -> str:
-    """The text of a token in one line of visible characters: · for a space, escapes, ◌ under a mark that combines."""
-    shown = text.replace("\\", "\\\\").replace("·", "\\xb7").replace(" ", "·")
-    stands_on = "◌" if unicodedata.category(text[:1] or " ").startswith("M") else ""
-    return stands_on + printable(shown)
+MARK = "> "  # before the position of a token with text that was looked for
+TEXT, BARS = "token", ""  # headers of columns
 
 
 def show(folder: ShardFolder, config: InspectConfig, rows: list[int]) -> None:
@@ -72,32 +26,67 @@ def show(folder: ShardFolder, config: InspectConfig, rows: list[int]) -> None:
     console = Console(file=sys.stdout, highlight=False)
     if not rows:
         _show_folder(folder, console)
-    for number, row in zip(rows, read_rows(folder, rows)):
-        _show_row(folder, number, row, config.tokens, console)
+        return
+    text = TokenText(folder)
+    for row in folder.rows(rows):
+        _show_row(folder, row, text, config, console)
 
 
-def _show_row(folder: ShardFolder, number: int, row: dict[str, Any], tokens: int, console: Console) -> None:
-    """tokens: how many to show, 0 for all."""
+def _show_row(folder: ShardFolder, row: Rows, text: TokenText, config: InspectConfig, console: Console) -> None:
+    number, names, ids = int(row.numbers[0]), list(folder.manifest.references), row.ids.tolist()
     part = folder.manifest.parts[number // folder.manifest.rows_per_part].name
-    corpus_file = printable(folder.manifest.corpus[row["source"]].path)
-    line = f"row {number} ({part}): {len(row['input_ids'])} tokens, {len(row['doc_lengths'])} document pieces"
-    quarantined = "".join(f"; quarantined: no log-probs of {name}" for name in row["quarantined"])
-    console.print(Text(f"{line}, from {corpus_file}{quarantined}"), soft_wrap=True)
-    documents = np.repeat(row["doc_ids"], row["doc_lengths"]).tolist()
-    piece_starts = set((np.cumsum(row["doc_lengths"]) - row["doc_lengths"]).tolist())
-    strings = token_strings(folder, row["input_ids"][: tokens or None])
+    line = f"row {number} ({part}): {counted(len(ids), 'token')}, {counted(len(row.doc_ids), 'document piece')}"
+    line += f", from {printable(folder.manifest.corpus[int(row.source[0])].path)}"
+    line += "".join(f"; quarantined: no log-probs of {name}" for name in names if not row.scored(name)[0])
+    console.print(Text(line), soft_wrap=True)
+    marked = [] if config.search is None else _marked_tokens(text, ids, config.search)
+    places = _window(len(ids), config.tokens or len(ids), marked)
+    console.print(_table(row, text, places, set(marked), console))
+    before, after = places.start, len(ids) - places.stop
+    if before or after:
+        left_out = (
+            f"{counted(before, 'token')} before and {after:,} after these"
+            if before
+            else f"{counted(after, 'more token')}"
+        )
+        console.print(Text(f"... {left_out}; --tokens 0 shows all"))
+    if beyond := [place for place in marked if place not in places]:
+        console.print(Text(f"... more of {config.search!r} from token {beyond[0]} on"), soft_wrap=True)
+    if config.search is not None and not marked:
+        console.print(Text("... the match is not marked: this tokenizer changes text across tokens"), soft_wrap=True)
+
+
+def _marked_tokens(text: TokenText, ids: list[int], search: str) -> list[int]:
+    """Places of the tokens that have some of the text that was looked for, ascending."""
+    groups, _ = text.groups(ids)
+    ends = np.cumsum([count for count, _ in groups]).tolist()
+    ranges = find_in_groups(groups, search)
+    return [place for end, (count, _), own in zip(ends, groups, ranges) if own for place in range(end - count, end)]
+
+
+def _window(length: int, tokens: int, marked: list[int]) -> range:
+    """Which tokens of a row to show: the first ones, or those around the first that is marked."""
+    first = max(0, min(marked[0] - tokens // 2, length - tokens)) if marked else 0
+    return range(first, min(length, first + tokens))
+
+
+def _table(row: Rows, text: TokenText, places: range, marked: set[int], console: Console) -> Table:
+    shown = slice(places.start, places.stop)
+    documents = np.repeat(row.doc_ids, row.doc_lengths).tolist()
+    piece_starts = set((np.cumsum(row.doc_lengths) - row.doc_lengths).tolist())
+    ids = row.ids[shown].tolist()
     columns = {
-        "pos": [str(position) for position in range(len(strings))],
-        "doc": [str(documents[place]) if place in piece_starts else "" for place in range(len(strings))],
-        "id": [str(token_id) for token_id in row["input_ids"][: len(strings)]],
-        "token": [token_label(string) for string in strings],
+        "pos": [MARK * (place in marked) + str(place) for place in places],
+        "doc": [str(documents[place]) if place in piece_starts or place == places.start else "" for place in places],
+        "id": list(map(str, ids)),
+        TEXT: [token_label(string) for string in text.strings(ids)],
     }
-    logprobs = {name: row[logprobs_column(name)][: len(strings)] for name in folder.manifest.references}
+    logprobs = {name: row.logprobs(name)[shown].tolist() for name in row.part.manifest.references}
     columns |= {f"log p {name}": [_number(value) for value in values] for name, values in logprobs.items()}
 
     # the bars get what the numbers leave, which are never cut: a line may be wider than the terminal
     widths = [
-        min(MAX_LABEL if header == "token" else 99, max(map(cell_len, [*header.split(), *cells])))
+        min(MAX_LABEL if header == TEXT else 99, max(map(cell_len, [*header.split(), *cells])))
         for header, cells in columns.items()
     ]
     taken = sum(widths) + 3 * (len(widths) - 1)
@@ -107,42 +96,42 @@ def _show_row(folder: ShardFolder, number: int, row: dict[str, Any], tokens: int
         console.width = max(console.width, taken)
     table = Table(show_edge=False, pad_edge=False, header_style="bold")
     for header, width in zip(columns, widths):
-        is_text = header == "token"
+        is_text = header == TEXT
         table.add_column(
             header, justify="left" if is_text else "right", min_width=width, max_width=width, no_wrap=is_text
         )
         if header.startswith("log p") and bar:
-            table.add_column("", width=bar, no_wrap=True)
-    for place, cells in enumerate(zip(*columns.values())):
+            table.add_column(BARS, width=bar, no_wrap=True)
+    for index, (place, cells) in enumerate(zip(places, zip(*columns.values()))):
         texts = [Text(cell) for cell in cells[:4]]
         for cell, values in zip(cells[4:], logprobs.values()):
-            surprise = round(-(values[place] or 0))  # nats
+            surprise = 0 if np.isnan(values[index]) else round(-values[index])  # nats
             texts += [Text(cell), *([Text("▪" * min(bar, surprise), style="red")] if bar else [])]
-        if place in piece_starts and place:
+        if place in piece_starts and index:
             table.add_section()
-        table.add_row(*texts)
-    console.print(table)
-    if len(strings) < len(row["input_ids"]):
-        console.print(Text(f"... {len(row['input_ids']) - len(strings)} more tokens; --tokens 0 shows all"))
+        table.add_row(*texts, style="bold" if place in marked else None)
+    return table
 
 
-def _number(logprob: float | None) -> str:
-    return "-" if logprob is None else f"{logprob:.4f}"
+def _number(logprob: float) -> str:
+    return "-" if np.isnan(logprob) else f"{logprob:.4f}"
 
 
 def _show_folder(folder: ShardFolder, console: Console) -> None:
     manifest = folder.manifest
     missing = len(folder.missing_parts())
-    lines = [
-        f"{folder.path}: {manifest.tokens:,} tokens in {manifest.rows:,} rows of at most {manifest.seq_len}, "
-        f"{len(manifest.parts):,} parts" + (f", {missing} of them missing" if missing else ", complete"),
+    print_lines(
+        console,
+        f"{folder.path}: {manifest.tokens:,} tokens in {counted(manifest.rows, 'row')} of at most {manifest.seq_len}, "
+        f"{counted(len(manifest.parts), 'part')}" + (f", {missing} of them missing" if missing else ", complete"),
         ("documents as packed: " if manifest.selections else "documents: ")
         + ", ".join(f"{kind} {count:,}" for kind, count in manifest.documents.items()),
         f"tokenizer: {manifest.tokenizer['fingerprint'][:12]}.., ids 0 to {manifest.tokenizer['vocab_size'] - 1}",
         tokens_summary(manifest),
-        *(f"corpus file {index}: {file.path}, {file.tokens:,} tokens" for index, file in enumerate(manifest.corpus)),
-        *(f"reference {name}: {json.dumps(reference)}" for name, reference in manifest.references.items()),
-        *(f"selection: {json.dumps(selection)}" for selection in manifest.selections),
-    ]
-    for line in lines:
-        console.print(Text(printable(line)), soft_wrap=True)
+        *(
+            f"corpus file {index}: {file.path}, {counted(file.tokens, 'token')}"
+            for index, file in enumerate(manifest.corpus)
+        ),
+        *map(selection_line, manifest.selections),
+    )
+    print_references(console, manifest)

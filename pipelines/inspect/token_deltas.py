@@ -7,15 +7,13 @@ where nothing precedes it. T = tokens of a row, N = those of them with log-probs
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from pipelines.plan.rows import choose_context
-from scorer.forward import load_forward, spans
+from scorer.forward import load_forward
 from shards.folder import ShardFolder
-from shards.schema import logprobs_column
+from shards.rows import Rows
 from trainer.objectives.remit import remit_weights
 
 Forward = Callable[[np.ndarray], np.ndarray]
@@ -25,7 +23,7 @@ Forward = Callable[[np.ndarray], np.ndarray]
 class Base:
     """Whose losses the reference is compared with: a stored column, or a model's forward; neither: nobody's.
 
-    name: for the page. context: that both were, or are, scored in.
+    name: for the page. context: that both were, or are, scored in. column: name of the reference whose log-probs it is.
     """
 
     name: str | None
@@ -52,7 +50,7 @@ def choose_base(folder: ShardFolder, reference: str, base: str | None, model: Pa
 
     ValueError where a column is missing, the two were scored in different contexts, or the model does not fit the rows.
     """
-    context = choose_context(folder, reference, reference)
+    context = folder.require_scored(reference)["context"]
     if model is not None:
         from scorer.reference import Reference, check_reference, require_quantised_readable
 
@@ -63,18 +61,16 @@ def choose_base(folder: ShardFolder, reference: str, base: str | None, model: Pa
     if base is None and ("base" not in folder.manifest.references or reference == "base"):
         return Base(None, context)
     name = base or "base"
-    return Base(name, choose_context(folder, reference, name), column=logprobs_column(name))
+    return Base(name, folder.require_one_context(reference, name), column=name)
 
 
-def token_figures(row: dict[str, Any], reference: str, base: Base, epsilon: float) -> TokenFigures:
+def token_figures(row: Rows, reference: str, base: Base, epsilon: float) -> TokenFigures:
     """The figures of one row; all NaN of a model whose column the row was left out of (quarantine)."""
-    reference_T = np.array(row[logprobs_column(reference)], dtype=np.float32)  # None becomes NaN
-    base_T = np.full_like(reference_T, np.nan)
-    if base.column is not None:
-        base_T = np.array(row[base.column], dtype=np.float32)
-    elif base.forward is not None:
-        for start, end in spans(np.array([len(base_T)]), np.array(row["doc_lengths"]), base.context):
-            base_T[start + 1 : end] = base.forward(np.array(row["input_ids"][start:end]))
+    reference_T = row.logprobs(reference)
+    base_T = row.logprobs(base.column) if base.column is not None else np.full_like(reference_T, np.nan)
+    if base.forward is not None:
+        for start, end, _ in row.spans(base.context):
+            base_T[start + 1 : end] = base.forward(row.ids[start:end])
     both_T = np.isfinite(reference_T) & np.isfinite(base_T)
     delta_T, centred_T, weight_T = (np.full_like(reference_T, np.nan) for _ in range(3))
     clipped_T = np.zeros(len(reference_T), dtype=np.int8)

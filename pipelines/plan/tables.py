@@ -1,11 +1,36 @@
-"""The tables of remit plan: the JSON object of pipelines/plan/costs.py, for a terminal."""
+"""remit plan: two configs become the figures of pipelines/plan/figures.py, and these the tables of a terminal."""
 
+import json
 import math
-from typing import Any
+import sys
+from pathlib import Path
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from pipelines.console import DONE, ShouldStop, counted, quiet_libraries
+from pipelines.plan.hardware import compute_dtype
+from pipelines.plan.presets import find_model
+from pipelines.plan.settings import PlanConfig
+
+
+def plan(config: PlanConfig, should_stop: ShouldStop) -> int:
+    """The command: count both models, print, write --json."""
+    options = {"--base": config.base, "--reference": config.reference}
+    models = {option: find_model(option, model) for option, model in options.items()}  # a mistyped path is told at once
+    from pipelines.plan.figures import plan_costs
+    from pipelines.plan.model_shape import count, read_config
+
+    quiet_libraries()
+    configs = [(option, read_config(option, found), name) for option, (found, name) in models.items()]
+    dtype = compute_dtype(config.gpu, config.dtype)
+    base, reference = (count(*entry, config.seq_len, dtype) for entry in configs)
+    figures = plan_costs(config, base, reference)
+    show(figures, Console(file=sys.stdout, highlight=False))
+    write_json(config.json, figures)
+    return DONE
 
 
 def show(figures: dict[str, Any], console: Console) -> None:
@@ -13,7 +38,7 @@ def show(figures: dict[str, Any], console: Console) -> None:
     job, machine, proposal = figures["job"], figures["machine"], figures["proposal"]
     console.print(
         Text(
-            f"{job['tokens']:,} tokens, {job['epochs']:g} epoch(s), {job['steps']:,} steps of {job['global_batch_size']} rows "
+            f"{job['tokens']:,} tokens, {job['epochs']:g} {'epoch' if job['epochs'] == 1 else 'epochs'}, {job['steps']:,} steps of {job['global_batch_size']} rows "
             f"of {job['seq_len']:,}; {machine['num_gpus']} x {machine['gpu']}, {machine['dtype']}"
         ),
         soft_wrap=True,
@@ -25,12 +50,22 @@ def show(figures: dict[str, Any], console: Console) -> None:
         ]
         for role, model in figures["models"].items()
     ]
-    _table(console, "Models", ["", "name", "parameters", "FLOPs/token forward", "with backward"], lines)
+    print_table(console, "Models", ["", "name", "parameters", "FLOPs/token forward", "with backward"], lines)
     lines = [
         [name, _time(cost["wall_seconds"]), _hours(cost["gpu_hours"]), f"{cost['tokens_per_second']:,.0f}"]
         for name, cost in figures["costs"].items()
     ]
-    _table(console, "Costs", ["", "wall time", "GPU-hours", "tokens/s"], lines)
+    print_table(console, "Costs", ["", "wall time", "GPU-hours", "tokens/s"], lines)
+    step = figures["step"]
+    rows = counted(step["rows_per_gpu"], "row")
+    hidden = step["exchange_overlapped_seconds"]
+    console.print(
+        Text(
+            f"A step computes {rows} per GPU in {_time(step['compute_seconds'])} and exchanges gradients for "
+            f"{_time(step['exchange_seconds'])}" + f", {_time(hidden)} of them beside the computation." * (hidden > 0)
+        ),
+        soft_wrap=True,
+    )
     even = figures["break_even"]
     console.print(
         Text(
@@ -43,11 +78,13 @@ def show(figures: dict[str, Any], console: Console) -> None:
         [f"{total['runs']}", _hours(total["stored_gpu_hours"]), _hours(total["online_gpu_hours"])]
         for total in even["totals"]
     ]
-    _table(console, "GPU-hours in all", ["runs", "scored once", "reference online"], lines)
-    lines = [[name, in_bytes(value)] for name, value in figures["disk_bytes"].items() if value]
-    _table(console, "Disk", ["", "bytes"], lines)
+    print_table(console, "GPU-hours in all", ["runs", "scored once", "reference online"], lines)
+    lines = [[name, in_bytes(value)] for name, value in figures["disk_bytes"].items()]
+    print_table(console, "Disk", ["", "bytes"], lines)
     lines = [[name, in_bytes(value)] for name, value in figures["memory_bytes"].items()]
-    _table(console, f"Training memory per GPU, of {in_bytes(proposal['usable_bytes'])} usable", ["", "bytes"], lines)
+    print_table(
+        console, f"Training memory per GPU, of {in_bytes(proposal['usable_bytes'])} usable", ["", "bytes"], lines
+    )
     command = f"--sharding {proposal['sharding']} --micro-batch-size {proposal['micro_batch_size']}"
     command += " --activation-checkpointing" * proposal["activation_checkpointing"]
     engine = f"; remit score --tensor-parallel-size {proposal['engine_gpus']}" if proposal["engine_gpus"] else ""
@@ -56,19 +93,7 @@ def show(figures: dict[str, Any], console: Console) -> None:
     lines = [
         [entry["option"], f"{entry['value']:.4g} {entry['unit']}", entry["source"]] for entry in figures["assumptions"]
     ]
-    _table(console, "Assumptions; each option replaces its value", ["option", "value", "from"], lines, left=True)
-    if figures["measured"]:
-        lines = [
-            [
-                entry["what"],
-                _time(entry["measured_seconds"]),
-                _time(entry["predicted_seconds"]),
-                f"{entry['ratio']:.2f}",
-            ]
-            for entry in figures["measured"]
-        ]
-        headers = ["", "measured", "predicted without", "measured / predicted"]
-        _table(console, "Measured on this machine", headers, lines)
+    print_table(console, "Assumptions; each option replaces its value", ["option", "value", "from"], lines, left=3)
     for line in figures["warnings"]:
         console.print(Text(f"warning: {line}", style="yellow"), soft_wrap=True)
 
@@ -97,10 +122,22 @@ def _si(value: float) -> str:
     return f"{value / 1000**power:.3g} {['', 'k', 'M', 'G', 'T'][power]}"
 
 
-def _table(console: Console, title: str, headers: list[str], lines: list[list[str]], left: bool = False) -> None:
+def write_json(path: Path | None, figures: dict[str, Any]) -> None:
+    """--json of plan and weights."""
+    if path is not None:
+        path.write_text(json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+
+
+def print_table(
+    console: Console, title: str, headers: list[str], lines: list[list[str]], left: int = 1, width: int | None = None
+) -> None:  # fmt: skip
+    """left: columns that are aligned to the left; width: most characters of the first column, which is then cut."""
     table = Table(show_edge=False, pad_edge=False, header_style="bold")
     for index, header in enumerate(headers):
-        table.add_column(header, justify="left" if left or index == 0 else "right", overflow="fold")
+        narrow = width if index == 0 else None
+        justify: Literal["left", "right"] = "left" if index < left else "right"
+        overflow: Literal["ellipsis", "fold"] = "ellipsis" if narrow else "fold"
+        table.add_column(header, justify=justify, overflow=overflow, no_wrap=bool(narrow), max_width=narrow)
     for line in lines:
         table.add_row(*(Text(cell) for cell in line))
     console.print("", Text(title, style="bold"), table, sep="\n")

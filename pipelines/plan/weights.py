@@ -1,8 +1,8 @@
-"""remit plan --weights: what ReMiT would do to a corpus, from two stored columns, without a model.
+"""remit weights: what ReMiT would do to a corpus, from two stored columns, without a model.
 
 In: a folder with the log-probs of a reference and of the base. Out: per epsilon how many tokens are clipped and what
-the weights are, the tokens of the vocabulary that gain and lose most, quantiles of the excess loss; as one JSON object
-and as tables. N = predicted tokens of a row, V = ids of the tokenizer, K = those that occur often enough. Losses in nats.
+the weights are, the tokens of the vocabulary that gain and lose most, quantiles of the excess loss; as one JSON object,
+which pipelines/plan/weights_tables.py prints. N = predicted tokens of a row. Losses in nats.
 """
 
 import math
@@ -11,66 +11,67 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from pipelines.inspect.terminal import token_label, token_strings
-from pipelines.plan.rows import choose_context, choose_rows, read_batches
-from pipelines.plan.settings import PlanConfig
+from pipelines.plan.rows import choose_rows
+from pipelines.plan.settings import WeightsConfig
+from pipelines.token_ranking import TokenRanking
+from pipelines.token_text import token_strings
 from shards.folder import ShardFolder
+from shards.rows import Rows
+from shards.schema import logprobs_column
 from trainer.objectives.objective import Tokens
 from trainer.objectives.remit import make
 from trainer.objectives.settings import ObjectiveSettings
 from trainer.statistics import Sources, StepStatistics
 
+QUANTILE_STEP = 1 / 64
+"""Nats, of the histogram in trainer/statistics.py."""
+RANKED_AT_ONCE = 256
+"""Rows: an addition to the ranking takes as long as the vocabulary is large."""
 
-def plan_weights(folder: ShardFolder, config: PlanConfig, progress: Callable[[int, int], None]) -> dict[str, Any]:
-    """The figures, as --json writes them. progress(rows, tokens) is told how far it is after each record batch.
+
+def weights_of_corpus(
+    folder: ShardFolder, config: WeightsConfig, progress: Callable[[int, int], None]
+) -> dict[str, Any]:  # fmt: skip
+    """The figures, as --json writes them. progress(rows, tokens) is told how far it is after each row.
 
     Weights are those of a first training step with this base: the same function, row by row, in float32.
     """
     folder.require_complete()
-    context = choose_context(folder, config.reference, config.base)
+    context = _context(folder, config)
     objectives = {
         epsilon: make(ObjectiveSettings(epsilon=epsilon, centring=config.centring, weight_map=config.weight_map))
         for epsilon in (*config.epsilon_values, config.show_epsilon)
     }
     statistics = {epsilon: StepStatistics() for epsilon in objectives}
     manifest = folder.manifest
-    sums_3V = np.zeros((3, manifest.tokenizer["vocab_size"]))  # occurrences, weights, excess losses
-    chosen = choose_rows(manifest, config.rows, config.seed)
+    ranking = TokenRanking(manifest.tokenizer["vocab_size"])
+    to_rank: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    columns = [logprobs_column(name) for name in (config.reference, config.base)]
+    chosen = choose_rows(manifest, config.rows, config.seed).tolist()
     done = used = tokens = 0
-    for rows in read_batches(folder, context, config.reference, config.base, chosen):
-        ids, weights, deltas = [np.zeros(0, dtype=np.int64)], [np.zeros(0)], [np.zeros(0)]
-        for row in rows:
-            done += 1
-            if row is None:
-                continue
-            used, tokens = used + 1, tokens + row.tokens
-            if not len(row.ids_N):
-                continue  # nothing precedes any of its tokens
-            losses_N, document_N = torch.from_numpy(-row.base_N), torch.from_numpy(row.document_N)
-            stored = {"logprobs": torch.from_numpy(row.reference_N)}
-            seen = Tokens(losses_N, torch.zeros_like(document_N), document_N, stored)
-            for epsilon, objective in objectives.items():
-                assert objective.weigh is not None
-                weighted = objective.weigh(seen)
-                statistics[epsilon].add_weights(0, losses_N, weighted)
-                if epsilon == config.show_epsilon:
-                    assert weighted.delta_N is not None
-                    ids.append(row.ids_N)
-                    weights.append(weighted.weights_N.numpy())
-                    deltas.append(weighted.delta_N.numpy())
-        ids_N = np.concatenate(ids)
-        for sum_V, values in zip(sums_3V, (None, weights, deltas)):
-            own = None if values is None else np.concatenate(values)
-            sum_V += np.bincount(ids_N, own, minlength=len(sum_V))
+    for row in folder.rows(chosen, columns):
+        done += 1
+        if row.scored(config.reference, config.base)[0]:
+            used, tokens = used + 1, tokens + len(row.ids)
+            ids_N, seen = _seen(row, context, config)
+            if len(ids_N):  # else nothing precedes any of its tokens
+                for epsilon, objective in objectives.items():
+                    assert objective.weigh is not None
+                    weighted = objective.weigh(seen)
+                    statistics[epsilon].add_weights(0, seen.losses_N, weighted)
+                    if epsilon == config.show_epsilon:
+                        assert weighted.delta_N is not None
+                        to_rank.append((ids_N, weighted.weights_N.numpy(), weighted.delta_N.numpy()))
+        if to_rank and (len(to_rank) == RANKED_AT_ONCE or done == len(chosen)):
+            ranking.add(*map(np.concatenate, zip(*to_rank)))
+            to_rank.clear()
         progress(done, tokens)
-    if not sums_3V[0].any():
+    if not ranking.count_V.any():
         raise ValueError(
             f"{folder.path}: none of the {done:,} rows that were read has a token with log-probs of both; raise --rows"
         )
+    steps = [manifest.references[name].get("logprob_step", 0) for name in (config.reference, config.base)]
     metrics = {epsilon: statistics[epsilon].metrics(Sources(())) for epsilon in objectives}
     some = metrics[config.show_epsilon]
     return {
@@ -85,15 +86,40 @@ def plan_weights(folder: ShardFolder, config: PlanConfig, progress: Callable[[in
         },
         "reference": config.reference,
         "base": config.base,
-        "base_logprob_step": manifest.references[config.base].get("logprob_step", 0),
+        "base_logprob_step": steps[1],
         "context": context,
         "centring": config.centring,
         "weight_map": config.weight_map,
         "manifest_sha256": manifest.checksum,
         "epsilons": {str(epsilon): _figures(metrics[epsilon]) for epsilon in config.epsilon_values},
-        "excess_loss": {"mean": some["delta_mean"], "quantiles": some["delta_quantiles"]},
-        "vocabulary": _vocabulary(folder, config, sums_3V),
+        "excess_loss": {
+            "mean": some["delta_mean"],
+            "quantiles": some["delta_quantiles"],
+            "step": max(*steps, QUANTILE_STEP),  # the quantiles are no finer
+        },
+        "vocabulary": _vocabulary(folder, config, ranking),
     }
+
+
+def _context(folder: ShardFolder, config: WeightsConfig) -> str:
+    """That of both columns; ValueError where they cannot be compared."""
+    references = folder.manifest.references
+    if config.base not in references:  # the folder's own message would name --reference
+        raise ValueError(
+            f"{folder.path}: has no log-probs of a base named {config.base!r} (it has: {', '.join(references) or 'none'}); add "
+            f"them with remit score --model BASE --name {config.base}, or choose another --base"
+        )
+    return folder.require_one_context(config.reference, config.base)
+
+
+def _seen(row: Rows, context: str, config: WeightsConfig) -> tuple[np.ndarray, Tokens]:
+    """Ids of the predicted tokens of a row, int64 [N], and what the objective sees of them."""
+    predicted = row.has_predecessor(context)
+    document_N = torch.from_numpy(np.repeat(np.arange(len(row.doc_lengths)), row.doc_lengths)[predicted])
+    losses_N = torch.from_numpy(-row.logprobs(config.base)[predicted])
+    stored = {"logprobs": torch.from_numpy(row.logprobs(config.reference)[predicted])}
+    seen = Tokens(losses_N, torch.zeros_like(document_N), document_N, stored)
+    return row.ids[predicted].astype(np.int64), seen
 
 
 def _figures(metrics: dict[str, Any]) -> dict[str, float | None]:
@@ -106,91 +132,12 @@ def _figures(metrics: dict[str, Any]) -> dict[str, float | None]:
     }
 
 
-def _vocabulary(folder: ShardFolder, config: PlanConfig, sums_3V: np.ndarray) -> dict[str, Any]:
+def _vocabulary(folder: ShardFolder, config: WeightsConfig, ranking: TokenRanking) -> dict[str, Any]:
     """The tokens with the largest and the smallest mean weight among those that occur often enough."""
-    often_K = np.flatnonzero(sums_3V[0] >= config.min_count)
-    count_K, weight_K, delta_K = sums_3V[:, often_K]
-    weight_K, delta_K = weight_K / count_K, delta_K / count_K
-
-    def entries(order: np.ndarray) -> list[dict[str, Any]]:
-        places = order[: config.top]
-        strings = token_strings(folder, often_K[places].tolist())
-        return [
-            {
-                "id": int(often_K[place]),
-                "token": string,
-                "count": int(count_K[place]),
-                "weight_mean": float(weight_K[place]) if math.isfinite(weight_K[place]) else None,
-                "excess_loss_mean": float(delta_K[place]),
-            }
-            for place, string in zip(places, strings)
-        ]
-
-    return {
-        "epsilon": str(config.show_epsilon),
-        "min_count": config.min_count,
-        "tokens": len(often_K),
-        # clipped weights tie, so the excess loss decides next
-        "up": entries(np.lexsort((often_K, -delta_K, -weight_K))),
-        "down": entries(np.lexsort((often_K, delta_K, weight_K))),
-    }
-
-
-def show(figures: dict[str, Any], console: Console) -> None:
-    """The tables, for 80 columns."""
-    sample, vocabulary = figures["sample"], figures["vocabulary"]
-    reference, base, step = figures["reference"], figures["base"], figures["base_logprob_step"]
-    which = "all" if sample["rows"] == sample["rows_total"] else f"random, --seed {sample['seed']}"
-    left_out = f", {sample['rows_quarantined']:,} of them quarantined and left out" * bool(sample["rows_quarantined"])
-    rounded = f", rounded to {step:g} nat" if step else ""
-    console.print(
-        Text(
-            f"rows: {sample['rows']:,} of {sample['rows_total']:,} ({which}){left_out}\n"
-            f"tokens: {sample['tokens']:,} of {sample['tokens_total']:,}, {sample['predicted_tokens']:,} of them predicted\n"
-            f"weights: reference {reference}, base {base}, {figures['context']} context, centring {figures['centring']}, "
-            f"map {figures['weight_map']}\n"
-            f"The log-probs of {base} were stored before training{rounded}: these are the weights of the first step, "
-            "and change as the base learns."
-        )
-    )
-    lines = [
-        [epsilon, *(_share(line[name]) for name in ("clipped_low", "clipped_high", "in_between", "effective_share"))]
-        + [_number(line[name]) for name in ("weight_mean", "weight_std")]
-        for epsilon, line in figures["epsilons"].items()
-    ]
-    headers = ["epsilon", "clipped low", "clipped high", "in between", "effective", "mean w", "std w"]
-    _table(console, "Tokens by --epsilon; effective: (sum w)^2 / sum w^2, of all", headers, lines)
-    excess = figures["excess_loss"]
-    headers = [*(f"{float(share):.0%}" for share in excess["quantiles"]), "mean"]
-    values = [*excess["quantiles"].values(), excess["mean"]]
-    title = f"Quantiles of the excess loss, {base} - {reference}, in nats"
-    _table(console, title, headers, [[f"{value:+.2f}" for value in values]])
+    most = ranking.most(config.top, config.min_count)
     for direction in ("up", "down"):
-        strings = [token_label(entry["token"]) for entry in vocabulary[direction]]
-        lines = [
-            [string, f"{count:,}", _number(weight), f"{delta:+.3f}"]
-            for string, (_, _, count, weight, delta) in zip(
-                strings, (entry.values() for entry in vocabulary[direction])
-            )
+        strings = token_strings(folder, [entry["id"] for entry in most[direction]])
+        most[direction] = [
+            {"id": entry["id"], "token": string} | entry for entry, string in zip(most[direction], strings)
         ]
-        title = f"Most {direction}-weighted of {vocabulary['tokens']:,} tokens that occur at least "
-        title += f"{vocabulary['min_count']:,} times, at epsilon {vocabulary['epsilon']}"
-        _table(console, title, ["token", "count", "mean weight", "mean excess loss"], lines, first="left")
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _table(console: Console, title: str, headers: list[str], lines: list[list[str]], first: str = "right") -> None:
-    table = Table(show_edge=False, pad_edge=False, header_style="bold")
-    for index, header in enumerate(headers):
-        table.add_column(header, justify="left" if index == 0 and first == "left" else "right", overflow="ellipsis")
-        table.columns[-1].no_wrap, table.columns[-1].max_width = index == 0, 24
-    for line in lines:
-        table.add_row(*(Text(cell) for cell in line))
-    console.print("", Text(title, style="bold"), table, sep="\n")
+    return {"epsilon": str(config.show_epsilon), "min_count": config.min_count, **most}

@@ -1,0 +1,159 @@
+"""How a process trains and what it holds: memory of a step, the sharding that fits, the size of an engine.
+
+B = rows of a micro-batch, T = tokens of a row, S = processes that share the weights.
+"""
+
+import math
+from dataclasses import dataclass
+
+from pipelines.plan.hardware import Machine
+from pipelines.plan.model_shape import ModelShape
+from trainer.distributed import DDP_PARAMETERS
+from trainer.head import LOGITS_BUDGET_BYTES
+
+LARGEST_MICRO_BATCH = 64
+SCORE_WEIGHTS_SHARE = 0.6  # of an engine's memory; keys, values and logits need the rest
+
+
+@dataclass(frozen=True)
+class Job:
+    """tokens of the corpus; global_batch_size in rows."""
+
+    tokens: int
+    epochs: float
+    seq_len: int
+    global_batch_size: int
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of a run."""
+        return math.ceil(math.ceil(self.tokens * self.epochs / self.seq_len) / self.global_batch_size)
+
+    def rows_per_gpu(self, num_gpus: int) -> int:
+        """Rows of a step on the GPU that has most; the others wait for it."""
+        return math.ceil(self.global_batch_size / num_gpus)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sharding, processes that share the weights, rows per forward, checkpointing."""
+
+    sharding: str
+    shards: int
+    micro_batch_size: int
+    activation_checkpointing: bool
+
+
+def memory(base: ModelShape, machine: Machine, layout: Layout, seq_len: int) -> dict[str, float]:
+    """Bytes per GPU at the fullest moment of a training step, by what holds them."""
+    element, tokens = machine.element_bytes, layout.micro_batch_size * seq_len
+    embeddings = base.head_parameters * (1 if base.tied else 2)
+    layer_parameters = (base.parameters - embeddings) / max(1, base.num_layers)
+    gathered = 0.0
+    if layout.shards > 1:
+        gathered = element * (2 * layer_parameters + embeddings)
+    elif element < 4:  # autocast keeps a copy of each matrix until its backward
+        gathered = element * (base.parameters - embeddings + base.head_parameters)
+    kept = tokens * base.kept_bytes
+    if layout.activation_checkpointing:  # the input of each layer, and one layer at a time
+        kept = tokens * element * base.hidden_size * base.num_layers + kept / max(1, base.num_layers)
+    return {
+        "weights, float32": 4 * base.parameters / layout.shards,
+        "gradients, float32": 4 * base.parameters / layout.shards,
+        "AdamW moments, float32": 8 * base.parameters / layout.shards,
+        f"gathered or cast weights, {machine.dtype}": gathered,
+        "activations": kept,
+        "logits of one row": min(4 * seq_len * base.vocab_size, LOGITS_BUDGET_BYTES),
+        "gradient of the output embedding": 4 * base.head_parameters,
+    }
+
+
+def exchange(base: ModelShape, machine: Machine, layout: Layout, micro_batches: int) -> tuple[float, float]:
+    """Bytes that each GPU sends per step: (within its machine, between machines). trainer/distributed.py does it so.
+
+    Replicas sum their float32 gradients once per step. Sharded weights are gathered for the forward and for the backward of
+    each micro-batch, and their gradients are summed after it, with hybrid sharding between the machines too.
+    """
+
+    def ring(members: int) -> float:
+        return (members - 1) / members
+
+    if layout.sharding == "replicate":
+        within, between = 2 * ring(machine.num_gpus) * 4 * base.parameters, 0.0
+    else:
+        sharded = (2 * machine.element_bytes + 4) * base.parameters * micro_batches
+        within = ring(layout.shards) * sharded
+        replicas = machine.num_gpus // layout.shards
+        between = 2 * ring(replicas) * 4 * base.parameters / layout.shards * micro_batches
+    together = machine.num_gpus if layout.sharding == "replicate" else layout.shards
+    if machine.nodes > 1 and together > machine.gpus_per_node:  # a ring is as fast as its slowest link
+        within, between = 0.0, within + between
+    return within, between
+
+
+def default_sharding(base: ModelShape, machine: Machine) -> str:
+    """What --sharding auto of remit train chooses."""
+    if machine.num_gpus == 1 or base.parameters <= DDP_PARAMETERS:
+        return "replicate"
+    return "hybrid" if machine.replicas > 1 else "full"
+
+
+def shards_of(sharding: str, machine: Machine) -> int:
+    """Processes that share the weights."""
+    if sharding == "replicate":
+        return 1
+    return machine.num_gpus // machine.replicas if sharding == "hybrid" else machine.num_gpus
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """The layout that fits, or the leanest where none does; bytes: its memory per GPU in all."""
+
+    layout: Layout
+    fits: bool
+    bytes: float
+
+
+def propose(
+    base: ModelShape,
+    machine: Machine,
+    job: Job,
+    sharding: str = "auto",
+    micro_batch_size: int | None = None,
+    checkpointing: str = "auto",
+) -> Proposal:
+    """The first layout that fits: sharding as remit train chooses it before more, no checkpointing before it, the most
+    rows per forward. What is given is kept."""
+    shardings = [sharding]
+    if sharding == "auto":
+        first = default_sharding(base, machine)
+        more = ["hybrid"] * (machine.replicas > 1) + ["full"] * (machine.num_gpus > 1)
+        shardings = list(dict.fromkeys([first, *more]))
+    most = min(job.rows_per_gpu(machine.num_gpus), LARGEST_MICRO_BATCH)
+    sizes = [micro_batch_size] if micro_batch_size else powers_down(most)
+    leanest: Proposal | None = None
+    for kind in shardings:
+        for recompute in {"auto": (False, True), "on": (True,), "off": (False,)}[checkpointing]:
+            for size in sizes:
+                layout = Layout(kind, shards_of(kind, machine), size, recompute)
+                needed = sum(memory(base, machine, layout, job.seq_len).values())
+                if needed <= machine.usable_bytes:
+                    return Proposal(layout, True, needed)
+                if leanest is None or needed < leanest.bytes:
+                    leanest = Proposal(layout, False, needed)
+    assert leanest is not None
+    return leanest
+
+
+def powers_down(largest: int) -> list[int]:
+    """largest itself, then the powers of two below it."""
+    return [largest] + [2**power for power in range(largest.bit_length() - 1, -1, -1) if 2**power < largest]
+
+
+def engine_size(reference: ModelShape, machine: Machine) -> int | None:
+    """GPUs of one scoring engine (--tensor-parallel-size), a power of two; None where a machine is too small."""
+    weights = machine.element_bytes * reference.parameters
+    size = 1
+    while weights > SCORE_WEIGHTS_SHARE * machine.memory_bytes * size:
+        size *= 2
+    return size if size <= min(machine.num_gpus, machine.gpus_per_node) else None
