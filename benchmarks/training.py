@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -15,14 +16,14 @@ from trainer.batch import MicroBatch, collate
 from trainer.config import TrainConfig
 from trainer.data import GlobalBatch, RowReader, global_batches
 from trainer.distributed import World, scalar
-from trainer.first_pass import global_weights, second_pass
+from trainer.first_pass import first_pass
 from trainer.head import token_losses
 from trainer.loss_model import LossModel
 from trainer.model import Base, load_base
 from trainer.objectives import ObjectiveSettings, make_objective
 from trainer.order import RowOrder
+from trainer.setup import make_optimizer
 from trainer.statistics import StepStatistics
-from trainer.train import make_optimizer
 
 
 def synchronize(device: torch.device) -> None:
@@ -115,10 +116,9 @@ class Steps:
         batch = next(self.batches)
         statistics = StepStatistics(self.device, figures=self.objective.figures)
         predicted = sum(int(row.predicted.sum()) for row in batch.rows)
-        micro_batches, minimised = batch.micro_batches(self.micro_batch_size, 1), self.objective
-        if self.objective.scope == "global":
-            micro_batches = global_weights(self.model, self.objective, micro_batches, "packed", World(self.device))
-            minimised = second_pass(self.objective)
+        micro_batches = batch.micro_batches(self.micro_batch_size, 1)
+        padded = partial(collate, context="packed", device=self.device)
+        micro_batches, minimised = first_pass(self.model, self.objective, micro_batches, padded, World(self.device))
         for rows in micro_batches:
             micro_batch = collate(rows, "packed", self.device)
             if self.online is not None:

@@ -13,33 +13,29 @@ import numpy as np
 import torch
 
 from shards.folder import ShardFolder
-from shards.lease import Lease
 from trainer.batch import collate
 from trainer.checks import check_document_attention, check_fits
 from trainer.config import TrainConfig
 from trainer.data import GlobalBatch, RowReader
-from trainer.distributed import World
 from trainer.export import rounded, rounds
 from trainer.loss_model import LossModel
 from trainer.model import Base
 from trainer.objectives.ntp import NTP
 from trainer.run_folder import EVALUATION, keep_lines
+from trainer.session import Session
 from trainer.statistics import StepStatistics
 from trainer.tokenizer import check_tokenizer
 
+Measure = Callable[[], dict[str, Any]]
+"""The mean loss over --eval-shards in nats per token, the tokens, and what they are. All ranks take part."""
+
 
 def open_measure(
-    config: TrainConfig,
-    base: Base,
-    model: torch.nn.Module,
-    world: World,
-    context: str,
-    trained: ShardFolder,
-    note: Callable[[str], None],
-) -> Callable[[], dict[str, Any]] | None:
-    """A function that gives the mean loss over --eval-shards, in nats per token, the tokens, and what they are; or None.
+    config: TrainConfig, session: Session, base: Base, model: torch.nn.Module, context: str, trained: ShardFolder
+) -> Measure | None:
+    """What measures the held-out loss of `model`; None without --eval-shards.
 
-    trained: the rows of the run; note: told where the held-out rows begin or end in another way.
+    trained: the rows of the run. A note says where the held-out rows begin or end in another way.
     """
     if config.eval_shards is None:
         return None
@@ -51,10 +47,11 @@ def open_measure(
     for what in ("bos_token", "eos_token"):
         ours, theirs = (folder.manifest.tokenizer.get(f"{what}_id") for folder in (shards, trained))
         if ours != theirs:
-            note(
+            session.note(
                 f"{config.eval_shards}: its {what}_id is {ours}, that of the rows that train is {theirs}: the held-out loss is "
                 "of documents that begin or end otherwise"
             )
+    world = session.world
     reader = RowReader(shards, context, None, base.num_embeddings)
     pad_to = shards.manifest.seq_len if config.deterministic else None
 
@@ -81,43 +78,34 @@ def open_measure(
 
 
 class Evaluation:
-    """Appends to evaluation.jsonl, if there are --eval-shards. model: to call for a forward; loss_model: what it spreads.
-    dtypes: to which an export rounds each weight; trained, note: see open_measure; lease: of --out, on the first rank;
-    phase: told what begins."""
+    """Appends to evaluation.jsonl, if there are --eval-shards. loss_model: has the weights; dtypes: to which an export
+    rounds each of them."""
 
     def __init__(
         self,
         config: TrainConfig,
-        base: Base,
+        session: Session,
+        measure: Measure | None,
         loss_model: LossModel,
-        model: torch.nn.Module,
-        world: World,
-        context: str,
         dtypes: Mapping[str, torch.dtype],
-        trained: ShardFolder,
-        note: Callable[[str], None],
-        lease: Lease | None,
-        phase: Callable[[str], None] = lambda name: None,
     ) -> None:
-        self.lease, self.phase = lease, phase
-        self.measure = open_measure(config, base, model, world, context, trained, note)
-        self.loss_model, self.world, self.dtypes = loss_model, world, dtypes
+        self.session, self.measure, self.loss_model, self.dtypes = session, measure, loss_model, dtypes
         self.path, self.export_dtype = config.out / EVALUATION, config.export_dtype
 
     def write(self, step: int, of_export: bool) -> None:
         """of_export: whether the model of this step is exported. All ranks take part."""
         if self.measure is None:
             return
-        self.phase("evaluate")
+        self.session.phase("evaluate")
         line = {"step": step, **self.measure()}
         if of_export:
             line |= {"exported_loss": line["loss"], "export_dtype": self.export_dtype}
         if of_export and rounds(self.dtypes):
             with rounded(self.loss_model, self.dtypes):
                 line["exported_loss"] = self.measure()["loss"]
-        self.phase("train")
-        if self.lease:
-            self.lease.check()
+        self.session.phase("train")
+        if self.session.lease:
+            self.session.check_lease()
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
@@ -125,11 +113,11 @@ class Evaluation:
         """Evaluate the last step again where it was evaluated for an export in another dtype, or by an older version."""
         if self.measure is None:
             return
-        last = read_lines(self.path)[-1] if self.world.first else {}
+        last = read_lines(self.path)[-1] if self.session.world.first else {}
         is_there = last.get("export_dtype") == self.export_dtype and last.get("step") == step
-        if not self.world.from_first(is_there):
-            if self.lease:
-                self.lease.check()
+        if not self.session.world.from_first(is_there):
+            if self.session.lease:
+                self.session.check_lease()
                 keep_lines(self.path, step - 1)
             self.write(step, of_export=True)
 

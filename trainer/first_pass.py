@@ -4,13 +4,14 @@ Micro-batches are forwarded without gradients, losses and stored columns of all 
 the same weights of the same tokens in the same order, and keeps those of its own rows.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from trainer.batch import Row, collate
+from trainer.batch import MicroBatch, Row
 from trainer.distributed import World
 from trainer.objectives.objective import Objective, Tokens, Weighted
 from trainer.statistics import StepStatistics
@@ -24,9 +25,20 @@ def given_weights(tokens: Tokens) -> Weighted:
     return Weighted(tokens.columns[WEIGHTS], None, *(tokens.columns.get(name) for name in CLIPS))
 
 
-def second_pass(objective: Objective) -> Objective:
-    """What the training pass over rows with given weights minimises."""
-    return replace(objective, weigh=given_weights, scope="row")
+def first_pass(
+    model: nn.Module,
+    objective: Objective,
+    micro_batches: list[list[Row]],
+    collate: Callable[[list[Row]], MicroBatch],
+    world: World,
+) -> tuple[list[list[Row]], Objective]:
+    """Micro-batches and objective of the training pass: the given ones, unless the objective has "global" scope."""
+    if objective.scope != "global":
+        return micro_batches, objective
+    if len(micro_batches) * world.size == 1:
+        return micro_batches, replace(objective, scope="micro")  # the micro-batch is the global batch
+    weighted = global_weights(model, objective, micro_batches, collate, world)
+    return weighted, replace(objective, weigh=given_weights, scope="row")
 
 
 @torch.no_grad()
@@ -34,43 +46,20 @@ def global_weights(
     model: nn.Module,
     objective: Objective,
     micro_batches: list[list[Row]],
-    context: str,
+    collate: Callable[[list[Row]], MicroBatch],
     world: World,
-    pad_to: int | None = None,
 ) -> list[list[Row]]:
-    """The rows of this rank's micro-batches with a column of weights. pad_to: tokens, as of `collate`.
+    """The rows of this rank's micro-batches with a column of weights.
 
     The choice is the same for any number of ranks and micro-batches, as far as the losses are the same bits. Every
     process holds the losses and columns of the whole global batch in CPU memory.
     """
-    seen: list[Tokens] = []
-
-    def record(tokens: Tokens) -> Weighted:
-        columns = {name: values.cpu() for name, values in tokens.columns.items()}
-        seen.append(Tokens(tokens.losses_N.cpu(), tokens.row_N, tokens.document_N.int().cpu(), columns))
-        return Weighted(torch.ones_like(tokens.losses_N))
-
-    recording = replace(objective, weigh=record, scope="row")
-    for rows in micro_batches:
-        model(collate(rows, context, world.device, pad_to), recording, 1, 1, StepStatistics(world.device))
-
+    seen = own_tokens(model, objective, micro_batches, collate, world)
     rows = [row for rows in micro_batches for row in rows]
     counts = torch.tensor([int(row.predicted.sum()) for row in rows], dtype=torch.int64)
-    everyones = world.gather(counts)
-    if world.size > 1:  # rank r has the rows r, r + size, ... of the global batch, and its tokens come together
-        sizes = [int(size) for size in world.gather(torch.tensor([len(rows)]))]
-        place = torch.cat([rank + world.size * torch.arange(size) for rank, size in enumerate(sizes)])
-    else:
-        place = torch.arange(len(rows))
-    in_order = place.argsort()
-    starts = (everyones.cumsum(0) - everyones)[in_order]
-    ordered = everyones[in_order]
-    row_N = torch.arange(len(ordered)).repeat_interleave(ordered)
-    first_N = (starts - (ordered.cumsum(0) - ordered)).repeat_interleave(ordered)
-    order_N = first_N.add_(torch.arange(len(first_N)))  # place of each token among the gathered ones
-    del first_N
+    row_N, order_N = global_order(counts, world)
 
-    def together(values: list[torch.Tensor]) -> torch.Tensor:
+    def together(values: list[Tensor]) -> Tensor:
         return world.gather(torch.cat(values) if values else torch.zeros(0))[order_N]
 
     tokens = Tokens(
@@ -85,13 +74,57 @@ def global_weights(
     columns = {WEIGHTS: found.weights_N, **{name: getattr(found, f"{name}_N") for name in CLIPS}}
     mine_N = row_N % world.size == world.rank
     own = {name: values[mine_N].float().numpy() for name, values in columns.items() if values is not None}
-
-    weighted, first = [], 0
-    for row, count in zip(rows, counts.tolist()):
-        values = {name: np.zeros(len(row.input_ids), dtype=np.float32) for name in own}
-        for name in own:
-            values[name][row.predicted] = own[name][first : first + count]
-        first += count
-        weighted.append(replace(row, columns={**row.columns, **values}))
-    remaining = iter(weighted)
+    remaining = iter(with_columns(rows, counts.tolist(), own))
     return [[next(remaining) for _ in rows] for rows in micro_batches]
+
+
+def own_tokens(
+    model: nn.Module,
+    objective: Objective,
+    micro_batches: list[list[Row]],
+    collate: Callable[[list[Row]], MicroBatch],
+    world: World,
+) -> list[Tokens]:
+    """Losses and stored columns of this rank's predicted tokens, on the CPU, from a forward of each micro-batch."""
+    seen: list[Tokens] = []
+
+    def record(tokens: Tokens) -> Weighted:
+        columns = {name: values.cpu() for name, values in tokens.columns.items()}
+        seen.append(Tokens(tokens.losses_N.cpu(), tokens.row_N, tokens.document_N.int().cpu(), columns))
+        return Weighted(torch.ones_like(tokens.losses_N))
+
+    recording = replace(objective, weigh=record, scope="row")
+    for rows in micro_batches:
+        model(collate(rows), recording, 1, 1, StepStatistics(world.device))
+    return seen
+
+
+def global_order(counts: Tensor, world: World) -> tuple[Tensor, Tensor]:
+    """Of the predicted tokens of the global batch, row after row: the row, and the place among the gathered tokens.
+
+    counts: int64, predicted tokens of each row of this rank. Both int64 [N], N over all ranks.
+    """
+    everyones = world.gather(counts)
+    if world.size > 1:  # rank r has the rows r, r + size, ... of the global batch, and its tokens come together
+        sizes = [int(size) for size in world.gather(torch.tensor([len(counts)]))]
+        place = torch.cat([rank + world.size * torch.arange(size) for rank, size in enumerate(sizes)])
+    else:
+        place = torch.arange(len(counts))
+    in_order = place.argsort()
+    starts = (everyones.cumsum(0) - everyones)[in_order]
+    ordered = everyones[in_order]
+    row_N = torch.arange(len(ordered)).repeat_interleave(ordered)
+    first_N = (starts - (ordered.cumsum(0) - ordered)).repeat_interleave(ordered)
+    return row_N, first_N.add_(torch.arange(len(first_N)))
+
+
+def with_columns(rows: list[Row], counts: list[int], values: dict[str, np.ndarray]) -> list[Row]:
+    """The rows with more columns. counts: predicted tokens of each; values: of these tokens, row after row."""
+    extended, first = [], 0
+    for row, count in zip(rows, counts):
+        columns = {name: np.zeros(len(row.input_ids), dtype=np.float32) for name in values}
+        for name, column in columns.items():
+            column[row.predicted] = values[name][first : first + count]
+        first += count
+        extended.append(replace(row, columns={**row.columns, **columns}))
+    return extended
