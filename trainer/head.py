@@ -96,6 +96,8 @@ class _Gradients:
 
 
 class _ObjectiveLoss(torch.autograd.Function):
+    # forward is one long function because its steps share the memory of the logits: the order in which it is overwritten is
+    # the algorithm, and parts of it would hand each other a dozen tensors
     @staticmethod
     def forward(
         ctx: Any,

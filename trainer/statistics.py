@@ -1,4 +1,4 @@
-"""What a step reports of its tokens: sums, a histogram of the weights, quantiles of the excess loss, by corpus source.
+"""What a step reports of its tokens: sums, a histogram of the weights, quantiles of the excess loss (delta), by corpus source.
 
 All of it is counts and sums, so micro-batches and ranks add up. The quantiles come from a histogram: exact to 1/64 nat.
 """
@@ -27,7 +27,7 @@ SUMS = (
     "clipped_high",
 )
 WEIGHT_STEP, WEIGHT_BINS = 0.05, 41  # bins centred on 0, 0.05, .. 2; the last one is also for what is above
-EXCESS_STEP, EXCESS_BINS = 1 / 32, 1025  # centred on -16 .. 16 nats; the outer ones are also for what is beyond
+DELTA_STEP, DELTA_BINS = 1 / 32, 1025  # centred on -16 .. 16 nats; the outer ones are also for what is beyond
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 MAX_SOURCES = 16
 
@@ -74,7 +74,7 @@ class StepStatistics:
     ) -> None:
         self._group, self._names = group, (*SUMS, *figures)
         groups = 1 if group is None else max(group) + 1
-        columns = len(self._names) + WEIGHT_BINS + EXCESS_BINS
+        columns = len(self._names) + WEIGHT_BINS + DELTA_BINS
         self.table = torch.zeros(groups, columns, dtype=torch.float64, device=device)
         self.router_loss = torch.zeros((), dtype=torch.float64, device=device)
 
@@ -113,7 +113,7 @@ class StepStatistics:
         first = len(self._names)
         _count(row_C[first : first + WEIGHT_BINS], weights_N / WEIGHT_STEP)
         if delta_N is not None:
-            _count(row_C[first + WEIGHT_BINS :], delta_N / EXCESS_STEP + EXCESS_BINS // 2)
+            _count(row_C[first + WEIGHT_BINS :], delta_N / DELTA_STEP + DELTA_BINS // 2)
 
     @property
     def sums(self) -> dict[str, float]:
@@ -123,10 +123,10 @@ class StepStatistics:
     def metrics(self, sources: Sources) -> dict[str, Any]:
         """Figures over all predicted tokens, and under "sources" those of each group that has any."""
         table = self.table.cpu()
-        groups = {name: self._figures(row_C) for name, row_C in zip(sources.names, table) if row_C[0] > 0}
-        return {**self._figures(table.sum(0)), "sources": groups}
+        groups = {name: self._means(row_C) for name, row_C in zip(sources.names, table) if row_C[0] > 0}
+        return {**self._means(table.sum(0)), "sources": groups}
 
-    def _figures(self, row_C: Tensor) -> dict[str, Any]:
+    def _means(self, row_C: Tensor) -> dict[str, Any]:
         sums = dict(zip(self._names, row_C.tolist()))
         tokens = sums["tokens"]
         weight_mean = sums["weight"] / tokens
@@ -162,4 +162,4 @@ def _quantiles(counts: Tensor) -> dict[str, float]:
     cumulative = counts.cumsum(0)
     wanted = torch.tensor(QUANTILES, dtype=cumulative.dtype) * cumulative[-1]
     index = torch.searchsorted(cumulative, wanted).tolist()
-    return {f"{share:g}": (i - EXCESS_BINS // 2) * EXCESS_STEP for share, i in zip(QUANTILES, index)}
+    return {f"{share:g}": (i - DELTA_BINS // 2) * DELTA_STEP for share, i in zip(QUANTILES, index)}
