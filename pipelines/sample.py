@@ -24,7 +24,7 @@ import tyro
 import zstandard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from pipelines.console import progress_bar, quiet_libraries
+from pipelines.terminal import progress_bar, quiet_libraries
 from pipelines.sample_corpus import documents
 from scorer.cluster import ray_cluster
 from scorer.config import PackConfig

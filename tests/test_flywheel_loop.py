@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from test_flywheel import alive, until
 
 from pipelines.cli import parse
-from pipelines.console import BadUsage
+from pipelines.terminal import BadUsage
 from pipelines.evaluation.tables import show_values
 from pipelines.flywheel.fingerprint import Known, input_fingerprint, read_files
 from pipelines.flywheel.loop import make_loop

@@ -19,7 +19,7 @@ import transformers
 from conftest import EOS, make_model, make_tokenizer
 from safetensors.torch import load_file
 
-from pipelines.console import DONE, STOPPED
+from pipelines.terminal import DONE, STOPPED
 from pipelines.posttrain.__main__ import main
 from pipelines.posttrain.dpo import dpo
 from pipelines.posttrain.rewards import answer_reward, final_answer, load_reward

@@ -24,7 +24,7 @@ from lm_eval.tasks import TaskManager
 from sqlitedict import SqliteDict
 from tqdm import tqdm
 
-from pipelines.console import quiet_libraries
+from pipelines.terminal import quiet_libraries
 from pipelines.evaluation.prompts import is_drawn
 from pipelines.evaluation.settings import EvalConfig
 from pipelines.evaluation.suites import SuiteTask

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pipelines.console import BadUsage
+from pipelines.terminal import BadUsage
 from pipelines.flywheel.fingerprint import Counting
 from pipelines.flywheel.model_check import check_model
 from pipelines.flywheel.sections import SECTIONS, without_objective, words

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
-from pipelines.console import BadUsage
+from pipelines.terminal import BadUsage
 from pipelines.flywheel.stage import Input, Unkeyed, Word
 from trainer.objectives.settings import OPTIONS
 

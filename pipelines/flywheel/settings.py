@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from pipelines.console import BadUsage
+from pipelines.terminal import BadUsage
 from pipelines.flywheel.sections import SECTIONS, check_options
 
 POSTTRAIN = ("sft", "dpo", "rl", "command")

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
-from pipelines.console import note
+from pipelines.terminal import note
 from pipelines.evaluation.tables import show_values
 from pipelines.flywheel.loop import Loop
 from pipelines.flywheel.process import log_tail

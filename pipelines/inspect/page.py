@@ -16,7 +16,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from pipelines.console import counted
+from pipelines.terminal import counted
 from pipelines.inspect.colours import LOW, colour_class, colour_rules, legends, scale, steps
 from pipelines.inspect.find_rows import Found
 from pipelines.inspect.settings import InspectConfig

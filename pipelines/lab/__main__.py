@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines.console import DONE, STOPPED, progress_bar
+from pipelines.terminal import DONE, STOPPED, progress_bar
 from pipelines.lab.recipe import RECIPES, Size
-from pipelines.signals import StopRequest
+from pipelines.terminal import StopRequest
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 import tyro
 
 from pipelines.cli import fail
-from pipelines.console import BAD_USAGE, FAILED, STOPPED, quiet_libraries
-from pipelines.signals import SignalReceived, StopRequest
+from pipelines.terminal import BAD_USAGE, FAILED, STOPPED, quiet_libraries
+from pipelines.terminal import SignalReceived, StopRequest
 
 
 def run_command(

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pipelines.console import ShouldStop
+from pipelines.terminal import ShouldStop
 from pipelines.posttrain.run import Job, Stage, post_train, trl_config
 from pipelines.posttrain.settings import DpoConfig
 

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from pipelines.console import ShouldStop, progress_bar
+from pipelines.terminal import ShouldStop, progress_bar
 from pipelines.posttrain.run import CHECKPOINTS, METRICS
 from pipelines.posttrain.settings import PostTrainConfig
 from shards.lease import Lease

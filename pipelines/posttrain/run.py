@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.console import DONE, STOPPED, ShouldStop, note, quiet_libraries
+from pipelines.terminal import DONE, STOPPED, ShouldStop, note, quiet_libraries
 from pipelines.models import resolve_model
 from pipelines.posttrain.data import Example, keep_short, read_examples
 from pipelines.posttrain.rewards import reward_fingerprint

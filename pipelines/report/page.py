@@ -29,7 +29,7 @@ from pipelines.report.figures import (
 )  # fmt: skip
 from pipelines.report.runs import run_names
 from pipelines.report.tables import provenance_rows, settings_rows, totals_rows
-from pipelines.settings import ReportConfig
+from pipelines.commands.report import ReportConfig
 
 MAX_POINTS = 1000  # of a curve
 POINTS_OF_ALL_RUNS = 4000  # of a figure, which keeps the page below about 10 MB with any number of runs
