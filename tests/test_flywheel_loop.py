@@ -30,6 +30,7 @@ from pipelines.flywheel.settings import read_config
 from pipelines.flywheel.stage import Input, Output, Stage, Unkeyed, Word
 from pipelines.posttrain.__main__ import parse as parse_posttrain
 from pipelines.posttrain.rewards import reward_fingerprint
+from scorer.sources import find_corpus
 from trainer.run import NOT_SETTINGS
 
 Remit = Callable[..., tuple[int, str, str]]
@@ -220,7 +221,7 @@ BAD = [
     ({"base": "./none"}, "base ./none: no such folder"),
     ({"corpus": []}, "corpus is [], expected a list of words"),
     ({"corpus": [["a"]]}, "expected a list of words"),
-    ({"corpus": "none.jsonl"}, "corpus none.jsonl: no such file or folder"),
+    ({"corpus": "none.jsonl"}, "corpus none.jsonl: no such file; check --corpus"),
     ({"corpus": "none/*.jsonl"}, "corpus none/*.jsonl: no file matches this pattern"),
     ({"heldout": "none.jsonl"}, "heldout none.jsonl: no such file"),
     ({"rounds": -1}, "rounds is -1, expected a whole number from 0 on"),
@@ -279,6 +280,40 @@ def test_bad_files(fake: FakeLoop, remit: Remit, changes: dict, message: str) ->
     line = error.strip().splitlines()[-1]
     assert line.startswith("remit flywheel: error: ")
     assert message in line
+
+
+WORDS = [
+    "allenai/c4:en.noblocklist:train", "user/set-v1.5", "user/set-v1.5@main", "gpt2-output", "hf://user/a.b:c.d", "file://{data}",
+    "{data}", "{data}/a.jsonl", "{data}/*.jsonl", "{data}::train", "{data}:de", "{data}/a.txt", "{data}/*.txt", "{data}/b.json",
+    "{data}/none", "none.jsonl", "none/*.jsonl", "./none", "~/none", "a/b/c", "user/set.jsonl", "user/set.parquet", "{data}/empty",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_pack_and_flywheel_judge_a_word_of_the_corpus_alike(
+    fake: FakeLoop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
+    """What remit pack refuses is refused with its words, what it asks the hub or `datasets` for is left to it."""
+    data = tmp_path / "data"
+    (data / "empty").mkdir(parents=True)
+    (data / "a.jsonl").write_text('{"text": "a"}\n')
+    (data / "a.txt").write_text("a")
+    (data / "b.json").write_text("[1]")
+    word, asked, said = word.format(data=data), [], ["", ""]
+    monkeypatch.setattr("scorer.sources.find_shards", lambda entry: asked.append(entry) or [])
+    try:
+        find_corpus([word])
+    except ValueError as error:
+        said[0] = str(error)
+    fake.values["corpus"] = [word]
+    try:
+        stage = make_loop(read_config(fake.write())).stages[0]
+    except BadUsage as error:
+        said[1] = str(error)
+    else:
+        by_name = [entry for entry in stage.command if entry == word]
+        assert by_name == [entry for entry in asked if not entry.startswith(str(data))]
+    assert said[1] == (said[0] and f"corpus {said[0]}")
 
 
 @pytest.mark.parametrize(

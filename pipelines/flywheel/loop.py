@@ -4,7 +4,6 @@ Round 0 trains the base with next-token prediction. Round k scores the packed co
 round before, and trains the original base, not that of the round before, with ReMiT.
 """
 
-import glob
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pipelines.flywheel.settings import FlywheelConfig, PostTrain
 from pipelines.flywheel.stage import Input, Output, Pattern, Stage, State, Unkeyed, Word
 from pipelines.models import resolve_model
 from pipelines.posttrain.rewards import reward_source
+from scorer.sources import list_word
 from shards.modelfolder import max_positions, read_config, require_base, require_language_model, require_one_scaling
 from shards.store import is_remote
 from shards.tokens import disagreement, ordinary_ids
@@ -145,7 +145,9 @@ class _Builder:
         return self.stages[-1]
 
     def pack(self, name: str, corpus: tuple[str, ...]) -> Stage:
-        entries, inputs = corpus_words("heldout" if "heldout" in name else "corpus", corpus)
+        entries, inputs = corpus_words(
+            "heldout" if "heldout" in name else "corpus", corpus, str(self.config.pack.get("text_field", "text"))
+        )
         for file in TOKENIZER_FILES:
             if (self.tokenizer / file).is_file():
                 inputs[f"tokenizer/{file}"] = self.tokenizer / file
@@ -255,32 +257,30 @@ def local_model(key: str, name: str, weights: bool = True) -> Path:
         raise BadUsage(str(error)) from None
 
 
-def corpus_words(key: str, corpus: tuple[str, ...]) -> tuple[list[Word], dict[str, Any]]:
-    """The words of --corpus, and the files that they stand for as inputs.
+def corpus_words(key: str, corpus: tuple[str, ...], text_field: str = "text") -> tuple[list[Word], dict[str, Any]]:
+    """The words of --corpus, judged as remit pack judges them, and the files that they stand for as inputs.
 
     What is not on this machine, URLs and names of datasets, enters by name alone.
     """
     entries: list[Word] = []
     inputs: dict[str, Any] = {}
     for number, entry in enumerate(corpus):
-        if is_remote(entry) or entry.startswith("hf://"):
-            entries.append(entry)
-        elif Path(entry).exists():
-            inputs[f"{key}/{number}"] = Path(entry).absolute()
-            entries.append(Input(f"{key}/{number}"))
-        elif Path(entry.partition(":")[0]).is_dir():  # FOLDER:CONFIG:SPLIT, which `datasets` opens
-            folder, colon, rest = entry.partition(":")
+        folder, colon, rest = entry.partition(":")
+        try:
+            files = None if is_remote(entry) else list_word(entry, text_field, set())
+        except ValueError as error:
+            raise BadUsage(f"{key} {error}") from None
+        if files is None and not is_remote(entry) and Path(folder).is_dir():  # which `datasets` opens
             inputs[f"{key}/{number}"] = Path(folder).absolute()
             entries.append(Input(f"{key}/{number}", suffix=colon + rest))
-        elif glob.has_magic(entry):
+        elif files is None:
+            entries.append(entry)
+        elif Path(path := entry.removeprefix("file://")).exists():
+            inputs[f"{key}/{number}"] = Path(path).absolute()
+            entries.append(Input(f"{key}/{number}"))
+        else:
             found = Pattern.expand(entry)
-            if not found:
-                raise BadUsage(f"{key} {entry}: no file matches this pattern")
             for index, file in enumerate(found):
                 inputs[f"{key}/{number}/{index}"] = Path(file).absolute()
             entries.append(Pattern(entry, found))
-        elif entry.startswith((".", "/", "~")) or entry.count("/") > 1 or Path(entry).suffix:
-            raise BadUsage(f"{key} {entry}: no such file or folder")
-        else:
-            entries.append(entry)  # the name of a dataset
     return entries, inputs
