@@ -1,12 +1,13 @@
 """Settings of the commands that belong to no stage."""
 
-import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+
+from trainer.objectives.settings import check_epsilon
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class VerifyConfig:
     base: str | None = None
     """Base model whose losses the ReMiT weights are compared with; default: the reference stands in for it."""
     epsilon: float = 0.2
-    """Clip of the ReMiT weights that are compared."""
+    """Clip of the ReMiT weights that are compared; inf: no clip."""
     seed: int = 0
     """Decides which rows are rescored."""
     debug: bool = field(default=False, repr=False)
@@ -67,8 +68,7 @@ class VerifyConfig:
     def __post_init__(self) -> None:
         if self.rows < 1:
             raise ValueError(f"--rows is {self.rows}, expected at least 1")
-        if not self.epsilon > 0:
-            raise ValueError(f"--epsilon is {self.epsilon}, expected more than 0")
+        check_epsilon("--epsilon", self.epsilon)
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class InspectConfig:
                 raise ValueError(f"--{name} is {value}, expected at least {least}")
         if self.tokens < 0:
             raise ValueError(f"--tokens is {self.tokens}, expected 0 (all) or more")
-        _check_epsilon("--epsilon", self.epsilon)
+        check_epsilon("--epsilon", self.epsilon)
         if self.html is not None:
             check_page("--html", self.html)
         _ = self.row_range
@@ -169,11 +169,6 @@ class ReportConfig:
     def runs(self) -> list[Path]:
         """Those of all --run options, in their order."""
         return [folder for folders in self.run for folder in folders]
-
-
-def _check_epsilon(option: str, value: float) -> None:
-    if not (0 < value < 1 or value == math.inf):
-        raise ValueError(f"{option} has {value:g}, expected numbers between 0 and 1, or inf for no clip")
 
 
 def check_page(option: str, file: Path) -> None:

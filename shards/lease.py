@@ -8,6 +8,7 @@ Works alike on filesystems and on object stores with a conditional put.
 
 import contextlib
 import json
+import math
 import os
 import secrets
 import socket
@@ -24,6 +25,9 @@ LEASE = "_lease"
 HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 30.0  # without a heartbeat, where its process cannot be looked up because it ran on another machine
 TAKE_ATTEMPTS = 20
+
+
+TRUSTED_SECONDS = 10.0  # for a check in a loop, less than the silence after which another may take over
 
 
 class LeaseLost(RuntimeError):
@@ -56,6 +60,11 @@ def _process_start(pid: int) -> str | None:
     return None if fields[0] in "ZX" else fields[19]
 
 
+def _clocks() -> tuple[float, float]:
+    """Seconds by two clocks: only one of them goes on in a machine that sleeps, and the other may be set back."""
+    return time.time(), time.monotonic()
+
+
 class Lease:
     """The lease of a folder, held from `acquire` to `release`; a thread renews it."""
 
@@ -63,6 +72,7 @@ class Lease:
         self.store = open_store(folder)
         self.number = 0
         self._value: dict[str, Any] = {}
+        self._confirmed = (-math.inf, -math.inf)  # when it was seen to be ours, by two clocks
         self._stop = threading.Event()
         self._writing = threading.Lock()
 
@@ -140,7 +150,14 @@ class Lease:
 
     def check(self) -> None:
         """LeaseLost where another driver has taken over."""
+        now = _clocks()  # before the look, which may take long
         check_fence(self.store, *self.fence)
+        self._confirmed = now
+
+    def check_often(self) -> None:
+        """`check` for a loop: what a heartbeat of the last TRUSTED_SECONDS has seen is not looked up again."""
+        if max(now - before for now, before in zip(_clocks(), self._confirmed)) > TRUSTED_SECONDS:
+            self.check()
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
@@ -151,6 +168,7 @@ class Lease:
                         self.check()
                         self.store.replace(self._name(self.number), self._encoded())
             except LeaseLost:
+                self._confirmed = (-math.inf, -math.inf)
                 return
             except Exception:  # a filesystem that hangs for a while; the driver's own work will say so
                 continue

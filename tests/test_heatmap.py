@@ -582,7 +582,7 @@ def test_rows_are_found(shards: Path, remit: Remit, tokenizer: AutoTokenizer) ->
         (("--row", 0, "--html", "{tmp}/no/x.html"), 2, "its folder does not exist"),
         (("--row", 0, "--html", "{tmp}"), 2, "is a folder, expected a file"),
         (("--row", 0, "--html", "{tmp}/x.arrow"), 2, "x.arrow, expected the name of a page"),
-        (("--row", 0, "--html", "{tmp}/x.html", "--epsilon", 1.5), 2, "--epsilon has 1.5"),
+        (("--row", 0, "--html", "{tmp}/x.html", "--epsilon", 1.5), 2, "--epsilon is 1.5"),
         (("--row", 0, "--html", "{tmp}/x.html", "--base", "rl"), 2, "--reference and --base are both 'rl'"),
         (("--row", 0, "--html", "{tmp}/x.html", "--base", "b", "--model", "m"), 2, "are both given, expected one"),
         (("--row", 10**6), 1, "--row is 1000000, "),

@@ -3,13 +3,16 @@
 import math
 import random
 from itertools import product
-from typing import get_args
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
 from oracles import kd_token
 
+from pipelines.settings import InspectConfig, VerifyConfig
 from shards.selection import keep_count
+from trainer.config import TrainConfig
 from trainer.objectives import ObjectiveSettings, make_objective
 from trainer.objectives.kd import kd_losses
 from trainer.objectives.objective import Tokens, differentiable
@@ -218,7 +221,7 @@ def test_every_objective_is_registered() -> None:
     ("settings", "message"),
     [
         ({"objective": "sft"}, "--objective is 'sft', expected one of remit, ntp, rho1, kd"),
-        ({"epsilon": 0.0}, "--epsilon is 0.0"),
+        ({"epsilon": 0.0}, "--epsilon is 0,"),
         ({"epsilon": 1.0}, "or inf for no clip"),
         ({"epsilon": math.nan}, "--epsilon is nan"),
         ({"epsilon": -math.inf}, "--epsilon is -inf"),
@@ -240,3 +243,19 @@ def test_every_objective_is_registered() -> None:
 def test_bad_settings(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ObjectiveSettings(**settings)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 1.0, 5.0, -0.2, math.nan, -math.inf])
+@pytest.mark.parametrize(
+    ("settings", "given"),
+    [
+        (TrainConfig, {"shards": "s", "model": "m", "out": Path("o")}),
+        (VerifyConfig, {"shards": "s"}),
+        (InspectConfig, {"shards": "s"}),
+    ],
+)
+def test_every_command_takes_the_same_epsilons(settings: Any, given: dict[str, Any], epsilon: float) -> None:
+    with pytest.raises(ValueError, match=r"--epsilon is .*, expected a number between 0 and 1, .* or inf for no clip"):
+        settings(**given, epsilon=epsilon)
+    for valid in (0.2, 0.999, math.inf):
+        settings(**given, epsilon=valid)

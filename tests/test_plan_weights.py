@@ -343,7 +343,7 @@ def test_tables_show_what_json_holds(both: dict[str, Path], tmp_path: Path, remi
         (("--epsilons", "0.1,1"), "--epsilons has 1, expected"),
         (("--epsilons", "0,0.2"), "--epsilons has 0, expected"),
         (("--epsilons", "nan"), "--epsilons has nan, expected"),
-        (("--show-epsilon", "2"), "--show-epsilon has 2, expected"),
+        (("--show-epsilon", "2"), "--show-epsilon is 2, expected"),
         (("--base", "rl"), "--reference and --base are both 'rl'"),
         (("--json", "no-such-folder/plan.json"), "its folder does not exist"),
         (("--json", "."), "is a folder, expected a file"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipelines.plan.planner import GPUS
+from trainer.objectives.settings import check_epsilon
 
 WEIGHTS_ONLY = (*("shards", "epsilons", "show_epsilon", "centring", "weight_map", "rows", "top", "min_count", "seed"),)
 SHARED = ("weights", "base", "reference", "json", "debug")
@@ -164,7 +165,7 @@ class PlanConfig:
             if getattr(self, name) < least:
                 what = f"{least} (all) or more" if name == "rows" else f"at least {least}"
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected {what}")
-        _check_epsilon("--show-epsilon", self.show_epsilon)
+        check_epsilon("--show-epsilon", self.show_epsilon)
         _ = self.epsilon_values
 
     def _check_costs(self) -> None:
@@ -222,10 +223,5 @@ class PlanConfig:
                 raise ValueError(
                     f"--epsilons is {self.epsilons!r}, expected numbers with commas between, for instance 0.1,0.2,inf"
                 ) from None
-            _check_epsilon("--epsilons", values[-1])
+            check_epsilon("--epsilons", values[-1], "has")
         return tuple(dict.fromkeys(values))
-
-
-def _check_epsilon(option: str, value: float) -> None:
-    if not (0 < value < 1 or value == math.inf):
-        raise ValueError(f"{option} has {value:g}, expected numbers between 0 and 1, or inf for no clip")

@@ -16,6 +16,14 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 """The settings that each objective reads."""
 
 
+def check_epsilon(option: str, value: float, verb: str = "is") -> None:
+    """ValueError unless `value` can clip the ReMiT weights: the rule of every command. verb: "has" for a list option."""
+    if not (0 < value < 1 or value == math.inf):
+        raise ValueError(
+            f"{option} {verb} {value:g}, expected a number between 0 and 1, for instance 0.2, or inf for no clip"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveSettings:
     """Which objective, and its settings; the paper is arXiv 2602.03075."""
@@ -56,10 +64,7 @@ class ObjectiveSettings:
                 raise ValueError(
                     f"--{name.replace('_', '-')} is {getattr(self, name)!r}, expected one of {', '.join(choices)}"
                 )
-        if not (0 < self.epsilon < 1 or self.epsilon == math.inf):
-            raise ValueError(
-                f"--epsilon is {self.epsilon}, expected a number between 0 and 1, for instance 0.2, or inf for no clip"
-            )
+        check_epsilon("--epsilon", self.epsilon)
         if not 0 < self.keep_ratio < 1:
             raise ValueError(
                 f"--keep-ratio is {self.keep_ratio}, expected a share between 0 and 1, for instance 0.8; "

@@ -1,0 +1,174 @@
+"""A folder that a command writes: what it was made of, one writer at a time, finished by the same command.
+
+One file in it, written first and never changed, says what the folder was made of: settings, and inputs by their
+content. It is _manifest.json in a shard folder and run.json in that of a training. The same command again finds its own
+values there and finishes the folder; another one is refused with the field and both values. Who writes holds the
+folder's lease (shards/lease.py), and a writer that lost it publishes and deletes nothing more.
+"""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from shards.lease import LEASE, Lease, LeaseLost
+from shards.part import encode_json, publish_json
+from shards.store import Store, is_remote, open_store
+
+RUN = "run.json"
+"""What the folder of a training or post-training was made of."""
+ALIASES = {"s3a": "s3", "gcs": "gs"}  # two names of one protocol
+NAMED_DIFFERENCES = 3
+_HASH = re.compile(r"[0-9a-f]{40,}")
+_IGNORED = ("lost+found",)  # in the root of a mounted disk
+
+
+@contextlib.contextmanager
+def writing(
+    folder: Store | Path | str,
+    on_wait: Callable[[str], None] = lambda line: None,
+    temporary: tuple[str, ...] = (LEASE,),
+) -> Iterator[Lease]:
+    """Be the only writer of `folder` for the block, which is made where it does not exist.
+
+    RuntimeError names the host and pid that write to it now. The block calls lease.check() before it publishes or
+    deletes something, which raises LeaseLost once another process has taken the folder over. on_wait: told where it takes
+    a while to see that a writer on another machine is dead. temporary: folders in it whose temporary files, of writers
+    that died, are deleted before the block and after it.
+    """
+    out = open_store(folder)
+    lease = Lease(out).acquire(on_wait)
+    try:
+        _clean(out, temporary)
+        yield lease
+    finally:
+        with contextlib.suppress(LeaseLost, OSError):
+            lease.check()
+            _clean(out, temporary)
+        lease.release()
+
+
+def _clean(out: Store, temporary: tuple[str, ...]) -> None:
+    for name in temporary:
+        out.clean(name)
+
+
+def require_empty(folder: Store | Path | str, record: str, what: str) -> None:
+    """ValueError where `folder` holds something and no `record`, the file that every folder of its kind begins with.
+
+    what: the kind, for the message. Names that begin with a dot or an underscore do not count.
+    """
+    out = open_store(folder)
+    if out.size(record) is not None:
+        return
+    names = out.names()
+    if out.local is not None and out.local.is_dir():
+        names = sorted(os.listdir(out.local))
+    foreign = [name for name in names if not name.startswith((".", "_")) and name not in _IGNORED]
+    if foreign:
+        raise ValueError(
+            f"{out.url}: is not empty and not {what} (it has {foreign[0]}); choose another --out or empty it"
+        )
+
+
+def read_record(folder: Store | Path | str) -> dict[str, Any] | None:
+    """What the folder of a run was made of, None where none has begun in it."""
+    out = open_store(folder)
+    try:
+        value: dict[str, Any] = json.loads(out.read(RUN))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{out.where(RUN)}: not valid JSON ({error}); restore it, or choose another --out") from None
+    return value
+
+
+def write_record(folder: Store | Path | str, settings: dict[str, Any]) -> None:
+    """Freeze what the run in `folder` is made of, before its first step; a run that goes on keeps what it has."""
+    out = open_store(folder)
+    if out.size(RUN) is None:
+        publish_json(out, RUN, encode_json(settings), "")
+
+
+def refuse_other(
+    where: str,
+    what: str,
+    ours: dict[str, Any],
+    theirs: dict[str, Any],
+    remedy: str = "choose another --out",
+    option: Callable[[str], str] = lambda field: field,
+    hint: Callable[[str], str] = lambda field: "",
+) -> None:
+    """ValueError where the folder `where` was made of `theirs` and `ours` is asked for: the first field, both values.
+
+    what: the kind of thing that it holds. option: what the user calls a field. hint: more about a field, for the message.
+    """
+    found = differences(ours, theirs)
+    if not found:
+        return
+    field, how = found[0]
+    others = [option(name) for name, _ in found[1:] if option(name) != option(field)]
+    named = list(dict.fromkeys(others))
+    also = f" (also: {', '.join(named[:NAMED_DIFFERENCES])}" if named else ""
+    also += f" and {len(named) - NAMED_DIFFERENCES} more" if len(named) > NAMED_DIFFERENCES else ""
+    raise ValueError(
+        f"{where}: holds another {what}: {option(field)} {how}{hint(field)}{also}{')' if also else ''}; {remedy}"
+    )
+
+
+def differences(ours: Any, theirs: Any, field: str = "") -> list[tuple[str, str]]:
+    """The fields in which two JSON values differ, each with how: `seq_len`, `is 64 there, 128 asked for now`."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        names = [*ours, *(name for name in theirs if name not in ours)]
+        return [
+            difference
+            for name in names
+            for difference in differences(ours.get(name), theirs.get(name), f"{field}.{name}" if field else name)
+        ]
+    if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        pairs = enumerate(zip(ours, theirs))
+        return [difference for index, pair in pairs for difference in differences(*pair, f"{field}[{index}]")]
+    if ours == theirs:
+        return []
+    if isinstance(ours, list) and isinstance(theirs, list):
+        return [(field, f"has {len(theirs)} entries there, {len(ours)} asked for now")]
+    now = "not set now" if ours is None else f"{_text(ours)} asked for now"
+    return [(field, f"is {'not set' if theirs is None else _text(theirs)} there, {now}")]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict | list):
+        return f"{len(value)} {'fields' if isinstance(value, dict) else 'entries'}"
+    if isinstance(value, str):
+        return f"{value[:12]}.." if _HASH.fullmatch(value) else repr(value)
+    return json.dumps(value)
+
+
+def same_folder(one: str | Path, other: str | Path) -> bool:
+    """Whether two paths or URLs mean one folder, through links, slashes and other names of a protocol."""
+    if is_remote(one) or is_remote(other):
+        return is_remote(one) and is_remote(other) and _plain_url(one) == _plain_url(other)
+    first, second = (Path(str(path).removeprefix("file://")) for path in (one, other))
+    if first.resolve() == second.resolve():
+        return True
+    with contextlib.suppress(OSError):  # one of them does not exist
+        return os.path.samefile(first, second)  # a folder that is mounted twice
+    return False
+
+
+def _plain_url(url: str | Path) -> tuple[str, ...]:
+    protocol, _, path = str(url).partition("://")
+    return (ALIASES.get(protocol, protocol), *(piece for piece in path.split("/") if piece not in ("", ".")))
+
+
+def require_new_folder(out: str | Path, command: str, **inputs: str | Path | None) -> None:
+    """ValueError where --out is the folder of an input. inputs: by the name of the option, such as shards."""
+    for name, given in inputs.items():
+        if given is not None and same_folder(out, given):
+            raise ValueError(
+                f"--out {out} is the folder of --{name.replace('_', '-')}; {command} writes a new folder and leaves that one "
+                "as it is; choose another --out"
+            )
