@@ -23,7 +23,7 @@ import yaml
 from pipelines import commands, completion, tools
 from pipelines.console import BAD_USAGE, FAILED, STOPPED, BadUsage
 from pipelines.evaluation.settings import EvalConfig
-from pipelines.flywheel.settings import FlywheelOptions
+from pipelines.flywheel.config import FlywheelOptions
 from pipelines.plan.settings import PlanConfig
 from pipelines.settings import CompletionConfig, InspectConfig, ReportConfig, SelectConfig, VerifyConfig
 from pipelines.signals import Stopped, StopRequest

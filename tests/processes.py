@@ -187,3 +187,17 @@ def token_of_one_row(folder: Path, parts: range, length: int = 40) -> tuple[int,
         if len(rows) == 1 and rows[0][0] in parts and rows[0][2] >= length:
             return token, rows[0][0], rows[0][1]
     raise AssertionError("no token is in one row only")
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def until(condition: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

@@ -1,21 +1,27 @@
-"""Settings of remit flywheel: the options of the command, and the YAML file that describes the loop, checked once."""
+"""Settings of remit flywheel: the options of the command, and the YAML file that describes the loop, checked once.
 
+The options of a stage are checked by the stage's own settings: each value by its type, all of them by __post_init__.
+"""
+
+import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 
 from pipelines.console import BadUsage
-from pipelines.flywheel.sections import SECTIONS, check_options
+from pipelines.flywheel.sections import SECTIONS
 
 POSTTRAIN = ("sft", "dpo", "rl", "command")
+EXAMPLES = {"sft": ("prompt", "completion"), "dpo": ("prompt", "chosen", "rejected"), "rl": ("prompt",)}
 SCRIPTED = re.compile(r"python[\d.]*|bash|sh")  # programs whose first word, if no option, is a script
 RESERVED = ("score", "train", "evaluate-midtrained", "evaluate-posttrained")
+NOWHERE = f"{os.devnull}/none"  # stands for a path that the loop decides
 
 
 @dataclass(frozen=True)
@@ -32,14 +38,8 @@ class FlywheelOptions:
     """Folder for all stages; default: the file's `out`."""
     dry_run: bool = False
     """Only show which stages are done and which would run, with their commands; nothing is written."""
-    jobs: int = 1
-    """Stages at once, where they do not depend on each other; each gets its share of the cores."""
     debug: bool = field(default=False, repr=False)
     """Show tracebacks."""
-
-    def __post_init__(self) -> None:
-        if self.jobs < 1:
-            raise ValueError(f"--jobs is {self.jobs}, expected at least 1")
 
 
 @dataclass(frozen=True)
@@ -90,32 +90,21 @@ class FlywheelConfig:
     """Options of remit eval for the mid-trained and the post-trained model of each round; default: no evaluation."""
 
 
-KEYS = tuple(FlywheelConfig.__dataclass_fields__)
-
-
 class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key that stands twice in one mapping, where plain YAML forgets the first, and that leaves the words
-    of commands as they stand, where plain YAML makes 43200 of 12:00:00, 8 of 010 and 1.1 of 1.10."""
+    """YAML whose values stay the texts that they are, where plain YAML makes 43200 of 12:00:00, 8 of 010 and False of off;
+    null alone is None. A key that stands twice in one mapping is refused, where plain YAML forgets the first."""
+
+    yaml_implicit_resolvers: ClassVar[Any] = {
+        first: [(tag, shape) for tag, shape in resolvers if tag.endswith((":null", ":merge"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for index, key in enumerate(keys):
             if key in keys[:index]:
                 raise yaml.YAMLError(f"line {node.value[index][0].start_mark.line + 1}: {key!r} stands twice")
-        for key, (_, value) in zip(keys, node.value, strict=True):
-            if key in ("command", "launch"):
-                _keep_words(value)
         return super().construct_mapping(node, deep)
-
-
-def _keep_words(node: yaml.Node) -> None:
-    """Numbers and dates below a node become texts, as they are written."""
-    if isinstance(node, yaml.ScalarNode) and node.tag.rsplit(":", 1)[-1] in ("int", "float", "timestamp"):
-        node.tag = "tag:yaml.org,2002:str"
-    children = node.value if isinstance(node, yaml.SequenceNode | yaml.MappingNode) else []
-    for child in children:
-        for part in child if isinstance(child, tuple) else (child,):
-            _keep_words(part)
 
 
 class _File:
@@ -131,15 +120,32 @@ class _File:
             raise BadUsage(f"--config {path}: expected a mapping of keys to values, for instance base: path/to/model")
 
     def fail(self, key: str, value: Any, expected: str) -> NoReturn:
-        raise BadUsage(f"{self.path}: {key} is {value!r}, expected {expected}")
+        is_number = isinstance(value, str) and re.fullmatch(r"[-+]?\.?\d[\w.+-]*", value)
+        shown = value if is_number else repr(value)  # numbers are texts here
+        raise BadUsage(f"{self.path}: {key} is {shown}, expected {expected}")
 
-    def known(self, where: str, keys: Any, names: tuple[str, ...], decided: Mapping[str, str] | None = None) -> None:
-        """BadUsage for a key that is not in `names`, nor in `decided`, about which more is said later."""
+    def known(self, where: str, keys: Any, names: tuple[str, ...]) -> None:
+        """BadUsage for a key that is not in `names`."""
         for key in keys:
-            if key not in names and key not in (decided or {}):
+            if key not in names:
                 near = get_close_matches(str(key), names, 1)
                 hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(names)}"
                 raise BadUsage(f"{self.path}: {where}{key} is no key; {hint}")
+
+    def typed(self, key: str, value: Any, kind: Any) -> Any:
+        """The value as `kind`, a type of Python."""
+        from pydantic import TypeAdapter, ValidationError
+
+        choices = get_args(kind) if get_origin(kind) is Literal else ()
+        if "on" in choices and str(value).lower() in ("true", "yes", "false", "no"):
+            value = "on" if value.lower() in ("true", "yes") else "off"  # which YAML takes for the same
+        if value in (".inf", "+.inf"):  # as YAML spells it
+            value = "inf"
+        try:
+            return TypeAdapter(kind).validate_python(value)
+        except ValidationError as error:
+            expected = error.errors()[0]["msg"].removeprefix("Input should be ").partition(", unable to")[0]
+            self.fail(key, value, expected)
 
     def text(self, key: str, value: Any) -> str:
         if not isinstance(value, str) or not value.strip():
@@ -147,24 +153,19 @@ class _File:
         return value
 
     def texts(self, key: str, value: Any, least: int = 1) -> tuple[str, ...]:
-        """A list of words; a single one may stand without brackets. Numbers are words too."""
+        """A list of words; a single one may stand without brackets."""
         entries = value if isinstance(value, list) else [value]
         for number, entry in enumerate(entries, 1):
-            if isinstance(entry, bool) or not isinstance(entry, str | int | float) or not str(entry).strip():
-                where = (
-                    f", of which number {number} is {entry!r}; true, null and the like need quotes"
-                    if entries is value
-                    else ""
-                )
-                self.fail(key, value, f"a list of words{where}")
+            if not isinstance(entry, str) or not entry.strip():
+                which = f", of which number {number} is {entry!r}; null needs quotes" if entries is value else ""
+                self.fail(key, value, f"a list of words{which}")
         if len(entries) < least:
             self.fail(key, value, "a list of words")
-        return tuple(map(str, entries))
+        return tuple(entries)
 
-    def whole(self, key: str, value: Any, least: int) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            self.fail(key, value, f"a whole number from {least} on")
-        return value
+    def there(self, key: str, path: Any) -> None:
+        if not Path(path).exists():
+            self.fail(key, str(path), "a file or folder that is there")
 
     def program(self, key: str, words: tuple[str, ...]) -> None:
         """BadUsage unless a command can be started, and its script is there where its program runs one."""
@@ -177,16 +178,59 @@ class _File:
             self.fail(key, script, "a script that is there, seen from where remit is started")
 
     def mapping(self, key: str, value: Any, expected: str) -> dict[str, Any]:
+        """Its keys with _ for -; what is null is left out."""
         if not isinstance(value, dict):
             self.fail(key, value, expected)
-        return {str(name).replace("-", "_"): entry for name, entry in value.items()}
+        return {str(name).replace("-", "_"): entry for name, entry in value.items() if entry is not None}
+
+    def section(self, where: str, section: str, value: Any, **beside: Any) -> dict[str, Any]:
+        """The options of a stage, as its own settings take them together with those `beside` them in the file."""
+        known = SECTIONS[section]
+        settings, hints = known.settings_class(), get_type_hints(known.settings_class())
+        entries = self.mapping(where, value, f"a mapping of options of {known.title}")
+        for name, why in known.decided.items():
+            if name in entries:
+                raise BadUsage(f"{self.path}: {where}.{name} cannot be given here: {why}")
+        self.known(f"{where}.", entries, tuple(known.options()))
+        options = {name: self.typed(f"{where}.{name}", entry, hints[name]) for name, entry in entries.items()}
+        for name in known.files:
+            if options.get(name) is not None:
+                self.there(f"{where}.{name}", options[name])
+        for entry in fields(settings):
+            if (
+                entry.default is MISSING
+                and entry.default_factory is MISSING
+                and entry.name not in {**options, **beside}
+            ):
+                if entry.name not in known.decided:
+                    raise BadUsage(f"{self.path}: {where}.{entry.name} is missing; {known.title} needs it")
+                beside[entry.name] = self.typed(
+                    where, [NOWHERE] if entry.name == "corpus" else NOWHERE, hints[entry.name]
+                )
+        try:
+            settings(**options, **beside)
+            _read_examples(section, options)
+        except ValueError as error:
+            raise BadUsage(f"{self.path}: {where}: {error}") from None
+        return options
+
+
+def _read_examples(section: str, options: Mapping[str, Any]) -> None:
+    """Read the data of post-training now, and not after days of mid-training."""
+    if section in EXAMPLES:
+        from pipelines.posttrain.data import read_examples
+
+        answer = ("answer",) if section == "rl" and options.get("reward", "answer") == "answer" else ()
+        read_examples(Path(options["data"]), (*EXAMPLES[section], *answer))
 
 
 def read_config(path: Path, out: Path | None = None) -> FlywheelConfig:
     """The loop that a YAML file describes. out: takes the place of the file's. BadUsage for anything wrong in it."""
+    from pydantic import Field
+
     file = _File(path)
-    values = {key: value for key, value in file.mapping("", file.values, "").items() if value is not None}
-    file.known("", values, KEYS)
+    values = file.mapping("", file.values, "")
+    file.known("", values, tuple(FlywheelConfig.__dataclass_fields__))
     if out is not None:
         values["out"] = str(out)
     for key in ("base", "corpus", "out"):
@@ -197,53 +241,43 @@ def read_config(path: Path, out: Path | None = None) -> FlywheelConfig:
             f"{path}: posttrain is missing, expected a list such as [rl: {{data: prompts.jsonl}}]; [] scores with the "
             "mid-trained model itself"
         )
-    reference = values.get("reference")
-    seq_len = file.whole("seq_len", values.get("seq_len", FlywheelConfig.seq_len), 2)
-    found: dict[str, Any] = {"posttrain": read_posttrain(file, values["posttrain"])}
-    readers: dict[str, Callable[[str, Any], Any]] = {
-        **dict.fromkeys(("base", "tokenizer", "reference"), file.text),
-        **dict.fromkeys(("corpus", "heldout"), file.texts),
-        "out": lambda key, value: Path(file.text(key, value)),
-        "seq_len": lambda key, value: seq_len,
-        "rounds": lambda key, value: file.whole(key, value, 0 if reference is None else 1),
-        "seed": lambda key, value: file.whole(key, value, 0),
-        "pack": lambda key, value: read_section(file, key, key, value, {"seq_len": seq_len}),
-        **dict.fromkeys(("score", "train", "evaluate"), lambda key, value: read_section(file, key, key, value)),
-        "launch": lambda key, value: read_launch(file, value),
-    }
-    for key, value in values.items():
-        if key != "posttrain":
-            found[key] = readers[key](key, value)
-    if found.get("train", {}).get("objective") == "ntp":
-        file.fail("train.objective", "ntp", "an objective with a reference; round 0 is the one that trains with ntp")
-    if "eval_shards" in found.get("train", {}) and "heldout" in found:
-        raise BadUsage(f"{path}: heldout and train.eval_shards are both given, expected one of them")
-    check_scores_are_of_use(file, found)
-    return FlywheelConfig(**found)
+    found: dict[str, Any] = {}
+    for key in ("base", "tokenizer", "reference", "out"):
+        if key in values:
+            found[key] = file.text(key, values[key])
+    for key, least in (("seq_len", 2), ("rounds", 1 if "reference" in found else 0), ("seed", 0)):
+        if key in values:
+            found[key] = file.typed(key, values[key], Annotated[int, Field(ge=least)])
+    for key in ("corpus", "heldout"):
+        if key in values:
+            found[key] = file.texts(key, values[key])
+    for key in ("pack", "score", "train", "evaluate"):
+        if key in values:
+            beside = {"seq_len": found.get("seq_len", FlywheelConfig.seq_len)} if key == "pack" else {}
+            found[key] = file.section(key, key, values[key], **beside)
+    if "launch" in values:
+        found["launch"] = read_launch(file, values["launch"])
+    posttrain = read_posttrain(file, values["posttrain"])
+    check_together(file, found)
+    return FlywheelConfig(**(found | {"out": Path(found["out"]), "posttrain": posttrain}))
 
 
-def check_scores_are_of_use(file: _File, found: Mapping[str, Any]) -> None:
-    """BadUsage where the trainings from round 1 on would refuse what the scorings of this file store."""
+def check_together(file: _File, found: Mapping[str, Any]) -> None:
+    """BadUsage where sections do not fit: above all where trainings would refuse what the scorings of this file store."""
     score, train = found.get("score", {}), found.get("train", {})
+    if train.get("objective") == "ntp":
+        file.fail("train.objective", "ntp", "an objective with a reference; round 0 is the one that trains with ntp")
+    if "eval_shards" in train and "heldout" in found:
+        raise BadUsage(f"{file.path}: heldout and train.eval_shards are both given, expected one of them")
     if score.get("engine") == "fake":
         file.fail("score.engine", "fake", "vllm; the fake engine's numbers are a hash, which training refuses")
     if found.get("rounds", FlywheelConfig.rounds) == 0:
         return  # nothing is scored
-    if train.get("objective") == "kd" and int(score.get("top_k") or 0) == 0:
+    if train.get("objective") == "kd" and score.get("top_k", 0) == 0:
         file.fail("score.top_k", score.get("top_k", 0), "at least 1, for instance 32, since train.objective is kd")
-    scored, trained = score.get("context") or "packed", train.get("context") or "auto"
+    scored, trained = score.get("context", "packed"), train.get("context", "auto")
     if trained not in ("auto", scored):
         file.fail("train.context", trained, f"{scored}, as score.context is, or auto")
-
-
-def read_section(
-    file: _File, where: str, section: str, value: Any, beside: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """The options of a stage, checked by the stage's own settings together with those `beside` them."""
-    options = file.mapping(where, value, f"a mapping of options of {SECTIONS[section].title}")
-    file.known(f"{where}.", options, tuple(SECTIONS[section].options()), SECTIONS[section].decided)
-    check_options(str(file.path), where, section, options, beside or {})
-    return options
 
 
 def read_launch(file: _File, value: Any) -> dict[str, tuple[str, ...]]:
@@ -261,10 +295,10 @@ def read_posttrain(file: _File, value: Any) -> tuple[PostTrain, ...]:
     if not isinstance(value, list):
         file.fail("posttrain", value, "a list such as [sft: {data: sft.jsonl}, rl: {data: prompts.jsonl}]")
     stages: list[PostTrain] = []
-    for number, entry in enumerate(value, 1):
+    for number, raw in enumerate(value, 1):
         where = f"posttrain[{number}]"
-        entry = file.mapping(where, entry, "a mapping such as sft: {data: sft.jsonl}")
-        kinds = [kind for kind in POSTTRAIN if kind in entry]
+        entry = file.mapping(where, raw, "a mapping such as sft: {data: sft.jsonl}")
+        kinds = [kind for kind in POSTTRAIN if kind in (raw if isinstance(raw, dict) else ())]
         if len(kinds) != 1:
             file.known(f"{where}.", entry, (*POSTTRAIN, "name", "inputs"))
             file.fail(where, entry, f"exactly one of {', '.join(POSTTRAIN)}")
@@ -275,15 +309,14 @@ def read_posttrain(file: _File, value: Any) -> tuple[PostTrain, ...]:
             file.fail(f"{where}.name", name, f"letters, digits, - and _, and not one of {', '.join(RESERVED)}")
         if name in [stage.name for stage in stages]:
             file.fail(f"{where}.name", name, "a name that no other stage of posttrain has")
-        inputs = file.texts(f"{where}.inputs", entry.get("inputs") or [], least=0)
+        inputs = file.texts(f"{where}.inputs", entry.get("inputs", []), least=0)
         for path in inputs:
-            if not Path(path).exists():
-                file.fail(f"{where}.inputs", path, "a file or folder that is there")
+            file.there(f"{where}.inputs", path)
         if kind == "command":
-            command = file.texts(f"{where}.command", entry["command"])
+            command = file.texts(f"{where}.command", raw["command"])
             file.program(f"{where}.command", command)
             stages.append(PostTrain(name, kind, command=command, inputs=inputs))
         else:
-            options = read_section(file, f"{where}.{kind}", kind, entry[kind] or {})
+            options = file.section(f"{where}.{kind}", kind, entry.get(kind, {}))
             stages.append(PostTrain(name, kind, options, inputs=inputs))
     return tuple(stages)
