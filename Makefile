@@ -123,7 +123,7 @@ LAB   ?= lab-$(SIZE)
 
 lab: $(VENV)/.installed-dev ## the paper's comparisons on tiny models: SIZE=full|small SEEDS="1 2 3" LAB=folder
 	$(BIN)/python -P -m pipelines.lab --size $(SIZE) --seeds $(SEEDS) --out $(LAB) $(LAB_ARGS)
-	@test ! -d $(LAB)/results || $(BIN)/python -P -m pipelines.lab.report $(LAB)
+	@test ! -e $(LAB)/results.parquet || $(BIN)/python -m benchmarks.lab.report $(LAB)
 
 verify: install ## check every byte and count of SHARDS
 	$(BIN)/remit verify --shards $(SHARDS) $(VERIFY_ARGS)

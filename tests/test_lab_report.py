@@ -1,4 +1,4 @@
-"""The laboratory's report: statistics against scipy and by hand, verdicts, refusals, the Markdown and the page."""
+"""The laboratory's results and report: intervals by hand, verdicts, refusals, the Markdown and the page."""
 
 import json
 import math
@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from playwright.sync_api import Browser
 from scipy import stats
 
-from pipelines.lab.recipe import RECIPES
-from pipelines.lab.report.__main__ import main
-from pipelines.lab.report.claims import (
+from benchmarks.lab import results as lab_results
+from benchmarks.lab.claims import (
     CLAIMS,
     CONTRADICTED,
     MISSING,
@@ -25,27 +27,25 @@ from pipelines.lab.report.claims import (
     REPRODUCED,
     UNDECIDED,
     Claim,
+    Estimate,
     collapsed_norm,
     difference,
+    estimate,
     first_step,
+    holm,
+    is_counted,
     judge,
     judge_all,
     lost_lead,
+    paired,
     tokens_saved,
 )
-from pipelines.lab.report.data import Results, read_results
-from pipelines.lab.report.page import to_html, to_markdown
-from pipelines.lab.report.plots import make_plots
-from pipelines.lab.report.sentences import (
-    checks_sentence,
-    control_sentence,
-    others_sentence,
-    power_sentence,
-    sft_sentence,
-    summary,
-)
-from pipelines.lab.report.statistics import Estimate, detectable, estimate, holm, paired, power, probability
-from pipelines.lab.report.tables import found_text, make_tables
+from benchmarks.lab.plots import make_plots
+from benchmarks.lab.report import MARK, PICTURES, lead, main, to_markdown, to_page
+from benchmarks.lab.results import Results, read
+from benchmarks.lab.tables import cell, found_text, make_tables
+from pipelines.lab.recipe import RECIPES
+from tests.browser import open_page
 
 COMMITTED = Path(__file__).resolve().parent.parent / "docs" / "lab-report"
 ARMS = ["ntp", "remit", "remit2", "ntp-guided", "sft-guided", "rho1", "miniplm", "kd", "no-clip", "remit-rl10"]
@@ -88,9 +88,9 @@ def made_up(seed: int, better: float = 0.05) -> dict[str, Any]:
 
 
 def write(folder: Path, *records: dict[str, Any]) -> Path:
-    (folder / "results").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for record in records:
-        (folder / "results" / f"seed-{record['seed']}.json").write_text(json.dumps(record), encoding="utf-8")
+        lab_results.write(folder, record)
     return folder
 
 
@@ -107,23 +107,45 @@ def results_of(measured: dict[tuple[str, str], list[float]], metric: str = "gree
     return results
 
 
+def test_results_are_read_by_others(tmp_path: Path) -> None:
+    """Every number that was written, as another Parquet reader sees it; seeds in any order, one of them twice."""
+    records = [made_up(7), made_up(2)]
+    write(tmp_path, made_up(2, better=0.3), *records)
+    frame = polars.read_parquet(tmp_path / "results.parquet")
+    assert frame.columns == ["seed", "arm", "stage", "metric", "step", "value"]
+    expected = [{"seed": record["seed"]} | row for record in reversed(records) for row in record["measurements"]]
+    assert frame.to_dicts() == [{name: row[name] for name in frame.columns} for row in expected]
+    about = json.loads(polars.read_parquet_metadata(tmp_path / "results.parquet")["seeds"])
+    assert about == [{key: record[key] for key in lab_results.ABOUT} for record in reversed(records)]
+    assert [path.name for path in tmp_path.iterdir()] == ["results.parquet"]
+
+
+def test_results_by_seed_and_step(tmp_path: Path) -> None:
+    record = made_up(4)
+    rows = [entry("ntp", "mid", "x", 0.25), entry("ntp", "mid", "x", 0.2, 90), entry("ntp", "mid", "x", 0.1, 10)]
+    results = read([write(tmp_path, record | {"measurements": rows})])
+    assert results.get("ntp", "mid", "x") == {4: 0.25}
+    assert results.curve("ntp", "mid", "x") == {4: [(10, 0.1), (90, 0.2)]}
+    assert (results.seeds, results.seconds, results.code) == ([4], {4: 3600.0}, ["ab" * 32])
+
+
 def test_interval_by_hand() -> None:
     # mean 2, standard deviation 1, t = 4.302653 with two degrees of freedom (any printed table)
     found = estimate([1.0, 2.0, 3.0])
-    assert (found.mean, found.num_seeds) == (2.0, 3)
+    assert found.mean == 2.0
     assert found.half_width == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
     assert (found.high, found.low) == pytest.approx((2 + 2.484138, 2 - 2.484138), rel=1e-6)
     # t = 2.776445 with four; p of t = mean / (deviation / root of 3) = 3.464 with two is 0.0742
-    found = estimate([0.0, 1.0, 2.0, 3.0, 4.0])
-    assert found.half_width == pytest.approx(2.776445 * math.sqrt(2.5 / 5), rel=1e-6)
-    assert probability([1.0, 2.0, 3.0]) == pytest.approx(0.0742, abs=1e-4)
-    assert probability([1.0, 2.0, 3.0], null=2.0) == pytest.approx(1.0)
+    four = estimate([0.0, 1.0, 2.0, 3.0, 4.0])
+    assert four.half_width == pytest.approx(2.776445 * math.sqrt(2.5 / 5), rel=1e-6)
+    assert found.p == pytest.approx(0.0742, abs=1e-4)
+    assert estimate([1.0, 2.0, 3.0], null=2.0).p == pytest.approx(1.0)
+    assert estimate([1.0, 2.0, 3.0], null=2.0).low == pytest.approx(found.low)
 
 
 def test_no_interval_without_spread() -> None:
-    assert estimate([3.0]) == Estimate(3.0, None, None, 1)
-    assert estimate([0.1 + 0.2, 0.3, 0.3]).low is None
-    assert probability([0.3, 0.3]) is None
+    assert estimate([3.0]) == Estimate(3.0, None, None, None)
+    assert estimate([0.1 + 0.2, 0.3, 0.3]) == Estimate(pytest.approx(0.3), None, None, None)
     for values in ([], [1.0, math.nan]):
         with pytest.raises(ValueError, match="expected finite numbers"):
             estimate(values)
@@ -138,17 +160,6 @@ def test_holm_by_hand() -> None:
     assert holm([0.04, 0.001, None, 0.03, 0.012]) == [False, True, False, False, True]
     assert holm([0.06]) == [False]
     assert holm([]) == []
-
-
-@pytest.mark.parametrize(("num", "share"), [(2, 0.8), (3, 0.3), (5, 0.8), (9, 0.95)])
-def test_power_against_simulated_seeds(num: int, share: float) -> None:
-    difference = detectable(3.0, num, share)
-    assert power(difference, 3.0, num) == pytest.approx(share, abs=1e-6)
-    assert power(-difference, 3.0, num) == pytest.approx(share, abs=1e-6)
-    assert power(0.0, 3.0, num) == pytest.approx(0.05, abs=3e-4)
-    seeds = np.random.default_rng(num).normal(difference, 3.0, (40_000, num))
-    decided = stats.ttest_1samp(seeds, 0, axis=1).pvalue < 0.05
-    assert decided.mean() == pytest.approx(share, abs=0.008)
 
 
 CLAIM = Claim("A is above B", "1 and 0", difference(("a", "mid"), ("b", "mid")))
@@ -202,7 +213,7 @@ def test_a_lead_that_is_not_there_is_not_lost(lead: float, later: float, verdict
     )
     finding = judge(claim, results)
     assert finding.verdict == verdict
-    assert (finding.p is None) == (verdict == PREMISE)
+    assert is_counted(finding) == (verdict != PREMISE)
 
 
 def test_first_step() -> None:
@@ -262,7 +273,7 @@ def test_collapse_is_below_half() -> None:
 
 
 def test_made_up_results(lab: Path) -> None:
-    results = read_results([lab])
+    results = read([lab])
     found = {finding.claim.text: finding for finding in judge_all(results)}
     assert found["ReMiT is above NTP after mid-training"].verdict == REPRODUCED
     assert found["ReMiT is above NTP after mid-training"].agree == 5
@@ -272,80 +283,55 @@ def test_made_up_results(lab: Path) -> None:
     assert found["Without the clip the gradient norm collapses"].verdict == REPRODUCED
     assert found["A post-trained reference is better than a plain one: ReMiT is above NTP-guided"].verdict == REPRODUCED
     assert all(finding.verdict != MISSING for finding in found.values())
-    assert "a plain later model as the reference does not explain all of it" in control_sentence(list(found.values()))
 
 
-def test_control_decides_what_is_said(tmp_path: Path) -> None:
-    records = [made_up(seed) for seed in range(5)]
-    for record in records:  # the control gains as much
-        remit = {row["metric"]: row["value"] for row in record["measurements"] if row["arm"] == "remit"
-                 and row["stage"] == "mid" and row["step"] is None}  # fmt: skip
-        for row in record["measurements"]:
-            if row["arm"] == "ntp-guided":
-                row["value"] = remit[row["metric"]] + random.Random(record["seed"]).gauss(0, 0.01)
-    findings = judge_all(read_results([write(tmp_path / "lab", *records)]))
-    assert "may be that of any later model" in control_sentence(findings)
-
-
-def test_a_control_that_is_beaten_is_no_gain(tmp_path: Path) -> None:
-    """ReMiT below NTP and above NTP-guided."""
-    records = [made_up(seed, better=-0.05) for seed in range(5)]
-    for record in records:
-        for row in record["measurements"]:
-            if row["arm"] == "ntp-guided":
-                row["value"] -= 0.1
-    findings = judge_all(read_results([write(tmp_path / "lab", *records)]))
-    assert "above the control NTP-guided, but below NTP: " in control_sentence(findings)
-
-
-def test_what_the_checks_do_not_show_is_said(tmp_path: Path) -> None:
-    """RL that lowers accuracy: the summary says so first, and the rows that rest on it are marked."""
+def test_claims_that_rest_on_what_is_not_shown(tmp_path: Path) -> None:
+    """RL that lowers accuracy: the rows that rest on it are marked."""
     records = [made_up(seed) for seed in range(5)]
     for record in records:
         after = {row["stage"]: row for row in record["measurements"] if row["arm"] == "ntp"
                  and row["metric"] == "greedy_all" and row["step"] is None}  # fmt: skip
         after["rl"]["value"] = after["dpo"]["value"] - random.Random(record["seed"]).gauss(0.05, 0.01)
-    results = read_results([write(tmp_path / "lab", *records)])
-    findings = judge_all(results)
-    assert "RL itself raises accuracy: above the model before it: -" in checks_sentence(findings)
-    assert checks_sentence(findings) in summary(results, findings)
-    (row,) = [row for row in make_tables(results, findings)[0].rows if row[0] == "ReMiT is above SFT-guided"]
-    assert row[-1].endswith("; supposes what is not shown")
+    results = read([write(tmp_path / "lab", *records)])
+    rows = {row[0]: row[-1] for table in make_tables(results, judge_all(results))[:3] for row in table.rows}
+    assert rows["RL itself raises accuracy: above the model before it"] == "no, the other way round"
+    assert rows["ReMiT is above SFT-guided"] == "reproduced *; rests on what is not shown"
+    assert rows["ReMiT is above RHO-1"] == "reproduced *"
 
 
-def test_arms_that_no_claim_is_about(lab: Path) -> None:
-    """By hand from the files: which arms have an interval beside NTP's."""
-    results = read_results([lab])
-    sentence = others_sentence(results)
-    for arm, name in (("kd", "KD"), ("rho1", "RHO-1"), ("no-clip", "ReMiT, no clip"), ("remit2", "ReMiT²")):
-        gains = [
-            100 * (results.get(arm, "mid", "greedy_all")[s] - results.get("ntp", "mid", "greedy_all")[s])
-            for s in results.seeds
-        ]
-        low, high = stats.t.interval(0.95, 4, np.mean(gains), stats.sem(gains))
-        assert (f"{name} {np.mean(gains):+.1f} ({low:+.1f} to {high:+.1f})" in sentence) == (low * high > 0)
-    assert "ReMiT +" not in sentence
-    assert "standard deviation of" in power_sentence(results)
-    assert sft_sentence(judge_all(results))
+def test_differences_are_paired(lab: Path) -> None:
+    """A cell of each table from the seeds' values by hand."""
+    results = read([lab])
+    tables = {table.title: table for table in make_tables(results, judge_all(results))}
+    kd, ntp = (np.array(list(results.get(arm, "mid", "greedy_all").values())) for arm in ("kd", "ntp"))
+    for title, values, sign in (("After mid-training", kd, ""), ("Differences from NTP", kd - ntp, "+")):
+        low, high = stats.t.interval(0.95, 4, np.mean(100 * values), stats.sem(100 * values))
+        (row,) = [row for row in tables[title].rows if row[0] == "KD"]
+        expected = f"{np.mean(100 * values):{sign}.1f} ± {(high - low) / 2:.1f}"
+        assert row[tables[title].columns.index("both, %")] == expected
+    assert cell("loss_notes", {1: 0.5}, signed=True) == "+0.5000"
+    assert cell("loss_notes", {}) == "–"
 
 
 def test_seed_by_seed(lab: Path) -> None:
-    results = read_results([lab])
+    results = read([lab])
     (table,) = [table for table in make_tables(results, judge_all(results)) if table.title == "Seed by seed"]
     (row,) = [row for row in table.rows if row[:2] == ["ReMiT", "RL"]]
     assert row[2:] == [f"{100 * results.get('remit', 'rl', 'greedy_all')[seed]:.1f}" for seed in results.seeds]
 
 
 def test_one_seed_claims_nothing(tmp_path: Path) -> None:
-    results = read_results([write(tmp_path / "lab", made_up(3, better=0.4))])
+    results = read([write(tmp_path / "lab", made_up(3, better=0.4))])
     findings = judge_all(results)
     assert {finding.verdict for finding in findings} == {ONE_SEED}
     assert not any(finding.survives for finding in findings)
     text = to_markdown(results, findings)
     assert "One seed has no interval" in text
-    assert "0 are reproduced, 0 contradicted" in text
+    assert "The 18 claims of the paper: 18 not decided (one seed)." in text
     assert "±" not in text.split("## After mid-training")[1].split("## Set-up")[0].replace("± half", "")
-    assert all(low is None for plot in make_plots(results) for series in plot.series for low in series.low)
+    bars = [bar for plot in make_plots(results) for trace in plot.figure.data for bar in (trace.error_x, trace.error_y)]
+    assert not any(length for bar in bars for length in bar.array or ())
+    assert not any(trace.fill for plot in make_plots(results) for trace in plot.figure.data)
 
 
 def test_missing_arms_and_no_numbers(tmp_path: Path) -> None:
@@ -355,40 +341,52 @@ def test_missing_arms_and_no_numbers(tmp_path: Path) -> None:
     for row in records[2]["measurements"]:
         if (row["arm"], row["stage"], row["metric"], row["step"]) == ("remit", "mid", "greedy_all", None):
             row["value"] = math.nan
-    results = read_results([write(tmp_path / "lab", *records)])
-    assert results.left_out == ["seed 2, remit, mid, greedy_all: nan, no number"]
+    results = read([write(tmp_path / "lab", *records)])
+    assert results.left_out == ["seed 2, remit, mid, greedy_all: the value is nan, not a finite number"]
     findings = {finding.claim.text: finding for finding in judge_all(results)}
     assert findings["ReMiT² is above ReMiT"].verdict == MISSING
-    assert "| 3 of 3; not of seed 2 |" in to_markdown(results, list(findings.values()))
+    assert "| 3 of 3; without seed 2 |" in to_markdown(results, list(findings.values()))
     assert list(findings["ReMiT is above NTP after mid-training"].values) == [0, 1, 3]
     text = to_markdown(results, list(findings.values()))
-    assert "seed 2, remit, mid, greedy\\_all" in text or "seed 2, remit, mid, greedy_all: nan" in text
-    assert re.search(r"ReMiT² is above ReMiT; [^|]* \| above, by a figure \| – \| – \| not measured", text)
-    assert "nan" not in text.replace("greedy_all: nan", "")
+    assert text.endswith("\n## Left out\n\n- seed 2, remit, mid, greedy_all: the value is nan, not a finite number\n")
+    assert re.search(r"ReMiT² is above ReMiT; [^|]* \| above \(shown in a figure\) \| – \| – \| not measured", text)
+    assert text.count("nan") == 1
 
 
 def test_nothing_but_ntp(tmp_path: Path) -> None:
     record = made_up(0)
     record["measurements"] = [row for row in record["measurements"] if row["arm"] == "ntp" and row["step"] is None]
-    results = read_results([write(tmp_path / "lab", record)])
-    text = to_markdown(results, judge_all(results))
-    assert "whether a gain is due to post-training cannot be told" in text
-    assert to_html(results, judge_all(results))
+    results = read([write(tmp_path / "lab", record)])
+    assert lead(results, judge_all(results))[0].endswith("The 18 claims of the paper: 18 not measured.")
+    assert "Difference in accuracy" not in to_page(results, judge_all(results))
 
 
 def changed(seed: int, **values: Any) -> dict[str, Any]:
     return made_up(seed) | values
 
 
+def spoil_table(lab: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    file = lab / "results.parquet"
+    pq.write_table(change(pq.read_table(file)), file)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda lab: write(lab, changed(1, size="small")), "its size differs"),
-        (lambda lab: write(lab, changed(1, recipe={"layers": 4})), "its recipe differs"),
-        (lambda lab: (lab / "results" / "seed-1.json").write_text("{"), "damaged"),
-        (lambda lab: write(lab, changed(1, measurements=[entry("ntp", "mid", "x", "0.5")])), "value is '0.5'"),  # type: ignore[arg-type]
-        (lambda lab: write(lab, changed(1, measurements=[{"arm": "ntp"}])), "damaged"),
-        (lambda lab: (lab / "results" / "seed-01.json").write_text(json.dumps(made_up(1))), "is there twice"),
+        (lambda lab: write(lab, changed(1, size="small")), "the size of seed 1 differs"),
+        (lambda lab: write(lab, changed(1, recipe={"layers": 4})), "the recipe of seed 1 differs"),
+        (lambda lab: (lab / "results.parquet").write_bytes(b"PAR1"), "damaged"),
+        (lambda lab: (lab / "results.parquet").unlink(), "is missing, expected a folder of make lab"),
+        (
+            lambda lab: spoil_table(lab, lambda table: table.drop_columns(["step"])),
+            "damaged (columns pyarrow.Field<seed",
+        ),
+        (lambda lab: spoil_table(lab, lambda table: table.cast(table.schema.remove_metadata())), "damaged"),
+        (
+            lambda lab: spoil_table(lab, lambda table: table.replace_schema_metadata({"seeds": "[]"})),
+            "damaged (metadata of a seed",
+        ),
+        (lambda lab: write(lab.parent / "other", made_up(1)), "seed 1 is in another folder too"),
     ],
 )
 def test_results_of_no_use(
@@ -396,64 +394,99 @@ def test_results_of_no_use(
 ) -> None:
     spoil(lab)
     with pytest.raises(SystemExit) as exit_:
-        main([str(lab)])
-    error = capsys.readouterr().err
-    assert exit_.value.code == 1
+        main([str(folder) for folder in sorted(lab.parent.iterdir())])
+    error = str(exit_.value.code)  # a text: printed to stderr, with exit code 1
     assert message in error
-    assert error.count("\n") == 1
-
-
-def test_no_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        main([str(tmp_path)])
-    assert exit_.value.code == 1
-    assert "no results/seed-N.json" in capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "\n" not in error
+    assert not list(lab.glob("report*"))
 
 
 def test_seeds_of_several_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = write(tmp_path / "one", made_up(0), made_up(1))
     other = write(tmp_path / "other", made_up(2))
     main([str(one), str(other), "--html", str(tmp_path / "x.html")])
-    assert capsys.readouterr().out.startswith("3 seeds at size full. Of 18 claims of the paper")
+    assert capsys.readouterr().out.startswith("3 seeds at size full. The 18 claims of the paper: ")
     assert (one / "report.md").read_text(encoding="utf-8").count("| 3 of 3 |") >= 2
     assert (tmp_path / "x.html").exists()
+    assert sorted(path.name for path in one.iterdir()) == ["report.md", "results.parquet"]
+
+
+def test_a_summary_by_hand_stays(lab: Path) -> None:
+    report = lab / "report.md"
+    main([str(lab)])
+    first = report.read_text(encoding="utf-8")
+    assert MARK not in first
+    report.write_text(f"# By hand\n\nIn short.\n\n{MARK}\n\nold\n", encoding="utf-8")
+    for _ in range(2):
+        main([str(lab)])
+        tables = first[first.index("## The paper's claims") :]
+        assert report.read_text(encoding="utf-8") == f"# By hand\n\nIn short.\n\n{MARK}\n\n{tables}"
 
 
 def test_committed_report_is_that_of_its_results(tmp_path: Path) -> None:
-    results = read_results([COMMITTED])
+    """Its tables are what the command writes; each number of the summary by hand is in them."""
+    results = read([COMMITTED])
     assert (results.seeds, results.size, len(results.code)) == ([1, 2, 3, 4, 5], "full", 1)
     assert results.recipe == json.loads(json.dumps(asdict(RECIPES["full"])))
-    main([str(COMMITTED), "--html", str(tmp_path / "report.html"), "--markdown", str(tmp_path / "report.md")])
-    assert (tmp_path / "report.md").read_text(encoding="utf-8") == (COMMITTED / "report.md").read_text(encoding="utf-8")
+    committed = (COMMITTED / "report.md").read_text(encoding="utf-8")
+    summary, _, tables = committed.partition(MARK)
+    findings = judge_all(results)
+    assert to_markdown(results, findings, summary) == committed
+    assert "3 reproduced, 2 contradicted, 13 not decided." in lead(results, findings)[0]
+    assert "3 are reproduced, 2 are contradicted and 13" in summary
+    page = (COMMITTED.parent / "lab.md").read_text(encoding="utf-8")
+    for text in (summary, page[page.index("In short") : page.index("The rules for the claims")]):
+        numbers = re.findall(r"[-+][\d.]+ \([-+][\d.]+ to [-+][\d.]+\)|[-+][\d.]+ ± [\d.]+\d", text)
+        assert len(numbers) > 5
+        assert not [number for number in numbers if number not in tables]
+    rl = estimate(list(difference(("ntp", "rl"), ("ntp", "dpo"), "sampled_all")(results).values()))
+    assert f"the paired interval is {rl.low:.1f} to {rl.high:.1f} points" in " ".join(page.split())
+    assert set(PICTURES) <= {plot.title for plot in make_plots(results)}
+    assert set(PICTURES.values()) == {file.name for file in COMMITTED.glob("*.png")}
 
 
 def test_markdown_tables_are_whole(lab: Path) -> None:
-    results = read_results([lab])
+    results = read([lab])
     text = to_markdown(results, judge_all(results))
     for block in re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE):
         widths = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}
         assert len(widths) == 1, block
     assert len(re.findall(r"^## ", text, re.MULTILINE)) == 11
-    assert summary(results, judge_all(results))[0] in text
+    assert lead(results, judge_all(results))[0] in text
 
 
-@pytest.mark.parametrize("width", [1400, 400])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_page_in_a_browser(tmp_path: Path, lab: Path, browser: Browser, width: int, scheme: str) -> None:
+# texts of a plot that its picture, or the picture's box in the page, cuts off
+CUT = """() => [...document.querySelectorAll('.plotly-graph-div')].flatMap((plot) => {
+  const box = plot.getBoundingClientRect();
+  return [...plot.querySelectorAll('text')].filter((text) => {
+    const own = text.getBoundingClientRect();
+    return own.width && (own.left < box.left - 1 || own.right > box.right + 1 || own.top < box.top - 1 || own.bottom > box.bottom + 1);
+  }).map((text) => text.textContent);
+})"""
+
+
+@pytest.mark.parametrize(
+    ("width", "scheme", "ink"), [(1280, "light", "rgb(29, 35, 41)"), (400, "dark", "rgb(230, 233, 236)")]
+)
+def test_page_in_a_browser(tmp_path: Path, lab: Path, browser: Browser, width: int, scheme: Any, ink: str) -> None:
     main([str(lab)])
-    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)  # type: ignore[arg-type]
-    problems: list[str] = []
-    page.on("console", lambda message: problems.append(message.text) if message.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("request", lambda request: problems.append(request.url) if not request.url.startswith("file:") else None)
-    page.goto((lab / "report.html").as_uri())
-    page.wait_for_function("document.querySelectorAll('.plot .main-svg').length >= 9")
-    assert not problems
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    marks = page.evaluate("document.querySelector('.plot').data.map((trace) => trace.x.length)")
-    assert marks == [5 * 9, 9]  # the seeds of nine arms beside NTP, and their means
-    ends = page.evaluate("document.querySelector('.plot').data[1].error_x.array")
-    results = read_results([lab])
-    pairs = paired(results.get("remit", "mid", "greedy_all"), results.get("ntp", "mid", "greedy_all"))
-    assert ends[0] == pytest.approx(100 * (estimate(list(pairs.values())).half_width or 0), rel=1e-3)
-    page.close()
+    with open_page(browser, lab / "report.html", width, scheme) as opened:
+        page = opened.page
+        page.wait_for_function("document.querySelectorAll('.plots .main-svg').length >= 9")
+        assert not opened.problems
+        assert not opened.requests
+        assert opened.overflow <= 0
+        assert page.locator(".modebar").count() == 0 or not page.locator(".modebar").first.is_visible()
+        assert page.evaluate(CUT) == []
+        colors = "[...document.querySelectorAll('.plots .xtick text')].map((text) => getComputedStyle(text).fill)"
+        assert set(page.evaluate(colors)) == {ink}
+        data = "document.querySelector('.plotly-graph-div').data"
+        # the seeds of nine arms minus NTP, and their means
+        assert page.evaluate(f"{data}.map((trace) => trace.x.length)") == [5 * 9, 9]
+        results = read([lab])
+        pairs = paired(results.get("remit", "mid", "greedy_all"), results.get("ntp", "mid", "greedy_all"))
+        values = 100 * np.array(list(pairs.values()))
+        half = stats.t.ppf(0.975, 4) * stats.sem(values)
+        assert page.evaluate(f"{data}[1].error_x.array")[0] == pytest.approx(half, rel=1e-9)
+        assert page.evaluate(f"{data}[1].x")[0] == pytest.approx(values.mean(), rel=1e-9)

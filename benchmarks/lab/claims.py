@@ -1,16 +1,18 @@
 """What the paper claims, as quantities that the laboratory measures, and what is found of each.
 
 Every quantity is one number per seed and is positive, or above `null`, where the claim holds. The rule of the verdict
-is fixed here, before any run: greedy accuracy over both levels, a paired 95 % interval over seeds, nothing else.
+was fixed before any run: greedy accuracy over both levels, a paired 95 % interval over seeds, nothing else.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Literal
 
-from pipelines.lab.report.data import Results
-from pipelines.lab.report.statistics import Estimate, estimate, holm, paired, probability
+from scipy import stats
+
+from benchmarks.lab.results import Results
 
 ACCURACY = "greedy_all"
 Values = dict[int, float]
@@ -19,11 +21,54 @@ REPRODUCED, CONTRADICTED, UNDECIDED, MISSING = "reproduced", "contradicted", "no
 PREMISE = "not tested, premise not shown"
 COLLAPSED = 1e-3  # of the norm with the clip: a norm below that counts as this, so that zero has a logarithm
 ONE_SEED = "not decided (one seed)"
-WORDS: dict[Kind, dict[str, str]] = {
-    "paper": {},
-    "control": {REPRODUCED: "yes", CONTRADICTED: "no, the other way round"},
-    "check": {REPRODUCED: "yes", CONTRADICTED: "no, the other way round"},
-}
+VERDICTS = (REPRODUCED, CONTRADICTED, UNDECIDED, ONE_SEED, PREMISE, MISSING)
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds with its interval and the two-sided p of a t-test that the mean is the null.
+
+    low, high, p are None with one seed, and where all values are equal: that says that they were measured too coarsely
+    or are copies, not that they are certain. The interval supposes values that are about normal.
+    """
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+
+    @property
+    def half_width(self) -> float | None:
+        return None if self.low is None or self.high is None else (self.high - self.low) / 2
+
+
+def estimate(values: Sequence[float], null: float = 0.0) -> Estimate:
+    """ValueError for no values, or values that are not finite."""
+    if not values or not all(math.isfinite(value) for value in values):
+        raise ValueError(f"values {list(values)!r}, expected finite numbers, at least one")
+    if len(values) == 1 or math.isclose(min(values), max(values), rel_tol=1e-12, abs_tol=1e-15):
+        return Estimate(fmean(values))
+    test = stats.ttest_1samp(values, null)
+    low, high = test.confidence_interval(CONFIDENCE)
+    return Estimate(fmean(values), float(low), float(high), float(test.pvalue))
+
+
+def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> dict[int, float]:
+    """Ours minus theirs by seed, of the seeds that have both."""
+    return {seed: ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())}
+
+
+def holm(probabilities: Sequence[float | None], level: float = 1 - CONFIDENCE) -> list[bool]:
+    """Which tests still reject when the chance of any wrong rejection among them is held at `level` (Holm's step-down
+    procedure). None never rejects and does not count."""
+    ranked = sorted((p, index) for index, p in enumerate(probabilities) if p is not None)
+    rejects = [False] * len(probabilities)
+    for place, (p, index) in enumerate(ranked):
+        if p > level / (len(ranked) - place):
+            break
+        rejects[index] = True
+    return rejects
 
 
 @dataclass(frozen=True)
@@ -40,20 +85,19 @@ class Claim:
     figure: float | None = None
     """The paper's, where it compares with the quantity."""
     premise: Callable[[Results], Values] | None = None
-    """What the claim supposes: without an interval above zero it is not tested."""
+    """What the claim takes for granted: it is not tested unless the interval of this lies above zero."""
     rests_on: str = ""
-    """Text of another claim or check, without which this one says little; the table notes where that is not shown."""
+    """Text of another claim or check without which this one says little; the table says where that is not shown."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """agree: seeds whose value is on the claimed side. p: two-sided. survives: Holm's correction over what `is_counted`."""
+    """agree: seeds whose value is on the claimed side. survives: Holm's correction over all that `is_counted`."""
 
     claim: Claim
     values: Values
     estimate: Estimate | None
     agree: int
-    p: float | None
     verdict: str
     survives: bool = False
 
@@ -146,37 +190,37 @@ CLAIMS: tuple[Claim, ...] = (
     Claim("KD is above ReMiT right after mid-training", "29.78 and 27.56; 38.67 and 38.58",
           difference(("kd", MID), ("remit", MID))),
     Claim("KD's lead over ReMiT is smaller after SFT", "from 2.22 to 0.54", lost_lead,
-          premise=difference(("kd", MID), ("remit", MID)), note="supposes that KD has a lead"),
+          premise=difference(("kd", MID), ("remit", MID)), note="assumes that KD has a lead"),
     Claim("ReMiT is above KD after DPO", "30.87 and 29.37", difference(("remit", DPO), ("kd", DPO))),
     Claim("ReMiT is above KD after RL", "32.92 and 31.00", difference(("remit", RL), ("kd", RL))),
     Claim("ReMiT is above NTP after SFT", "30.02 and 27.45", difference(("remit", SFT), ("ntp", SFT))),
     Claim("ReMiT is above NTP after DPO", "30.87 and 29.43", difference(("remit", DPO), ("ntp", DPO))),
     Claim("ReMiT is above NTP after RL", "32.92 and 29.57", difference(("remit", RL), ("ntp", RL))),
-    Claim("ReMiT² is above ReMiT", "above, by a figure", difference(("remit2", MID), ("remit", MID)),
-          rests_on="ReMiT is above NTP after RL", note="supposes that its reference, the ReMiT arm after RL, is the better one"),
-    Claim("A reference of 10 % of the RL steps is above NTP", "above, by a figure",
+    Claim("ReMiT² is above ReMiT", "above (shown in a figure)", difference(("remit2", MID), ("remit", MID)),
+          rests_on="ReMiT is above NTP after RL", note="assumes that its reference, the ReMiT arm after RL, is the better one"),
+    Claim("A reference of 10 % of the RL steps is above NTP", "above (shown in a figure)",
           difference(("remit-rl10", MID), ("ntp", MID)), rests_on=LENGTH_HELPS,
-          note="says something of RL where that reference is weaker than the full one"),
-    Claim("The full reference is above the one of 10 %", "above, by a figure",
+          note="says something about RL only if that reference is weaker than the full one"),
+    Claim("The full reference is above the one of 10 %", "above (shown in a figure)",
           difference(("remit", MID), ("remit-rl10", MID)), rests_on=LENGTH_HELPS),
-    Claim("Without the clip the gradient norm collapses", "collapses, by a figure", collapsed_norm, "ratio", math.log(2),
-          note="taken as: the norm with the clip is over twice that without, in the last quarter of the steps; contradicted "
-          "says that a ratio of 2 is excluded"),
+    Claim("Without the clip the gradient norm collapses", "collapses (shown in a figure)", collapsed_norm, "ratio", math.log(2),
+          note="taken to mean that in the last quarter of the steps the norm with the clip is more than twice the norm without; "
+          "contradicted means that a ratio of 2 is excluded"),
     Claim("ReMiT needs fewer tokens to the accuracy of NTP", "about 6 times fewer", tokens_saved(ACCURACY, True), "ratio",
-          figure=6.0, note="steps of NTP / steps of ReMiT to the lower of the two ends, which is that of NTP where ReMiT is ahead; so it is "
-          "above 1 where ReMiT ends ahead, and no second test"),
+          figure=6.0, note="steps of NTP / steps of ReMiT until the lower of the two final accuracies is first reached; "
+          "the ratio is above 1 where ReMiT ends ahead, so this is not a second, independent test"),
     Claim("KD is nearer to the reference than ReMiT", "KD low, ReMiT moderate",
           difference(("remit", MID), ("kd", MID), "kl_reference"), "nats",
-          note="by construction: the loss of KD holds this divergence"),
+          note="true by construction, since the loss of KD contains this divergence"),
     Claim("ReMiT is nearer to the reference than NTP", "KD low, ReMiT moderate",
           difference(("ntp", MID), ("remit", MID), "kl_reference"), "nats",
-          note="the reference descends from the very NTP run that it is compared with, which favours NTP"),
+          note="the reference was trained from the very NTP model that it is compared with, which favours NTP"),
     Claim("A post-trained reference is better than a plain one: ReMiT is above NTP-guided", "not in the paper",
           difference(("remit", MID), ("ntp-guided", MID)), kind="control"),
     Claim("Any later model helps: NTP-guided is above NTP", "not in the paper",
           difference(("ntp-guided", MID), ("ntp", MID)), kind="control"),
     Claim("ReMiT needs fewer tokens to the loss of NTP on right solutions", "not in the paper",
-          tokens_saved("loss_solutions", False), "ratio", kind="control", note="as for accuracy, above"),
+          tokens_saved("loss_solutions", False), "ratio", kind="control", note="measured as for accuracy, above"),
     Claim("Mid-training raises accuracy: NTP above the pre-trained model", "",
           difference(("ntp", MID), ("base", "pretrained")), kind="check"),
     Claim("The reference is above the model that it was made from", "",
@@ -191,9 +235,9 @@ def judge(claim: Claim, results: Results) -> Finding:
     """The finding of one claim, before any correction for how many there are."""
     values = claim.values(results)
     if not values:
-        return Finding(claim, {}, None, 0, None, MISSING)
+        return Finding(claim, {}, None, 0, MISSING)
     numbers = list(values.values())
-    found = estimate(numbers)
+    found = estimate(numbers, claim.null)
     agree = sum(value > claim.null for value in numbers)
     verdict = ONE_SEED if len(numbers) == 1 else UNDECIDED
     if found.low is not None and found.high is not None:
@@ -202,24 +246,21 @@ def judge(claim: Claim, results: Results) -> Finding:
         elif found.high < claim.null:
             verdict = CONTRADICTED
     if claim.premise is not None and len(numbers) > 1:
-        supposed = list(claim.premise(results).values())
-        low = estimate(supposed).low if supposed else None
+        premise = list(claim.premise(results).values())
+        low = estimate(premise).low if premise else None
         if low is None or low <= 0:
-            return Finding(claim, values, found, agree, None, PREMISE)
-    return Finding(claim, values, found, agree, probability(numbers, claim.null), verdict)
+            verdict = PREMISE
+    return Finding(claim, values, found, agree, verdict)
 
 
 def is_counted(finding: Finding) -> bool:
-    """Whether the finding is a test that chance decides where nothing has any effect: checks of the set-up are no claims,
-    and where the null is not "no effect", having none is itself decided."""
-    return finding.p is not None and finding.claim.kind != "check" and finding.claim.null == 0
+    """Whether Holm's correction counts the finding: it was tested, it is a claim and not a check of the set-up, and its
+    null is "no effect" (a null of another size is decided where there is none)."""
+    is_tested = finding.estimate is not None and finding.estimate.p is not None and finding.verdict != PREMISE
+    return is_tested and finding.claim.kind != "check" and finding.claim.null == 0
 
 
 def judge_all(results: Results, claims: Sequence[Claim] = CLAIMS) -> list[Finding]:
-    """All findings; Holm's correction is over those that are `counted`."""
     findings = [judge(claim, results) for claim in claims]
-    counted = [finding.p if is_counted(finding) else None for finding in findings]
-    return [
-        Finding(**{**vars(finding), "survives": survives})
-        for finding, survives in zip(findings, holm(counted), strict=True)
-    ]
+    counted = [finding.estimate.p if finding.estimate and is_counted(finding) else None for finding in findings]
+    return [replace(finding, survives=survives) for finding, survives in zip(findings, holm(counted), strict=True)]

@@ -1,0 +1,1 @@
+"""The laboratory: the paper's comparisons on tiny models. docs/lab.md says what is compared and how."""
