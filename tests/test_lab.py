@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-
 from pipelines.flywheel.stage import Input, Stage, check_graph
-from pipelines.lab import measure, results
-from pipelines.lab.data import corpora, heldout_data, post_training_data, write_start, write_tokenizer
-from pipelines.lab.documents import CURATED, LARGEST, LEVELS, MIDTRAINING, PRETRAINING, mixed, problem, problems
-from pipelines.lab.graph import ARMS, Seed
-from pipelines.lab.measure import MeasureConfig, accuracies, first_of_each, mean_kl, solution_rows, solve, text_loss
-from pipelines.lab.recipe import RECIPES
+
+from benchmarks.lab import measure, results
+from benchmarks.lab.data import corpora, heldout_data, post_training_data, write_start, write_tokenizer
+from benchmarks.lab.documents import CURATED, LARGEST, LEVELS, MIDTRAINING, PRETRAINING, mixed, problem, problems
+from benchmarks.lab.graph import ARMS, Seed
+from benchmarks.lab.measure import MeasureConfig, accuracies, first_of_each, mean_kl, solution_rows, solve, text_loss
+from benchmarks.lab.recipe import RECIPES
 
 STEP = re.compile(r"(-?\d+)([+*-])(\d+)=(-?\d+)")
 CHANGE = [
@@ -311,7 +311,7 @@ def test_curve_is_a_mean_over_steps() -> None:
 
 
 def lab(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "pipelines.lab", *words], capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-m", "benchmarks.lab", *words], capture_output=True, text=True)
 
 
 def check_results(out: Path, size: Any) -> dict[str, Any]:
@@ -376,7 +376,7 @@ def test_a_kill_in_every_stage(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr[-3000:]
     expected = check_results(whole, "tiny")
     rng, left, tries = random.Random(5), dict(expected["seconds"]), 0
-    words = [sys.executable, "-m", "pipelines.lab", "--size", "tiny", "--jobs", "1", "--out", str(out)]
+    words = [sys.executable, "-m", "benchmarks.lab", "--size", "tiny", "--jobs", "1", "--out", str(out)]
 
     def running() -> set[str]:
         text = log.read_text()

@@ -11,10 +11,10 @@ import torch
 import transformers
 from conftest import make_model
 from hub_server import Hub, commit_of
+from pipelines.flywheel.settings import read_config
 from safetensors.torch import load_file
 
 from pipelines.flywheel.loop import make_loop
-from pipelines.flywheel.settings import read_config
 from pipelines.models import LocalModel, resolve_model
 from pipelines.posttrain.__main__ import parse as parse_posttrain
 from pipelines.posttrain.run import Stage, post_train

@@ -80,12 +80,13 @@ def load_on_meta(folder: Path) -> tuple[Any, dict[str, Any]]:
 
     quiet_libraries()
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True,
             trust_remote_code=False,
         )  # fmt: skip
     except Exception as error:  # transformers and safetensors raise all kinds
         raise ValueError(f"{folder}: transformers cannot make a model of it ({_line(error)})") from None
+    return loaded
 
 
 def embedding_rows(folder: Path) -> int:

@@ -15,10 +15,10 @@ from pipelines.signals import Stopped, StopRequest
 def run_command(
     name: str, settings: type, run: Callable[[Any, StopRequest], int], description: str | None, graceful: bool = False
 ) -> None:
-    """Entry point of `python -P -m pipelines.NAME`. graceful: `run` asks the StopRequest at safe points."""
+    """Entry point of `python -m benchmarks.NAME`. graceful: `run` asks the StopRequest at safe points."""
     try:
         config: Any = tyro.cli(
-            settings, prog=f"python -P -m pipelines.{name}", description=description, use_underscores=False
+            settings, prog=f"python -m benchmarks.{name}", description=description, use_underscores=False
         )
     except ValueError as error:
         fail(name, BAD_USAGE, str(error))
