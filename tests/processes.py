@@ -76,7 +76,8 @@ class Command:
 
     @property
     def errors(self) -> str:
-        return self.output.with_suffix(".err").read_text().replace("\r", "\n")
+        file = self.output.with_suffix(".err")  # which it makes as it starts
+        return file.read_text().replace("\r", "\n") if file.exists() else ""
 
     @property
     def last_error(self) -> str:

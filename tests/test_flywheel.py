@@ -338,7 +338,7 @@ def test_stages_made_by_other_code_are_counted(tmp_path: Path) -> None:
 
 
 def test_command_that_does_not_exist(tmp_path: Path) -> None:
-    with pytest.raises(StageFailed, match="failed with exit code 127: .*no-such-tool"):
+    with pytest.raises(StageFailed, match=r"failed with exit code 127: .*no-such-tool"):
         run_stages([Stage("a", ("no-such-tool", At("out")))], tmp_path)
 
 

@@ -211,6 +211,9 @@ def test_commands_are_those_of_the_command_line(fake: FakeLoop, tmp_path: Path) 
         )
         assert (config.eval_shards, str(config.out)) == ("<eval_shards>", "<out>")
     assert stages["round-1/train"].launcher == ("env", "torchrun", "--nproc-per-node", "8", "-m")
+    fake.values["train"] = {"epsilon": math.inf}  # .inf in YAML
+    unclipped = {stage.name: stage for stage in make_loop(read_config(fake.write())).stages}["round-1/train"]
+    assert parsed(unclipped).epsilon == math.inf
     evaluate = parsed(stages["round-1/evaluate-posttrained"])
     assert (evaluate.suite, evaluate.allow_code_execution) == ("paper", True)
 
@@ -499,7 +502,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, base: Path) -> dict[st
     """Fingerprints of a loop that was left alone."""
     folder = tmp_path_factory.mktemp("undisturbed")
     fake = FakeLoop(folder, base)
-    command = Command(folder, "flywheel", "--config", fake.file, FAKE=str(folder))
+    command = Command(folder, "flywheel", "--config", fake.file, private=True, FAKE=str(folder))
     assert command.finish(600) == 0, command.errors
     return fake.fingerprints()
 
@@ -513,7 +516,7 @@ def test_kill_in_every_kind_of_stage(fake: FakeLoop, kind: str, victim: str, und
     """
     arguments = ("flywheel", "--config", fake.file)
     gate = fake.hold(kind)
-    first = Command(fake.folder, *arguments, FAKE=str(fake.folder))
+    first = Command(fake.folder, *arguments, private=True, FAKE=str(fake.folder))
     first.until(lambda: kind in fake.starts, 600)
     pid = fake.last_pid()
     if victim != "stage":
@@ -529,7 +532,7 @@ def test_kill_in_every_kind_of_stage(fake: FakeLoop, kind: str, victim: str, und
         assert alive(pid)
     else:
         gate.unlink()
-    again = Command(fake.folder, *arguments, FAKE=str(fake.folder))
+    again = Command(fake.folder, *arguments, private=True, FAKE=str(fake.folder))
     if victim == "driver":
         again.until(lambda: f"goes on as process {pid} " in again.errors, 600)
         assert fake.starts.count(kind) == 1
@@ -551,12 +554,12 @@ def test_a_driver_that_waits_can_be_stopped(fake: FakeLoop) -> None:
     """SIGTERM ends the wait, with exit code 3, and leaves what is waited for alone."""
     arguments = ("flywheel", "--config", fake.file)
     gate = fake.hold("train")
-    first = Command(fake.folder, *arguments, FAKE=str(fake.folder))
+    first = Command(fake.folder, *arguments, private=True, FAKE=str(fake.folder))
     first.until(lambda: "train" in fake.starts, 600)
     pid = fake.last_pid()
     first.signal(signal.SIGKILL)
     first.finish(600)
-    second = Command(fake.folder, *arguments, FAKE=str(fake.folder))
+    second = Command(fake.folder, *arguments, private=True, FAKE=str(fake.folder))
     second.until(lambda: f"process {pid} " in second.errors, 600)
     second.signal(signal.SIGTERM)
     assert second.finish(600) == 3, second.errors
@@ -592,14 +595,14 @@ def test_signal_is_handed_on_and_the_state_survives(fake: FakeLoop) -> None:
     arguments = ("flywheel", "--config", fake.file)
     for kind in ("train", "own"):
         gate = fake.hold(kind)
-        command = Command(fake.folder, *arguments, FAKE=str(fake.folder))
+        command = Command(fake.folder, *arguments, private=True, FAKE=str(fake.folder))
         command.until(lambda kind=kind: kind in fake.starts, 600)
         time.sleep(0.2)
         command.signal(signal.SIGTERM)
         assert command.finish(600) == 3, command.errors
         assert "stopped by SIGTERM; the same command again goes on" in command.last_error
         gate.unlink()
-    command = Command(fake.folder, *arguments, FAKE=str(fake.folder))
+    command = Command(fake.folder, *arguments, private=True, FAKE=str(fake.folder))
     assert command.finish(600) == 0, command.errors
     log = fake.out / fake.overview()["round-0/own"]["log"]
     assert log.read_text().split()[-1] == "2"  # lines in its state: that of the attempt before is there
@@ -631,7 +634,7 @@ def test_a_command_that_leaves_with_0_when_told_to_end_is_not_done(fake: FakeLoo
     fake.values["posttrain"] = [{"command": ["bash", str(fake.folder / "own.sh")], "name": "own"}]
     fake.values |= {"rounds": 0, "evaluate": None}
     fake.write()
-    command = Command(fake.folder, "flywheel", "--config", fake.file, FAKE=str(fake.folder))
+    command = Command(fake.folder, "flywheel", "--config", fake.file, private=True, FAKE=str(fake.folder))
     command.until((fake.folder / "up").exists, 600)
     command.signal(signal.SIGTERM)
     assert command.finish(600) == 3, command.errors
@@ -646,7 +649,7 @@ def test_a_command_that_leaves_with_0_when_told_to_end_is_not_done(fake: FakeLoo
 
 def test_two_drivers(fake: FakeLoop, remit: Remit) -> None:
     gate = fake.hold("train")
-    first = Command(fake.folder, "flywheel", "--config", fake.file, FAKE=str(fake.folder))
+    first = Command(fake.folder, "flywheel", "--config", fake.file, private=True, FAKE=str(fake.folder))
     first.until(lambda: "train" in fake.starts, 600)
     code, _, error = remit("flywheel", "--config", fake.file)
     assert code == 1

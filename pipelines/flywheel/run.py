@@ -72,29 +72,30 @@ def run_stages(
     check_order(stages)
     folder, done = Folder(path), dict[str, Record]()
     with writing(folder.path, note):
-        for stage in stages:
-            watch("reading", stage, {})
-            found = look(stage, folder, done)
-            if found.record is None:
-                if not wait_for_others(folder, stage, should_stop, watch):
-                    break
-                folder.overview(stages, done, running=stage.name)
-                record = make(found, folder, should_stop, watch, stop_seconds)
+        try:
+            for stage in stages:
+                watch("reading", stage, {})
+                found = look(stage, folder, done)
+                if found.change:
+                    assert found.record is not None
+                    raise ValueError(
+                        f"stage {stage.name}: its result was changed since it was made: {found.change}; put it back, or "
+                        f"delete {folder.path / found.record['output']}, and the same command makes it again"
+                    )
+                record, what = found.record, "done before"
                 if record is None:
+                    if not wait_for_others(folder, stage, should_stop, watch):
+                        break
+                    folder.overview(stages, done, running=stage.name)
+                    record, what = make(found, folder, should_stop, watch, stop_seconds), "finished"
+                    if record is None:
+                        break
+                done[stage.name] = record
+                watch(what, stage, record)
+                if should_stop():
                     break
-                watch("finished", stage, record)
-            elif found.change:
-                raise ValueError(
-                    f"stage {stage.name}: its result was changed since it was made: {found.change}; put it back, or delete "
-                    f"{folder.path / found.record['output']}, and the same command makes it again"
-                )
-            else:
-                record = found.record
-                watch("done before", stage, record)
-            done[stage.name] = record
-            if should_stop():
-                break
-        folder.overview(stages, done)
+        finally:
+            folder.overview(stages, done)
     return Outcome(len(done) == len(stages), done, folder)
 
 
