@@ -176,7 +176,6 @@ def test_commands_are_those_of_the_command_line(fake: FakeLoop, tmp_path: Path) 
             "compile": False,
             "beta1": 0.5,
             "micro_batch_size": 2,
-            "max_grad_norm": math.inf,
         },
         "evaluate": {"suite": "paper", "allow_code_execution": True},
     }

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pipelines.flywheel.stages import Stage, change_of, check_order, remit_version, stage_key
+from pipelines.flywheel.stages import (
+    At,
+    Stage,
+    Word,
+    change_of,
+    check_order,
+    identity,
+    remit_version,
+    stage_key,
+    stamps,
+)
 from shards.part import encode_json, sha256_file
 from shards.store import LocalStore
 
@@ -199,3 +210,50 @@ class Attempts:
             began = line.get("began", began)
         first = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(lines[0]["began"]))
         return {"started": first, "seconds": round(seconds, 3), "attempts": sum("began" in line for line in lines)}
+
+
+def record_of(found: Look, folder: Folder, output: Path, attempts: Attempts) -> Record:
+    """Write and return the record of a stage whose result stands in `output`."""
+    stage, key = found.stage, found.key
+    assert key is not None
+    result = output / stage.result if stage.result else output
+    words = words_of(folder, found, output, (*stage.words, *stage.environment.values()))
+    record: Record = {
+        "format": FORMAT,
+        "name": stage.name,
+        "key": key,
+        "command": [folder.relative(word) for word in words[: len(stage.words)]],
+        "environment": dict(zip(stage.environment, map(folder.relative, words[len(stage.words) :]))),
+        "inputs": {
+            name: {
+                "path": folder.relative(path),
+                "fingerprint": value,
+                "stage": source.name if isinstance(source := stage.inputs[name], Stage) else None,
+            }
+            for name, (path, value) in found.inputs.items()
+        },
+        "seed": stage.seed,
+        "settings": dict(stage.settings),
+        **attempts.facts(),
+        "output": folder.relative(output),
+        "result": folder.relative(result),
+        "stamps": stamps(result),
+        "fingerprint": identity(result),
+        "log": folder.relative(attempts.log),
+        "versions": versions(),
+        "code": code_fingerprint(),
+    }
+    folder.write(f"records/{key}.json", record)
+    attempts.file.unlink(missing_ok=True)
+    shutil.rmtree(folder.place("state", stage, key), ignore_errors=True)
+    return record
+
+
+def words_of(folder: Folder, found: Look, out: Path, words: Sequence[Word]) -> list[str]:
+    """The words of a command with paths in the places of their markers."""
+    assert found.key is not None
+    paths = {name: path for name, (path, _) in found.inputs.items()}
+    paths |= {"out": out, "state": folder.place("state", found.stage, found.key)}
+    if At("state") in words:
+        paths["state"].mkdir(parents=True, exist_ok=True)
+    return [str(paths[word.name] / word.sub) if isinstance(word, At) else word for word in words]

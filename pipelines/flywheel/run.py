@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.console import STOPPED, note
-from pipelines.flywheel.folder import FORMAT, ROOT, Attempts, Folder, Look, Record, code_fingerprint, look, versions
-from pipelines.flywheel.stages import At, Stage, Word, check_order, files_of, identity, stamps
+from pipelines.flywheel.folder import ROOT, Attempts, Folder, Look, Record, look, record_of, words_of
+from pipelines.flywheel.stages import Stage, check_order, files_of
 from shards.lease import _machine, _process_start
 from shards.output_folder import writing
 
@@ -182,53 +182,6 @@ def make(
     except (ValueError, OSError) as error:
         message = f"stage {stage.name}: its command ended well, but its result is refused: {error} (log: {log})"
         raise StageFailed(message, tail) from None
-
-
-def record_of(found: Look, folder: Folder, output: Path, attempts: Attempts) -> Record:
-    """Write and return the record of a stage whose result stands in `output`."""
-    stage, key = found.stage, found.key
-    assert key is not None
-    result = output / stage.result if stage.result else output
-    words = words_of(folder, found, output, (*stage.words, *stage.environment.values()))
-    record: Record = {
-        "format": FORMAT,
-        "name": stage.name,
-        "key": key,
-        "command": [folder.relative(word) for word in words[: len(stage.words)]],
-        "environment": dict(zip(stage.environment, map(folder.relative, words[len(stage.words) :]))),
-        "inputs": {
-            name: {
-                "path": folder.relative(path),
-                "fingerprint": value,
-                "stage": source.name if isinstance(source := stage.inputs[name], Stage) else None,
-            }
-            for name, (path, value) in found.inputs.items()
-        },
-        "seed": stage.seed,
-        "settings": dict(stage.settings),
-        **attempts.facts(),
-        "output": folder.relative(output),
-        "result": folder.relative(result),
-        "stamps": stamps(result),
-        "fingerprint": identity(result),
-        "log": folder.relative(attempts.log),
-        "versions": versions(),
-        "code": code_fingerprint(),
-    }
-    folder.write(f"records/{key}.json", record)
-    attempts.file.unlink(missing_ok=True)
-    shutil.rmtree(folder.place("state", stage, key), ignore_errors=True)
-    return record
-
-
-def words_of(folder: Folder, found: Look, out: Path, words: Sequence[Word]) -> list[str]:
-    """The words of a command with paths in the places of their markers."""
-    assert found.key is not None
-    paths = {name: path for name, (path, _) in found.inputs.items()}
-    paths |= {"out": out, "state": folder.place("state", found.stage, found.key)}
-    if At("state") in words:
-        paths["state"].mkdir(parents=True, exist_ok=True)
-    return [str(paths[word.name] / word.sub) if isinstance(word, At) else word for word in words]
 
 
 def environment_of(stage: Stage) -> dict[str, str]:
