@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,44 @@ def results_of(measured: dict[tuple[str, str], list[float]], metric: str = "gree
     for (arm, stage), values in measured.items():
         results.values[arm, stage, metric] = dict(enumerate(values))
     return results
+
+
+def test_numbers_are_collected_from_the_stages(tmp_path: Path) -> None:
+    """A mid-training, its curve, an RL and both measurements, written by hand as the stages write them."""
+    files = {
+        "mid/evaluation.jsonl": [{"step": 0, "loss": 2.0}, {"step": 40, "loss": 1.5}],
+        "mid/metrics.jsonl": [{"step": step, "grad_norm": float(step), "clipped_low": None} for step in range(1, 41)],
+        "rl/metrics.jsonl": [{"step": 1, "reward": 0.5, "entropy": 3.0, "loss": 9.0}],
+        "measured-mid/measurements.json": [{"greedy_all": 0.25}],
+        "measured-rl/measurements.json": [{"greedy_all": 0.75}],
+        "curve/measurements.json": [{"0": {"greedy_all": 0.0}, "40": {"greedy_all": 0.25}}],
+    }
+    for name, lines in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+    def stages(**names: str) -> dict[tuple[str, str], Any]:
+        return {("ntp", kind): SimpleNamespace(name=f"seed-3/{name}") for kind, name in names.items()}
+
+    seed: Any = SimpleNamespace(
+        seed=3, size="full", recipe=RECIPES["full"], models=stages(mid="mid", rl="rl"),
+        measured=stages(mid="measured-mid", rl="measured-rl"), curves={"ntp": SimpleNamespace(name="seed-3/curve")},
+    )  # fmt: skip
+    outputs = {f"seed-3/{name.partition('/')[0]}": tmp_path / name.partition("/")[0] for name in files}
+    found = lab_results.collect(seed, outputs, {"mid": 1.5}, {"torch": ["2"]}, ["ab"])
+    assert found["recipe"] == asdict(RECIPES["full"])
+    rows = [tuple(row[key] for key in ("arm", "stage", "metric", "step", "value")) for row in found["measurements"]]
+    norms = [row for row in rows if row[2] == "grad_norm"]
+    assert norms == [("ntp", "mid", "grad_norm", 2 * n, 2 * n - 0.5) for n in range(1, 21)]  # means of two steps each
+    assert [row for row in rows if row not in norms] == [
+        ("ntp", "mid", "greedy_all", None, 0.25), ("ntp", "rl", "greedy_all", None, 0.75),
+        ("ntp", "mid", "greedy_all", 0, 0.0), ("ntp", "mid", "greedy_all", 40, 0.25),
+        ("ntp", "mid", "loss_heldout", 0, 2.0), ("ntp", "mid", "loss_heldout", 40, 1.5),
+        ("ntp", "rl", "train_reward", 1, 0.5), ("ntp", "rl", "train_entropy", 1, 3.0),
+    ]  # fmt: skip
+    assert re.search(r"^ntp +rl +- +- +75.0 %", lab_results.table(found), re.MULTILINE)
+    lab_results.write(tmp_path, found)
+    assert read([tmp_path]).curve("ntp", "mid", "loss_heldout") == {3: [(0, 2.0), (40, 1.5)]}
 
 
 def test_results_are_read_by_others(tmp_path: Path) -> None:

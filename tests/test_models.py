@@ -11,9 +11,9 @@ import torch
 import transformers
 from conftest import make_model
 from hub_server import Hub, commit_of
-from pipelines.flywheel.config import read_config
 from safetensors.torch import load_file
 
+from pipelines.flywheel.config import read_config
 from pipelines.flywheel.loop import make_loop
 from pipelines.models import LocalModel, resolve_model
 from pipelines.posttrain.__main__ import parse as parse_posttrain

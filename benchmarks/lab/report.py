@@ -2,8 +2,10 @@
 
     python -m benchmarks.lab.report LAB [LAB ...]
 
-In: LAB/results.parquet of one or several folders of make lab. Out: LAB/report.md and LAB/report.html in the first. A
-summary written by hand stays: in a report.md with MARK in it, only what follows the mark is replaced.
+In: LAB/results.parquet of one or several folders of make lab. Out: LAB/report.md and LAB/report.html in the first.
+
+To keep a summary written by hand, put the line "<!-- What follows is written by python -m benchmarks.lab.report; what
+stands above is kept. -->" below it in report.md: only what follows the line is replaced.
 """
 
 import argparse
