@@ -202,12 +202,7 @@ def test_commands_are_those_of_the_command_line(fake: FakeLoop, tmp_path: Path) 
     assert (plain.objective, plain.context, plain.seed) == ("ntp", "document", 7)
     assert (guided.objective, guided.reference, guided.context, guided.kd_weight) == ("kd", "rl", "auto", 0.25)
     for config in (plain, guided):
-        assert (config.compile, config.beta1, config.micro_batch_size, config.max_grad_norm) == (
-            "off",
-            0.5,
-            2,
-            math.inf,
-        )
+        assert (config.compile, config.beta1, config.micro_batch_size) == ("off", 0.5, 2)
         assert (config.eval_shards, str(config.out)) == ("<eval_shards>", "<out>")
     assert stages["round-1/train"].launcher == ("env", "torchrun", "--nproc-per-node", "8", "-m")
     fake.values["train"] = {"epsilon": math.inf}  # .inf in YAML

@@ -19,6 +19,14 @@ import pytest
 import torch
 import transformers
 
+from benchmarks.lab import measure, results
+from benchmarks.lab.data import corpora, heldout_data, post_training_data, write_start, write_tokenizer
+from benchmarks.lab.documents import CURATED, LARGEST, LEVELS, MIDTRAINING, PRETRAINING, mixed, problem, problems
+from benchmarks.lab.graph import ARMS, Seed
+from benchmarks.lab.measure import MeasureConfig, accuracies, first_of_each, mean_kl, solution_rows, solve, text_loss
+from benchmarks.lab.recipe import RECIPES
+from pipelines.flywheel.stages import At, Stage, check_order
+
 STEP = re.compile(r"(-?\d+)([+*-])(\d+)=(-?\d+)")
 CHANGE = [
     (re.compile(r"(?:buys|finds) (\d+) more|gets (\d+) from a friend|wins (\d+) in a game"), 1),
