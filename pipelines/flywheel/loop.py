@@ -18,7 +18,7 @@ from pipelines.evaluation.task_folder import task_folder_fingerprint
 from pipelines.flywheel.check_model import check_model
 from pipelines.flywheel.config import FlywheelConfig, PostTrain
 from pipelines.flywheel.sections import SECTIONS, is_unkeyed, without_objective, words
-from pipelines.flywheel.stages import At, Given, Stage, Word, digest_of, given, identity
+from pipelines.flywheel.stages import At, Given, Stage, Word, digest_of, files_of, given, identity
 from pipelines.models import resolve_model
 from pipelines.posttrain.rewards import reward_fingerprint, reward_source
 from scorer.formats import text_of_path
@@ -110,7 +110,7 @@ class _Builder:
         self.require_packages()
         packed = self.pack("pack", config.corpus)
         heldout = self.pack("pack-heldout", config.heldout) if config.heldout else None
-        scorer: Stage | Given | None = None if self.reference is None else given(self.reference)
+        scorer: Stage | Given | None = None if self.reference is None else self.given_model(self.reference)
         rounds = []
         for number in range(0 if scorer is None else 1, config.rounds + 1):
             name = f"round-{number}"
@@ -165,6 +165,12 @@ class _Builder:
         )
         return self.stages[-1]
 
+    def given_model(self, folder: Path) -> Given:
+        name = f"{self.config.out.absolute()}#{folder}"
+        return Given(
+            str(folder), lambda: known_identity(name, [str(file) for file in files_of(folder, all_files=True).values()])
+        )
+
     def pack(self, name: str, corpus: tuple[str, ...]) -> Stage:
         key = "heldout" if "heldout" in name else "corpus"
         there = corpus_inputs(key, corpus, self.config)
@@ -183,7 +189,7 @@ class _Builder:
         return self.add("score", name, line, {"shards": packed, "model": model}, self.config.score)
 
     def train(self, name: str, number: int, shards: Stage, heldout: Stage | None) -> Stage:
-        inputs: dict[str, Stage | Given] = {"shards": shards, "model": given(self.base)}
+        inputs: dict[str, Stage | Given] = {"shards": shards, "model": self.given_model(self.base)}
         options = self.config.train
         objective: tuple[Word, ...] = ("--objective", "ntp")
         if number == 0:
@@ -266,14 +272,17 @@ def corpus_inputs(key: str, corpus: tuple[str, ...], config: FlywheelConfig) -> 
             raise BadUsage(f"{key} {error}") from None
         folder = word.partition(":")[0]
         if listing is not None:
-            found[word] = Given(word, partial(corpus_identity, f"{config.out.absolute()}#{key} {word}", listing.files))
+            found[word] = Given(word, partial(known_identity, f"{config.out.absolute()}#{key} {word}", listing.files))
         elif not word.startswith(HUB) and Path(folder).is_dir():  # which `datasets` opens
             found[word] = Given(word, partial(folder_identity, word))
     return found
 
 
-def corpus_identity(name: str, files: list[str]) -> str:
-    """sha256 over the names and contents of the files of a corpus; name: under which known contents are remembered."""
+def known_identity(name: str, files: list[str]) -> str:
+    """sha256 over the names and contents of files, which are read again where they were written since.
+
+    name: under which their contents are remembered, in the user's cache.
+    """
     sources = [Source(text_of_path(file), file) for file in files]
     shared = os.path.dirname(files[0]) if len(files) == 1 else os.path.commonpath(files)
     hashes = hashes_now(name, sources, remembered(name, sources))

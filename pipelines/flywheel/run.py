@@ -107,6 +107,10 @@ def wait_for_others(folder: Folder, stage: Stage, should_stop: Callable[[], bool
     for file in sorted((folder.path / "running").glob("*")):
         machine, _, stat = file.read_text(errors="replace").partition("\n")
         pid, start = int(stat.split(" ", 1)[0] or 0), stat.rpartition(")")[2].split()[19:20]
+        if machine != _machine():
+            note(
+                f"{file.name}: was begun by a driver on another machine, and cannot be seen from here; end it if it still runs"
+            )
         told = False
         while machine == _machine() and start and _process_start(pid) == start[0]:
             if not told:
