@@ -126,6 +126,7 @@ def kill_stage(out: Path) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_kills_in_training_and_scoring(project: Path, whole: Path) -> None:
     """Of the driver while a checkpoint is there, and of the stage too while an engine starts; then the results of a run
     left alone. The training goes on without its driver: the next one waits, and repeats none of it."""
