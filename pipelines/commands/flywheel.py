@@ -4,15 +4,15 @@ import sys
 
 from rich.console import Console
 
-from pipelines.flywheel.settings import FlywheelOptions, read_config
+from pipelines.flywheel.config import FlywheelOptions, read_config
 from pipelines.terminal import DONE, STOPPED, ShouldStop, note, progress_bar
 
 
 def run(config: FlywheelOptions, should_stop: ShouldStop) -> int:
+    from pipelines.flywheel.folder import survey
     from pipelines.flywheel.loop import make_loop
-    from pipelines.flywheel.runner import StageFailed, run_stages
+    from pipelines.flywheel.run import StageFailed, run_stages
     from pipelines.flywheel.show import Progress, show_models, show_plan
-    from pipelines.flywheel.survey import survey
 
     file = read_config(config.config, config.out)
     loop = make_loop(file)
@@ -22,7 +22,7 @@ def run(config: FlywheelOptions, should_stop: ShouldStop) -> int:
         return DONE
     with progress_bar(desc="flywheel", unit=" stages", total=len(loop.stages)) as bar:
         try:
-            outcome = run_stages(loop.stages, file.out, config.jobs, should_stop, Progress(bar, loop.stages))
+            outcome = run_stages(loop.stages, file.out, should_stop, Progress(bar, loop.stages))
         except StageFailed as error:
             bar.close()
             for line in error.log:

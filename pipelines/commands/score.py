@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def run(config: ScoreConfig, should_stop: ShouldStop) -> int:
     from scorer.reference import Reference
     from scorer.score import PartsFailed, score
-        from scorer.telemetry import ScoreProgress
+    from scorer.telemetry import ScoreProgress
 
     quiet_libraries()
     began = monotonic()
