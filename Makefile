@@ -122,7 +122,7 @@ SEEDS ?= 1
 LAB   ?= lab-$(SIZE)
 
 lab: $(VENV)/.installed-dev ## the paper's comparisons on tiny models: SIZE=full|small SEEDS="1 2 3" LAB=folder
-	$(BIN)/python -P -m pipelines.lab --size $(SIZE) --seeds $(SEEDS) --out $(LAB) $(LAB_ARGS)
+	$(BIN)/python -m benchmarks.lab --size $(SIZE) --seeds $(SEEDS) --out $(LAB) $(LAB_ARGS)
 	@test ! -e $(LAB)/results.parquet || $(BIN)/python -m benchmarks.lab.report $(LAB)
 
 verify: install ## check every byte and count of SHARDS

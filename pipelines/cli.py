@@ -8,6 +8,8 @@ import os
 import sys
 import traceback
 from dataclasses import field, make_dataclass
+from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -20,39 +22,35 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 import tyro
 import yaml
 
-from pipelines import commands, completion, tools
-from pipelines.console import BAD_USAGE, FAILED, STOPPED, BadUsage
-from pipelines.evaluation.settings import EvalConfig
-from pipelines.flywheel.settings import FlywheelOptions
-from pipelines.inspect.settings import InspectConfig
-from pipelines.plan.settings import PlanConfig, WeightsConfig, refuse_moved_option
-from pipelines.plan.tables import plan
-from pipelines.plan.weights_tables import weights
-from pipelines.report.compare import CompareConfig
-from pipelines.settings import CompletionConfig, ReportConfig, VerifyConfig
-from pipelines.signals import SignalReceived, StopRequest
-from scorer.config import PackConfig, ScoreConfig, SelectConfig
-from trainer.config import TrainConfig
+from pipelines.terminal import BAD_USAGE, FAILED, STOPPED, BadUsage, SignalReceived, StopRequest
 
-COMMANDS: dict[str, tuple[type, Any]] = {
-    "pack": (PackConfig, commands.pack),
-    "score": (ScoreConfig, commands.score),
-    "select": (SelectConfig, commands.select),
-    "train": (TrainConfig, commands.train),
-    "verify": (VerifyConfig, tools.verify),
-    "inspect": (InspectConfig, tools.inspect),
-    "plan": (PlanConfig, plan),
-    "weights": (WeightsConfig, weights),
-    "report": (ReportConfig, tools.report),
-    "compare": (CompareConfig, tools.compare),
-    "eval": (EvalConfig, tools.evaluate),
-    "flywheel": (FlywheelOptions, commands.flywheel),
-    "completion": (CompletionConfig, completion.print_script),
+# the settings of each command and what runs it; imported when it is asked for, so that a command loads nothing of the others
+COMMANDS = {
+    "pack": ("scorer.config:PackConfig", "pipelines.commands.pack:run"),
+    "score": ("scorer.config:ScoreConfig", "pipelines.commands.score:run"),
+    "select": ("scorer.config:SelectConfig", "pipelines.commands.select:run"),
+    "train": ("trainer.config:TrainConfig", "pipelines.commands.train:run"),
+    "verify": ("pipelines.commands.verify:VerifyConfig", "pipelines.commands.verify:run"),
+    "inspect": ("pipelines.inspect.settings:InspectConfig", "pipelines.commands.inspect:run"),
+    "weights": ("pipelines.plan.settings:WeightsConfig", "pipelines.commands.weights:run"),
+    "plan": ("pipelines.plan.settings:PlanConfig", "pipelines.commands.plan:run"),
+    "compare": ("pipelines.report.compare:CompareConfig", "pipelines.commands.compare:run"),
+    "report": ("pipelines.commands.report:ReportConfig", "pipelines.commands.report:run"),
+    "eval": ("pipelines.evaluation.settings:EvalConfig", "pipelines.commands.eval:run"),
+    "sft": ("pipelines.posttrain.settings:SftConfig", "pipelines.commands.posttrain:sft"),
+    "dpo": ("pipelines.posttrain.settings:DpoConfig", "pipelines.commands.posttrain:dpo"),
+    "rl": ("pipelines.posttrain.settings:RlConfig", "pipelines.commands.posttrain:rl"),
+    "flywheel": ("pipelines.flywheel.config:FlywheelOptions", "pipelines.commands.flywheel:run"),
+    "completion": ("pipelines.commands.completion:CompletionConfig", "pipelines.commands.completion:run"),
 }
+OWN_CONFIG = ("flywheel", "completion")  # the file of the first describes a loop, the second has no file
+# these end what they are at when a signal comes: a step and a checkpoint, the parts in work, the stage that runs
+GRACEFUL = ("pack", "score", "select", "train", "sft", "dpo", "rl", "flywheel")
+MOVED = {"--weights": "remit plan --weights is a command of its own now: remit weights --shards DIR"}
 DESCRIPTION = (
     "ReMiT mid-training without the reference in the training step: pack a corpus, score it once with the reference, "
     "train from the annotated shards. Options may also come from a YAML file, --config run.yaml; options on the "
-    "command line win. remit COMMAND --help explains the options of a command."
+    "command line win. remit COMMAND --help explains the options of a command, remit --version says which remit this is."
 )
 
 
@@ -98,16 +96,28 @@ def with_config_file(settings: type) -> type:
     return changed
 
 
+def find(name: str) -> Any:
+    """What `module:name` of COMMANDS names."""
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(module), attribute)
+
+
 def parse(arguments: list[str]) -> Any:
     """The settings dataclass of the command that `arguments` name; SystemExit(2) for bad usage."""
-    described = {"-h", "--help", "--tyro-print-completion"} & set(arguments)
-    if not described and arguments and arguments[0] in COMMANDS:  # so that errors point to the command's own --help
-        settings = COMMANDS[arguments[0]][0]
-        return tyro.cli(settings, prog=f"remit {arguments[0]}", args=arguments[1:], use_underscores=False)
+    name = arguments[0] if arguments else ""
+    if name in COMMANDS:  # the others are not even imported, and errors point to the command's own --help
+        settings = find(COMMANDS[name][0])
+        if {"-h", "--help"} & set(arguments) and name not in OWN_CONFIG:
+            settings = with_config_file(settings)
+        return tyro.cli(settings, prog=f"remit {name}", args=arguments[1:], use_underscores=False)
+    if name in ("--version", "-V"):
+        print(f"remit {version('remit')}")
+        sys.exit(0)
     union: Any = None
-    for name, (settings, _) in COMMANDS.items():
+    for name, (where, _) in COMMANDS.items():
+        settings = find(where)
         summary = (settings.__doc__ or "").splitlines()[0]
-        if described and settings not in (CompletionConfig, FlywheelOptions):  # that one has a --config of its own
+        if name not in OWN_CONFIG:
             settings = with_config_file(settings)
         entry = Annotated[settings, tyro.conf.subcommand(name, description=summary)]  # type: ignore[valid-type]
         union = entry if union is None else union | entry
@@ -128,7 +138,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no Unicode
     command = arguments[0] if arguments else ""
     try:
-        refuse_moved_option(arguments)
+        for option in set(arguments) & set(MOVED) if command == "plan" else ():
+            raise ValueError(MOVED[option])
         config = parse(expand_config_file(arguments))
     except BrokenPipeError:  # --help | head: what Python has not written yet goes nowhere as it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -136,12 +147,10 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         fail(command, BAD_USAGE, str(error))
 
-    # these end what they are at: a step and a checkpoint, the parts in work, what the stages are at
-    stop = StopRequest(graceful=command in ("pack", "score", "select", "train", "flywheel"))
+    stop = StopRequest(graceful=command in GRACEFUL)
     stop.install()
     try:
-        run = next(run for settings, run in COMMANDS.values() if settings is type(config))
-        code = run(config, stop.requested)
+        code = find(COMMANDS[command][1])(config, stop.requested)
     except SignalReceived:
         code = STOPPED
     except BadUsage as error:

@@ -21,3 +21,18 @@ def write_page(file: Path, page: str) -> None:
 def content_hash(content: str) -> str:
     """Of a script or style element, as a content security policy names it."""
     return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+
+
+def check_page(option: str, file: Path) -> None:
+    """ValueError unless `file` can be written, and is called a page: what it replaces should be one."""
+    check_output_file(option, file)
+    if file.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"{option} is {file}, expected the name of a page, for instance page.html")
+
+
+def check_output_file(option: str, file: Path) -> None:
+    """ValueError unless `file` can be written as far as its place is concerned."""
+    if not file.absolute().parent.is_dir():
+        raise ValueError(f"{option} {file}: its folder does not exist; create it")
+    if file.is_dir():
+        raise ValueError(f"{option} {file}: is a folder, expected a file")

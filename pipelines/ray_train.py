@@ -15,7 +15,7 @@ import ray
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from pipelines.console import note
+from pipelines.terminal import note
 from scorer.cluster import cause, ray_cluster
 from shards.store import absolute
 from trainer.config import TrainConfig

@@ -24,8 +24,8 @@ import tyro
 import zstandard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from pipelines.console import progress_bar, quiet_libraries
 from pipelines.sample_corpus import documents
+from pipelines.terminal import progress_bar, quiet_libraries
 from scorer.cluster import ray_cluster
 from scorer.config import PackConfig
 from scorer.pack import pack

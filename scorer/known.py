@@ -79,6 +79,12 @@ def hashes_now(out: str, sources: Sequence[Source], packed: Sequence[str | None]
     return found
 
 
+def remembered(out: str, sources: Sequence[Source]) -> list[str | None]:
+    """sha256 of each source as it is remembered for `out`, to be confirmed by hashes_now; None where nothing is."""
+    known = _read(out)
+    return [known[source.where][1] if source.where in known else None for source in sources]
+
+
 def _file(out: str) -> Path | None:
     """Where the stamps of a folder's corpus are kept, None for a user without a home."""
     try:

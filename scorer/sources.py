@@ -104,13 +104,8 @@ def find_corpus(corpus: list[str], text_field: str = "text", own: tuple[str, ...
     streamed: list[Source] = []
     ours = {folder if is_remote(folder) else os.path.realpath(folder) for folder in own}
     for entry in corpus:
-        listing = None
-        if is_remote(entry):
-            listing = list_remote(entry, text_field, ours)
-        elif not entry.startswith(HUB):
-            listing = list_local(entry.removeprefix("file://"), text_field, ours)
+        listing = list_remote(entry, text_field, ours) if is_remote(entry) else list_word(entry, text_field, ours)
         if listing is None:
-            _require_dataset(entry)
             streamed += [Source(shard.name, location, shard=shard) for shard, location in find_shards(entry)]
         else:
             listings.append((entry, listing))
@@ -130,9 +125,23 @@ def find_corpus(corpus: list[str], text_field: str = "text", own: tuple[str, ...
     return Corpus(sources, dict(total), f"passed over {total.total():,} in {note}" if left else "")
 
 
+def list_word(entry: str, text_field: str, own: set[str]) -> Listing | None:
+    """The files on this machine that a word of --corpus stands for, unless it is a URL of an object store.
+
+    None for a dataset: NAME[@REVISION][:CONFIG[:SPLIT]] of the hub, which is not asked, or FOLDER:[CONFIG][:SPLIT].
+    own: as of `list_local`. ValueError for a word that is neither.
+    """
+    if not entry.startswith(HUB):
+        listing = list_local(entry.removeprefix("file://"), text_field, own)
+        if listing is not None:
+            return listing
+        _require_dataset(entry)
+    return None
+
+
 def _require_dataset(entry: str) -> None:
     """ValueError where an entry that is neither file nor pattern cannot be a dataset either."""
-    if entry.startswith(HUB) or Path(entry.partition(":")[0]).is_dir():
+    if Path(entry.partition(":")[0]).is_dir():
         return
     # `name` or `user/name` without a file suffix may be a dataset; everything else is a missing file
     if format_of(entry) or entry.startswith((".", "/", "~")) or entry.count("/") > 1:

@@ -41,7 +41,9 @@ def stand_in(command: str, words: list[str]) -> int:
     out = Path(options.pop("--out")[0])
     for unkeyed in ("--checkpoint-every", "--tokenizer"):
         options.pop(unkeyed, None)
-    seen = json.dumps([[k, [content(Path(v)) if os.path.exists(v) else v for v in vs]] for k, vs in options.items()])
+    seen = json.dumps(
+        [[k, [content(Path(v)) if os.path.exists(v) else v for v in vs]] for k, vs in sorted(options.items())]
+    )
     out.mkdir(parents=True, exist_ok=True)
     progress = out / "progress.txt"
     while True:  # as a real stage goes on where its checkpoints end

@@ -21,7 +21,7 @@ import pyarrow as pa
 import ray
 
 MODULES = [
-    "scorer.score", "scorer.pack", "trainer.train", "pipelines.cli", "pipelines.commands", "datasets", "transformers",
+    "scorer.score", "scorer.pack", "trainer.train", "pipelines.cli", "pipelines.commands.score", "pipelines.commands.train", "datasets", "transformers",
     "torch", "transformers.models.llama.modeling_llama", "transformers.models.olmo2.modeling_olmo2",
 ]  # fmt: skip
 FORKS: Any = multiprocessing.get_context("forkserver")
@@ -78,7 +78,8 @@ class Command:
 
     @property
     def errors(self) -> str:
-        return self.output.with_suffix(".err").read_text().replace("\r", "\n")
+        file = self.output.with_suffix(".err")  # which it makes as it starts
+        return file.read_text().replace("\r", "\n") if file.exists() else ""
 
     @property
     def last_error(self) -> str:
@@ -189,3 +190,17 @@ def token_of_one_row(folder: Path, parts: range, length: int = 40) -> tuple[int,
         if len(rows) == 1 and rows[0][0] in parts and rows[0][2] >= length:
             return token, rows[0][0], rows[0][1]
     raise AssertionError("no token is in one row only")
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def until(condition: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import make_model, write_corpus
 
-from pipelines.cli import COMMANDS, expand_config_file, parse
+from pipelines.cli import COMMANDS, expand_config_file, find, parse
 
 Remit = Callable[..., tuple[int, str, str]]
 
@@ -21,9 +21,9 @@ Remit = Callable[..., tuple[int, str, str]]
 def test_help_explains_every_option(remit: Remit, command: str) -> None:
     code, output, _ = remit(command, "--help")
     assert code == 0
-    settings = COMMANDS[command][0]
+    settings = find(COMMANDS[command][0])
     for name in settings.__dataclass_fields__:
-        is_positional = (command, name) in (("completion", "shell"), ("compare", "runs"))
+        is_positional = name == "folder" or (command, name) in (("completion", "shell"), ("compare", "runs"))
         assert f"--{name.replace('_', '-')}" in output or is_positional
     assert ("--config" in output) is (command != "completion")
 

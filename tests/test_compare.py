@@ -10,7 +10,7 @@ import pytest
 from annotated import run
 from conftest import make_model
 
-from pipelines.commands import held_out_summary
+from pipelines.commands.train import held_out_summary
 from pipelines.report.compare import MAX_ROWS, MAY_DIFFER, OF_AN_OBJECTIVE, compare
 from trainer.config import TrainConfig
 from trainer.objectives.settings import OPTIONS

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.completion import script
+from pipelines.commands.completion import script
 
 pytestmark = pytest.mark.usefixtures("starts_processes")
 

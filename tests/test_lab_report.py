@@ -42,10 +42,10 @@ from benchmarks.lab.claims import (
     tokens_saved,
 )
 from benchmarks.lab.plots import make_plots
+from benchmarks.lab.recipe import RECIPES
 from benchmarks.lab.report import MARK, PICTURES, lead, main, to_markdown, to_page
 from benchmarks.lab.results import Results, read
 from benchmarks.lab.tables import cell, found_text, make_tables
-from pipelines.lab.recipe import RECIPES
 from tests.browser import open_page
 
 COMMITTED = Path(__file__).resolve().parent.parent / "docs" / "lab-report"

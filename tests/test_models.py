@@ -13,10 +13,10 @@ from conftest import make_model
 from hub_server import Hub, commit_of
 from safetensors.torch import load_file
 
+from pipelines.cli import parse
+from pipelines.flywheel.config import read_config
 from pipelines.flywheel.loop import make_loop
-from pipelines.flywheel.settings import read_config
 from pipelines.models import LocalModel, resolve_model
-from pipelines.posttrain.__main__ import parse as parse_posttrain
 from pipelines.posttrain.run import Stage, post_train
 from shards.fingerprint import model_origin, weights_fingerprint
 from shards.manifest import Manifest
@@ -162,12 +162,12 @@ def test_the_flywheel_and_post_training_take_revisions(hub: Hub, versions: dict[
     )
     loop = make_loop(read_config(Path("loop.yaml"), None))
     words = {stage.name: stage.inputs for stage in loop.stages}
-    assert model_origin(words["round-1/train"]["model"]) == ("org/olmo", commit_of("org/olmo", STAGE1))
-    assert model_origin(words["round-1/score"]["model"]) == ("org/olmo", commit_of("org/olmo", SLASHES))
+    assert model_origin(Path(words["round-1/train"]["model"].path)) == ("org/olmo", commit_of("org/olmo", STAGE1))
+    assert model_origin(Path(words["round-1/score"]["model"].path)) == ("org/olmo", commit_of("org/olmo", SLASHES))
     Path("loop.yaml").write_text(Path("loop.yaml").read_text().replace(SLASHES, "gone"))
     code, _, error = remit("flywheel", "--config", "loop.yaml", "--dry-run")
     assert (code, "reference org/olmo@gone: org/olmo has no revision 'gone'" in error) == (2, True), error
 
-    settings = parse_posttrain(["sft", "--model", "org/olmo@gone", "--data", "data.jsonl", "--out", "sft"])
+    settings = parse(["sft", "--model", "org/olmo@gone", "--data", "data.jsonl", "--out", "sft"])
     with pytest.raises(ValueError, match=r"--model org/olmo@gone: org/olmo has no revision 'gone'"):
         post_train(settings, Stage((), (), 0, lambda job: None), lambda: False)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from oracles import kd_token
 
-from pipelines.settings import InspectConfig, VerifyConfig
+from pipelines.commands.verify import VerifyConfig
+from pipelines.inspect.settings import InspectConfig
 from shards.selection import keep_count
 from trainer.config import TrainConfig
 from trainer.objectives import ObjectiveSettings, make_objective

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from pipelines.posttrain.settings import SftConfig
-from pipelines.settings import SelectConfig
-from scorer.config import PackConfig, ScoreConfig
+from scorer.config import PackConfig, ScoreConfig, SelectConfig
 from shards.lease import Lease
 from shards.output_folder import RUN, differences, refuse_other, require_empty, same_folder, writing, writing_run
 from trainer.config import TrainConfig

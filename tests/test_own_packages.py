@@ -88,8 +88,7 @@ def test_every_command_among_files_of_the_same_names(
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert losses[2] == pytest.approx(losses[0], rel=1e-5)
     run("remit", "inspect", "--shards", "scored", "--row", 0, "--html", "row.html", "--model", "base")
-    assert "--reward" in run("python", "-P", "-m", "pipelines.posttrain", "rl", "--help")
-    assert "--size" in run("python", "-P", "-m", "pipelines.lab", "--help")
+    assert "--reward" in run("remit", "rl", "--help")
     assert "RUN RUN" in run("remit", "compare", "--help")
 
     (tmp_path / "own.sh").write_text('cp -r "$REMIT_MODEL"/* "$REMIT_OUTPUT"\n')
@@ -109,7 +108,6 @@ def test_python_m_without_p(run: Run, tmp_path: Path, models: dict[str, Path], t
     assert "packed " in run("python", "-m", "pipelines.cli", *pack)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "pipelines.cli"]
     assert "trained 2 steps" in run("python", *torchrun, "train", *TRAIN, "--out", "run-two")
-    assert "--size" in run("python", "-m", "pipelines.lab", "--help")
 
 
 def test_folders_of_data_called_like_packages(

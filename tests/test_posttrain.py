@@ -19,14 +19,14 @@ import transformers
 from conftest import EOS, make_model, make_tokenizer
 from safetensors.torch import load_file
 
-from pipelines.console import DONE, STOPPED
-from pipelines.posttrain.__main__ import main
+from pipelines.cli import main
 from pipelines.posttrain.dpo import dpo
 from pipelines.posttrain.rewards import answer_reward, final_answer, load_reward
 from pipelines.posttrain.rl import rl
 from pipelines.posttrain.run import post_train
 from pipelines.posttrain.settings import DpoConfig, RlConfig, SftConfig
 from pipelines.posttrain.sft import sft
+from pipelines.terminal import DONE, STOPPED
 from shards.fingerprint import parse_tokenizer_json, tokenizer_fingerprint
 
 PAIRS = [
@@ -320,7 +320,7 @@ def test_killed_and_stopped_runs_go_on_as_if_nothing_had_been(tmp_path: Path, sp
         *("--max-completion-length", 8, "--learning-rate", 1e-3, "--schedule", "constant", "--max-steps", 14),
         *("--checkpoint-every", 2),
     ]
-    command = [sys.executable, "-m", "pipelines.posttrain", "rl", *map(str, options)]
+    command = [sys.executable, "-m", "pipelines.cli", "rl", *map(str, options)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent)
     log = killed / "metrics.jsonl"
     deadline = time.monotonic() + 120
@@ -420,7 +420,7 @@ def test_bad_data_is_one_line(tmp_path: Path, start: Path, posttrain: Callable, 
     code, error = posttrain("sft", "--model", start, "--data", tmp_path / "data.jsonl", "--out", tmp_path / "out")
     assert code == 1
     assert message in error
-    assert error.startswith("remit posttrain sft: error: ")
+    assert error.startswith("remit sft: error: ")
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
@@ -493,7 +493,7 @@ def test_diverging_run_says_so(tmp_path: Path, start: Path, posttrain: Callable)
 @pytest.mark.usefixtures("starts_processes")
 def test_help_is_light() -> None:
     code = (
-        "import sys, contextlib, io\nfrom pipelines.posttrain.__main__ import main\n"
+        "import sys, contextlib, io\nfrom pipelines.cli import main\n"
         "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n    main(['rl', '--help'])\n"
         "assert not {'torch', 'transformers', 'trl', 'datasets'} & set(sys.modules)\n"
     )

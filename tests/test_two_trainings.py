@@ -200,7 +200,7 @@ def test_the_second_post_training_is_refused(tmp_path: Path, start: Path) -> Non
     quiet, config = (sft_config(tmp_path, start, out) for out in ("quiet", "out"))
     assert sft(quiet, lambda: False) == 0
     command = [
-        *(sys.executable, "-m", "pipelines.posttrain", "sft", "--model", str(start), "--data", str(config.data)),
+        *(sys.executable, "-m", "pipelines.cli", "sft", "--model", str(start), "--data", str(config.data)),
         *("--out", str(config.out), "--max-steps", "12", "--batch-size", "2", "--learning-rate", "1e-3"),
         *("--checkpoint-every", "2"),
     ]

@@ -24,11 +24,11 @@ from lm_eval.tasks import TaskManager
 from sqlitedict import SqliteDict
 from tqdm import tqdm
 
-from pipelines.console import quiet_libraries
 from pipelines.evaluation.prompts import is_drawn
 from pipelines.evaluation.settings import EvalConfig
 from pipelines.evaluation.suites import SuiteTask
 from pipelines.evaluation.tasks import tasks_of
+from pipelines.terminal import quiet_libraries
 
 KINDS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 REQUESTS_AT_ONCE = {"hf": sys.maxsize, "vllm": 1024}

@@ -1,33 +1,36 @@
-"""The loop as a graph of stages: pack; for each round score, train, post-train; evaluate.
+"""The loop as an ordered list of stages: pack; for each round score, train, post-train; evaluate.
 
 Round 0 trains the base with next-token prediction. Round k scores the packed corpus with the post-trained model of the
 round before, and trains the original base, not that of the round before, with ReMiT.
 """
 
-import glob
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pipelines.console import BadUsage
-from pipelines.flywheel.fingerprint import Counting
-from pipelines.flywheel.model_check import check_model
-from pipelines.flywheel.sections import SECTIONS, without_objective, words
-from pipelines.flywheel.settings import FlywheelConfig, PostTrain
-from pipelines.flywheel.stage import Input, Output, Pattern, Stage, State, Unkeyed, Word
+from pipelines.evaluation.task_folder import task_folder_fingerprint
+from pipelines.flywheel.check_model import check_model
+from pipelines.flywheel.config import FlywheelConfig, PostTrain
+from pipelines.flywheel.sections import SECTIONS, is_unkeyed, without_objective, words
+from pipelines.flywheel.stages import At, Given, Stage, Word, digest_of, files_of, given, identity
 from pipelines.models import resolve_model
-from pipelines.posttrain.rewards import reward_source
+from pipelines.posttrain.rewards import reward_fingerprint, reward_source
+from pipelines.terminal import BadUsage
+from scorer.formats import text_of_path
+from scorer.known import hashes_now, remembered
+from scorer.sources import Source, list_word
+from scorer.streamed import HUB
 from shards.modelfolder import max_positions, read_config, require_base, require_language_model, require_one_scaling
 from shards.store import is_remote
 from shards.tokens import disagreement, ordinary_ids
 
 REFERENCE = "rl"  # name of the column that every round scores
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-
-MODEL: dict[str, Counting] = {"model": "model"}
 
 
 @dataclass(frozen=True)
@@ -107,11 +110,11 @@ class _Builder:
         self.require_packages()
         packed = self.pack("pack", config.corpus)
         heldout = self.pack("pack-heldout", config.heldout) if config.heldout else None
-        scorer: Stage | Path | None = self.reference
+        scorer: Stage | Given | None = None if self.reference is None else self.given_model(self.reference)
         rounds = []
         for number in range(0 if scorer is None else 1, config.rounds + 1):
             name = f"round-{number}"
-            shards = packed if number == 0 else self.score(f"{name}/score", packed, scorer)
+            shards = packed if scorer is None else self.score(f"{name}/score", packed, scorer)
             midtrained = self.train(f"{name}/train", number, shards, heldout)
             model = midtrained
             for entry in config.posttrain:
@@ -136,35 +139,57 @@ class _Builder:
                     f"{section} needs {package}, which is not installed; in your checkout of remit: pip install '.[{extra}]'"
                 )
 
-    def add(self, section: str, name: str, line: tuple[Word, ...], inputs: Mapping[str, Any], **settings: Any) -> Stage:
-        """A stage that one of this project's own commands runs."""
+    def add(
+        self, section: str, name: str, command: tuple[Word, ...], inputs: dict[str, Stage | Given], options: Mapping[str, Any],
+        more: tuple[Word, ...] = (), **settings: Any,
+    ) -> Stage:  # fmt: skip
+        """A stage that one of this project's own commands runs; more: words that are not in its key."""
         known = SECTIONS[section]
+        fast = {key: value for key, value in options.items() if is_unkeyed(section, key, options)}
+        for key in known.files:
+            if options.get(key) is not None:
+                inputs.setdefault(key, given(options[key]))
+                command += (f"--{key.replace('_', '-')}", At(key))
+        rest = {key: value for key, value in options.items() if key not in (*fast, *known.files)}
         launcher = self.config.launch.get(section, (sys.executable, "-m"))
-        command = (known.module, *known.words, *line)
-        self.stages.append(Stage(name, command, inputs, launcher=launcher, resumes=True, **settings))
+        self.stages.append(
+            Stage(
+                name,
+                (*known.command, *command, *words(rest)),
+                inputs,
+                (*more, *words(fast)),
+                launcher,
+                resumes=True,
+                **settings,
+            )
+        )
         return self.stages[-1]
 
+    def given_model(self, folder: Path) -> Given:
+        name = f"{self.config.out.absolute()}#{folder}"
+        return Given(
+            str(folder), lambda: known_identity(name, [str(file) for file in files_of(folder, all_files=True).values()])
+        )
+
     def pack(self, name: str, corpus: tuple[str, ...]) -> Stage:
-        entries, inputs = corpus_words("heldout" if "heldout" in name else "corpus", corpus)
+        key = "heldout" if "heldout" in name else "corpus"
+        there = corpus_inputs(key, corpus, self.config)
+        elsewhere = [entry for entry in corpus if entry not in there]
+        inputs: dict[str, Stage | Given] = {f"{key}/{number}": source for number, source in enumerate(there.values())}
         for file in TOKENIZER_FILES:
             if (self.tokenizer / file).is_file():
-                inputs[f"tokenizer/{file}"] = self.tokenizer / file
-        line = (
-            *("--corpus", *entries, "--tokenizer", Unkeyed(str(self.tokenizer)), "--out", Output()),
-            *("--seq-len", str(self.config.seq_len), *words("pack", self.config.pack, inputs)),
-        )
-        return self.add("pack", name, line, inputs)
+                inputs[f"tokenizer/{file}"] = given(self.tokenizer / file)
+        # what is not on this machine, URLs and names of datasets, enters the key by name
+        settings = {"elsewhere": elsewhere, "seq_len": self.config.seq_len}
+        more = ("--corpus", *corpus, "--tokenizer", str(self.tokenizer), "--seq-len", str(self.config.seq_len))
+        return self.add("pack", name, ("--out", At("out")), inputs, self.config.pack, more, settings=settings)
 
-    def score(self, name: str, packed: Stage, model: Stage | Path | None) -> Stage:
-        inputs: dict[str, Any] = {"shards": packed, "model": model}
-        line = (
-            *("--shards", Input("shards"), "--model", Input("model"), "--out", Output(), "--name", REFERENCE),
-            *words("score", self.config.score, inputs),
-        )
-        return self.add("score", name, line, inputs, counting=MODEL)
+    def score(self, name: str, packed: Stage, model: Stage | Given) -> Stage:
+        line = ("--shards", At("shards"), "--model", At("model"), "--out", At("out"), "--name", REFERENCE)
+        return self.add("score", name, line, {"shards": packed, "model": model}, self.config.score)
 
     def train(self, name: str, number: int, shards: Stage, heldout: Stage | None) -> Stage:
-        inputs: dict[str, Any] = {"shards": shards, "model": self.base}
+        inputs: dict[str, Stage | Given] = {"shards": shards, "model": self.given_model(self.base)}
         options = self.config.train
         objective: tuple[Word, ...] = ("--objective", "ntp")
         if number == 0:
@@ -173,78 +198,57 @@ class _Builder:
         else:
             objective = ("--reference", REFERENCE, *(() if "objective" in options else ("--objective", "remit")))
         line = (
-            *("--shards", Input("shards"), "--model", Input("model"), "--out", Output(), *objective),
-            *("--seed", str(self.config.seed), *words("train", options, inputs)),
+            *("--shards", At("shards"), "--model", At("model"), "--out", At("out"), *objective),
+            *("--seed", str(self.config.seed)),
         )
         if heldout is not None:
             inputs["eval_shards"] = heldout
-            line = (*line, "--eval-shards", Input("eval_shards"))
-        return self.add("train", name, line, inputs, result="model", seed=self.config.seed, counting=MODEL)
+            line = (*line, "--eval-shards", At("eval_shards"))
+        return self.add("train", name, line, inputs, options, result="model", seed=self.config.seed)
 
     def post_train(self, name: str, number: int, entry: PostTrain, model: Stage) -> Stage:
+        inputs: dict[str, Stage | Given] = {"model": model}
+        for index, path in enumerate(entry.inputs):
+            inputs[f"input/{index}"] = given(path)
         if entry.kind == "command":
-            return self.own_command(name, number, entry, model)
-        inputs: dict[str, Any] = {"model": model}
-        line = (
-            *("--model", Input("model"), "--out", Output(), "--seed", str(self.config.seed)),
-            *words(entry.kind, entry.options, inputs),
-        )
-        counting: dict[str, Counting] = {"reward": "python"}
-        reward = reward_source(str(entry.options.get("reward", "answer"))) if entry.kind == "rl" else None
-        if reward is not None:
-            inputs["reward"] = reward
-        more_inputs(entry, inputs, counting)
+            return self.own_command(name, number, entry, inputs)
+        line = ("--model", At("model"), "--out", At("out"), "--seed", str(self.config.seed))
+        reward = str(entry.options.get("reward", "answer"))
+        source = reward_source(reward) if entry.kind == "rl" else None
+        if source is not None:
+            inputs["reward"] = Given(str(source), lambda: reward_fingerprint(reward) or "")
         settings: dict[str, Any] = {"result": "model", "seed": self.config.seed, "check": check_model}
-        return self.add(entry.kind, name, line, inputs, counting=counting, **settings)
+        return self.add(entry.kind, name, line, inputs, entry.options, **settings)
 
-    def own_command(self, name: str, number: int, entry: PostTrain, model: Stage) -> Stage:
+    def own_command(self, name: str, number: int, entry: PostTrain, inputs: dict[str, Stage | Given]) -> Stage:
         """The contract of a command of the user's own: where it reads and writes is in its environment."""
-        inputs: dict[str, Any] = {"model": model}
-        counting: dict[str, Counting] = {}
-        line: list[Word] = []
         for place, word in enumerate(entry.command):
+            path = word if Path(word).is_file() else word.partition("=")[2]
             # the program itself is looked for in PATH unless it is a path
-            option, equals, path = word.partition("=")
-            is_file = Path(word).is_file() and (place > 0 or "/" in word)
-            if is_file or word in entry.inputs:
-                option, equals, path = "", "", word
-            elif not equals or not (Path(path).is_file() or path in entry.inputs):
-                line.append(word)
-                continue
-            inputs[f"word/{place}"] = Path(path).absolute()
-            counting[f"word/{place}"] = "all"
-            line.append(Input(f"word/{place}", prefix=option + equals, written=word))
-        more_inputs(entry, inputs, counting)
+            if (place > 0 or "/" in word) and path and Path(path).is_file():
+                inputs[f"word/{place}"] = given(path)
         environment: dict[str, Word] = {
-            "REMIT_MODEL": Input("model"),
-            "REMIT_OUTPUT": Output(),
-            "REMIT_STATE": State(),
+            "REMIT_MODEL": At("model"),
+            "REMIT_OUTPUT": At("out"),
+            "REMIT_STATE": At("state"),
             "REMIT_SEED": str(self.config.seed),
             "REMIT_ROUND": str(number),
-            "REMIT_TOKENIZER": Unkeyed(str(self.tokenizer)),
+            "REMIT_TOKENIZER": str(self.tokenizer),
         }
-        settings: dict[str, Any] = {
-            "seed": self.config.seed,
-            "check": check_model,
-            "counting": counting,
-            "zero_may_stop": True,
-        }
-        stage = Stage(name, tuple(line), inputs, environment=environment, **settings)
+        stage = Stage(
+            name, entry.command, inputs, environment=environment, settings={"round": number}, seed=self.config.seed,
+            check=check_model,
+        )  # fmt: skip
         self.stages.append(stage)
         return stage
 
     def evaluate(self, name: str, model: Stage) -> Stage:
         assert self.config.evaluate is not None
-        inputs: dict[str, Any] = {"model": model}
-        line = ("--model", Input("model"), "--out", Output(), *words("evaluate", self.config.evaluate, inputs))
-        return self.add("evaluate", name, line, inputs, counting={"task_dir": "tasks"})
-
-
-def more_inputs(entry: PostTrain, inputs: dict[str, Any], counting: dict[str, Counting]) -> None:
-    """Add what `inputs` of an entry of posttrain names."""
-    for index, path in enumerate(entry.inputs):
-        inputs[f"input/{index}"] = Path(path).absolute()
-        counting[f"input/{index}"] = "all"
+        inputs: dict[str, Stage | Given] = {"model": model}
+        tasks = self.config.evaluate.get("task_dir")
+        if tasks is not None:
+            inputs["task_dir"] = Given(str(Path(tasks).absolute()), lambda: task_folder_fingerprint(Path(tasks)))
+        return self.add("evaluate", name, ("--model", At("model"), "--out", At("out")), inputs, self.config.evaluate)
 
 
 def local_model(key: str, name: str, weights: bool = True) -> Path:
@@ -255,32 +259,37 @@ def local_model(key: str, name: str, weights: bool = True) -> Path:
         raise BadUsage(str(error)) from None
 
 
-def corpus_words(key: str, corpus: tuple[str, ...]) -> tuple[list[Word], dict[str, Any]]:
-    """The words of --corpus, and the files that they stand for as inputs.
+def corpus_inputs(key: str, corpus: tuple[str, ...], config: FlywheelConfig) -> dict[str, Given]:
+    """What stands on this machine of a corpus, by its word, which is judged as remit pack judges it; BadUsage where it refuses it."""
+    found: dict[str, Given] = {}
+    own = {os.path.realpath(config.out)}  # which a folder of the corpus may hold
+    for word in corpus:
+        if is_remote(word):
+            continue
+        try:
+            listing = list_word(word, str(config.pack.get("text_field", "text")), own)
+        except ValueError as error:
+            raise BadUsage(f"{key} {error}") from None
+        folder = word.partition(":")[0]
+        if listing is not None:
+            found[word] = Given(word, partial(known_identity, f"{config.out.absolute()}#{key} {word}", listing.files))
+        elif not word.startswith(HUB) and Path(folder).is_dir():  # which `datasets` opens
+            found[word] = Given(word, partial(folder_identity, word))
+    return found
 
-    What is not on this machine, URLs and names of datasets, enters by name alone.
+
+def known_identity(name: str, files: list[str]) -> str:
+    """sha256 over the names and contents of files, which are read again where they were written since.
+
+    name: under which their contents are remembered, in the user's cache.
     """
-    entries: list[Word] = []
-    inputs: dict[str, Any] = {}
-    for number, entry in enumerate(corpus):
-        if is_remote(entry) or entry.startswith("hf://"):
-            entries.append(entry)
-        elif Path(entry).exists():
-            inputs[f"{key}/{number}"] = Path(entry).absolute()
-            entries.append(Input(f"{key}/{number}"))
-        elif Path(entry.partition(":")[0]).is_dir():  # FOLDER:CONFIG:SPLIT, which `datasets` opens
-            folder, colon, rest = entry.partition(":")
-            inputs[f"{key}/{number}"] = Path(folder).absolute()
-            entries.append(Input(f"{key}/{number}", suffix=colon + rest))
-        elif glob.has_magic(entry):
-            found = Pattern.expand(entry)
-            if not found:
-                raise BadUsage(f"{key} {entry}: no file matches this pattern")
-            for index, file in enumerate(found):
-                inputs[f"{key}/{number}/{index}"] = Path(file).absolute()
-            entries.append(Pattern(entry, found))
-        elif entry.startswith((".", "/", "~")) or entry.count("/") > 1 or Path(entry).suffix:
-            raise BadUsage(f"{key} {entry}: no such file or folder")
-        else:
-            entries.append(entry)  # the name of a dataset
-    return entries, inputs
+    sources = [Source(text_of_path(file), file) for file in files]
+    shared = os.path.dirname(files[0]) if len(files) == 1 else os.path.commonpath(files)
+    hashes = hashes_now(name, sources, remembered(name, sources))
+    return digest_of({os.path.relpath(file, shared): str(value) for file, value in zip(files, hashes)})
+
+
+def folder_identity(word: str) -> str:
+    """Of FOLDER:[CONFIG][:SPLIT], which `datasets` opens."""
+    folder, _, rest = word.partition(":")
+    return digest_of({rest: identity(Path(folder))})

@@ -12,14 +12,12 @@ from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
-from pipelines.console import note
 from pipelines.evaluation.tables import show_values
+from pipelines.flywheel.folder import OVERVIEW, Folder, Look, Record, made_by_other_code
 from pipelines.flywheel.loop import Loop
-from pipelines.flywheel.process import log_tail
-from pipelines.flywheel.records import Places, Record, made_by_other_code
-from pipelines.flywheel.runner import Outcome
-from pipelines.flywheel.stage import Input, Output, Stage, State, Unkeyed, Word
-from pipelines.flywheel.survey import Look
+from pipelines.flywheel.run import Outcome, log_tail
+from pipelines.flywheel.stages import At, Stage
+from pipelines.terminal import note
 
 INPUTS = 8  # of a stage that a plan lists
 
@@ -32,51 +30,39 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def plain(word: Word) -> str:
-    """A word of a command for the reader of a plan."""
-    if isinstance(word, Input):
-        return f"{word.prefix}<{word.name}{'/' if word.sub else ''}{word.sub}>"
-    if isinstance(word, Output | State):
-        kind = "out" if isinstance(word, Output) else "state"
-        return f"<{kind}{'/' if word.sub else ''}{word.sub}>"
-    return word.text if isinstance(word, Unkeyed) else word
-
-
-def state_of(look: Look, places: Places) -> str:
+def state_of(look: Look, folder: Folder) -> str:
     """done, to run, goes on, changed, or what it depends on."""
     if look.waits_for:
         return f"depends on {', '.join(look.waits_for)}"
     if look.change:
-        return f"to run again: {look.change}"
+        return f"refused, its result was changed: {look.change}"
     if look.record is not None:
         return f"done ({duration(look.record['seconds'])})"
     if look.key is None:
         return "to run"
-    state = places.state(look.stage, look.key)  # a command of the user's own keeps there what it goes on from
+    state = folder.place("state", look.stage, look.key)  # a command of the user's own keeps there what it goes on from
     kept = state.is_dir() and any(state.iterdir())
-    half = look.stage.resumes and places.output(look.stage, look.key).exists()
+    half = look.stage.resumes and folder.place("stages", look.stage, look.key).exists()
     return "goes on" if half or kept else "to run"
 
 
-def show_plan(looks: list[Look], folder: Path, console: Console) -> None:
+def show_plan(looks: list[Look], path: Path, console: Console) -> None:
     """A table of the stages and what each depends on, then their commands and inputs, unbroken lines to search in."""
-    places = Places(folder)
     table = Table(box=None)
     for column in ("", "stage", "state", "seed"):
         table.add_column(column, overflow="fold")
-    states = [state_of(look, places) for look in looks]
+    states = [state_of(look, Folder(path)) for look in looks]
     for number, (look, state) in enumerate(zip(looks, states, strict=True), 1):
         seed = "" if look.stage.seed is None else str(look.stage.seed)
         table.add_row(str(number), escape(look.stage.name), escape(state), seed)
     console.print(table)
     for look in looks:
         stage = look.stage
-        words = [*map(str, stage.launcher), *map(plain, stage.command)]
         # what is between < and > is put in when it runs
-        command = " ".join(word if "<" in word and word.endswith(">") else shlex.quote(word) for word in words)
+        command = " ".join(str(word) if isinstance(word, At) else shlex.quote(word) for word in stage.words)
         lines = [stage.name, f"  {command}"]
         sources = [
-            (name, source.name if isinstance(source, Stage) else str(source)) for name, source in stage.inputs.items()
+            (name, source.name if isinstance(source, Stage) else source.path) for name, source in stage.inputs.items()
         ]
         lines += [f"    <{name}> = {source}" for name, source in sources[:INPUTS]]
         if len(sources) > INPUTS:
@@ -119,9 +105,10 @@ class Progress:
                 f"{name}: ended with exit code 3, stopped and can go on, expected 0 since nothing here has stopped it; "
                 f"the same command goes on with it (log: {facts['log']})"
             )
-        elif what == "changed":
+        elif what == "waits":
             note(
-                f"{name}: its result was changed ({facts['change']}); it is made again, the old one is now {facts['aside']}"
+                f"{name}: waits for {facts['for']}, which a driver that is gone has started and which goes on as process "
+                f"{facts['pid']} (log: {facts['log']}); to stop it: kill {facts['pid']}"
             )
         else:
             took = duration(facts["seconds"])
@@ -132,7 +119,7 @@ class Progress:
 def show_models(loop: Loop, outcome: Outcome, console: Console) -> None:
     """The models of each round; where they were evaluated, their results."""
     for round_ in loop.rounds:
-        command = [*map(plain, round_.midtrained.command)]
+        command = [*map(str, round_.midtrained.command)]
         objective = command[command.index("--objective") + 1]
         lines = [f"round {round_.number}", f"  mid-trained ({objective}): {outcome.result(round_.midtrained.name)}"]
         if round_.posttrained is not round_.midtrained:
@@ -148,7 +135,7 @@ def show_models(loop: Loop, outcome: Outcome, console: Console) -> None:
     seconds = sum(outcome.records[stage.name]["seconds"] for stage in loop.stages)
     if other := made_by_other_code(outcome.records[stage.name] for stage in loop.stages):
         console.print(other, markup=False, soft_wrap=True)
-    overview = outcome.places.folder / "flywheel.json"
+    overview = outcome.folder.path / OVERVIEW
     console.print(
         f"{len(loop.stages)} stages, {duration(seconds)} in all -> {overview}", highlight=False, soft_wrap=True
     )

@@ -4,7 +4,8 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipelines.settings import OneFolder, check_page
+from pipelines.pages import check_page
+from pipelines.settings import OneFolder
 from trainer.objectives.settings import check_epsilon
 
 

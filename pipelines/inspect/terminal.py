@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.console import counted, tokens_summary
 from pipelines.inspect.settings import InspectConfig
 from pipelines.provenance import print_lines, print_references, selection_line
+from pipelines.terminal import counted, tokens_summary
 from pipelines.token_text import TokenText, find_in_groups, printable, token_label
 from shards.folder import ShardFolder
 from shards.rows import Rows

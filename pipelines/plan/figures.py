@@ -7,12 +7,12 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from pipelines.console import counted
 from pipelines.plan.costs import Rates, Step, costs, disk, step_of
 from pipelines.plan.hardware import GPU, GPUS, Machine, compute_dtype
 from pipelines.plan.layout import Job, Layout, Proposal, default_sharding, engine_size, memory, propose
 from pipelines.plan.model_shape import ModelShape
 from pipelines.plan.settings import PlanConfig
+from pipelines.terminal import counted
 
 RUNS = (1, 2, 3, 5, 10)
 OURS = "measured by this project"

@@ -209,9 +209,3 @@ def check_json(path: Path | None) -> None:
         raise ValueError(f"--json {path}: its folder does not exist; create it")
     if path is not None and path.is_dir():
         raise ValueError(f"--json {path}: is a folder, expected a file")
-
-
-def refuse_moved_option(arguments: list[str]) -> None:
-    """ValueError for remit plan --weights, which is remit weights now."""
-    if arguments[:1] == ["plan"] and {"--weights", "--no-weights"} & set(arguments):
-        raise ValueError(MOVED)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,27 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.console import DONE, ShouldStop, counted, quiet_libraries
-from pipelines.plan.hardware import compute_dtype
-from pipelines.plan.presets import find_model
-from pipelines.plan.settings import PlanConfig
-
-
-def plan(config: PlanConfig, should_stop: ShouldStop) -> int:
-    """The command: count both models, print, write --json."""
-    options = {"--base": config.base, "--reference": config.reference}
-    models = {option: find_model(option, model) for option, model in options.items()}  # a mistyped path is told at once
-    from pipelines.plan.figures import plan_costs
-    from pipelines.plan.model_shape import count, read_config
-
-    quiet_libraries()
-    configs = [(option, read_config(option, found), name) for option, (found, name) in models.items()]
-    dtype = compute_dtype(config.gpu, config.dtype)
-    base, reference = (count(*entry, config.seq_len, dtype) for entry in configs)
-    figures = plan_costs(config, base, reference)
-    show(figures, Console(file=sys.stdout, highlight=False))
-    write_json(config.json, figures)
-    return DONE
+from pipelines.terminal import counted
 
 
 def show(figures: dict[str, Any], console: Console) -> None:

@@ -1,35 +1,12 @@
 """The tables of remit weights: the JSON object of pipelines/plan/weights.py, for a terminal."""
 
 import math
-import sys
-from time import monotonic
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from pipelines.console import DONE, ShouldStop, progress_bar
-from pipelines.plan.settings import WeightsConfig
-from pipelines.plan.tables import print_table, write_json
-from shards.folder import ShardFolder
-
-
-def weights(config: WeightsConfig, should_stop: ShouldStop) -> int:
-    """The command: read, print, write --json."""
-    folder = ShardFolder(config.shards)
-    began, total = monotonic(), folder.manifest.rows  # a mistyped path is told before the heavy imports
-    from pipelines.plan.weights import weights_of_corpus
-
-    with progress_bar(desc="weights", unit=" rows", total=min(config.rows or total, total)) as bar:
-
-        def progress(rows: int, tokens: int) -> None:
-            bar.set_postfix_str(f"{tokens / max(1e-9, monotonic() - began):,.0f} tokens/s", refresh=False)
-            bar.update(rows - bar.n)
-
-        figures = weights_of_corpus(folder, config, progress)
-    show(figures, Console(file=sys.stdout, highlight=False))
-    write_json(config.json, figures)
-    return DONE
+from pipelines.plan.tables import print_table
 
 
 def show(figures: dict[str, Any], console: Console) -> None:

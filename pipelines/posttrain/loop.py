@@ -11,9 +11,9 @@ import torch
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from pipelines.console import ShouldStop, progress_bar
 from pipelines.posttrain.run import CHECKPOINTS, METRICS
 from pipelines.posttrain.settings import PostTrainConfig
+from pipelines.terminal import ShouldStop, progress_bar
 from shards.lease import Lease
 from shards.publish import fsync_folder
 from shards.store import temporary_name

@@ -5,10 +5,10 @@ from importlib.util import find_spec
 from typing import Any
 from unittest.mock import patch
 
-from pipelines.console import ShouldStop
 from pipelines.posttrain.rewards import load_reward
 from pipelines.posttrain.run import Job, Stage, post_train, trl_config
 from pipelines.posttrain.settings import RlConfig
+from pipelines.terminal import ShouldStop
 
 
 def rl(config: RlConfig, should_stop: ShouldStop) -> int:

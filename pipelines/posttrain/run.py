@@ -14,11 +14,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.console import DONE, STOPPED, ShouldStop, note, quiet_libraries
 from pipelines.models import resolve_model
 from pipelines.posttrain.data import Example, keep_short, read_examples
 from pipelines.posttrain.rewards import reward_fingerprint
 from pipelines.posttrain.settings import PostTrainConfig, RlConfig
+from pipelines.terminal import DONE, STOPPED, ShouldStop, note, quiet_libraries
 from shards.fingerprint import model_origin, weights_fingerprint
 from shards.lease import Lease
 from shards.output_folder import MODEL, read_record, refuse_other, write_record, writing_run

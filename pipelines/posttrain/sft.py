@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from pipelines.console import ShouldStop
 from pipelines.posttrain.run import Job, Stage, post_train, trl_config
 from pipelines.posttrain.settings import SftConfig
+from pipelines.terminal import ShouldStop
 
 FIELDS = ("prompt", "completion")
 

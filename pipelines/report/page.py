@@ -12,6 +12,7 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from pipelines.commands.report import ReportConfig
 from pipelines.pages import content_hash, write_page
 from pipelines.report.curves import Run, read_run, thin
 from pipelines.report.figures import (
@@ -29,7 +30,6 @@ from pipelines.report.figures import (
 )  # fmt: skip
 from pipelines.report.runs import run_names
 from pipelines.report.tables import provenance_rows, settings_rows, totals_rows
-from pipelines.settings import ReportConfig
 
 MAX_POINTS = 1000  # of a curve
 POINTS_OF_ALL_RUNS = 4000  # of a figure, which keeps the page below about 10 MB with any number of runs

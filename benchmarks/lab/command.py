@@ -8,17 +8,16 @@ from typing import Any
 import tyro
 
 from pipelines.cli import fail
-from pipelines.console import BAD_USAGE, FAILED, STOPPED, quiet_libraries
-from pipelines.signals import SignalReceived, StopRequest
+from pipelines.terminal import BAD_USAGE, FAILED, STOPPED, SignalReceived, StopRequest, quiet_libraries
 
 
 def run_command(
     name: str, settings: type, run: Callable[[Any, StopRequest], int], description: str | None, graceful: bool = False
 ) -> None:
-    """Entry point of `python -P -m pipelines.NAME`. graceful: `run` asks the StopRequest at safe points."""
+    """Entry point of `python -m benchmarks.NAME`. graceful: `run` asks the StopRequest at safe points."""
     try:
         config: Any = tyro.cli(
-            settings, prog=f"python -P -m pipelines.{name}", description=description, use_underscores=False
+            settings, prog=f"python -m benchmarks.{name}", description=description, use_underscores=False
         )
     except ValueError as error:
         fail(name, BAD_USAGE, str(error))

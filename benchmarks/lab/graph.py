@@ -1,4 +1,4 @@
-"""The laboratory as a graph of stages: what is trained from what, and what is measured.
+"""The laboratory as an ordered list of stages: what is trained from what, and what is measured.
 
     data -> pretrain -> NTP -> SFT -> DPO -> RL = the reference -> score -> ReMiT -> SFT -> DPO -> RL -> score -> ReMiT²
 
@@ -9,11 +9,10 @@ differs. `Arm` says what an arm trains with.
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from pipelines.flywheel.stage import Input, Output, Stage, Word
-from pipelines.lab.recipe import RECIPES, Size
+from benchmarks.lab.recipe import RECIPES, Size
+from pipelines.flywheel.stages import At, Stage, Word
 
 NTP, REMIT = "ntp", "remit"
 FULL_RL, SHORT_RL = "rl", "rl10"
@@ -65,27 +64,20 @@ class Seed:
         return f"seed-{self.seed}/{path}"
 
     def add(
-        self, path: str, module: str, words: tuple[Word, ...], inputs: Mapping[str, Stage | Path], result: str = "",
+        self, path: str, module: str, words: tuple[Word, ...], inputs: Mapping[str, Stage], result: str = "",
         resumes: bool = False, settings: Mapping[str, Any] | None = None,
     ) -> Stage:  # fmt: skip
-        command = (sys.executable, "-m", module, *words)
         stage = Stage(
-            self.name(path),
-            command,
-            dict(inputs),
-            result=result,
-            seed=self.seed,
-            settings=settings or {},
-            resumes=resumes,
-            threads=1,
-        )
+            self.name(path), (module, *words), inputs, launcher=(sys.executable, "-m"), seed=self.seed, settings=settings or {},
+            result=result, resumes=resumes,
+        )  # fmt: skip
         self.stages.append(stage)
         return stage
 
     def _build(self) -> None:
         recipe, arms = self.recipe, self.recipe.arms
-        words: tuple[Word, ...] = ("--size", self.size, "--seed", str(self.seed), "--out", Output())
-        self.data = self.add("data", "pipelines.lab.data", words, {}, settings=asdict(recipe))
+        words: tuple[Word, ...] = ("--size", self.size, "--seed", str(self.seed), "--out", At("out"))
+        self.data = self.add("data", "benchmarks.lab.data", words, {}, settings=asdict(recipe))
         self.base = self.train(
             "pretrain", self.data, "start", "pretraining", ARMS[NTP], recipe.pretraining_steps,
             recipe.pretraining_learning_rate,
@@ -93,7 +85,6 @@ class Seed:
         self.models["base", "pretrained"] = self.base
         ntp = self.arm(NTP)
         sft, _, rl = self.post_train(NTP)
-        # what the longest chain waits for stands first
         if REMIT in arms:
             # one scoring for ReMiT and for distillation: the log-probs are the same with and without the top k
             self.column("rl", rl, top_k=recipe.top_k if "kd" in arms else 0)
@@ -106,9 +97,8 @@ class Seed:
             self.arm("remit2")
         self.measure_all(rl)
         others = [arm for arm in ARMS if arm in arms and (arm, "mid") not in self.models]
-        for arm in others:  # the long stages before the short ones, so that no core waits at the end
-            self.prepare(arm, ntp, sft, rl)
         for arm in others:
+            self.prepare(arm, ntp, sft, rl)
             self.arm(arm)
             self.measure_all(rl)
         for arm in recipe.post_trained:
@@ -141,25 +131,20 @@ class Seed:
     ) -> Stage:  # fmt: skip
         """A run of remit train. start/sub: model; rows: packed corpus, unless `shards` are given."""
         recipe = self.recipe
-        inputs: dict[str, Stage | Path] = {"start": start, "data": self.data}
-        folder: Word = Input("data", f"packed/{rows}")
+        inputs: dict[str, Stage] = {"start": start, "data": self.data}
+        folder: Word = At("data", f"packed/{rows}")
         if shards is not None:
-            inputs["shards"], folder = shards, Input("shards")
+            inputs["shards"], folder = shards, At("shards")
         words: tuple[Word, ...] = (
             "train", *arm.options, *(("--reference", arm.reference) if arm.reference else ()), "--shards", folder,
-            "--model", Input("start", sub), "--out", Output(), "--max-steps", str(steps),
+            "--model", At("start", sub), "--out", At("out"), "--max-steps", str(steps),
             "--global-batch-size", str(recipe.batch_rows), "--micro-batch-size", str(recipe.batch_rows),
             "--learning-rate", str(learning_rate), "--warmup-steps", str(min(20, steps // 10)),
             "--seed", str(self.seed), "--dtype", "float32", *CONTEXT, "--keep-checkpoints", "1",
             "--checkpoint-every", str(max(1, steps // 4)),
         )  # fmt: skip
         if evaluations:
-            words += (
-                "--eval-shards",
-                Input("data", "packed/heldout"),
-                "--eval-every",
-                str(max(1, steps // evaluations)),
-            )
+            words += ("--eval-shards", At("data", "packed/heldout"), "--eval-every", str(max(1, steps // evaluations)))
         if exports:
             words += ("--export-every", str(steps // exports))
         return self.add(path, "pipelines.cli", words, inputs, result="model", resumes=True)
@@ -170,7 +155,7 @@ class Seed:
         if arm.selects:
             shards = self.add(
                 "select/miniplm", "pipelines.cli",
-                ("select", "--shards", Input("scored"), "--teacher", "rl", "--small", "base", "--out", Output()),
+                ("select", "--shards", At("scored"), "--teacher", "rl", "--small", "base", "--out", At("out")),
                 {"scored": self.columns["base"]}, resumes=True,
             )  # fmt: skip
         elif arm.reference is not None:
@@ -184,15 +169,15 @@ class Seed:
 
     def column(self, name: str, model: Stage, on: str | None = None, top_k: int = 0) -> Stage:
         """The mid-training corpus scored with a model. on: another column that the folder has too."""
-        inputs: dict[str, Stage | Path] = {"model": model}
+        inputs: dict[str, Stage] = {"model": model}
         if on is None:
             inputs["data"] = self.data
-            folder = Input("data", "packed/midtraining")
+            folder = At("data", "packed/midtraining")
         else:
             inputs["scored"] = self.columns[on]
-            folder = Input("scored")
+            folder = At("scored")
         words: tuple[Word, ...] = (
-            "score", "--shards", folder, "--model", Input("model"), "--name", name, "--out", Output(),
+            "score", "--shards", folder, "--model", At("model"), "--name", name, "--out", At("out"),
             "--num-engines", "1", "--dtype", "float32", *CONTEXT, *(("--top-k", str(top_k)) if top_k else ()),
         )  # fmt: skip
         self.columns[name] = self.add(f"score/{name}", "pipelines.cli", words, inputs, resumes=True)
@@ -219,11 +204,11 @@ class Seed:
 
     def post(self, path: str, kind: str, model: Stage, options: tuple[str, ...]) -> Stage:
         words: tuple[Word, ...] = (
-            kind, "--model", Input("model"), "--data", Input("data", f"posttrain/{kind}.jsonl"),
-            "--out", Output(), "--seed", str(self.seed), "--dtype", "float32", *options,
+            kind, "--model", At("model"), "--data", At("data", f"posttrain/{kind}.jsonl"),
+            "--out", At("out"), "--seed", str(self.seed), "--dtype", "float32", *options,
         )  # fmt: skip
-        inputs: dict[str, Stage | Path] = {"model": model, "data": self.data}
-        return self.add(f"post/{path}", "pipelines.posttrain", words, inputs, result="model", resumes=True)
+        inputs: dict[str, Stage] = {"model": model, "data": self.data}
+        return self.add(f"post/{path}", "pipelines.cli", words, inputs, result="model", resumes=True)
 
     def measure_all(self, reference: Stage) -> None:
         """Measure every model that is in the graph by now."""
@@ -232,20 +217,20 @@ class Seed:
             if (arm, what) in self.measured:
                 continue
             words: tuple[Word, ...] = (
-                "--model", Input("model"), "--reference", Input("reference"),
-                "--data", Input("data", "heldout"), "--out", Output(), "--sampled", str(recipe.sampled),
+                "--model", At("model"), "--reference", At("reference"),
+                "--data", At("data", "heldout"), "--out", At("out"), "--sampled", str(recipe.sampled),
                 "--seed", str(self.seed),
             )  # fmt: skip
-            inputs: dict[str, Stage | Path] = {"model": model, "reference": reference, "data": self.data}
-            self.measured[arm, what] = self.add(f"measure/{arm}/{what}", "pipelines.lab.measure", words, inputs)
+            inputs: dict[str, Stage] = {"model": model, "reference": reference, "data": self.data}
+            self.measured[arm, what] = self.add(f"measure/{arm}/{what}", "benchmarks.lab.measure", words, inputs)
         for arm in CURVES if recipe.exports else ():
             if (arm, "mid") in self.models and arm not in self.curves:
                 words = (
-                    "--start", Input("start"), "--exports", Input("model", "../exports"), "--model", Input("model"),
-                    "--steps", str(recipe.midtraining_steps), "--data", Input("data", "heldout"), "--out", Output(),
+                    "--start", At("start"), "--exports", At("model", "../exports"), "--model", At("model"),
+                    "--steps", str(recipe.midtraining_steps), "--data", At("data", "heldout"), "--out", At("out"),
                     "--problems", str(recipe.curve_problems), "--sampled", "0",
                 )  # fmt: skip
                 inputs = {"start": self.base, "model": self.models[arm, "mid"], "data": self.data}
                 # the exports lie beside the model that the stage's result is: which ones there are has to be in the key
                 settings = {"exports": recipe.exports}
-                self.curves[arm] = self.add(f"curve/{arm}", "pipelines.lab.measure", words, inputs, settings=settings)
+                self.curves[arm] = self.add(f"curve/{arm}", "benchmarks.lab.measure", words, inputs, settings=settings)

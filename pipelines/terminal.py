@@ -1,5 +1,7 @@
-"""What the commands share: exit codes, progress bars, lines beside them."""
+"""What the commands share: exit codes, progress bars, lines beside them, and what a signal does."""
 
+import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -63,3 +65,30 @@ def tokens_summary(manifest: Manifest) -> str:
         if all(file.unknown_tokens is not None for file in files):  # of selected rows it is not known
             line += f", {unknown / max(1, manifest.tokens):.2%} of the tokens are unknown"
     return line
+
+
+class SignalReceived(BaseException):
+    """A signal arrived; not an Exception, so that nothing on the way swallows it."""
+
+
+class StopRequest:
+    """Handles both signals from `install` on. graceful: the command asks `requested` at safe points."""
+
+    def __init__(self, graceful: bool) -> None:
+        self.name: str | None = None
+        self._graceful = graceful
+
+    def install(self) -> None:
+        signal.signal(signal.SIGTERM, self._handle)
+        signal.signal(signal.SIGINT, self._handle)
+
+    def requested(self) -> bool:
+        return self.name is not None
+
+    def _handle(self, number: int, frame: Any) -> None:
+        again, self.name = self.requested(), signal.Signals(number).name
+        if again or not self._graceful:
+            raise SignalReceived(self.name)
+        # by write, since the signal may have come in the middle of a print
+        os.write(2, f"\n{self.name}: finishing what is in work; a second signal leaves at once\n".encode())
+        return

@@ -1,7 +1,7 @@
 """Measure a model: accuracy on held-out problems, loss on held-out texts, distance from a reference.
 
-    python -P -m pipelines.lab.measure --model DIR --data DIR --out DIR [--reference DIR]
-    python -P -m pipelines.lab.measure --model DIR --start DIR --exports DIR --steps N --data DIR --out DIR
+    python -m benchmarks.lab.measure --model DIR --data DIR --out DIR [--reference DIR]
+    python -m benchmarks.lab.measure --model DIR --start DIR --exports DIR --steps N --data DIR --out DIR
 
 Data: problems.jsonl with {"level", "prompt", "answer", "solution"}, and one NAME.jsonl with {"text"} per general text.
 Out: measurements.json, a flat mapping of metric to value. All losses are natural logarithms, means per token.
@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.lab.command import run_command
+from benchmarks.lab.results import RESULT
+
 GENERAL = ("stories", "notes")
-RESULT = "measurements.json"
 
 
 @dataclass(frozen=True)
@@ -229,11 +231,5 @@ def run(config: MeasureConfig) -> int:
     return 0
 
 
-def main() -> None:
-    from pipelines.lab.command import run_command
-
-    run_command("lab.measure", MeasureConfig, lambda config, stop: run(config), __doc__)
-
-
 if __name__ == "__main__":
-    main()
+    run_command("lab.measure", MeasureConfig, lambda config, stop: run(config), __doc__)

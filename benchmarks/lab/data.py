@@ -1,6 +1,6 @@
 """Make all data of one seed of the laboratory, its tokenizer and its untrained model.
 
-    python -P -m pipelines.lab.data --size full --seed 0 --out DIR
+    python -m benchmarks.lab.data --size full --seed 0 --out DIR
 
 Out: corpus/ (documents), packed/ (shard folders: pretraining, midtraining, curated, heldout), start/ (a model with random
 weights, and the tokenizer), posttrain/ (sft.jsonl, dpo.jsonl, rl.jsonl), heldout/ (problems, stories, notes).
@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines.lab.documents import CURATED, LEVELS, MIDTRAINING, PRETRAINING, Problem, mixed, notes, problems
-from pipelines.lab.measure import first_of_each
-from pipelines.lab.recipe import RECIPES, Recipe, Size
+from benchmarks.lab.command import run_command
+from benchmarks.lab.documents import CURATED, LEVELS, MIDTRAINING, PRETRAINING, Problem, mixed, notes, problems
+from benchmarks.lab.measure import first_of_each
+from benchmarks.lab.recipe import RECIPES, Recipe, Size
 from pipelines.sample_corpus import plain_text
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
@@ -184,11 +185,5 @@ def build(config: DataConfig) -> int:
     return 0
 
 
-def main() -> None:
-    from pipelines.lab.command import run_command
-
-    run_command("lab.data", DataConfig, lambda config, stop: build(config), __doc__)
-
-
 if __name__ == "__main__":
-    main()
+    run_command("lab.data", DataConfig, lambda config, stop: build(config), __doc__)

@@ -3,10 +3,13 @@
 import io
 import re
 from contextlib import redirect_stdout, suppress
+from dataclasses import dataclass, field
 from importlib.util import find_spec
+from typing import Literal
 
-from pipelines.console import DONE, ShouldStop
-from pipelines.settings import CompletionConfig
+import tyro
+
+from pipelines.terminal import DONE, ShouldStop
 
 # bash takes one empty answer for the completion; without any, it completes file names
 BASH_FILES = """
@@ -16,6 +19,17 @@ _remit_or_files() {
 }
 complete -o default -F _remit_or_files remit
 """
+
+
+@dataclass(frozen=True)
+class CompletionConfig:
+    """Print a script with which your shell completes commands, options and values of remit."""
+
+    shell: tyro.conf.Positional[Literal["bash", "zsh", "tcsh"]]
+    """Your shell. bash: add eval "$(remit completion bash)" to ~/.bashrc; zsh: write it to a file _remit in a folder
+    of $fpath; tcsh: write it to a file that ~/.tcshrc sources."""
+    debug: bool = field(default=False, repr=False)
+    """Show tracebacks."""
 
 
 def script(shell: str) -> str:
@@ -34,6 +48,6 @@ def script(shell: str) -> str:
     return "\n".join(lines) + "\n" + (BASH_FILES if shell == "bash" else "")
 
 
-def print_script(config: CompletionConfig, should_stop: ShouldStop) -> int:
+def run(config: CompletionConfig, should_stop: ShouldStop) -> int:
     print(script(config.shell), end="")
     return DONE

@@ -1,0 +1,28 @@
+"""remit plan: what scoring and training will cost, from two configs."""
+
+import sys
+
+from rich.console import Console
+
+from pipelines.plan.hardware import compute_dtype
+from pipelines.plan.presets import find_model
+from pipelines.plan.settings import PlanConfig
+from pipelines.plan.tables import show, write_json
+from pipelines.terminal import DONE, ShouldStop, quiet_libraries
+
+
+def run(config: PlanConfig, should_stop: ShouldStop) -> int:
+    """The command: count both models, print, write --json."""
+    options = {"--base": config.base, "--reference": config.reference}
+    models = {option: find_model(option, model) for option, model in options.items()}  # a mistyped path is told at once
+    from pipelines.plan.figures import plan_costs
+    from pipelines.plan.model_shape import count, read_config
+
+    quiet_libraries()
+    configs = [(option, read_config(option, found), name) for option, (found, name) in models.items()]
+    dtype = compute_dtype(config.gpu, config.dtype)
+    base, reference = (count(*entry, config.seq_len, dtype) for entry in configs)
+    figures = plan_costs(config, base, reference)
+    show(figures, Console(file=sys.stdout, highlight=False))
+    write_json(config.json, figures)
+    return DONE

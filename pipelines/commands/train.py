@@ -1,0 +1,83 @@
+"""remit train: mid-train a base from annotated shards."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from pipelines.models import resolve_model
+from pipelines.report.runs import EVALUATION, read_lines
+from pipelines.terminal import DONE, STOPPED, ShouldStop, note, progress_bar, quiet_libraries
+from shards.modelfolder import require_base
+from trainer.config import TrainConfig
+
+
+def run(config: TrainConfig, should_stop: ShouldStop) -> int:
+    from trainer.train import train
+
+    quiet_libraries()
+    began = monotonic()
+    model = resolve_model("--model", config.model)
+    require_base(model.path)  # before Ray starts workers, or the corpus is looked at
+    tokens_at_start: int | None = None
+    clips = config.objective == "remit" and config.epsilon < 1
+    rank = int(os.environ.get("RANK", "0"))  # of torchrun; the others are quiet
+    with progress_bar(desc="train", unit=" steps", disable=rank > 0) as bar:
+
+        def progress(done: int, total: int, metrics: dict[str, Any]) -> None:
+            nonlocal tokens_at_start
+            if tokens_at_start is None:
+                tokens_at_start = metrics["tokens"]
+                bar.total = total
+                bar.initial = bar.n = done - 1
+            numbers = f"loss {metrics['ntp_loss']:.3f}, "
+            if clips:
+                numbers += f"clipped {metrics['clipped_low']:.0%}/{metrics['clipped_high']:.0%}, "
+            if "kd_loss" in metrics:
+                numbers += f"KL {metrics['kd_loss']:.3f}, "
+            bar.set_postfix_str(f"{numbers}{metrics['tokens_per_second']:,.0f} tokens/s", refresh=False)
+            bar.update(done - bar.n)
+
+        def phase(name: str) -> None:
+            bar.set_description(name)  # shown at once: an evaluation may take minutes
+
+        config = replace(config, model=str(model.path))
+        if config.ray_workers:
+            from pipelines.ray_train import train_on_ray
+            from trainer.experts import check_experts
+
+            check_experts(model.path, config.router_aux_loss)  # here, and not in each worker
+            result = train_on_ray(config, should_stop)
+        else:
+            result = train(config, progress, should_stop, note, phase)
+    if not result.finished:
+        return STOPPED
+    if rank:
+        return DONE
+    what = "trained" if config.ray_workers or tokens_at_start is not None else "nothing to do, trained before:"
+    print(f"{what} {result.steps:,} steps -> {result.out / 'model'} ({monotonic() - began:.0f} s)")
+    if config.eval_shards is not None:
+        print(held_out_summary(result.out))
+    if clips:
+        low, high = 1 - config.epsilon, 1 + config.epsilon
+        print(
+            f"weights clipped low (to {low:g}): {result.clipped_low:.1%}, high (to {high:g}): {result.clipped_high:.1%}, "
+            f"in between: {1 - result.clipped_low - result.clipped_high:.1%}"
+        )
+    return DONE
+
+
+def held_out_summary(out: Path) -> str:
+    """One line about the evaluations of a finished run: before, after, of the exported model where rounding changed it."""
+    lines = list(read_lines(out / EVALUATION, lambda damaged: None))
+    first, last = lines[0], lines[-1]
+    text = f"held-out loss: {last['loss']:.4f} nat per token after {last['step']:,} steps"
+    if first["step"] == 0:
+        text += f", {first['loss']:.4f} before"
+    exported = last.get("exported_loss", last["loss"])
+    if f"{exported:.4f}" != f"{last['loss']:.4f}":
+        text += (
+            f"; {exported:.4f} of the exported model, whose weights are rounded (--export-dtype {last['export_dtype']})"
+        )
+    return text

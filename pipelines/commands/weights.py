@@ -1,0 +1,30 @@
+"""remit weights: what an epsilon would do to a corpus."""
+
+import sys
+from time import monotonic
+
+from rich.console import Console
+
+from pipelines.plan.settings import WeightsConfig
+from pipelines.plan.tables import write_json
+from pipelines.plan.weights_tables import show
+from pipelines.terminal import DONE, ShouldStop, progress_bar
+from shards.folder import ShardFolder
+
+
+def run(config: WeightsConfig, should_stop: ShouldStop) -> int:
+    """The command: read, print, write --json."""
+    folder = ShardFolder(config.shards)
+    began, total = monotonic(), folder.manifest.rows  # a mistyped path is told before the heavy imports
+    from pipelines.plan.weights import weights_of_corpus
+
+    with progress_bar(desc="weights", unit=" rows", total=min(config.rows or total, total)) as bar:
+
+        def progress(rows: int, tokens: int) -> None:
+            bar.set_postfix_str(f"{tokens / max(1e-9, monotonic() - began):,.0f} tokens/s", refresh=False)
+            bar.update(rows - bar.n)
+
+        figures = weights_of_corpus(folder, config, progress)
+    show(figures, Console(file=sys.stdout, highlight=False))
+    write_json(config.json, figures)
+    return DONE

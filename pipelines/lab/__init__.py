@@ -1,1 +1,0 @@
-"""The laboratory: the paper's comparisons on tiny models, from corpora to a table of results."""
