@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from shards.fingerprint import model_origin
+from shards.fingerprint import RUN, model_origin
 
 PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 EXPECTED = "expected a Hugging Face model folder, or NAME or NAME@REVISION of the hub"
@@ -32,6 +32,12 @@ def resolve_model(option: str, model: str, weights: bool = True) -> LocalModel:
     Python files and pickled weights are never fetched.
     """
     path = Path(model)
+    if path.is_dir() and (path / RUN).exists() and not (path / "config.json").exists():
+        if not (path / "model").is_dir():
+            raise ValueError(
+                f"{option} {model}: is a run that has not finished, so it has no model yet; finish it first"
+            )
+        path = path / "model"  # of a run: what it made
     if path.is_dir():
         return LocalModel(path, *model_origin(path))
     if path.suffix.lower() == ".gguf" and path.exists():

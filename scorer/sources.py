@@ -1,5 +1,6 @@
 """The files of a corpus: what paths, globs, folders, URLs and names of Hugging Face datasets stand for."""
 
+import glob
 import hashlib
 import os
 from collections import Counter
@@ -137,6 +138,12 @@ def list_word(entry: str, text_field: str, own: set[str]) -> Listing | None:
             return listing
         _require_dataset(entry)
     return None
+
+
+def require_known_path(entry: str) -> None:
+    """ValueError where a word of --corpus is a path to nothing; globs, folders, URLs and datasets are not looked into."""
+    if not is_remote(entry) and not glob.has_magic(entry) and not os.path.lexists(entry.removeprefix("file://")):
+        list_word(entry, "text", set())
 
 
 def _require_dataset(entry: str) -> None:

@@ -11,6 +11,9 @@ from typing import Any
 
 from shards.part import sha256_file
 
+RUN = "run.json"
+"""In the folder of a training or post-training: what it was made of."""
+
 
 def vocabulary(tokenizer_json: dict[str, Any]) -> tuple[dict[str, int], list[list[Any]], list[list[Any]]]:
     """Token-to-id map, merges and special tokens of a parsed tokenizer.json."""
@@ -63,12 +66,18 @@ def weights_fingerprint(model_folder: Path) -> str:
 
 
 def model_origin(model_folder: Path) -> tuple[str, str | None]:
-    """Hub id and commit of a folder in the hub's cache, which is laid out as models--ORG--NAME/snapshots/COMMIT; the
-    folder's name and None of any other."""
+    """Hub id and commit of a folder in the hub's cache, which is laid out as models--ORG--NAME/snapshots/COMMIT.
+
+    Of any other None as the commit, and the folder's name; of a model that remit trained, the name of its run.
+    """
     folder = model_folder.resolve()
     kind, _, hub_id = folder.parent.parent.name.partition("--")
     if kind == "models" and hub_id and folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name):
         return hub_id.replace("--", "/", 1), folder.name
+    if folder.name == "model" and (folder.parent / RUN).exists():
+        return folder.parent.name, None
+    if folder.parent.name == "exports" and (folder.parents[1] / RUN).exists():
+        return f"{folder.parents[1].name}-{folder.name}", None
     return folder.name, None
 
 

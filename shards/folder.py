@@ -17,7 +17,7 @@ import pyarrow as pa
 from shards.contract import check
 from shards.decompressed import check_decompressed_size
 from shards.fingerprint import parse_tokenizer_json, vocabulary
-from shards.manifest import Manifest
+from shards.manifest import MANIFEST, Manifest
 from shards.part import COMMITS, METADATA_KEY, REMEDY, CommitRecord, read_record
 from shards.rows import PartRows, Rows, columns_to_read
 from shards.schema import logprobs_column, topk_columns
@@ -26,6 +26,13 @@ from shards.tokens import decode_token_ids, differences, disagreement
 
 TOKENIZER = "_tokenizer"
 TOKEN_IDS = "token_ids.json"  # in that folder: which ids the rows have
+
+
+def require_shards(folder: str) -> None:
+    """The ValueError of ShardFolder at once where there is no shard folder; the manifest of one is not read."""
+    store = open_store(folder)
+    if store.size(MANIFEST) is None:
+        Manifest.read(store)
 
 
 class ShardFolder:

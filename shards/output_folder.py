@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from shards.crash import crash_point
+from shards.fingerprint import RUN
 from shards.folder import TOKENIZER, ShardFolder
 from shards.lease import LEASE, Lease, LeaseLost
 from shards.manifest import MANIFEST, Manifest
@@ -23,8 +24,6 @@ from shards.part import COMMITS, encode_json, publish_json
 from shards.quarantine import QUARANTINE
 from shards.store import Store, is_remote, open_store
 
-RUN = "run.json"
-"""What the folder of a training or post-training was made of."""
 MODEL = "model"
 """The last thing that a run writes into its folder."""
 SHARD_FOLDERS = ("", COMMITS, LEASE, TOKENIZER, f"{QUARANTINE}/rows", f"{QUARANTINE}/failed")

@@ -6,16 +6,19 @@ from time import monotonic
 from pipelines.models import resolve_model
 from pipelines.terminal import DONE, STOPPED, ShouldStop, note, progress_bar, quiet_libraries, tokens_summary
 from scorer.config import PackConfig
+from scorer.sources import require_known_path
 from scorer.stopping import Stopped
 from shards.folder import ShardFolder
 
 
 def run(config: PackConfig, should_stop: ShouldStop) -> int:
-    from scorer.pack import pack
+    began = monotonic()
+    for word in config.corpus:
+        require_known_path(word)
+    tokenizer = resolve_model("--tokenizer", config.tokenizer, weights=False)
+    from scorer.pack import pack  # a mistyped path is told before these seconds
 
     quiet_libraries()
-    began = monotonic()
-    tokenizer = resolve_model("--tokenizer", config.tokenizer, weights=False)
     phase, worked = "", False
     with progress_bar(desc="tokenise", unit="B", unit_scale=True) as bar:
 

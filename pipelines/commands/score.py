@@ -14,19 +14,21 @@ from pipelines.models import resolve_model
 from pipelines.terminal import DONE, STOPPED, ShouldStop, note, progress_bar, quiet_libraries
 from scorer.config import ScoreConfig
 from scorer.stopping import Stopped
+from shards.folder import require_shards
 
 if TYPE_CHECKING:
     from scorer.telemetry import ScoreProgress
 
 
 def run(config: ScoreConfig, should_stop: ShouldStop) -> int:
-    from scorer.reference import Reference
+    began = monotonic()
+    require_shards(config.shards)
+    model = resolve_model("--model", config.model)
+    from scorer.reference import Reference  # a mistyped path is told before these seconds
     from scorer.score import PartsFailed, score
     from scorer.telemetry import ScoreProgress
 
     quiet_libraries()
-    began = monotonic()
-    model = resolve_model("--model", config.model)
     with progress_bar(desc="start engines", unit=" tokens", unit_scale=True) as bar:
         first: ScoreProgress | None = None
         state: ScoreProgress | None = None

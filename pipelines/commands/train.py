@@ -9,17 +9,20 @@ from typing import Any
 from pipelines.models import resolve_model
 from pipelines.report.runs import EVALUATION, read_lines
 from pipelines.terminal import DONE, STOPPED, ShouldStop, note, progress_bar, quiet_libraries
+from shards.folder import require_shards
 from shards.modelfolder import require_base
 from trainer.config import TrainConfig
 
 
 def run(config: TrainConfig, should_stop: ShouldStop) -> int:
-    from trainer.train import train
-
-    quiet_libraries()
     began = monotonic()
+    for folder in filter(None, (config.shards, config.eval_shards)):
+        require_shards(folder)
     model = resolve_model("--model", config.model)
     require_base(model.path)  # before Ray starts workers, or the corpus is looked at
+    from trainer.train import train  # a mistyped path is told before these seconds
+
+    quiet_libraries()
     tokens_at_start: int | None = None
     clips = config.objective == "remit" and config.epsilon < 1
     rank = int(os.environ.get("RANK", "0"))  # of torchrun; the others are quiet

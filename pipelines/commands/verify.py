@@ -55,6 +55,9 @@ class VerifyConfig(OneFolder):
 
 def run(config: VerifyConfig, should_stop: ShouldStop) -> int:
     folder = ShardFolder(config.path)
+    for option, model in (("--model", config.model), ("--base", config.base)):
+        if model is not None:  # a mistyped one is told before every byte is read
+            resolve_model(option, model)
     if not config.repair:
         return verify_and_show(config, folder)
     with writing(folder.store, note):  # or a part might be committed between its check and its repair
