@@ -26,6 +26,8 @@ NUDGE = """
 import os, shutil, torch
 from pathlib import Path
 from safetensors.torch import load_file, save_file
+
+pytestmark = pytest.mark.usefixtures("ray_session", "starts_processes")
 start, out = Path(os.environ["REMIT_MODEL"]), Path(os.environ["REMIT_OUTPUT"])
 shutil.copytree(start, out, dirs_exist_ok=True)
 noise = torch.Generator().manual_seed(int(os.environ["REMIT_SEED"]))

@@ -31,6 +31,8 @@ from trainer.config import TrainConfig
 from trainer.distributed import World
 from trainer.train import train
 
+pytestmark = pytest.mark.usefixtures("starts_processes")
+
 REFUSED = f"another driver writes to this folder: host {socket.gethostname()}, pid %s, since 0 min"
 
 

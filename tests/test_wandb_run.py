@@ -16,6 +16,8 @@ from scorer.pack import pack
 from trainer.config import TrainConfig
 from trainer.train import train
 
+pytestmark = pytest.mark.usefixtures("starts_processes")
+
 Remit = Callable[..., tuple[int, str, str]]
 
 
