@@ -206,6 +206,7 @@ NAMES = "own_choice,own_loglikelihood,own_text"
 NUM_REQUESTS = sum(len(choices) for _, choices, _ in QUESTIONS) + len(QUESTIONS)  # first answers are choices, too
 
 
+@pytest.mark.usefixtures("starts_processes")
 def test_own_tasks_and_again(
     tmp_path: Path, exported: Path, oracle: Oracle, task_dir: Path, remit: Remit, asked: list[tuple]
 ) -> None:
@@ -246,6 +247,7 @@ def test_own_tasks_and_again(
     check_numbers(tmp_path, oracle)
 
 
+@pytest.mark.usefixtures("starts_processes")
 def test_what_is_done_is_not_loaded_again(
     tmp_path: Path, exported: Path, task_dir: Path, remit: Remit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,6 +267,7 @@ def test_what_is_done_is_not_loaded_again(
     assert (code, "loading the data" in error) == (0, True)
 
 
+@pytest.mark.usefixtures("starts_processes")
 def test_answers_drawn_at_random_are_not_kept(tmp_path: Path, exported: Path, remit: Remit, asked: list[tuple]) -> None:
     """A temperature says so, without do_sample: of three answers to one question the cache would make one."""
     (tmp_path / "q.jsonl").write_text(json.dumps({"q": "def f(", "a": "x"}) + "\n")
@@ -290,6 +293,7 @@ class Trap:
         return (os.mkdir, ("trapped",))
 
 
+@pytest.mark.usefixtures("starts_processes")
 def test_nothing_is_unpickled(
     tmp_path: Path, exported: Path, oracle: Oracle, task_dir: Path, remit: Remit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -349,6 +353,7 @@ def command_line(*words: object, slow: bool = False, **environment: str) -> subp
     )  # fmt: skip
 
 
+@pytest.mark.usefixtures("starts_processes")
 def test_vllm(tmp_path: Path, exported: Path, oracle: Oracle, task_dir: Path) -> None:
     command = [
         "eval", "--model", exported, "--task-dir", task_dir, "--out", tmp_path, "--dtype", "float32", "--backend",
@@ -369,6 +374,7 @@ def test_vllm(tmp_path: Path, exported: Path, oracle: Oracle, task_dir: Path) ->
     assert "vllm" in json.loads(file.read_text())["settings"]["versions"]
 
 
+@pytest.mark.usefixtures("starts_processes")
 def test_compare_models_and_files(
     tmp_path: Path, exported: Path, other: Path, oracle: Oracle, task_dir: Path, remit: Remit
 ) -> None:
@@ -397,6 +403,7 @@ def test_compare_models_and_files(
     assert again["tasks"] == comparison["tasks"]
 
 
+@pytest.mark.usefixtures("starts_processes")
 def test_groups_filters_and_prompts_that_are_cut(
     tmp_path: Path, exported: Path, oracle: Oracle, task_dir: Path, remit: Remit
 ) -> None:
@@ -463,6 +470,7 @@ def test_which_prompts_are_cut() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.usefixtures("starts_processes")
 def test_resume_after_a_signal(
     tmp_path: Path,
     exported: Path,
@@ -504,6 +512,7 @@ def test_resume_after_a_signal(
         assert (found.pop("seconds") >= 0, quiet.pop("seconds") >= 0, found == quiet) == (True, True, True)
 
 
+@pytest.mark.usefixtures("starts_processes")
 def test_two_commands_do_not_write_one_folder(tmp_path: Path, exported: Path, task_dir: Path, remit: Remit) -> None:
     command = ["eval", "--model", exported, "--task-dir", task_dir, "--tasks", NAMES, "--out", tmp_path]
     assert remit(*command)[0] == 0
@@ -515,6 +524,7 @@ def test_two_commands_do_not_write_one_folder(tmp_path: Path, exported: Path, ta
     assert remit(*command)[0] == 0
 
 
+@pytest.mark.usefixtures("starts_processes")
 def test_a_hub_task_without_network_is_one_line(tmp_path: Path, exported: Path) -> None:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
     command = [

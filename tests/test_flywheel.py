@@ -22,6 +22,8 @@ from pipelines.flywheel.folder import code_fingerprint, made_by_other_code, surv
 from pipelines.flywheel.run import Outcome, StageFailed, run_stages
 from pipelines.flywheel.stages import At, Given, Stage, change_of, files_of, given, identity, stage_key, stamps
 
+pytestmark = pytest.mark.usefixtures("starts_processes")
+
 ROOT = Path(__file__).parent.parent
 
 

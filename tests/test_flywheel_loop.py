@@ -65,6 +65,7 @@ def planned(output: str) -> dict[str, str]:
     return {name: re.sub(r"  +\d+$", "", state) for name, state in rows}
 
 
+@pytest.mark.usefixtures("starts_processes")
 def test_loop_runs_and_runs_only_what_changed(fake: FakeLoop, remit: Remit, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     arguments = ("flywheel", "--config", fake.file)
@@ -396,6 +397,7 @@ def test_all_that_a_folder_of_the_user_holds_counts(
         assert {key for key in before if before[key] != after[key]} == changed, file
 
 
+@pytest.mark.usefixtures("starts_processes")
 def test_words_with_an_equals_sign_reach_the_command_whole(fake: FakeLoop, remit: Remit) -> None:
     conf = fake.folder / "conf.yaml"
     conf.write_text("one\n")
@@ -502,6 +504,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, base: Path) -> dict[st
 
 @pytest.mark.parametrize("victim", ["driver", "stage", "both"])
 @pytest.mark.parametrize("kind", ONCE)
+@pytest.mark.usefixtures("starts_processes")
 def test_kill_in_every_kind_of_stage(fake: FakeLoop, kind: str, victim: str, undisturbed: dict[str, str]) -> None:
     """The same command repeats that stage alone, or goes on in it, and ends with the results of a run left alone.
 
@@ -543,6 +546,7 @@ def test_kill_in_every_kind_of_stage(fake: FakeLoop, kind: str, victim: str, und
     assert kind in tried[0].replace("evaluate", "eval")
 
 
+@pytest.mark.usefixtures("starts_processes")
 def test_a_driver_that_waits_can_be_stopped(fake: FakeLoop) -> None:
     """SIGTERM ends the wait, with exit code 3, and leaves what is waited for alone."""
     arguments = ("flywheel", "--config", fake.file)
@@ -561,6 +565,7 @@ def test_a_driver_that_waits_can_be_stopped(fake: FakeLoop) -> None:
     until(lambda: not alive(pid))
 
 
+@pytest.mark.usefixtures("starts_processes")
 def test_an_edited_result_is_refused_by_name(fake: FakeLoop, remit: Remit) -> None:
     """And made again where its folder is deleted; what was made of it stands, since the result is equal."""
     arguments = ("flywheel", "--config", fake.file)
@@ -583,6 +588,7 @@ def test_an_edited_result_is_refused_by_name(fake: FakeLoop, remit: Remit) -> No
     assert fake.overview()["round-0/train"]["fingerprint"] == entry["fingerprint"]
 
 
+@pytest.mark.usefixtures("starts_processes")
 def test_signal_is_handed_on_and_the_state_survives(fake: FakeLoop) -> None:
     """SIGTERM: a stage of ours ends resumably, a command that does not listen ends; exit code 3 in both cases."""
     arguments = ("flywheel", "--config", fake.file)
@@ -617,6 +623,7 @@ def test_words_of_commands_stay_as_they_are_written(fake: FakeLoop) -> None:
     assert config.posttrain[0].command == tuple(words)
 
 
+@pytest.mark.usefixtures("starts_processes")
 def test_a_command_that_leaves_with_0_when_told_to_end_is_not_done(fake: FakeLoop, remit: Remit) -> None:
     """The usual handler: save what there is and leave well. Its half-trained model must not be taken for the result."""
     (fake.folder / "own.sh").write_text(
@@ -640,6 +647,7 @@ def test_a_command_that_leaves_with_0_when_told_to_end_is_not_done(fake: FakeLoo
     assert fake.overview()["round-0/own"]["attempts"] == 2
 
 
+@pytest.mark.usefixtures("starts_processes")
 def test_two_drivers(fake: FakeLoop, remit: Remit) -> None:
     gate = fake.hold("train")
     first = Command(fake.folder, "flywheel", "--config", fake.file, private=True, FAKE=str(fake.folder))
@@ -653,6 +661,7 @@ def test_two_drivers(fake: FakeLoop, remit: Remit) -> None:
     assert counts(fake) == ONCE
 
 
+@pytest.mark.usefixtures("starts_processes")
 def test_failing_stage_shows_its_log(fake: FakeLoop, remit: Remit) -> None:
     (fake.folder / "own.sh").write_text("echo first line; echo out of luck >&2; exit 9")
     code, _, error = remit("flywheel", "--config", fake.file)
@@ -664,6 +673,7 @@ def test_failing_stage_shows_its_log(fake: FakeLoop, remit: Remit) -> None:
     assert counts(fake) == {"pack": 1, "train": 1, "own": 0, "score": 0, "eval": 0}
 
 
+@pytest.mark.usefixtures("starts_processes")
 def test_stage_that_stops_unasked_shows_its_log(fake: FakeLoop, remit: Remit) -> None:
     (fake.folder / "own.sh").write_text("echo first line; echo no machine is free >&2; exit 3")
     code, _, error = remit("flywheel", "--config", fake.file)
@@ -767,6 +777,7 @@ def test_whole_models_are_taken(tmp_path: Path, base: Path, tokenizer_folder: Pa
         check_model(folder, {"model": base})
 
 
+@pytest.mark.usefixtures("starts_processes")
 def test_broken_model_of_an_own_command_is_refused_by_name(fake: FakeLoop, remit: Remit) -> None:
     (fake.folder / "own.sh").write_text('cp "$REMIT_MODEL"/* "$REMIT_OUTPUT"; echo "{}" > "$REMIT_OUTPUT/config.json"')
     code, _, error = remit("flywheel", "--config", fake.file)
@@ -780,6 +791,7 @@ def test_broken_model_of_an_own_command_is_refused_by_name(fake: FakeLoop, remit
     assert counts(fake)["train"] == 2
 
 
+@pytest.mark.usefixtures("starts_processes")
 def test_words_reach_an_own_command_as_they_are_written(
     fake: FakeLoop, remit: Remit, monkeypatch: pytest.MonkeyPatch
 ) -> None:

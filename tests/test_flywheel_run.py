@@ -21,13 +21,14 @@ from safetensors.torch import load_file
 from shards import ShardFolder
 from shards.fingerprint import weights_fingerprint
 
+pytestmark = pytest.mark.usefixtures("ray_session", "starts_processes")
+
 # post-training by a command: every weight moves by noise from the seed, in float32, so that the result is exact
 NUDGE = """
 import os, shutil, torch
 from pathlib import Path
 from safetensors.torch import load_file, save_file
 
-pytestmark = pytest.mark.usefixtures("ray_session", "starts_processes")
 start, out = Path(os.environ["REMIT_MODEL"]), Path(os.environ["REMIT_OUTPUT"])
 shutil.copytree(start, out, dirs_exist_ok=True)
 noise = torch.Generator().manual_seed(int(os.environ["REMIT_SEED"]))

@@ -62,6 +62,7 @@ def test_labels_of_tokens() -> None:
     assert printable("a b\udcff\t") == "a b\\udcff\\t"
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_names_of_files_cannot_steer_the_terminal(tmp_path: Path, tokenizer_folder: Path, remit: Remit) -> None:
     write_corpus(tmp_path / "corpus" / "a\x1b[2J\u202eb.jsonl", ["some text \x9b31m of a document"])
     out = tmp_path / "packed"
@@ -95,6 +96,7 @@ def marked_tokens(output: str) -> tuple[list[int], list[int]]:
     return [int(place) for _, place in lines], [int(place) for mark, place in lines if mark]
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_search_shows_the_match(tmp_path: Path, tokenizer_folder: Path, remit: Remit) -> None:
     """The tokens around the first match of a row, with those marked that have some of its text."""
     texts = [
@@ -140,6 +142,7 @@ def test_search_shows_the_match(tmp_path: Path, tokenizer_folder: Path, remit: R
     assert found == [*matches[3], len(ids) - 1]
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_a_match_within_a_character(tmp_path: Path, tokenizer_folder: Path, remit: Remit) -> None:
     """All tokens that a character is made of are marked, and nothing beside them."""
     shards = write_odd_rows(tmp_path, tokenizer_folder)
@@ -200,6 +203,7 @@ def test_the_folder_is_described_for_people(small: Path, tmp_path: Path, remit: 
     assert lines["rl"][7:] == [f"{log_probs:,}", "0"]
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_one_of_each(tmp_path: Path, tokenizer_folder: Path, remit: Remit) -> None:
     write_corpus(tmp_path / "corpus" / "a.jsonl", ["x"])
     pack(PackConfig([str(tmp_path / "corpus")], str(tokenizer_folder), tmp_path / "packed", 16))

@@ -332,6 +332,7 @@ def check_results(out: Path, size: Any) -> dict[str, Any]:
     return found | {"measurements": rows}
 
 
+@pytest.mark.usefixtures("starts_processes")
 def test_dry_run_writes_nothing(tmp_path: Path) -> None:
     planned = lab("--size", "tiny", "--seeds", "3", "4", "--out", str(tmp_path / "lab"), "--dry-run")
     assert planned.returncode == 0, planned.stderr
@@ -429,6 +430,7 @@ def test_a_kill_in_every_stage(tmp_path: Path) -> None:
         (("--seeds", "-1", "--out", "x"), "--seeds are [-1]"),
     ],
 )
+@pytest.mark.usefixtures("starts_processes")
 def test_bad_usage(words: tuple[str, ...], said: str) -> None:
     result = lab(*words)
     assert result.returncode == 2

@@ -18,6 +18,8 @@ from processes import Command, committed, content, log_lines
 from scorer.config import PackConfig
 from scorer.pack import pack
 
+pytestmark = pytest.mark.usefixtures("ray_session", "starts_processes")
+
 SLOW = {"REMIT_FAKE_ENGINE": json.dumps({"seconds": 0.5})}
 NOTICED_SOON = {
     "RAY_health_check_initial_delay_ms": "0",
@@ -29,7 +31,6 @@ HOLDER = """
 import json, os, sys
 from ray.cluster_utils import Cluster
 
-pytestmark = pytest.mark.usefixtures("ray_session", "starts_processes")
 
 def say(value):
     print("ANSWER " + json.dumps(value), flush=True)

@@ -5,13 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import browser
 import pytest
 
 from pipelines.pages import write_page
 
-TESTS = Path(__file__).parent
+HELPERS = Path(browser.__file__).parent
 
 
+@pytest.mark.usefixtures("starts_processes")
 @pytest.mark.parametrize(
     ("variables", "code", "shown"),
     [
@@ -19,12 +21,13 @@ TESTS = Path(__file__).parent
         ({"REMIT_REQUIRE_BROWSER": "1"}, 1, "no Chromium that works on this machine; apt-get install chromium"),
     ],
 )
+@pytest.mark.usefixtures("starts_processes")
 def test_skipped_tests_of_pages_are_counted(tmp_path: Path, variables: dict[str, str], code: int, shown: str) -> None:
     (tmp_path / "test_a.py").write_text("def test_x(browser): pass\ndef test_y(browser): pass\ndef test_z(): pass\n")
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "browser", "--rootdir", tmp_path, tmp_path],
         capture_output=True, text=True, cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(TESTS), "REMIT_NO_BROWSER": "1", **variables},
+        env=os.environ | {"PYTHONPATH": str(HELPERS), "REMIT_NO_BROWSER": "1", **variables},
     )  # fmt: skip
     assert ran.returncode == code, ran.stdout + ran.stderr
     assert shown in ran.stdout

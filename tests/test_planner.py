@@ -476,6 +476,7 @@ def test_warnings(remit: Remit, folder: Path) -> None:
     assert plan(remit, folder, "--network", "1e9", "--link", "1e9")[0]["warnings"] == []
 
 
+@pytest.mark.usefixtures("starts_processes")
 def test_a_plan_needs_no_weights_and_no_engine(folder: Path) -> None:
     script = (
         "import sys, pipelines.cli\n"

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("starts_processes")
+
 ROOT = Path(__file__).parent.parent
 ENGINE = """
 import os, subprocess, sys, tempfile
 from scorer.scratch import own_temporary_folder
 
-pytestmark = pytest.mark.usefixtures("starts_processes")
 folder = own_temporary_folder()
 with tempfile.NamedTemporaryFile(delete=False) as file:
     file.write(b"x")
@@ -45,6 +46,7 @@ def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("how", ["kill", "end"])
+@pytest.mark.usefixtures("starts_processes")
 def test_the_folder_goes_with_its_process(temporary: Path, how: str) -> None:
     process = subprocess.Popen([sys.executable, "-c", ENGINE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -60,6 +62,7 @@ def test_the_folder_goes_with_its_process(temporary: Path, how: str) -> None:
     process.wait()
 
 
+@pytest.mark.usefixtures("starts_processes")
 def test_score_leaves_nothing_behind(temporary: Path, tmp_path: Path, packed: Path, reference_model: Path) -> None:
     """vLLM itself, with one engine that is killed on its way and one that the end of the run ends."""
     clean = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_TMPDIR")}
@@ -79,6 +82,7 @@ def test_score_leaves_nothing_behind(temporary: Path, tmp_path: Path, packed: Pa
     assert list((temporary / "ray").glob("session_2*")) == []
 
 
+@pytest.mark.usefixtures("starts_processes")
 def test_sessions_of_ray(temporary: Path, tmp_path: Path, packed: Path, reference_model: Path) -> None:
     """A private Ray's logs go where all went well, and stay where they may be wanted."""
     clean = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_TMPDIR")}

@@ -26,6 +26,8 @@ from scorer.pack import pack
 from shards import ShardFolder, write_part
 from shards.verify import verify_folder
 
+pytestmark = pytest.mark.usefixtures("ray_session")
+
 Remit = Callable[..., tuple[int, str, str]]
 NOISE = 1e-4  # nat, between an engine in float32 and transformers
 
@@ -100,6 +102,7 @@ def test_full_rows_equal_transformers(exact: Path, reference_model: Path) -> Non
         pytest.param("document", 5, 0.0, {"tensor_parallel_size": 2}, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.usefixtures("ray_session")
 def test_short_rows_equal_transformers(
     tmp_path: Path, short: Path, reference_model: Path, context: str, top_k: int, step: float, settings: dict
 ) -> None:
@@ -119,6 +122,7 @@ def test_main_column_is_that_without_top_k(exact: Path, scored_rl: Path) -> None
     assert not {"top_k", "vocab_size"} & set(entry)
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_bfloat16_has_equal_values_in_the_order_of_ids(tmp_path: Path, short: Path, reference_model: Path) -> None:
     """Each token has a twin with the same output embedding: both columns must still be a function of the model alone."""
     model = tmp_path / "twins"
@@ -143,6 +147,7 @@ def test_bfloat16_has_equal_values_in_the_order_of_ids(tmp_path: Path, short: Pa
 # --- the columns in other tools -------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_other_tools_read_the_same(tmp_path: Path, packed: Path, reference_model: Path) -> None:
     columns = ["rl_topk_ids", "rl_topk_logprobs"]
     part = score_to(tmp_path / "out", packed, reference_model, engine="fake", top_k=5).path / "part-00000.arrow"
@@ -156,8 +161,6 @@ def test_other_tools_read_the_same(tmp_path: Path, packed: Path, reference_model
         ] == want[column]  # fmt: skip
     script = f"""
 import datasets, json
-
-pytestmark = pytest.mark.usefixtures("ray_session")
 data = datasets.load_dataset("arrow", data_files="{part}", split="train")
 print(json.dumps({{column: data[column][:] for column in {columns}}}))
 """

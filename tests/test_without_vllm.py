@@ -13,6 +13,8 @@ import pytest
 from annotated import run
 from conftest import make_model
 
+pytestmark = pytest.mark.usefixtures("starts_processes")
+
 ROOT = Path(__file__).parent.parent
 Remit = Callable[..., tuple[int, str, str]]
 

@@ -1,6 +1,7 @@
 """remit train: mid-train a base from annotated shards."""
 
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic
@@ -43,7 +44,7 @@ def run(config: TrainConfig, should_stop: ShouldStop) -> int:
             bar.update(done - bar.n)
 
         def phase(name: str) -> None:
-            bar.set_description(name)  # shown at once: an evaluation may take minutes
+            bar.set_description_str(name, refresh=sys.stderr.isatty())  # shown at once: an evaluation may take minutes
 
         config = replace(config, model=str(model.path))
         if config.ray_workers:
