@@ -424,7 +424,7 @@ def test_what_is_no_run(tmp_path: Path, remit: Remit, packed: Path) -> None:
     (tmp_path / "torn" / "run.json").write_text('{"a')
     out = tmp_path / "page.html"
     for options, code, message in (
-        (("--run", packed), 1, "holds no run.json, so it is not a run of remit train; give the --out of remit train"),
+        (("--run", packed), 1, "holds no run.json, so it is a shard folder; give the --out of remit train"),
         (("--run", run, tmp_path / "missing"), 1, "missing: no such folder"),
         (("--run", run / "metrics.jsonl"), 1, "is a file; give the --out of remit train"),
         (("--run", tmp_path / "odd"), 1, "run.json: is not a JSON object"),

@@ -201,7 +201,7 @@ def test_epochs_visit_every_row_and_end_short(
 
 
 def test_learning_rate_by_hand(tmp_path: Path) -> None:
-    config = TrainConfig(tmp_path, "m", tmp_path, learning_rate=1.0, min_learning_rate=0.1, warmup_steps=4)
+    config = TrainConfig("shards", "m", tmp_path, learning_rate=1.0, min_learning_rate=0.1, warmup_steps=4)
     rates = [learning_rate_at(step, config, 12) for step in (1, 4, 8, 12)]
     assert rates == pytest.approx([0.25, 1.0, 0.55, 0.1])
 

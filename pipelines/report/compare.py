@@ -17,9 +17,9 @@ from trainer.objectives.settings import OPTIONS
 NAMES = {"ntp": "NTP", "remit": "ReMiT", "rho1": "RHO-1", "kd": "KD"}
 # what belongs to an objective: itself, and what it reads
 OF_AN_OBJECTIVE = {"objective", "reference", *(name for names in OPTIONS.values() for name in names)}
-# how often a run is evaluated, of which only common steps are compared; what rho1's --scope micro adds, since it ranks the
-# tokens of a forward pass; where the base was found
-MAY_DIFFER = OF_AN_OBJECTIVE | {"eval_every", "micro_batch_size", "processes", "base", "leave_out"}
+OF_RHO1 = {"micro_batch_size", "processes"}  # with --scope micro, which ranks the tokens of a forward pass
+# how often a run is evaluated, of which only common steps are compared; where the base was found
+MAY_DIFFER = OF_AN_OBJECTIVE | OF_RHO1 | {"eval_every", "base", "leave_out"}
 MAX_ROWS = 8  # of the table
 MAX_DIFFERENCES = 12
 LEVEL = 5e-4  # nats per token: runs that are nearer than this are level
@@ -101,7 +101,9 @@ def differences(settings: Sequence[dict[str, Any]], by_objective: bool) -> list[
     settings that the others do not have.
     """
     rows = [row for row in (*settings_rows(settings), *provenance_rows(settings)) if row.differs]
-    implied = {row.label for row in rows if row.label in OF_AN_OBJECTIVE and len({*row.cells} - {ABSENT}) < 2}
+    own = OF_AN_OBJECTIVE | OF_RHO1
+    implied = {row.label for row in rows if row.label in own and len({*row.cells} - {ABSENT}) < 2}
+    rows = [row for row in rows if row.label != "base"]  # where it was found; base_weights_sha256 says whether it is another
     return [row for row in rows if not (by_objective and row.label in implied | {"objective"})]
 
 
