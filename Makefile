@@ -79,12 +79,12 @@ $(VENV)/.installed-dev: $(VENV)/.installed-$(EXTRA)
 # The tests look at pages in a Chromium: the system's packages, where apt-get may be used without a password, else the
 # build that playwright fetches for this user. Without one they are skipped, which the end of the test run says.
 APT_GET = $$(test "$$(id -u)" = 0 || echo "sudo -n") apt-get
-BROWSER = $(BIN)/python tests/browser.py 2>/dev/null || { \
+BROWSER = $(BIN)/python tests/helpers/browser.py 2>/dev/null || { \
 	echo "installing Chromium for the tests of pages"; \
 	{ timeout 300 $(APT_GET) update -qq && timeout 600 $(APT_GET) install -qq -y chromium; } >/dev/null 2>&1; \
-	$(BIN)/python tests/browser.py >/dev/null 2>&1 || \
+	$(BIN)/python tests/helpers/browser.py >/dev/null 2>&1 || \
 		timeout 600 $(BIN)/python -m playwright install chromium >/dev/null 2>&1; \
-	$(BIN)/python tests/browser.py || true; }
+	$(BIN)/python tests/helpers/browser.py || true; }
 
 sample: $(SAMPLE)/reference ## build the sample project: corpus, tokenizer, tiny base and reference
 

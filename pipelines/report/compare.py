@@ -103,7 +103,9 @@ def differences(settings: Sequence[dict[str, Any]], by_objective: bool) -> list[
     rows = [row for row in (*settings_rows(settings), *provenance_rows(settings)) if row.differs]
     own = OF_AN_OBJECTIVE | OF_RHO1
     implied = {row.label for row in rows if row.label in own and len({*row.cells} - {ABSENT}) < 2}
-    rows = [row for row in rows if row.label != "base"]  # where it was found; base_weights_sha256 says whether it is another
+    rows = [
+        row for row in rows if row.label != "base"
+    ]  # where it was found; base_weights_sha256 says whether it is another
     return [row for row in rows if not (by_objective and row.label in implied | {"objective"})]
 
 

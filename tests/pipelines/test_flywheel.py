@@ -24,7 +24,7 @@ from pipelines.flywheel.stages import At, Given, Stage, change_of, files_of, giv
 
 pytestmark = pytest.mark.usefixtures("starts_processes")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def shell(name: str, line: str, inputs: Mapping[str, Stage | Path] | None = None, **settings: object) -> Stage:

@@ -22,7 +22,7 @@ from shards.lease import Lease
 
 pytestmark = pytest.mark.usefixtures("starts_processes")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STEPS = 5
 Remit = Callable[..., tuple[int, str, str]]
 VOLATILE = ("tokens_per_second", "data_wait_seconds", "peak_memory_bytes")

@@ -103,9 +103,7 @@ def test_a_shell_without_completion_is_bad_usage(remit: Remit) -> None:
 def test_without_shtab(tmp_path: Path) -> None:
     """An installation from before tyro needed it."""
     code = "import sys; sys.modules['shtab'] = None; from pipelines.cli import main; main(['completion', 'tcsh'])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "remit completion: error: tcsh needs shtab; pip install shtab"
 

@@ -323,7 +323,7 @@ def test_tensorboard_of_a_killed_run_has_every_step(
 ) -> None:
     """Killed after step 31 without a chance to flush: what the checkpoint of step 30 covers is on the disk."""
     arguments = [str(several["packed"]), str(models["base"]), str(tmp_path / "out")]
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", KILLED_RUN, *arguments], cwd=root).returncode == 9
     subprocess.run([sys.executable, "-c", KILLED_RUN.replace("31", "99"), *arguments], cwd=root, check=True)
     scalars = EventAccumulator(str(tmp_path / "out/tensorboard")).Reload().Scalars("train/loss")

@@ -321,7 +321,7 @@ def test_killed_and_stopped_runs_go_on_as_if_nothing_had_been(tmp_path: Path, sp
         *("--checkpoint-every", 2),
     ]
     command = [sys.executable, "-m", "pipelines.cli", "rl", *map(str, options)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
     log = killed / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (log.exists() and log.read_text().count("\n") >= 5) and time.monotonic() < deadline:
@@ -497,5 +497,5 @@ def test_help_is_light() -> None:
         "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n    main(['rl', '--help'])\n"
         "assert not {'torch', 'transformers', 'trl', 'datasets'} & set(sys.modules)\n"
     )
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True).stderr == ""

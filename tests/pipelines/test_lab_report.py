@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from playwright.sync_api import Browser
 from scipy import stats
+from tests.browser import open_page
 
 from benchmarks.lab import results as lab_results
 from benchmarks.lab.claims import (
@@ -46,9 +47,8 @@ from benchmarks.lab.recipe import RECIPES
 from benchmarks.lab.report import MARK, PICTURES, lead, main, to_markdown, to_page
 from benchmarks.lab.results import Results, read
 from benchmarks.lab.tables import cell, found_text, make_tables
-from tests.browser import open_page
 
-COMMITTED = Path(__file__).resolve().parent.parent / "docs" / "lab-report"
+COMMITTED = Path(__file__).resolve().parents[2] / "docs" / "lab-report"
 ARMS = ["ntp", "remit", "remit2", "ntp-guided", "sft-guided", "rho1", "miniplm", "kd", "no-clip", "remit-rl10"]
 
 

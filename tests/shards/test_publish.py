@@ -20,7 +20,7 @@ from shards.output_folder import writing
 from shards.publish import fsync_folder, give_name
 from shards.store import LocalStore
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # what Python imports first in every process that finds it, Ray's workers among them
 SITE = """
 import errno, os, stat

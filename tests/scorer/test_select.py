@@ -226,7 +226,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     for rows in (10_000, 100_000):  # the larger one has 150 MB of values
         write_uniform(tmp_path / str(rows), rows, 128, 1000)
         code = [sys.executable, "-c", PEAK, tmp_path / str(rows), tmp_path / f"out-{rows}"]
-        output = subprocess.run(code, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
+        output = subprocess.run(code, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
         peaks.append(int(output.stdout.split()[-1]) / 1024)
         assert Manifest.read(tmp_path / f"out-{rows}").rows == rows * 8 // 10
     assert peaks[1] < peaks[0] + 64, peaks
@@ -318,7 +318,7 @@ def test_sigterm_is_three(corpus: Path, tmp_path: Path) -> None:
     )
     words = [str(word) for word in arguments(corpus, tmp_path / "late", num_workers=1)]
     ended = subprocess.run(
-        [sys.executable, "-c", script, *words], capture_output=True, text=True, cwd=Path(__file__).parent.parent
+        [sys.executable, "-c", script, *words], capture_output=True, text=True, cwd=Path(__file__).parents[2]
     )
     assert ended.returncode == 3, ended.stderr
     assert "the same command again goes on" in ended.stderr

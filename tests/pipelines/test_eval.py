@@ -831,7 +831,7 @@ def test_nothing_is_claimed_inside_the_error() -> None:
 
 def test_commands_of_the_documentation_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that need the hub stand in blocks that are not run with the other pages."""
-    page = Path(__file__).parent.parent / "docs" / "evaluation.md"
+    page = Path(__file__).parents[2] / "docs" / "evaluation.md"
     lines = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("remit eval")]
     assert len(lines) == 6
     monkeypatch.chdir(tmp_path)

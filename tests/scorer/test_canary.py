@@ -22,7 +22,7 @@ from scorer.engine import Answer
 from shards import ShardFolder
 from shards.verify import verify_folder
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def answers(values: list[np.ndarray]) -> list[Answer]:

@@ -15,7 +15,7 @@ from conftest import source_texts, write_corpus
 
 pytestmark = pytest.mark.usefixtures("starts_processes")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 Run = Callable[..., str]
 
 

@@ -14,7 +14,7 @@ import pytest
 
 pytestmark = pytest.mark.usefixtures("starts_processes")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ENGINE = """
 import os, subprocess, sys, tempfile
 from scorer.scratch import own_temporary_folder

@@ -15,7 +15,7 @@ from conftest import make_model
 
 pytestmark = pytest.mark.usefixtures("starts_processes")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 Remit = Callable[..., tuple[int, str, str]]
 
 # the command line in a process that finds none of these packages, nor their metadata

@@ -24,7 +24,7 @@ from scorer.streamed import MAX_HUB_SHARDS, Shard, find_shards
 from shards.manifest import Manifest
 
 Remit = Callable[..., tuple[int, str, str]]
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TRAIN = [source_texts(40, seed=70 + index) for index in range(3)]
 GERMAN = source_texts(20, seed=80)
 README = """---

@@ -1,4 +1,4 @@
-"""Rows read through ShardFolder: arrays, contexts, places. What rows must be is in tests/test_verify.py."""
+"""Rows read through ShardFolder: arrays, contexts, places. What rows must be is in tests/shards/test_verify.py."""
 
 from pathlib import Path
 

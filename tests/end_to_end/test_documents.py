@@ -23,7 +23,7 @@ from trainer.objectives import settings as registry
 
 pytestmark = pytest.mark.usefixtures("starts_processes")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = [path.name for path in sorted(DOCS.glob("*.md"))]
 

@@ -206,7 +206,7 @@ def test_the_second_post_training_is_refused(tmp_path: Path, start: Path) -> Non
         *("--out", str(config.out), "--max-steps", "12", "--batch-size", "2", "--learning-rate", "1e-3"),
         *("--checkpoint-every", "2"),
     ]
-    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent)
+    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
     wait_for_steps(config.out, 3, lambda: first.poll() is None)
     first.send_signal(signal.SIGSTOP)
     before = snapshot(config.out)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PACKAGES = ("shards", "scorer", "trainer", "pipelines")
 FOLDERS = {*PACKAGES, "benchmarks", "tests", "docs"}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
