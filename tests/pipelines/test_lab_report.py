@@ -15,9 +15,9 @@ import polars
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from browser import open_page
 from playwright.sync_api import Browser
 from scipy import stats
-from tests.browser import open_page
 
 from benchmarks.lab import results as lab_results
 from benchmarks.lab.claims import (
