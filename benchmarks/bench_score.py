@@ -69,7 +69,7 @@ def ceiling(model: Path, shards_folder: Path, out_folder: Path, vocabulary: int,
     import scorer.actor
     from scorer.actor import ScoringActor, ScoringTask
     from scorer.engine import EngineConfig, batched_tokens, device_memory, environment
-    from scorer.loop import Job
+    from scorer.engine_thread import Job
     from shards import Manifest, ShardFolder
     from shards.fingerprint import config_fingerprint, weights_fingerprint
 

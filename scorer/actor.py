@@ -13,12 +13,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from scorer.batch import ScoredRows
 from scorer.canary import Forwards, compare
 from scorer.cores import claim_cores
 from scorer.engine import Engine, EngineConfig, batched_tokens, device_memory, environment
+from scorer.engine_thread import EngineDied, EngineLoop, Job
 from scorer.installed import installed_vllm
-from scorer.loop import EngineDied, EngineLoop, Job
+from scorer.scored_rows import ScoredRows
 from scorer.scratch import own_temporary_folder
 from shards.fingerprint import config_fingerprint, weights_fingerprint
 from shards.folder import ShardFolder

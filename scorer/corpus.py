@@ -13,10 +13,10 @@ import pyarrow.parquet
 
 from scorer.decompress import MAX_WINDOW, Damaged, Decompressed
 from scorer.formats import HEAD_BYTES, encoding_of, fault_of_head, fault_of_json, format_of, text_of_path
+from scorer.hf_datasets import HUB, REMEDY, Shard, json_files, read_rows
 from scorer.sources import Source
-from scorer.streamed import HUB, REMEDY, Shard, json_files, read_rows
-from shards.answers import StoreSilent
 from shards.store import is_remote
+from shards.store_errors import StoreSilent
 
 MAGIC_BYTES = 64
 BATCH_DOCUMENTS = 1024

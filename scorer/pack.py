@@ -21,9 +21,9 @@ from scorer.cluster import cause, ray_cluster, ray_errors, require_ray
 from scorer.config import PackConfig
 from scorer.corpus import require_kind
 from scorer.known import remember, stamps
+from scorer.pack_tasks import stage_source, write_part_from_staging
 from scorer.plan import plan_parts, refuse_other_plan, say_what_changed
 from scorer.sources import Corpus, Source, find_corpus, staged_estimate
-from scorer.staging import stage_source, write_part_from_staging
 from scorer.stopping import StopGuard
 from scorer.tokenizer import PackTokenizer, describe_tokenizer, load_tokenizer
 from scorer.vocabulary import Vocabulary, hashes

@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from scorer.actor import ScoringActor
 from scorer.canary import CanaryFailed, Forwards
 from scorer.cluster import cause, one_line
-from scorer.loop import EngineDied
+from scorer.engine_thread import EngineDied
 
 PARTS_PER_ENGINE = 2  # one is read or written while the other is computed
 START_TIMEOUT_SECONDS = 1800.0

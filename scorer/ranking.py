@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from shards.folder import ShardFolder
+from shards.keep_ratio import keep_count
 from shards.manifest import Manifest, PartPlan, part_name
 from shards.part import REMEDY
 from shards.schema import logprobs_column
-from shards.selection import keep_count
 
 
 class CorpusRows:

@@ -12,7 +12,7 @@ import ray
 from scorer.canary import Forwards
 from scorer.cluster import ray_cluster, ray_errors
 from scorer.config import ScoreConfig
-from scorer.drive import Drive, PartsFailed, Progress
+from scorer.driver import Drive, PartsFailed, Progress
 from scorer.engine import EngineConfig
 from scorer.forwards import ForwardTask, find_prompts
 from scorer.placement import engine_bundle

@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow as pa
 
 from scorer.formats import format_of, text_of_path
+from scorer.hf_datasets import HUB, Shard, find_shards
 from scorer.listing import Listing, list_local, list_remote
-from scorer.streamed import HUB, Shard, find_shards
 from shards.store import is_remote, open_store
 
 TEXT_BYTES_PER_STAGED_BYTE = 2.5  # plain text against its token ids in zstd; for the estimate of the disk's need

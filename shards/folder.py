@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 
 from shards.contract import check
-from shards.decompressed import check_decompressed_size
 from shards.fingerprint import parse_tokenizer_json, vocabulary
 from shards.manifest import MANIFEST, Manifest
 from shards.part import COMMITS, METADATA_KEY, REMEDY, CommitRecord, read_record
@@ -23,6 +22,7 @@ from shards.rows import PartRows, Rows, columns_to_read
 from shards.schema import logprobs_column, topk_columns
 from shards.store import Store, open_store
 from shards.tokens import decode_token_ids, differences, disagreement
+from shards.zstd_bomb import check_decompressed_size
 
 TOKENIZER = "_tokenizer"
 TOKEN_IDS = "token_ids.json"  # in that folder: which ids the rows have

@@ -20,9 +20,9 @@ import fsspec
 import pyarrow as pa
 import tenacity
 
-from shards.answers import answer_of, bucket_of, exists_already, may_pass, plain, retry_seconds, text_of
 from shards.crash import crash_point
 from shards.store import TEMPORARY_SUFFIX, Store
+from shards.store_errors import answer_of, bucket_of, exists_already, may_pass, plain, retry_seconds, text_of
 
 CONDITIONAL_PUT = {"s3", "s3a", "gs", "gcs"}
 PACKAGES = {"s3": "pip install s3fs", "gs": "pip install gcsfs", "hdfs": "it needs Java and Hadoop's libhdfs"}

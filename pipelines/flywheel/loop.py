@@ -22,9 +22,9 @@ from pipelines.models import resolve_model
 from pipelines.posttrain.rewards import reward_fingerprint, reward_source
 from pipelines.terminal import BadUsage
 from scorer.formats import text_of_path
+from scorer.hf_datasets import HUB
 from scorer.known import hashes_now, remembered
 from scorer.sources import Source, list_word
-from scorer.streamed import HUB
 from shards.modelfolder import max_positions, read_config, require_base, require_language_model, require_one_scaling
 from shards.store import is_remote
 from shards.tokens import disagreement, ordinary_ids

@@ -20,9 +20,9 @@ import zstandard
 from processes import Command
 
 from shards import ShardFolder, row_schema
-from shards.decompressed import _field, _follow, announced_bytes, record_batch_messages
 from shards.manifest import Manifest
 from shards.part import METADATA_KEY
+from shards.zstd_bomb import _field, _follow, announced_bytes, record_batch_messages
 from trainer.data import RowReader
 
 pytestmark = pytest.mark.usefixtures("ray_session", "starts_processes")

@@ -40,13 +40,13 @@ from test_score import compare
 from scorer.cluster import ray_cluster
 from scorer.corpus import read_documents
 from scorer.known import hashes_now
+from scorer.pack_tasks import stage_source
 from scorer.sources import find_corpus, find_sources
-from scorer.staging import stage_source
 from shards import ShardFolder, write_part
-from shards.answers import StoreSilent, may_pass, plain
 from shards.lease import Lease
 from shards.remote import RemoteStore
 from shards.store import open_store
+from shards.store_errors import StoreSilent, may_pass, plain
 from trainer.data import RowReader
 
 Remit = Callable[..., tuple[int, str, str]]

@@ -21,8 +21,8 @@ from scorer.actor import make_engine
 from scorer.canary import Distance, Forwards
 from scorer.config import PackConfig, ScoreConfig
 from scorer.engine import EngineConfig, batched_tokens
+from scorer.engine_thread import EngineDied, EngineLoop
 from scorer.installed import without_float16
-from scorer.loop import EngineDied, EngineLoop
 from scorer.pack import pack
 from scorer.precision import nearer_dtype, settled_dtype
 from scorer.reference import Reference, require_vllm

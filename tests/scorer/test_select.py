@@ -29,8 +29,8 @@ from scorer.select import select
 from scorer.stopping import Stopped
 from shards import Manifest, ShardFolder
 from shards.crash import CRASH_POINTS
+from shards.keep_ratio import keep_count
 from shards.quarantine import read_quarantined_rows
-from shards.selection import keep_count
 from shards.verify import verify_folder
 
 Remit = Callable[..., tuple[int, str, str]]

@@ -10,7 +10,7 @@ import torch
 from conftest import VOCABULARY
 from damage import TOP, top_rows, write_folder
 
-from scorer.drive import TOPK_BYTES_PER_ENTRY
+from scorer.driver import TOPK_BYTES_PER_ENTRY
 from scorer.engine import order_topk
 from scorer.fake import hashed_logprobs, hashed_topk
 from scorer.kernel import token_logprobs

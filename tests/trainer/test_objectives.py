@@ -12,7 +12,7 @@ from oracles import kd_token
 
 from pipelines.commands.verify import VerifyConfig
 from pipelines.inspect.settings import InspectConfig
-from shards.selection import keep_count
+from shards.keep_ratio import keep_count
 from trainer.config import TrainConfig
 from trainer.objectives import ObjectiveSettings, make_objective
 from trainer.objectives.kd import kd_losses

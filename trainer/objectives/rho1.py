@@ -5,7 +5,7 @@ The loss is the sum over the kept tokens divided by N * keep_ratio, so a kept to
 
 from torch import Tensor
 
-from shards.selection import keep_count
+from shards.keep_ratio import keep_count
 from trainer.objectives.objective import Objective, Tokens, Weighted
 from trainer.objectives.settings import ObjectiveSettings
 

@@ -18,9 +18,9 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 from scorer.corpus import BadDocument, BadFile, read_documents
+from scorer.cutter import RowCutter
 from scorer.decompress import window_of_each
 from scorer.roundtrip import DocumentSample
-from scorer.rows import RowCutter
 from scorer.sources import Source
 from scorer.vocabulary import pack_bits
 from shards.crash import crash_point

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from scorer.rows import RowCutter
+from scorer.cutter import RowCutter
 
 
 def by_hand(documents: list[list[int]], seq_len: int) -> list[dict]:

@@ -19,8 +19,8 @@ from hub_server import REVISION, Hub
 from tokenizers import Tokenizer
 
 from scorer.corpus import BadDocument, read_documents
+from scorer.hf_datasets import MAX_HUB_SHARDS, Shard, find_shards
 from scorer.sources import find_sources
-from scorer.streamed import MAX_HUB_SHARDS, Shard, find_shards
 from shards.manifest import Manifest
 
 Remit = Callable[..., tuple[int, str, str]]
@@ -127,8 +127,8 @@ def test_many_files_of_the_hub_share_shards(monkeypatch: pytest.MonkeyPatch) -> 
         config = type("Config", (), {"data_files": {}})
 
     stream = type("Stream", (), {"num_shards": 5000})
-    monkeypatch.setattr("scorer.streamed.open_stream", lambda shard: (Builder, stream))
-    monkeypatch.setattr("scorer.streamed._commit", lambda entry, name, revision: f"{name} {revision}")
+    monkeypatch.setattr("scorer.hf_datasets.open_stream", lambda shard: (Builder, stream))
+    monkeypatch.setattr("scorer.hf_datasets._commit", lambda entry, name, revision: f"{name} {revision}")
     shards = find_shards("hf://org/name@v1.0:en")
     assert len(shards) == MAX_HUB_SHARDS
     assert shards[7] == (Shard("org/name", "org/name v1.0", "en", "train", 7, MAX_HUB_SHARDS), None)

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from scorer.engine import Answer
-from scorer.loop import EngineDied
+from scorer.engine_thread import EngineDied
 from scorer.rowcheck import POSITIVE_TOLERANCE, fault_of_ids, fault_of_row, round_logprobs
 from shards.contract import check_documents
 from shards.rows import Rows
