@@ -39,7 +39,7 @@ def plan_of(parts: int) -> Manifest:
 def steps(folder: Path, parts: int) -> dict[str, float]:
     """Seconds of each step, and the peak of memory in MB."""
     from scorer.score import refuse_other_scoring
-    from shards.output_folder import begin_shards
+    from shards.output_folder import begin_shards, writing
     from shards.store import open_store
     from trainer.data import RowReader
     from trainer.order import RowOrder
@@ -64,10 +64,11 @@ def steps(folder: Path, parts: int) -> dict[str, float]:
     references = {"rl": {"context": "packed", "logprob_step": 1 / 64, "model": "m"}}
     manifest = replace(shards.manifest, references=references)
     out = open_store(folder / "scored")
-    began = perf_counter()
-    scored = begin_shards(shards, out, manifest)
-    missing = scored.missing_parts()
-    timed("freeze the plan of a scoring", began)
+    with writing(out) as lease:
+        began = perf_counter()
+        scored = begin_shards(shards, out, manifest, lease)
+        missing = scored.missing_parts()
+        timed("freeze the plan of a scoring", began)
     assert len(missing) == parts
     for name in missing[:-3]:
         data = encode_json(asdict(CommitRecord(name, "0" * 64, 1, ROWS, ROWS * SEQ_LEN)))

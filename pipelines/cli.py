@@ -35,7 +35,7 @@ COMMANDS = {
     "weights": ("pipelines.plan.settings:WeightsConfig", "pipelines.commands.weights:run"),
     "plan": ("pipelines.plan.settings:PlanConfig", "pipelines.commands.plan:run"),
     "compare": ("pipelines.report.compare:CompareConfig", "pipelines.commands.compare:run"),
-    "report": ("pipelines.commands.report:ReportConfig", "pipelines.commands.report:run"),
+    "report": ("pipelines.report.settings:ReportConfig", "pipelines.commands.report:run"),
     "eval": ("pipelines.evaluation.settings:EvalConfig", "pipelines.commands.eval:run"),
     "sft": ("pipelines.posttrain.settings:SftConfig", "pipelines.commands.posttrain:sft"),
     "dpo": ("pipelines.posttrain.settings:DpoConfig", "pipelines.commands.posttrain:dpo"),
@@ -46,7 +46,10 @@ COMMANDS = {
 OWN_CONFIG = ("flywheel", "completion")  # the file of the first describes a loop, the second has no file
 # these end what they are at when a signal comes: a step and a checkpoint, the parts in work, the stage that runs
 GRACEFUL = ("pack", "score", "select", "train", "sft", "dpo", "rl", "flywheel")
-MOVED = {"--weights": "remit plan --weights is a command of its own now: remit weights --shards DIR"}
+MOVED = {  # options of remit plan that went elsewhere
+    "--weights": "--weights is a command of its own now: remit weights --shards DIR",
+    "--measure": "--measure is gone; run remit train --max-steps 20, score one part, and give --train-rate and --score-rate",
+}
 DESCRIPTION = (
     "ReMiT mid-training without the reference in the training step: pack a corpus, score it once with the reference, "
     "train from the annotated shards. Options may also come from a YAML file, --config run.yaml; options on the "

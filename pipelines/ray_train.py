@@ -40,7 +40,9 @@ def train_on_ray(config: TrainConfig, should_stop: Callable[[], bool]) -> TrainR
         ray_cluster(config.debug),
         tempfile.TemporaryDirectory() as storage,
         # which reaches the workers wherever they are, and belongs to this driver alone
-        tempfile.TemporaryDirectory(prefix=f".{config.out.name}.", suffix=".tmp", dir=config.out.parent) as shared,
+        tempfile.TemporaryDirectory(
+            prefix=f".{config.out.name}.", suffix=".tmp", dir=config.out.parent, ignore_cleanup_errors=True
+        ) as shared,
         watched(should_stop, Path(shared, STOP), Path(shared, NOTES)),
     ):
         stop_file, notes = Path(shared, STOP), Path(shared, NOTES)
@@ -88,9 +90,10 @@ def watched(should_stop: Callable[[], bool], stop_file: Path, notes: Path) -> It
 
     def watch() -> None:
         while not done.wait(0.5):
-            if should_stop():
-                stop_file.touch()
-            show()
+            with contextlib.suppress(OSError):  # a shared filesystem that stumbles must not cost the next signal
+                if should_stop():
+                    stop_file.touch()
+                show()
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

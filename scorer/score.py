@@ -102,7 +102,7 @@ def score(
             manifest = with_reference(shards.manifest, config, reference, engine, tokenizer_differences)
         with writing(out, note, SHARD_FOLDERS) as lease:
             refuse_other_scoring(out, manifest, config.name)  # another driver may have had the lease since we looked
-            folder = begin_shards(shards, out, manifest)
+            folder = begin_shards(shards, out, manifest, lease)
             crash_point("driver.planned")
             clear_failures(out)
             if folder.missing_parts():
@@ -156,13 +156,15 @@ def refuse_other_scoring(out: Store, manifest: Manifest, name: str) -> None:
         return
     there = ShardFolder(out)
     ours, theirs = manifest.provenance(), there.manifest.provenance()
+    then, now = theirs["references"], ours["references"][name]
+    if (
+        then.get(name, {}).get("weights_sha256") == now["weights_sha256"]
+    ):  # the weights decide, whatever their folder is called
+        ours["references"] = ours["references"] | {name: now | {"model": then[name]["model"]}}
     if not there.missing_parts():
-        then = theirs["references"]
         ours["references"] = {
             each: {k: v for k, v in entry.items() if k in then.get(each, entry) or k not in NOT_RECORDED_BEFORE}
             for each, entry in ours["references"].items()
         }
-        if then.get(name, {}).get("model") == "model":  # earlier releases called every model of a run so
-            ours["references"][name]["model"] = "model"
     options = {f"references.{name}.{field}": "--" + field.replace("_", "-") for field in OPTIONS}
     refuse_other(out.url, "scoring", ours, theirs, instead_of(there), options)

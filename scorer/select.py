@@ -90,7 +90,7 @@ def select(
             manifest = plan_selection(shards.manifest, places, asked | counts)
             del scores
             refuse_other_plan(out, manifest)
-            folder = begin_shards(shards, out, manifest)
+            folder = begin_shards(shards, out, manifest, lease)
             crash_point("driver.planned")
             write_parts(shards, folder, places, lease, workers, progress, should_stop)
         crash_point("driver.finished")

@@ -142,7 +142,12 @@ def list_word(entry: str, text_field: str, own: set[str]) -> Listing | None:
 
 def require_known_path(entry: str) -> None:
     """ValueError where a word of --corpus is a path to nothing; globs, folders, URLs and datasets are not looked into."""
-    if not is_remote(entry) and not glob.has_magic(entry) and not os.path.lexists(entry.removeprefix("file://")):
+    if is_remote(entry) or entry.startswith(HUB) or glob.has_magic(entry):
+        return
+    path = entry.removeprefix("file://")
+    if not os.path.lexists(path):
+        if path.endswith("/") or ("/" in path and ":" not in path and os.path.isdir(path.partition("/")[0])):
+            raise ValueError(f"{text_of_path(path)}: no such file or folder; check --corpus")
         list_word(entry, "text", set())
 
 

@@ -27,10 +27,10 @@ def check(rows: Rows) -> Rows:
     if "input_ids" in names and (rows.ids.min(initial=0) < 0 or rows.ids.max(initial=0) >= vocab_size):
         bad_T = (rows.ids < 0) | (rows.ids >= vocab_size)
         refuse_tokens(rows, bad_T, lambda token: f"token id {rows.ids[token]} is not in 0..{vocab_size - 1}")
-    for name in manifest.references:
+    for name, reference in manifest.references.items():
         if logprobs_column(name) in names:
             _check_logprobs(rows, name)
-        if names & {*topk_columns(name)}:
+        if reference.get("top_k") and names & {*topk_columns(name)}:  # a reference may be called rl_topk
             _check_topk(rows, name)
     return rows
 

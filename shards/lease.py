@@ -34,7 +34,7 @@ class LeaseLost(RuntimeError):
     """Another driver has taken the folder over."""
 
 
-def _machine() -> str:
+def machine() -> str:
     """What distinguishes machines, their reboots and containers: process ids are comparable within one."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -43,7 +43,7 @@ def _machine() -> str:
         return socket.gethostname()
 
 
-def _process_start(pid: int) -> str | None:
+def process_start(pid: int) -> str | None:
     """When a process began, in the kernel's ticks, so that a reused pid is told apart; None where it is gone."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -108,8 +108,8 @@ class Lease:
         self._value = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "machine": _machine(),
-            "process_start": _process_start(os.getpid()),
+            "machine": machine(),
+            "process_start": process_start(os.getpid()),
             "token": secrets.token_hex(8),
             "started": time.time(),
             "beats": 0,
@@ -175,8 +175,8 @@ class Lease:
 
     def _require_gone(self, number: int, on_wait: Callable[[str], None]) -> None:
         value = self._read(number)
-        if value is None or value.get("machine") == _machine():
-            if value is not None and _process_start(value["pid"]) == value["process_start"]:
+        if value is None or value.get("machine") == machine():
+            if value is not None and process_start(value["pid"]) == value["process_start"]:
                 self._refuse(value)
             return
         on_wait(

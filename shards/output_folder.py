@@ -83,12 +83,14 @@ def require_empty(folder: Store | Path | str, record: str, what: str) -> None:
         )
 
 
-def begin_shards(shards: ShardFolder, out: Store, manifest: Manifest) -> ShardFolder:
+def begin_shards(shards: ShardFolder, out: Store, manifest: Manifest, lease: Lease) -> ShardFolder:
     """Freeze `manifest` in `out`, with a copy of the tokenizer of `shards` and of its list of ids, unless it is frozen there."""
     if out.size(MANIFEST) is None:
+        lease.check()
         out.remove(TOKENIZER)  # of a run that died while it copied one
         shards.copy_tokenizer_to(out)
         crash_point("output.begun")
+        lease.check()
         manifest.write(out)
     return ShardFolder(out)
 
@@ -114,6 +116,8 @@ def writing_run(
     if not first or (out / MODEL).exists():
         yield None
         return
+    if (out / MANIFEST).exists():
+        raise ValueError(f"{out}: is a shard folder and not {what}; choose another --out")
     require_empty(out, RUN, what)
     with writing(out, on_wait) as lease:
         yield lease

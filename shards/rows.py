@@ -185,7 +185,8 @@ def flat_values(column: pa.ListArray) -> np.ndarray:
 def columns_to_read(columns: Iterable[str], manifest: Manifest) -> list[str]:
     """`columns`, and those without which they cannot be checked; documents are small and always among them."""
     wanted = {*columns, "doc_lengths", "doc_ids", "source"}
-    for name in manifest.references:
-        wanted |= {*topk_columns(name), logprobs_column(name)} if wanted & {*topk_columns(name)} else set()
+    for name, reference in manifest.references.items():
+        if reference.get("top_k") and wanted & {*topk_columns(name)}:
+            wanted |= {*topk_columns(name), logprobs_column(name)}
         wanted |= {"input_ids"} if logprobs_column(name) in wanted else set()
     return [field.name for field in manifest.schema if field.name in wanted]

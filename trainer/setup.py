@@ -247,7 +247,9 @@ def resume(
     """
     world = session.world
     if world.first:
+        session.check_lease()  # minutes of loading have passed
         write_record(config.out, settings)
+        refuse_other_settings(config.out, settings)  # of a writer that came in between
     fingerprint = world.from_first(sha256_file(config.out / RUN) if world.first else None)
     checkpoints = Checkpoints(
         config.out / CHECKPOINTS, loss_model, optimizer, world, fingerprint, config.keep_checkpoints, session.lease

@@ -56,7 +56,7 @@ def train(
         writing_run(config.out, "a run of remit train", world.first, note) as lease,
     ):
         if not world.first:
-            progress, note = lambda done, total, metrics: None, lambda line: None
+            progress, note, phase = lambda done, total, metrics: None, lambda line: None, lambda name: None
         session = Session(world, lease, progress, should_stop, note, phase)
         run = prepare(config, session)
         if run is not None and train_steps(run, session):

@@ -4,7 +4,7 @@ from dataclasses import replace
 from time import monotonic
 
 from pipelines.models import resolve_model
-from pipelines.terminal import DONE, STOPPED, ShouldStop, note, progress_bar, quiet_libraries, tokens_summary
+from pipelines.terminal import DONE, STOPPED, ShouldStop, counted, note, progress_bar, quiet_libraries, tokens_summary
 from scorer.config import PackConfig
 from scorer.sources import require_known_path
 from scorer.stopping import Stopped
@@ -30,7 +30,10 @@ def run(config: PackConfig, should_stop: ShouldStop) -> int:
                 bar.reset(total)
                 bar.set_description(now)
                 bar.unit = "B" if now == "tokenise" else " tokens"
-            bar.set_postfix_str(f"{tokens / max(1e-9, monotonic() - began) / 1e6:.2f}M tokens/s", refresh=False)
+            if now == "tokenise":  # else the bar itself counts tokens
+                bar.set_postfix_str(f"{tokens / max(1e-9, monotonic() - began) / 1e6:.2f}M tokens/s", refresh=False)
+            else:
+                bar.set_postfix_str("", refresh=False)
             bar.update(done - bar.n)
 
         try:
@@ -47,10 +50,10 @@ def summary(what: str, folder: ShardFolder, out: str, seconds: float) -> str:
     """One line about a folder that a stage has written."""
     manifest = folder.manifest
     documents = manifest.documents
-    line = f"{what} {manifest.tokens:,} tokens in {manifest.rows:,} rows and {len(manifest.parts):,} parts"
-    line += f"{', a selection' if manifest.selections else ''} from {documents['packed']:,} documents"
+    line = f"{what} {counted(manifest.tokens, 'token')} in {counted(manifest.rows, 'row')} and {counted(len(manifest.parts), 'part')}"
+    line += f"{', a selection' if manifest.selections else ''} from {counted(documents['packed'], 'document')}"
     if documents["empty"] or documents["rejected"]:
         line += f" ({documents['empty']:,} empty, {documents['rejected']:,} rejected)"
     left_out = sum(bool(file.left_out) for file in manifest.corpus)
-    line += f", without {left_out:,} bad files" if left_out else ""
+    line += f", without {counted(left_out, 'bad file')}" if left_out else ""
     return f"{line} -> {out} ({seconds:.0f} s)"

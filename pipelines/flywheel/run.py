@@ -20,7 +20,7 @@ from pathlib import Path
 from pipelines.flywheel.folder import ROOT, Attempts, Folder, Look, Record, look, record_of, words_of
 from pipelines.flywheel.stages import Stage, check_order, files_of
 from pipelines.terminal import STOPPED, note
-from shards.lease import _machine, _process_start
+from shards.lease import machine, process_start
 from shards.output_folder import writing
 
 TAIL = 15  # lines of a log that are shown
@@ -105,14 +105,14 @@ def wait_for_others(folder: Folder, stage: Stage, should_stop: Callable[[], bool
     On another machine they cannot be asked for. Those that resume hold the lease of their folder, whoever asks.
     """
     for file in sorted((folder.path / "running").glob("*")):
-        machine, _, stat = file.read_text(errors="replace").partition("\n")
+        host, _, stat = file.read_text(errors="replace").partition("\n")
         pid, start = int(stat.split(" ", 1)[0] or 0), stat.rpartition(")")[2].split()[19:20]
-        if machine != _machine():
+        if host != machine():
             note(
                 f"{file.name}: was begun by a driver on another machine, and cannot be seen from here; end it if it still runs"
             )
         told = False
-        while machine == _machine() and start and _process_start(pid) == start[0]:
+        while host == machine() and start and process_start(pid) == start[0]:
             if not told:
                 watch(
                     "waits",
@@ -145,7 +145,7 @@ def make(
     running = folder.place("running", stage, key)
     for place in (log, running):
         place.parent.mkdir(parents=True, exist_ok=True)
-    running.write_text(f"{_machine()}\n")
+    running.write_text(f"{machine()}\n")
     attempts.begin()
     watch("started", stage, {"log": str(log)})
     start = log.stat().st_size if log.exists() else 0

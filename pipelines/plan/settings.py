@@ -27,7 +27,6 @@ SHARES = ("mfu_score", "mfu_train", "mfu_online", "memory_share")
 COUNTS = ("num_gpus", "gpus_per_node", "global_batch_size", "micro_batch_size")
 FROM_ZERO = ("score_start_seconds", "train_start_seconds", "top_k")
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-MOVED = "--weights is a command of its own now: remit weights, with the same options"
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,8 @@ def train_and_export(config: PostTrainConfig, stage: Stage, should_stop: ShouldS
     settings = run_settings(config, folder)
     refuse_other_settings(config, settings)
     final = config.out / MODEL
+    if lease and final.exists():  # made by another command while this one waited; its other processes have gone on
+        raise RuntimeError(f"{final}: was finished meanwhile; the same command again finds nothing to do")
     if final.exists():
         print(f"nothing to do, trained before: {final}")
         return DONE
@@ -108,7 +110,9 @@ def train_and_export(config: PostTrainConfig, stage: Stage, should_stop: ShouldS
     from trainer.layout import read_layout
 
     if lease:
+        lease.check()  # minutes of loading have passed
         write_record(config.out, settings)
+        refuse_other_settings(config, settings)  # of a writer that came in between
     layout = read_layout(folder, base.model)
     trainer = stage.trainer(Job(base, tokenizer, short, trainer_arguments(config)))
     if not run_trainer(config, trainer, should_stop, lease):

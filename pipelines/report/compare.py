@@ -12,6 +12,7 @@ import tyro
 
 from pipelines.report.runs import EVALUATION, Line, finite, read_lines, read_settings, require_different, run_names
 from pipelines.report.tables import ABSENT, Row, provenance_rows, settings_rows
+from pipelines.terminal import counted
 from trainer.objectives.settings import OPTIONS
 
 NAMES = {"ntp": "NTP", "remit": "ReMiT", "rho1": "RHO-1", "kd": "KD"}
@@ -36,7 +37,7 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         if len(self.runs) < 2:
-            raise ValueError(f"{len(self.runs)} given, expected two runs or more: remit compare RUN RUN")
+            raise ValueError(f"{counted(len(self.runs), 'run')} given, expected two or more: remit compare RUN RUN")
         require_different(self.runs)
 
 

@@ -12,7 +12,6 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from pipelines.commands.report import ReportConfig
 from pipelines.pages import content_hash, write_page
 from pipelines.report.curves import Run, read_run, thin
 from pipelines.report.figures import (
@@ -29,6 +28,7 @@ from pipelines.report.figures import (
     weights_of,
 )  # fmt: skip
 from pipelines.report.runs import run_names
+from pipelines.report.settings import ReportConfig
 from pipelines.report.tables import provenance_rows, settings_rows, totals_rows
 
 MAX_POINTS = 1000  # of a curve

@@ -219,7 +219,7 @@ def test_what_is_no_run(tmp_path: Path, remit: Remit) -> None:
         ((one, other / "run.json"), 1, "is a file"),
         ((one, unevaluated), 1, "has no held-out loss; run remit train with --eval-shards and --eval-every"),
         ((one, other / ".." / "one"), 2, "is given twice, expected different runs"),
-        ((one,), 2, "1 given, expected two runs or more"),
+        ((one,), 2, "1 run given, expected two or more"),
     ):
         got, _, error = remit("compare", *options)
         words = " ".join(error.replace("│", " ").split())

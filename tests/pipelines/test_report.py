@@ -469,8 +469,8 @@ def luminance(color: str) -> float:
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory, real: list[Path]) -> dict[str, Path]:
     """The page of the two real runs; one of odd names and a long run."""
-    from pipelines.commands.report import ReportConfig
     from pipelines.report.page import write_report
+    from pipelines.report.settings import ReportConfig
 
     folder = tmp_path_factory.mktemp("pages")
     sources = {
