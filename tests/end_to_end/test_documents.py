@@ -248,3 +248,15 @@ def test_objectives_of_the_documentation_train(
     norm = torch.sqrt(sum(p.grad.double().square().sum() for p in base.parameters() if p.grad is not None))
     assert metrics["loss"] == pytest.approx(loss.item(), abs=1e-4)
     assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_files_that_contributors_are_sent_to_exist() -> None:
+    """Names in docs/architecture.md and CONTRIBUTING.md; without a folder they stand in the package named before."""
+    for page in (DOCS / "architecture.md", ROOT / "CONTRIBUTING.md"):
+        package = ROOT
+        for name in re.findall(r"`([\w/]+\.py)`", page.read_text(encoding="utf-8")):
+            if "/" in name and (ROOT / name.partition("/")[0]).is_dir():
+                package = ROOT / name.partition("/")[0]
+                assert (ROOT / name).is_file(), (page.name, name)
+            else:
+                assert list(package.rglob(name)) or (package / name).is_file(), (page.name, name)

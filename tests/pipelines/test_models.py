@@ -171,3 +171,16 @@ def test_the_flywheel_and_post_training_take_revisions(hub: Hub, versions: dict[
     settings = parse(["sft", "--model", "org/olmo@gone", "--data", "data.jsonl", "--out", "sft"])
     with pytest.raises(ValueError, match=r"--model org/olmo@gone: org/olmo has no revision 'gone'"):
         post_train(settings, Stage((), (), 0, lambda job: None), lambda: False)
+
+
+def test_a_run_stands_for_its_model_which_is_called_after_it(tmp_path: Path) -> None:
+    run = tmp_path / "run-ref"
+    (run / "exports").mkdir(parents=True)
+    (run / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"--model .*run-ref: is a run that has not finished"):
+        resolve_model("--model", str(run))
+    for folder in (run / "model", run / "exports" / "step-000100"):
+        make_model(folder)
+    assert resolve_model("--model", str(run)) == LocalModel(run / "model", "run-ref", None)
+    assert resolve_model("--model", str(run / "model")).name == "run-ref"
+    assert resolve_model("--model", str(run / "exports" / "step-000100")).name == "run-ref-step-000100"

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from conftest import make_model, make_tokenizer, score_to, source_texts, write_corpus
+from damage import rows, write_folder
 from oracles import load, read_rows, row_logprobs
 from pydantic import TypeAdapter
 
@@ -27,7 +28,7 @@ from scorer.pack import pack
 from scorer.precision import nearer_dtype, settled_dtype
 from scorer.reference import Reference, require_vllm
 from scorer.rowcheck import fault_of_ids, fault_of_row, round_logprobs
-from scorer.score import score
+from scorer.score import refuse_other_scoring, score
 from shards import ShardFolder
 from shards.fingerprint import config_fingerprint, weights_fingerprint
 from shards.verify import verify_folder
@@ -390,3 +391,19 @@ def test_engine_refuses_another_vllm(reference_model: Path, name: str, value: st
     engine = EngineConfig(reference_model, "float32", 64, 521, weights, config, **(began | {name: value}))
     with pytest.raises(ValueError, match=rf"engine {name} is {began[name]} on this node, {value} where the run began"):
         make_engine(engine, {}, 1)
+
+
+def test_the_weights_decide_whatever_their_folder_is_called(tmp_path: Path) -> None:
+    """A run that was moved, or scored when every trained reference was called `model`, goes on."""
+    reference = {
+        "context": "packed", "logprob_step": 0.25, "weights_sha256": "ab" * 32, "model": "model", "dtype": "float32",
+    }  # fmt: skip
+    folder = write_folder(tmp_path, rows(), references={"rl": reference})
+    for complete in (True, False):
+        asked = replace(folder.manifest, references={"rl": reference | {"model": "run-ref"}})
+        refuse_other_scoring(folder.store, asked, "rl")
+        asked = replace(folder.manifest, references={"rl": reference | {"weights_sha256": "cd" * 32}})
+        with pytest.raises(ValueError, match=r"references.rl.weights_sha256 is abababababab\.\. there, cdcdcdcdcdcd"):
+            refuse_other_scoring(folder.store, asked, "rl")
+        if complete:
+            next((tmp_path / "_commits").iterdir()).unlink()

@@ -76,3 +76,15 @@ def test_log_probs_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     message = "rl_logprobs was scored in document context, base_logprobs in packed context"
     with pytest.raises(ValueError, match=message):
         folder.require_one_context("rl", "base")
+
+
+def test_a_reference_may_be_called_like_the_top_k_of_another(tmp_path: Path) -> None:
+    """rl_topk_logprobs is then what a reference called rl_topk says, and no entry of most probable tokens of rl."""
+    reference = {"context": "packed", "logprob_step": 0.25}
+    values = rows()
+    values["rl_topk_logprobs"] = values["rl_logprobs"]
+    folder = write_folder(tmp_path, values, references={"rl": reference, "rl_topk": reference})
+    read = next(folder.batches(["rl_topk_logprobs"]))
+    assert "rl_logprobs" not in read.batch.schema.names
+    np.testing.assert_array_equal(read.logprobs("rl_topk"), next(folder.batches(["rl_logprobs"])).logprobs("rl"))
+    assert sum(len(batch) for batch in folder.batches()) == 4
