@@ -7,6 +7,7 @@ import io
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import field, make_dataclass
 from importlib import import_module
 from importlib.metadata import version
@@ -22,7 +23,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 import tyro
 import yaml
 
-from pipelines.terminal import BAD_USAGE, FAILED, STOPPED, BadUsage, SignalReceived, StopRequest
+from pipelines.terminal import BAD_USAGE, FAILED, STOPPED, BadUsage, ShouldStop, SignalReceived, StopRequest
 
 # the settings of each command and what runs it; imported when it is asked for, so that a command loads nothing of the others
 COMMANDS = {
@@ -150,10 +151,18 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         fail(command, BAD_USAGE, str(error))
 
-    stop = StopRequest(graceful=command in GRACEFUL)
+    execute(command, find(COMMANDS[command][1]), config, command in GRACEFUL)
+
+
+def execute(command: str, run: Callable[[Any, ShouldStop], int], config: Any, graceful: bool) -> NoReturn:
+    """Run a command with its settings and leave with its exit code; errors become one line, signals are heeded.
+
+    graceful: on a first signal `run` ends what it is at, which it asks should_stop for.
+    """
+    stop = StopRequest(graceful)
     stop.install()
     try:
-        code = find(COMMANDS[command][1])(config, stop.requested)
+        code = run(config, stop.requested)
     except SignalReceived:
         code = STOPPED
     except BadUsage as error:

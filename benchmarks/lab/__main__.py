@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.lab.command import run_command
 from benchmarks.lab.recipe import Size
-from pipelines.terminal import DONE, STOPPED, StopRequest, progress_bar
+from pipelines.terminal import DONE, STOPPED, ShouldStop, progress_bar
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def take_one_core(seed: int) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
-def run(config: LabConfig, stop: StopRequest) -> int:
+def run(config: LabConfig, should_stop: ShouldStop) -> int:
     from rich.console import Console
     from tqdm import tqdm
 
@@ -59,7 +59,7 @@ def run(config: LabConfig, stop: StopRequest) -> int:
             continue
         take_one_core(config.seeds[0])
         with progress_bar(desc="lab", unit=" stages", total=len(seed.stages)) as bar:
-            outcome = run_stages(seed.stages, config.out, stop.requested, Progress(bar, seed.stages))
+            outcome = run_stages(seed.stages, config.out, should_stop, Progress(bar, seed.stages))
             if not outcome.finished:
                 return STOPPED
             records = outcome.records

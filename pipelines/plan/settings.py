@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from pipelines.pages import check_output_file
 from pipelines.plan.hardware import GPUS
 from trainer.objectives.settings import check_epsilon
 
@@ -127,7 +128,8 @@ class PlanConfig:
             )
         if self.seq_len < 2:
             raise ValueError(f"--seq-len is {self.seq_len}, expected at least 2: nothing precedes a row's first token")
-        check_json(self.json)
+        if self.json is not None:
+            check_output_file("--json", self.json)
 
     @property
     def num_tokens(self) -> int:
@@ -185,7 +187,8 @@ class WeightsConfig:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected {what}")
         check_epsilon("--show-epsilon", self.show_epsilon)
         _ = self.epsilon_values
-        check_json(self.json)
+        if self.json is not None:
+            check_output_file("--json", self.json)
 
     @property
     def epsilon_values(self) -> tuple[float, ...]:
@@ -200,11 +203,3 @@ class WeightsConfig:
                 ) from None
             check_epsilon("--epsilons", values[-1], "has")
         return tuple(dict.fromkeys(values))
-
-
-def check_json(path: Path | None) -> None:
-    """ValueError where --json cannot be written."""
-    if path is not None and not path.absolute().parent.is_dir():
-        raise ValueError(f"--json {path}: its folder does not exist; create it")
-    if path is not None and path.is_dir():
-        raise ValueError(f"--json {path}: is a folder, expected a file")
