@@ -31,9 +31,12 @@ def quiet_libraries() -> None:
 def progress_bar(**options: Any) -> Iterator[tqdm]:
     """A bar that shows itself on terminals and in logs, there at most every ten seconds."""
     interval = 0.2 if sys.stderr.isatty() else 10
-    # what fails or ends in the first second leaves no bar behind
-    with tqdm(mininterval=interval, delay=1, smoothing=0.1, dynamic_ncols=True, **options) as bar:
-        yield bar
+    with tqdm(mininterval=interval, smoothing=0.1, dynamic_ncols=True, **options) as bar:
+        try:
+            yield bar
+        except BaseException:
+            bar.leave = bar.leave and bar.n > bar.initial  # a bar that never moved says nothing beside an error
+            raise
 
 
 def note(line: str) -> None:

@@ -86,7 +86,7 @@ class Stack:
         """num_steps: where the axis ends; legend: the names that it has, none for no legend."""
         plots = len(panels) * PANEL + (len(panels) - 1) * GAP
         names_per_row = max(1, 330 // (7 * max(map(len, legend), default=1) + 45))  # in a window of 400 pixels
-        self.height = plots + 105 + 20 * math.ceil(len(legend) / names_per_row)
+        self.height = plots + 105 + 30 * math.ceil(len(legend) / names_per_row)
         self.dtick = 1 if num_steps <= 10 else None  # whole steps
         self.x: list[tuple[Any, Any]] = []
         titles = [panel.title for panel in panels]

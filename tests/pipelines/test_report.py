@@ -574,7 +574,9 @@ def test_only_the_scripts_of_the_page_run(browser: Browser, pages: dict[str, Pat
 
 def test_controls_of_the_page(browser: Browser, pages: dict[str, Path]) -> None:
     losses = panels(pages["real"])["Next-token loss"]
-    values = "box => box.data.filter(t => t.yaxis === 'y2').map(trace => [trace.visible ?? true, Array.from(trace.x)])"
+    values = (
+        "box => box._fullData.filter(t => t.yaxis === 'y2').map(trace => [trace.visible, Array.from(trace.x ?? [])])"
+    )
     ticks = "box => [...box.querySelectorAll('.x3tick text')].map(text => text.textContent)"
     with open_page(browser, pages["real"]) as opened:
         page = opened.page

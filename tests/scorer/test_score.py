@@ -352,7 +352,7 @@ def test_auto_takes_float16_and_keeps_it(tmp_path: Path, packed: Path, reference
     again = score(config, reference, note=notes.append)  # the same command finishes
     assert not any("dtype float16:" in line for line in notes), notes
     assert verify_folder(again).problems == []
-    with pytest.raises(ValueError, match=r"references.rl.dtype is 'float16' there, 'bfloat16' asked"):
+    with pytest.raises(ValueError, match=r"--dtype is 'float16' there, 'bfloat16' asked"):
         score(replace(config, dtype="bfloat16"), reference)
 
 
