@@ -366,7 +366,7 @@ def test_names_that_are_no_unicode(tmp_path: Path, remit: Remit) -> None:
     name = os.fsdecode(b"run-\xff")
     run = write_run(tmp_path / name, [figures(1)], note="\ud800")
     code, output, _ = remit("report", "--run", run, "--out", tmp_path / "page.html")
-    assert (code, "report of run-\ufffd (1 steps" in output) == (0, True)
+    assert (code, "report of run-\ufffd (1 step" in output) == (0, True)
     assert table_rows(tmp_path / "page.html")["note"] == ["\ufffd"]
     assert list(by_name(panels(tmp_path / "page.html")["Next-token loss"])) == ["run-\ufffd"]
 
