@@ -136,7 +136,7 @@ inspect: install ## show what SHARDS holds, or one row of it: make inspect ROW=3
 test: $(VENV)/.installed-dev ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
-test-fast: $(VENV)/.installed-dev ## run the tests that need no Ray, engine, process, server or browser: under two minutes
+test-fast: $(VENV)/.installed-dev ## run the tests that need no Ray, engine, process, server or browser
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not (slow or real or ray or engine or process or server or browser)"
 
 test-slow: $(VENV)/.installed-dev ## run the fault loops that make test leaves out, about 40 minutes

@@ -146,7 +146,7 @@ def require_known_path(entry: str) -> None:
         return
     path = entry.removeprefix("file://")
     if not os.path.lexists(path):
-        if path.endswith("/") or ("/" in path and ":" not in path and os.path.isdir(path.partition("/")[0])):
+        if path.endswith("/"):  # no name of a dataset does
             raise ValueError(f"{text_of_path(path)}: no such file or folder; check --corpus")
         list_word(entry, "text", set())
 

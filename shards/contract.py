@@ -1,7 +1,7 @@
 """What the rows of a shard folder must be, whoever reads them: the contract of the format, in one place.
 
-In: the rows of a record batch, with some or all columns (their documents always). Out: the rows, or a ValueError that names the row, the value and
-what was expected. How rows follow one another, which only a reader of the whole corpus sees, is in shards/verify.py.
+In: the rows of a record batch, with some or all columns (their documents always). Out: the rows, or a ValueError that
+names the row, the value and what was expected. How rows follow one another, which only a reader of the whole corpus sees, is in shards/verify.py.
 R = rows, T = tokens, D = document pieces, all of the record batch; N = tokens that must have a log-prob; K = most probable
 tokens that are stored for each.
 """
