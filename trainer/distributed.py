@@ -6,6 +6,7 @@ Gradients are summed over the ranks: the loss is divided by the predicted tokens
 """
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -101,6 +102,9 @@ def connect(timeout_seconds: float) -> Iterator[World]:
     # not where the block raised: the others are still in a collective, and the launcher ends them
     if own:
         dist.barrier()
+        # A replica of DDP that goes after the group would drop the last reference to it, with Python's lock held, while
+        # the group's threads wait for that lock: the process would never end. The model is in reference cycles.
+        gc.collect()
         dist.destroy_process_group()
 
 

@@ -57,11 +57,18 @@ def train(
     ):
         if not world.first:
             progress, note, phase = lambda done, total, metrics: None, lambda line: None, lambda name: None
-        session = Session(world, lease, progress, should_stop, note, phase)
-        run = prepare(config, session)
-        if run is not None and train_steps(run, session):
-            export_last(run, session)
-        return world.from_first(run_result(config.out) if world.first else None)
+        return train_in(Session(world, lease, progress, should_stop, note, phase), config)
+
+
+def train_in(session: Session, config: TrainConfig) -> TrainResult:
+    """`train` as one of the processes of a session; all of them read the same folders and return the same.
+
+    A function of its own, so that the model is gone before the processes part (see trainer/distributed.py).
+    """
+    run = prepare(config, session)
+    if run is not None and train_steps(run, session):
+        export_last(run, session)
+    return session.world.from_first(run_result(config.out) if session.world.first else None)
 
 
 def train_steps(run: Run, session: Session) -> bool:

@@ -1,8 +1,10 @@
 """Training against float64 from the equations, an online reference, and itself cut into pieces."""
 
 import contextlib
+import gc
 import json
 import math
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from shards import logprobs_column
 from shards.manifest import Manifest
 from trainer.config import TrainConfig, learning_rate_at
 from trainer.deterministic import deterministic
+from trainer.distributed import World, connect, spread
 from trainer.train import train
 
 
@@ -329,3 +332,27 @@ def test_the_setting_reaches_the_run(
     for ours, theirs in zip(padded, plain, strict=True):
         for key in ("loss", "ntp_loss", "grad_norm"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5), key
+
+
+def test_the_model_is_gone_before_the_processes_part(
+    tmp_path: Path, annotated: dict[str, Path], models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replica that goes after its process group waits for the group's threads, which wait for Python's lock: for ever."""
+    spread_out: list[weakref.ref] = []
+    alive: list[bool] = []
+
+    def watched_spread(module: torch.nn.Module, *more: object) -> torch.nn.Module:
+        spread_out.append(weakref.ref(module))
+        return spread(module, *more)  # type: ignore[arg-type]
+
+    @contextlib.contextmanager
+    def watched_connect(seconds: float) -> Iterator[World]:
+        with connect(seconds) as world:
+            yield world
+            gc.collect()  # as connect does before it destroys the group of several processes
+            alive.append(spread_out[0]() is not None)
+
+    monkeypatch.setattr("trainer.setup.spread", watched_spread)
+    monkeypatch.setattr("trainer.train.connect", watched_connect)
+    run(tmp_path / "out", annotated["packed"], models["base"], max_steps=1, checkpoint_every=1)
+    assert alive == [False]
