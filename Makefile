@@ -37,11 +37,11 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
 .PHONY: help install sample score train verify inspect test test-fast test-slow test-real docs lint clean bench bench-score bench-pack \
-	bench-scale bench-train bench-head bench-topk gpu-check lab
+	bench-scale bench-train bench-head bench-topk gpu-check gpu-score-check lab
 
 help: ## list targets and variables
 	@echo "targets:"
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  %-16s %s\n", $$1, $$2}'
 	@echo
 	@echo "variables of make score (without them: the sample project):"
 	@echo "  CORPUS     files, globs, folders or dataset names       TOKENIZER  folder or hub id (default: REF)"
@@ -166,6 +166,9 @@ bench-train: $(VENV)/.installed-dev ## ReMiT against next-token prediction, an o
 gpu-check: $(VENV)/.installed-dev ## the trainer on a GPU: correctness, speed at the shapes of OLMo-2-1B, exact resume
 	$(BIN)/python -m benchmarks.gpu_check
 	$(BIN)/python -m benchmarks.gpu_train
+
+gpu-score-check: $(VENV)/.installed-dev ## the scorer on a GPU: right, fast, and a killed engine; under eight minutes
+	$(BIN)/python -m benchmarks.gpu_score $(CHECK_ARGS)
 
 bench-head: $(VENV)/.installed-dev ## memory of the loss head as vocabulary and length grow
 	$(BIN)/python -m benchmarks.bench_head

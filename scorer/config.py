@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from scorer.engine_args import parse_engine_args
 from shards.output_folder import require_new_folder
 from shards.schema import logprobs_column
 
@@ -100,6 +101,8 @@ class ScoreConfig:
     """GPUs (or CPU core groups) per engine."""
     max_num_batched_tokens: int | None = None
     """Tokens per engine step; default: chosen from vocabulary, dtype and memory so that the logits fit."""
+    engine_args: list[str] = field(default_factory=list)
+    """KEY=VALUE pairs for vLLM, for instance kv_cache_dtype=fp8 pipeline_parallel_size=2; part of what the reference is."""
     progress_timeout_seconds: float = 600.0
     """An engine that has parts and makes no progress for this long is killed; its parts are tried again."""
     grace_seconds: float = 60.0
@@ -113,6 +116,7 @@ class ScoreConfig:
 
     def __post_init__(self) -> None:
         logprobs_column(self.name)
+        parse_engine_args(self.engine_args)
         require_new_folder(self.out, "remit score", shards=self.shards, model=self.model)
         if not 0 <= self.logprob_step <= 1:
             raise ValueError(f"--logprob-step is {self.logprob_step}, expected 0 (exact) to 1, for instance 0.015625")
@@ -127,6 +131,11 @@ class ScoreConfig:
         for name in ("num_engines", "tensor_parallel_size", "max_num_batched_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
+
+    @property
+    def devices_per_engine(self) -> int:
+        """GPUs, or groups of CPU cores, of one engine."""
+        return self.tensor_parallel_size * parse_engine_args(self.engine_args).get("pipeline_parallel_size", 1)
 
 
 @dataclass(frozen=True)

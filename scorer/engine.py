@@ -7,7 +7,7 @@ Import this only in a process of its own: vLLM's Transformers backend patches th
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from scorer.kernel import FLOAT16_IN_FLOAT32, multiply_float16_in_float32
+from scorer.once_per_node import user_folder
 from scorer.overrides import engine_config
 
 # The logits of a prompt's chunk, [tokens of the chunk, vocabulary], are not seen by vLLM's own memory profiling:
@@ -32,7 +33,7 @@ class EngineConfig:
 
     weights_sha256, config_sha256: fingerprints of the model that the run began with; version, distribution: of the vLLM that
     it began with. kind: vllm, or fake (scorer/fake.py).
-    text_alone: the model is a multimodal wrapper, of which the language model alone is read.
+    text_alone: the model is a multimodal wrapper, of which the language model alone is read. arguments: further ones of vLLM's.
     """
 
     model: Path
@@ -49,6 +50,12 @@ class EngineConfig:
     version: str = ""
     distribution: str = ""
     text_alone: bool = False
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def world_size(self) -> int:
+        """GPUs, or groups of CPU cores, of one engine."""
+        return self.tensor_parallel_size * self.arguments.get("pipeline_parallel_size", 1)
 
 
 class Answer(NamedTuple):
@@ -101,6 +108,15 @@ def device_memory(device: str) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def device_name(device: str) -> str:
+    """What the device is called, for the log: cards of one cluster may differ."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(0)
+    return device
+
+
 def environment(config: EngineConfig, model_config: dict, cores: list[int], tokens: int) -> dict[str, str]:
     """Environment variables of an engine's process; they must be set before vLLM is imported.
 
@@ -115,9 +131,16 @@ def environment(config: EngineConfig, model_config: dict, cores: list[int], toke
         "HF_HUB_OFFLINE": "1",  # the model is a local folder by now
         "VLLM_HOST_IP": "127.0.0.1",  # an engine lives on one node: what its workers listen on stays there
         "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
+        "VLLM_CACHE_ROOT": os.environ.get("VLLM_CACHE_ROOT") or compiled_code(),
     }
+    if config.device == "cuda":
+        values["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # nothing is sampled, and it may be built or downloaded at start
+        if config.dtype == "float32":
+            # without these, products of the attention (Triton) and dense ones may round their inputs to 10 bits
+            values |= {"TRITON_F32_DEFAULT": "ieee", "NVIDIA_TF32_OVERRIDE": "0"}
     if config.device == "cpu":
-        ranks = np.array_split(cores, config.tensor_parallel_size)
+        ranks = np.array_split(cores, config.world_size)
         values["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, rank)) for rank in ranks)
         values["OMP_NUM_THREADS"] = str(len(ranks[0]))
         values["VLLM_CPU_KVCACHE_SPACE"] = str(_kv_cache_gib(config, model_config, tokens))
@@ -126,6 +149,17 @@ def environment(config: EngineConfig, model_config: dict, cores: list[int], toke
         if "kv_lora_rank" in model_config:
             values["VLLM_MLA_DISABLE"] = "1"  # the CPU kernels of multi-head latent attention lack most head sizes
     return values
+
+
+def compiled_code() -> str:
+    """Where vLLM keeps compiled code between engines and runs: its own place, or the temporary folder where nobody can
+    write there, as in a container without a home."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "vllm"
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        return str(user_folder("remit-vllm"))
+    return str(home if os.access(home, os.W_OK) else user_folder("remit-vllm"))
 
 
 def _kv_cache_gib(config: EngineConfig, model_config: dict, tokens: int) -> int:
@@ -155,6 +189,12 @@ class VllmEngine:
         )
         # vLLM wants room for one generated token after the prompt. That position is sampled but never computed,
         # so a row as long as the model's limit is fine although max_model_len lies one above it.
+        defaults: dict[str, Any] = {
+            "gpu_memory_utilization": 0.8,
+            "enforce_eager": config.device == "cpu",  # compiling takes 10-20 s there and gains 3 %
+        }
+        if config.device == "cuda":  # graphs are captured for small steps, which scoring never makes
+            defaults["compilation_config"] = {"cudagraph_mode": "NONE"}
         llm: Any = vllm.LLM(
             model=str(config.model),
             dtype=config.dtype,  # type: ignore[arg-type]
@@ -167,11 +207,10 @@ class VllmEngine:
             load_format="safetensors",
             seed=0,
             max_logprobs=max(20, config.top_k),  # vLLM's own bound is 20
-            gpu_memory_utilization=0.8,
-            enforce_eager=config.device == "cpu",  # compiling takes 10-20 s there and gains 3 %
-            distributed_executor_backend="mp" if config.tensor_parallel_size > 1 else None,
+            distributed_executor_backend="mp" if config.world_size > 1 else None,
             hf_overrides=partial(engine_config, seq_len=config.seq_len, head_dtype=head_dtype(config)),
             worker_extension_cls=f"scorer.{'textkernel.TextKernel' if config.text_alone else 'kernel.LogprobKernel'}",
+            **(defaults | config.arguments),
         )
         self._llm = llm  # keeps the engine alive
         self._engine = llm.llm_engine
@@ -184,7 +223,7 @@ class VllmEngine:
             )
         fused = all(llm.collective_rpc("use_remit_kernel", args=(BLOCK_ENTRIES[config.device],)))
         self.description = {"engine": "vllm", "max_num_batched_tokens": tokens, "fused_logprobs": fused}
-        self.description |= {"head_dtype": HEAD_DTYPE}
+        self.description |= {"head_dtype": HEAD_DTYPE, "device_name": device_name(config.device)}
         self._asked: dict[str, np.ndarray] = {}
         self._width, self._fused = 1 + config.top_k, fused
 
