@@ -185,6 +185,7 @@ TextLoader.yaml_implicit_resolvers = {
     first: [(tag, shape) for tag, shape in resolvers if tag.endswith((":null", ":merge"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+TextLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"\.inf$"), ["."])
 
 
 def check(where: str, model: type[BaseModel], values: Any) -> Any:
@@ -193,7 +194,9 @@ def check(where: str, model: type[BaseModel], values: Any) -> Any:
         return model.model_validate(values)
     except ValidationError as failed:
         error = failed.errors()[0]
-    key = where + "".join(f"[{part + 1}]" if isinstance(part, int) else f".{part}" for part in error["loc"])
+    key = where + "".join(
+        f"[{part + 1}]" if isinstance(part, int) else f".{part}" for part in error["loc"] if part != "[key]"
+    )
     said = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ").partition(", unable to")[0]
     if error["type"] == "missing":
         said = f" is missing, expected: {model.model_fields[str(error['loc'][-1])].description or 'a value'}"
@@ -218,13 +221,11 @@ def read_options(where: str, section: str, values: Any, **beside: Any) -> Option
     )  # type: ignore[call-overload]
     options_model.decided = decided
     options: Options = check(where, options_model, values).model_dump(exclude_unset=True)
-    loop = {
-        name: beside.get(name, [NOWHERE] if name == "corpus" else hints[name](NOWHERE))
-        for name, (_, default) in entries.items()
-        if name in decided and default is ...
-    }
+    loop = {"corpus": [NOWHERE]} | beside
+    needed = {name: hints[name] for name, (_, default) in entries.items() if name in decided and default is ...}
+    loop |= {name: kind(NOWHERE) for name, kind in needed.items() if name not in loop}
     try:
-        settings(**options, **loop)
+        settings(**options, **{name: loop[name] for name in loop if name in entries})
         if section in EXAMPLES:  # read now, and not after days of mid-training
             from pipelines.posttrain.data import read_examples
 
