@@ -67,7 +67,7 @@ def run_stages(
         try:
             for number, stage in enumerate(stages, 1):
                 bar.set_description(f"{stage.name}, reading", refresh=False)
-                bar.set_postfix_str("")
+                bar.set_postfix_str("", refresh=False)
                 found = look(stage, folder, done)
                 if found.waits_for:
                     raise ValueError(

@@ -203,8 +203,8 @@ def test_an_edited_result_is_refused_by_name(fake_loop: FakeLoop, remit: Remit) 
     code, _, error = remit(*arguments)
     assert code == 1
     assert re.search(
-        r"stage round-0/train: its result was changed since it was made: \S+/model/config.json has other content; put it "
-        r"back, or delete \S+/stages/round-0-train-\w+, and the same command makes it again",
+        r"stage round-0/train: its result was changed since it was made: files were edited, added or deleted, "
+        r"\S+/model/config.json is the last that was written; put it back, or delete \S+/stages/round-0-train-\w+, and the same command makes it again",
         error,
     )
     code, plan, _ = remit(*arguments, "--dry-run")
