@@ -25,6 +25,7 @@ import zstandard
 from annotated import annotate, by_model
 from browser import browser, pytest_terminal_summary  # noqa: F401  # a fixture and a hook
 from inline_ray import pack_inline
+from looping import FakeLoop
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
@@ -249,6 +250,13 @@ def reference_model(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: 
     folder = make_model(tmp_path_factory.mktemp("reference") / "tiny-rl", seed=1)
     shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
     return folder
+
+
+@pytest.fixture
+def fake_loop(tmp_path: Path, reference_model: Path, monkeypatch: pytest.MonkeyPatch) -> FakeLoop:
+    """A flywheel whose stages are stand-ins."""
+    monkeypatch.setenv("FAKE", str(tmp_path))
+    return FakeLoop(tmp_path, reference_model)
 
 
 @pytest.fixture(scope="session")
