@@ -16,12 +16,12 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from pipelines.choose_rows import choose_rows
 from pipelines.inspect.colours import LOW, colour_class, colour_rules, legends, scale, steps
 from pipelines.inspect.find_rows import Found
 from pipelines.inspect.settings import InspectConfig
 from pipelines.inspect.token_deltas import Base, TokenFigures, choose_base, token_figures
 from pipelines.pages import content_hash
-from pipelines.plan.rows import choose_rows
 from pipelines.terminal import counted
 from pipelines.token_ranking import TokenRanking
 from pipelines.token_text import TokenText, find_in_groups, printable, token_label
