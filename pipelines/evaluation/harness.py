@@ -14,7 +14,6 @@ import sqlite3
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from tqdm import tqdm
 from pipelines.evaluation.settings import EvalConfig
 from pipelines.evaluation.suites import SuiteTask
 from pipelines.evaluation.tasks import Task, answers_are_drawn
-from pipelines.terminal import quiet_libraries
+from pipelines.terminal import note, quiet_libraries
 
 KINDS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 REQUESTS_AT_ONCE = {"hf": sys.maxsize, "vllm": 1024}
@@ -86,9 +85,9 @@ def prepare_process(config: EvalConfig, model: Path) -> None:
     quiet_libraries()
     for name in ("lm_eval", "huggingface_hub", "datasets", "evaluate", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    for name in ("huggingface", "vllm_causallms", "utils"):  # these say where they cut a prompt, each time
-        logging.getLogger(f"lm_eval.models.{name}").setLevel(logging.WARNING)
-        logging.getLogger(f"lm_eval.models.{name}").addFilter(first_of_its_kind())
+    of_models = logging.getLogger("lm_eval.models")
+    of_models.setLevel(logging.WARNING)
+    of_models.handlers, of_models.propagate = [EachKindOnce()], False
     logging.getLogger("sqlitedict").setLevel(logging.CRITICAL)  # what it logs is raised as well
     if not os.isatty(2):  # a bar in a log has a line every ten seconds
         tqdm.__init__ = functools.partialmethod(tqdm.__init__, mininterval=10)  # type: ignore[assignment]
@@ -101,16 +100,18 @@ def prepare_process(config: EvalConfig, model: Path) -> None:
         _prepare_vllm(config, model)
 
 
-def first_of_its_kind() -> Callable[[logging.LogRecord], bool]:
-    """A filter that lets the first record from each line of code pass."""
-    seen: set[tuple[str, int]] = set()
+class EachKindOnce(logging.Handler):
+    """Shows the first warning from each line of code: the harness gives one for each prompt that it cuts."""
 
-    def passes(record: logging.LogRecord) -> bool:
-        before = len(seen)
-        seen.add((record.pathname, record.lineno))
-        return len(seen) > before
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: set[tuple[str, int]] = set()
 
-    return passes
+    def emit(self, record: logging.LogRecord) -> None:
+        place = (record.pathname, record.lineno)
+        if place not in self.shown:
+            self.shown.add(place)
+            note(record.getMessage())
 
 
 def _prepare_vllm(config: EvalConfig, model: Path) -> None:
