@@ -1,5 +1,6 @@
 """remit eval: the paper's suites in the installed harness, the guard for programs that a model writes, refusals."""
 
+import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import yaml
 from lm_eval.tasks import TaskManager
 
 from pipelines.cli import parse
+from pipelines.evaluation.harness import prepare_process
 from pipelines.evaluation.results import to_record
 from pipelines.evaluation.run import plan_tasks
 from pipelines.evaluation.settings import EvalConfig
@@ -72,6 +74,19 @@ def test_code_runs_only_when_allowed(harness: TaskManager) -> None:
             ValueError, match=f"^{name}: runs the programs that the model writes.*--allow-code-execution"
         ):
             load_task(harness, name, False)
+
+
+def test_a_variable_left_in_a_shell_is_no_consent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does a group hide a task of one's own that runs programs."""
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
+    prepare_process(EvalConfig("m"), tmp_path)
+    assert "HF_ALLOW_CODE_EVAL" not in os.environ
+    (tmp_path / "runs.yaml").write_text("{task: runs, unsafe_code: true, dataset_path: json}")
+    (tmp_path / "both.yaml").write_text("{group: both, task: [runs], aggregate_metric_list: [{metric: acc}]}")
+    own = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    for name in ("runs", "both"):
+        with pytest.raises(ValueError, match=f"^{name}: runs the programs that the model writes"):
+            load_task(own, name, False)
 
 
 def test_tasks_that_cannot_be_loaded(tmp_path: Path, harness: TaskManager) -> None:
