@@ -36,7 +36,12 @@ def make_shards(
         lengths[-1] = [last_row]
     docs = sum(map(len, lengths))
     source = CorpusFile("random", docs, "0" * 64, docs, docs, 0, 0, rows, sum(map(sum, lengths)))
-    tokenizer = {"fingerprint": tokenizer_fingerprint(NO_TOKENIZER), "eos_token_id": 0, "vocab_size": vocabulary, "special_tokens": "parse"}
+    tokenizer = {
+        "fingerprint": tokenizer_fingerprint(NO_TOKENIZER),
+        "eos_token_id": 0,
+        "vocab_size": vocabulary,
+        "special_tokens": "parse",
+    }
     of_part = [lengths[first : first + rows_per_part] for first in range(0, rows, rows_per_part)]
     plans = tuple(
         PartPlan(part_name(index), rows_per_part, sum(map(sum, of_part[index]))) for index in range(parts)
