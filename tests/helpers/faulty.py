@@ -15,15 +15,21 @@ class Faulty:
     def __init__(self, folder: Path, tokenizer: Path) -> None:
         self.folder, self.corpus, self.tokenizer, self.model = folder, folder / "corpus", tokenizer, folder / "model"
         self.packed, self.scored = folder / "packed", folder / "scored"
+        if self.scored.exists():
+            self.num_parts = len(list(self.packed.glob("part-*.arrow")))
+            assert self.num_parts >= 6
+            self._content = {"pack": content(self.packed), "score": content(self.scored)}
+
+    @classmethod
+    def build(cls, folder: Path, tokenizer: Path) -> None:
+        """Make what such an object has, in an empty folder."""
+        faulty = cls(folder, tokenizer)
         for index in range(3):
-            write_corpus(self.corpus / f"{index}.jsonl", source_texts(40, seed=20 + index))
-        shutil.copytree(tokenizer, make_model(self.model), dirs_exist_ok=True)
-        for command, out in (("pack", self.packed), ("score", self.scored)):
-            run = Command(folder, *self.command(command, out))
+            write_corpus(faulty.corpus / f"{index}.jsonl", source_texts(40, seed=20 + index))
+        shutil.copytree(tokenizer, make_model(faulty.model), dirs_exist_ok=True)
+        for name, out in (("pack", faulty.packed), ("score", faulty.scored)):
+            run = Command(folder, *faulty.command(name, out))
             assert run.finish() == 0, run.errors
-        self.num_parts = len(list(self.packed.glob("part-*.arrow")))
-        assert self.num_parts >= 6
-        self._content = {"pack": content(self.packed), "score": content(self.scored)}
 
     def command(self, name: str, out: Path, *more: object) -> list[object]:
         if name == "pack":

@@ -95,8 +95,9 @@ def test_rounded_column_is_plain_float32_and_small(scored: Path) -> None:
 
 
 @pytest.mark.slow  # with other engines test_numerics and test_cluster show it
-def test_rerun_scores_what_is_missing(scored_rl: Path, packed: Path, reference_model: Path) -> None:
-    folder = scored_rl
+@pytest.mark.usefixtures("ray_session")
+def test_rerun_scores_what_is_missing(tmp_path: Path, scored_rl: Path, packed: Path, reference_model: Path) -> None:
+    folder = Path(shutil.copytree(scored_rl, tmp_path / "rl"))
     record = folder / "_commits" / "part-00002.json"
     before = {path.name: path.read_bytes() for path in [*folder.glob("*.arrow"), record]}
     record.unlink()
@@ -176,6 +177,7 @@ def test_reference_that_does_not_fit(tmp_path: Path, packed: Path, remit: Remit,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_settings_that_do_not_fit(
     tmp_path: Path, packed: Path, scored_rl: Path, reference_model: Path, remit: Remit
 ) -> None:
