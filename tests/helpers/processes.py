@@ -46,7 +46,7 @@ def _main(arguments: list[str], environment: dict[str, str], output: Path, first
     os.setsid()
     for number, suffix in ((1, "out"), (2, "err")):
         os.dup2(os.open(output.with_suffix(f".{suffix}"), os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644), number)
-    for name in [name for name in os.environ if name.startswith("REMIT_")]:
+    for name in [name for name in os.environ if name.startswith("REMIT_") and name != "REMIT_CACHE"]:
         del os.environ[name]
     os.environ.update(environment)
     if "OMP_NUM_THREADS" in environment:  # torch has read its own long ago
