@@ -149,6 +149,7 @@ class ExactCorpora:
         return texts
 
 
+@pytest.mark.slow  # test_security compares the scores of such an engine too
 @pytest.mark.usefixtures("ray_session")
 def test_tensor_parallel_engine_on_cpu(tmp_path: Path, packed: Path, reference_model: Path) -> None:
     folder = score_to(tmp_path / "out", packed, reference_model, tensor_parallel_size=2)
@@ -351,13 +352,14 @@ def test_auto_takes_float16_and_keeps_it(tmp_path: Path, packed: Path, reference
     for path in ((out / "part-00001.arrow"), (out / "_commits" / "part-00001.json")):
         path.unlink()
     notes.clear()
-    again = score(config, reference, note=notes.append)  # the same command finishes
+    again = score(replace(config, canary=False), reference, note=notes.append)  # the same command finishes
     assert not any("dtype float16:" in line for line in notes), notes
     assert verify_folder(again).problems == []
     with pytest.raises(ValueError, match=r"--dtype is 'float16' there, 'bfloat16' asked"):
         score(replace(config, dtype="bfloat16"), reference)
 
 
+@pytest.mark.slow  # test_nearer_dtype has the choice, test_forward_in_pieces_and_in_float16 what it rests on
 @pytest.mark.usefixtures("ray_session")
 def test_auto_stays_in_bfloat16_where_float16_overflows(
     tmp_path: Path, packed: Path, reference_model: Path, monkeypatch: pytest.MonkeyPatch
