@@ -104,7 +104,7 @@ def shards(tmp_path: Path, packed: Path) -> Path:
 def commands(shards: Path, model: Path, out: Path) -> dict[str, list[object]]:
     return {
         "verify": ["verify", "--shards", shards],
-        "score": ["score", "--shards", shards, "--model", model, "--out", out, "--engine", "fake"],
+        "score": ["score", "--shards", shards, "--model", model, "--out", out, "--engine", "fake", "--num-engines", 1],
         "train": train_command(shards, model, out),
         "inspect": ["inspect", "--shards", shards],
     }
@@ -340,10 +340,11 @@ def test_part_bombs(
     code, _, text = remit("verify", "--shards", shards)
     assert (code, message in text) == (1, True), text
     assert pool.max_memory() - before < 1 << 26
-    run = commands(shards, reference_model, tmp_path / "out")
-    code, _, text = remit(*run["score"])
-    assert (code, message in text) == (1, True), text
-    assert not (tmp_path / "out" / "_commits" / "part-00000.json").exists()
+    if make in (real_bomb, hidden_bomb, many_batches):  # an engine opens a part as verify does
+        run = commands(shards, reference_model, tmp_path / "out")
+        code, _, text = remit(*run["score"])
+        assert (code, message in text) == (1, True), text
+        assert not (tmp_path / "out" / "_commits" / "part-00000.json").exists()
 
 
 def test_announced_bytes_are_those_of_an_uncompressed_file(scored_rl: Path) -> None:
