@@ -801,7 +801,9 @@ def test_second_driver_refuses_and_takes_over_from_the_dead(
     driver = subprocess.Popen(
         [sys.executable, "-m", "pipelines.cli", *map(str, arguments)],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        env=os.environ | {"REMIT_FAKE_ENGINE": '{"seconds": 0.3}'},
+        env=os.environ | {
+            "REMIT_FAKE_ENGINE": '{"seconds": 0.3}', "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
+        },
     )  # fmt: skip
     try:
         while not server.keys("leased/_commits/"):
