@@ -20,10 +20,6 @@ DRIVER = {
     "score": set(CRASH_POINTS) - WORKER["pack"] - {"staging.done"},
     "pack": set(CRASH_POINTS) - WORKER["pack"],
 }
-ONE_ENGINE: dict[str, tuple] = {
-    "score": ("--num-engines", 1),
-    "pack": (),
-}  # enough to finish; each takes a second to start
 ALWAYS = {
     "score": {"part.synced", "record.linked", "lease.taken", "manifest.linked", "driver.assigned"},
     "pack": {"part.linked", "record.published", "staging.written", "output.begun", "driver.committed"},
@@ -49,14 +45,14 @@ def test_driver_dies(faulty: Faulty, tmp_path: Path, command: str, point: str) -
     arguments, want = faulty.command(command, tmp_path / "out"), faulty.undisturbed(command)
     killed = Command(tmp_path, *arguments, REMIT_CRASH_AT=point)
     assert killed.finish() == -signal.SIGKILL, killed.errors
-    again = Command(tmp_path, *arguments, *ONE_ENGINE[command])
+    again = Command(tmp_path, *arguments)
     assert again.finish() == 0, again.errors
     assert content(tmp_path / "out") == want
 
 
 @pytest.mark.parametrize(("command", "point"), cases(WORKER))
 def test_worker_dies_once_and_the_driver_goes_on(faulty: Faulty, tmp_path: Path, command: str, point: str) -> None:
-    arguments, want = faulty.command(command, tmp_path / "out"), faulty.undisturbed(command)
+    arguments, want = faulty.command(command, tmp_path / "out", engines=2), faulty.undisturbed(command)
     marker = tmp_path / "marker"
     run = Command(tmp_path, *arguments, REMIT_CRASH_AT=f"{point}@{marker}")
     assert run.finish() == 0, run.errors
@@ -76,7 +72,7 @@ def test_worker_and_driver_die_together(faulty: Faulty, tmp_path: Path, command:
     killed.until(marker.exists)
     killed.signal(signal.SIGKILL)
     assert killed.finish() == -signal.SIGKILL
-    again = Command(tmp_path, *arguments, *ONE_ENGINE[command])
+    again = Command(tmp_path, *arguments)
     assert again.finish() == 0, again.errors
     assert content(tmp_path / "out") == want
 
@@ -90,7 +86,7 @@ def test_kill_of_a_driver_with_its_own_ray(faulty: Faulty, tmp_path: Path) -> No
     )  # fmt: skip
     assert killed.finish() == -signal.SIGKILL, killed.errors
     assert 0 < len(os.listdir(out / "_commits")) < faulty.num_parts
-    again = Command(tmp_path, *faulty.command("score", out), *ONE_ENGINE["score"])
+    again = Command(tmp_path, *faulty.command("score", out))
     assert again.finish() == 0, again.errors
     assert content(out) == faulty.undisturbed("score")
 
@@ -112,6 +108,6 @@ def test_score_that_died_within_the_tokenizer(faulty: Faulty, tmp_path: Path) ->
     saved.mkdir(parents=True)
     (saved / "added_tokens.json").write_text("{}")
     (saved / ".tokenizer.json.17-aa.tmp").write_text("{")
-    again = Command(tmp_path, *faulty.command("score", tmp_path / "out"), *ONE_ENGINE["score"])
+    again = Command(tmp_path, *faulty.command("score", tmp_path / "out"))
     assert again.finish() == 0, again.errors
     assert content(tmp_path / "out") == faulty.undisturbed("score")

@@ -41,11 +41,6 @@ def in_words(run: Command, part: int, attempt: int) -> list[str]:
     return [line for line in run.errors.splitlines() if f"part-{part:05d}.arrow: attempt {attempt} failed" in line]
 
 
-def by_one_engine(faulty: Faulty, out: Path) -> list[object]:
-    """For what does not depend on how many score: each engine takes a second to start."""
-    return faulty.command("score", out, "--num-engines", 1)
-
-
 # --- engines that die or hang ---------------------------------------------------------------------------
 
 
@@ -59,7 +54,7 @@ def test_engine_that_fails_once(faulty: Faulty, tmp_path: Path, kind: str) -> No
     token, part, _ = token_of_one_row(faulty.packed, range(2, faulty.num_parts))
     out = tmp_path / "out"
     settings = fault(**{kind: [token], "once": str(tmp_path / "marker")})
-    run = Command(tmp_path, *faulty.command("score", out, *PATIENCE[kind]), **settings)
+    run = Command(tmp_path, *faulty.command("score", out, *PATIENCE[kind], engines=2), **settings)
     assert run.finish() == 0, run.errors
     assert (tmp_path / "marker").exists()
     assert content(out) == faulty.undisturbed("score")
@@ -78,7 +73,7 @@ def test_part_that_always_fails(faulty: Faulty, tmp_path: Path, remit: Remit, ki
     """One engine, which reads the next part already when the bad one takes it along."""
     token, part, _ = token_of_one_row(faulty.packed, range(2, faulty.num_parts - 2))
     name, out = f"part-{part:05d}.arrow", tmp_path / "out"
-    arguments = faulty.command("score", out, "--num-engines", 1, *PATIENCE[kind])
+    arguments = faulty.command("score", out, *PATIENCE[kind])
     run = Command(tmp_path, *arguments, **fault(**{kind: [token], "seconds": 0.1}))
     assert run.finish() == 1, run.errors
 
@@ -124,7 +119,7 @@ def test_damaged_input_part_is_not_tried_again(faulty: Faulty, tmp_path: Path) -
     data = bytearray((shards / "part-00001.arrow").read_bytes())
     data[len(data) // 2] ^= 1
     (shards / "part-00001.arrow").write_bytes(data)
-    arguments = [shards if word == faulty.packed else word for word in by_one_engine(faulty, out)]
+    arguments = [shards if word == faulty.packed else word for word in faulty.command("score", out)]
     run = Command(tmp_path, *arguments)
     assert run.finish() == 1
     failure = json.loads((out / "_quarantine" / "failed" / "part-00001.json").read_text())
@@ -148,7 +143,7 @@ def test_an_engine_that_answers_only_nonsense_does_not_empty_the_folder(faulty: 
     first, second = ({token for row in part for token in row["input_ids"]} for part in rows)
     tokens = second - first
     assert all(tokens & set(row["input_ids"]) for row in rows[1])
-    words: list[object] = [shards if word == faulty.packed else word for word in by_one_engine(faulty, out)]
+    words: list[object] = [shards if word == faulty.packed else word for word in faulty.command("score", out)]
     run = Command(tmp_path, *words, **fault(nan=sorted(tokens)))
     assert run.finish() == 1, run.errors
     assert committed(out) == ["part-00000.json"]
@@ -174,7 +169,7 @@ def side_file(out: Path, part: int) -> list[dict]:
 def test_bad_row_once_comes_out_right(faulty: Faulty, tmp_path: Path, kind: str) -> None:
     token, _, _ = token_of_one_row(faulty.packed, range(1, faulty.num_parts))
     settings = fault(**{kind: [token], "once": str(tmp_path / "marker")})
-    run = Command(tmp_path, *by_one_engine(faulty, tmp_path / "out"), **settings)
+    run = Command(tmp_path, *faulty.command("score", tmp_path / "out"), **settings)
     assert run.finish() == 0, run.errors
     assert (tmp_path / "marker").exists()
     assert content(tmp_path / "out") == faulty.undisturbed("score")
@@ -186,7 +181,7 @@ def test_bad_row_once_comes_out_right(faulty: Faulty, tmp_path: Path, kind: str)
 def test_bad_row_twice_is_set_aside(faulty: Faulty, tmp_path: Path, remit: Remit, kind: str) -> None:
     token, part, place = token_of_one_row(faulty.packed, range(1, faulty.num_parts))
     out = tmp_path / "out"
-    run = Command(tmp_path, *by_one_engine(faulty, out), **fault(**{kind: [token]}))
+    run = Command(tmp_path, *faulty.command("score", out), **fault(**{kind: [token]}))
     assert run.finish() == 0, run.errors
     assert summary(run, "rows without log-probs") == 1
     assert log_lines(out)[-1]["rows_quarantined"] == 1
@@ -222,10 +217,10 @@ def test_second_reference_keeps_what_the_first_set_aside(faulty: Faulty, tmp_pat
     first, part, place = token_of_one_row(faulty.packed, range(1, 4))
     second, other, other_place = token_of_one_row(faulty.packed, range(part + 1, faulty.num_parts))
     rl, both, twice = tmp_path / "rl", tmp_path / "both", tmp_path / "twice"
-    assert Command(tmp_path, *by_one_engine(faulty, rl), **fault(nan=[first])).finish() == 0
+    assert Command(tmp_path, *faulty.command("score", rl), **fault(nan=[first])).finish() == 0
 
     def on_top(out: Path, **settings: str) -> Command:
-        words: list[object] = [rl if word == faulty.packed else word for word in by_one_engine(faulty, out)]
+        words: list[object] = [rl if word == faulty.packed else word for word in faulty.command("score", out)]
         run = Command(tmp_path, *words, "--name", "sft", "--context", "document", **settings)
         assert run.finish() == 0, run.errors
         return run
@@ -266,7 +261,7 @@ def test_id_outside_the_embedding(faulty: Faulty, tmp_path: Path, bad_id: int) -
     rows[place]["input_ids"][11] = bad_id
     batch = pa.RecordBatch.from_pylist(rows, schema=row_schema())
     write_part(shards, name, row_schema(), ShardFolder(shards).part_metadata(name), [batch])
-    words: list[object] = [shards if word == faulty.packed else word for word in by_one_engine(faulty, out)]
+    words: list[object] = [shards if word == faulty.packed else word for word in faulty.command("score", out)]
     run = Command(tmp_path, *words)
     assert run.finish() == 0, run.errors
     assert summary(run, "rows without log-probs") == 1
@@ -283,7 +278,7 @@ def test_id_outside_the_embedding(faulty: Faulty, tmp_path: Path, bad_id: int) -
 def test_trainer_leaves_out_the_quarantined_row_alone(faulty: Faulty, tmp_path: Path) -> None:
     token, part, place = token_of_one_row(faulty.packed, range(1, faulty.num_parts))
     out = tmp_path / "out"
-    assert Command(tmp_path, *by_one_engine(faulty, out), **fault(nan=[token])).finish() == 0
+    assert Command(tmp_path, *faulty.command("score", out), **fault(nan=[token])).finish() == 0
 
     def rows(folder: Path) -> list[Row]:
         reader = RowReader(ShardFolder(folder), "packed", "rl", VOCABULARY)

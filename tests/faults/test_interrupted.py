@@ -52,7 +52,7 @@ def finishes(faulty: Faulty, folder: Path, arguments: list[object], command: str
 @pytest.mark.parametrize("number", SIGNALS)
 def test_signal_lets_the_parts_in_work_end(faulty: Faulty, tmp_path: Path, number: signal.Signals) -> None:
     out = tmp_path / "out"
-    arguments = faulty.command("score", out, "--num-engines", 1)
+    arguments = faulty.command("score", out)
     run = Command(tmp_path, *arguments, **slow(0.5))  # a part: 20 rows, three steps
     run.until(lambda: committed(out))
     time.sleep(0.7)  # the next one has been handed over by now
@@ -74,7 +74,7 @@ def test_signal_lets_the_parts_in_work_end(faulty: Faulty, tmp_path: Path, numbe
 
 def test_signal_with_a_grace_period_shorter_than_a_part(faulty: Faulty, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    arguments = faulty.command("score", out, "--num-engines", 1, "--grace-seconds", 0.5)
+    arguments = faulty.command("score", out, "--grace-seconds", 0.5)
     run = Command(tmp_path, *arguments, **slow(4))
     run.until(lambda: engine_has_parts(out))
     run.signal(signal.SIGTERM)
@@ -110,7 +110,7 @@ def test_second_signal_leaves_at_once(faulty: Faulty, tmp_path: Path, numbers: t
 def test_interrupt_from_the_keyboard(faulty: Faulty, tmp_path: Path) -> None:
     """Ctrl-C goes to the whole group of processes, a private Ray and its engines among them."""
     out = tmp_path / "out"
-    arguments = faulty.command("score", out, "--num-engines", 1)
+    arguments = faulty.command("score", out)
     run = Command(tmp_path, *arguments, private=True, **slow(0.5))
     run.until(lambda: committed(out))
     time.sleep(0.7)
@@ -125,7 +125,7 @@ def test_interrupt_from_the_keyboard(faulty: Faulty, tmp_path: Path) -> None:
 def test_signal_that_ends_the_private_ray_too(faulty: Faulty, tmp_path: Path) -> None:
     """As `timeout` and systemd send it: to all processes of the command. What was committed stays, nothing hangs."""
     out = tmp_path / "out"
-    arguments = faulty.command("score", out, "--num-engines", 1)
+    arguments = faulty.command("score", out)
     run = Command(tmp_path, *arguments, private=True, **slow(2))
     run.until(lambda: committed(out))
     os.killpg(run.pid, signal.SIGTERM)
@@ -140,7 +140,7 @@ def test_signal_that_ends_the_private_ray_too(faulty: Faulty, tmp_path: Path) ->
 def test_private_ray_that_dies(faulty: Faulty, tmp_path: Path, process: str) -> None:
     """Killed by whoever needs memory, say: the run ends with a line that names it, and the same command goes on."""
     out = tmp_path / "out"
-    arguments = faulty.command("score", out, "--num-engines", 1)
+    arguments = faulty.command("score", out)
     run = Command(tmp_path, *arguments, private=True, **slow(2))
     run.until(lambda: committed(out))
     children = subprocess.check_output(["ps", "-ww", "--ppid", str(run.pid), "-o", "pid=,comm="], text=True).split("\n")
@@ -218,7 +218,7 @@ def test_stop_while_pack_writes_parts(faulty: Faulty, tmp_path: Path, grace: flo
 def test_engine_that_may_not_write_more(faulty: Faulty, tmp_path: Path) -> None:
     """EFBIG in the engine's process: the message says where and how much; the next run finishes."""
     out = tmp_path / "out"
-    arguments = faulty.command("score", out, "--num-engines", 1)
+    arguments = faulty.command("score", out)
     run = Command(tmp_path, *arguments, **slow(0.3))
     run.until(lambda: committed(out))
     pid = next(line["pid"] for line in log_lines(out) if line["event"] == "engine")

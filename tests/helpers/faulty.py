@@ -31,13 +31,26 @@ class Faulty:
             run = Command(folder, *faulty.command(name, out))
             assert run.finish() == 0, run.errors
 
-    def command(self, name: str, out: Path, *more: object) -> list[object]:
+    def command(self, name: str, out: Path, *more: object, engines: int | None = 1) -> list[object]:
+        """engines: how many score, each of which takes a second to start; None for all that there is room for."""
         if name == "pack":
             return [
                 "pack", "--corpus", self.corpus, "--tokenizer", self.tokenizer, "--out", out, "--seq-len", SEQ_LEN,
                 "--tokens-per-shard", SEQ_LEN * ROWS_PER_PART, *more,
             ]  # fmt: skip
-        return ["score", "--shards", self.packed, "--model", self.model, "--out", out, "--engine", "fake", *more]
+        number = () if engines is None else ("--num-engines", engines)
+        score: list[object] = [
+            "score",
+            "--shards",
+            self.packed,
+            "--model",
+            self.model,
+            "--out",
+            out,
+            "--engine",
+            "fake",
+        ]
+        return [*score, *number, *more]
 
     def undisturbed(self, name: str) -> dict[str, bytes]:
         return self._content[name]

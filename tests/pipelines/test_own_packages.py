@@ -83,8 +83,8 @@ def test_commands_among_files_of_the_same_names(
     }  # fmt: skip
     (tmp_path / "loop.yaml").write_text(yaml.safe_dump(loop))
     run("remit", "flywheel", "--config", "loop.yaml")
-    (packed,) = [path.parent for path in (tmp_path / "loop").glob("*/_manifest.json")]
-    packed.rename("packed")
+    (manifest,) = (tmp_path / "loop").rglob("_manifest.json")
+    manifest.parent.rename("packed")
     score = ["score", "--shards", "packed", "--model", "base", "--num-engines", 1, "--dtype", "float32", "--no-canary"]
     assert "scored as 'rl'" in run("remit", *score, "--out", "scored")
     assert "trained 2 steps" in run("remit", "train", *TRAIN, "--out", "run-ray", "--ray-workers", 1)

@@ -238,8 +238,7 @@ def test_ids_of_other_tokens_do_not_pass_a_rescoring(
 
 def by_fake(faulty: Faulty, folder: Path, out: str, **settings: str) -> Path:
     """Score with the fake engine, which errs as `settings` say."""
-    options = ("--top-k", 5, "--num-engines", 1)
-    run = Command(folder, *faulty.command("score", folder / out, *options), **settings)
+    run = Command(folder, *faulty.command("score", folder / out, "--top-k", 5), **settings)
     assert run.finish() == 0, run.errors
     return folder / out
 
