@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
+from transformers import AutoTokenizer
 
 from shards.fingerprint import tokenizer_fingerprint
 from shards.tokens import FAITHFUL, differing_components, faithful_config, own_prefix, role_of
@@ -157,8 +158,6 @@ def _encoder(path: Path) -> tuple[Tokenizer, Any, str]:
 
 def _transformers_tokenizer(path: Path) -> tuple[Any, str]:
     """What AutoTokenizer makes of a folder, or why it cannot."""
-    from transformers import AutoTokenizer  # two seconds, which scoring need not wait
-
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True), ""
     except Exception as error:
