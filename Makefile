@@ -131,10 +131,10 @@ verify: install ## check every byte and count of SHARDS
 inspect: install ## show what SHARDS holds, or one row of it: make inspect ROW=3; as a page: HTML=row.html
 	$(BIN)/remit inspect --shards $(SHARDS) $(if $(ROW),--row $(ROW)) $(if $(HTML),--html $(HTML)) $(INSPECT_ARGS)
 
-# Files go to two processes, in their order: those with long tests are not at its end. One that dies ends the run:
-# pytest-xdist would wait for ever for the tests of the one that it starts instead.
+# Two processes have half of the tests each; whichever is done takes over tests of the other. One that dies ends the
+# run: pytest-xdist would wait for ever for the tests of the one that it starts instead.
 test: $(VENV)/.installed-dev ## run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+	$(BIN)/python -m pytest -n 2 --dist worksteal --max-worker-restart 0
 
 test-fast: $(VENV)/.installed-dev ## run the tests that need no Ray, engine, process, server or browser
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not (slow or real or ray or engine or process or server or browser)"
