@@ -215,7 +215,7 @@ def canary(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Seconds of the forwards that engines are compared with, at the large shape."""
     from scorer.canary import SHORT_TOKENS, compute
 
-    shape = OLMO_2_1B if has_gpu() else SMALL
+    shape = OLMO_2_1B if settings["large"] else SMALL
     model = random_model(folder / "large", shape)
     rng = np.random.default_rng(0)
     lengths = (shape["positions"], SHORT_TOKENS, SHORT_TOKENS, SHORT_TOKENS)

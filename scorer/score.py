@@ -174,4 +174,6 @@ def refuse_other_scoring(out: Store, manifest: Manifest, name: str) -> None:
             for each, entry in ours["references"].items()
         }
     options = {f"references.{name}.{field}": "--" + field.replace("_", "-") for field in OPTIONS}
+    arguments = {*then.get(name, {}).get("engine_args", {}), *now.get("engine_args", {})}
+    options |= {f"references.{name}.engine_args.{key}": f"--engine-args {key}" for key in arguments}
     refuse_other(out.url, "scoring", ours, theirs, instead_of(there), options)
