@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from shards.entropy import fault_of_temperature
 from shards.output_folder import require_new_folder
 from shards.schema import logprobs_column
 
@@ -94,6 +95,11 @@ class ScoreConfig:
     top_k: int = 0
     """Also store the reference's most probable tokens at every place, this many, in columns NAME_topk_ids and
     NAME_topk_logprobs; 0: none."""
+    entropy: bool = False
+    """Also store the entropy of the reference's prediction at every place, in column NAME_entropy."""
+    entropy_temperature: float | None = None
+    """With --entropy: store also the entropy and the log partition sum at this temperature, in columns NAME_entropy_t2 and
+    NAME_log_partition_t2 for 2."""
     num_engines: int | None = None
     """Engines at once; default: one per GPU (and tensor-parallel group), else as many as the CPUs carry."""
     tensor_parallel_size: int = 1
@@ -122,11 +128,22 @@ class ScoreConfig:
             )
         if self.top_k < 0:
             raise ValueError(f"--top-k is {self.top_k}, expected 0 (store none) or more, for instance 8")
+        if self.entropy_temperature is not None and not self.entropy:
+            raise ValueError(f"--entropy-temperature is {self.entropy_temperature:g} without --entropy, expected both")
+        if fault := fault_of_temperature(self.entropy_temperature):
+            raise ValueError(f"--entropy-temperature is {self.entropy_temperature:g}, {fault}")
         if self.grace_seconds < 0 or self.progress_timeout_seconds <= 0:
             raise ValueError("--grace-seconds and --progress-timeout-seconds must be positive")
         for name in ("num_engines", "tensor_parallel_size", "max_num_batched_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """At which the entropy is stored."""
+        if not self.entropy:
+            return ()
+        return (1.0,) if self.entropy_temperature is None else (1.0, self.entropy_temperature)
 
 
 @dataclass(frozen=True)
