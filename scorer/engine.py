@@ -25,10 +25,8 @@ LOGITS_SHARE = {"cpu": 1 / 16, "cuda": 1 / 16}
 LOGITS_MAX_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
 MAX_BATCHED_TOKENS = 8192
 HEAD_DTYPE = "float32"  # of the logits: rounded to bfloat16 they alone would be off by 0.03 nat
-BLOCK_ENTRIES = {
-    "cpu": 1 << 18,
-    "cuda": 1 << 25,
-}  # of logits turned into log-probs at once; a CPU's fits a core's cache
+# Of logits turned into log-probs at once: a CPU's stay in a core's cache, and in memory that the process has already
+BLOCK_ENTRIES = {"cpu": 1 << 16, "cuda": 1 << 25}
 
 
 @dataclass(frozen=True)
@@ -198,6 +196,8 @@ class VllmEngine:
                 f"this vLLM gives logits in {', '.join(sorted(heads))}, expected {HEAD_DTYPE}; install release 0.32, or "
                 "score with --dtype float32"
             )
+        if config.device == "cpu":
+            llm.collective_rpc("use_cpu_head")
         runners = llm.collective_rpc("keep_scores", args=(kept, BLOCK_ENTRIES[config.device]))
         runner = common_runner(runners, kept, vllm.__version__)
         self.description = {"engine": "vllm", "max_num_batched_tokens": tokens, "head_dtype": HEAD_DTYPE}

@@ -10,6 +10,7 @@ import os
 import sys
 from typing import Any
 
+from scorer.cpu_head import use_cpu_head
 from scorer.logits import Kept, token_scores
 
 FLOAT16_IN_FLOAT32 = "REMIT_FLOAT16_IN_FLOAT32"  # set for CPU engines in float16: see multiply_float16_in_float32
@@ -84,6 +85,10 @@ class LogprobKernel:
         found = {getattr(part, "head_dtype", None) for part in model.modules() if isinstance(part, LogitsProcessor)}
         default = self.model_runner.model_config.dtype
         return [str(dtype or default).removeprefix("torch.") for dtype in found]
+
+    def use_cpu_head(self) -> None:
+        """Take the project's own product with the output embedding (scorer/cpu_head.py)."""
+        use_cpu_head()
 
     def keep_scores(self, kept: Kept, block_entries: int) -> str | None:
         """Have the runner keep of each token of a prompt what `kept` says, with kept.width - 1 as its prompt_logprobs.

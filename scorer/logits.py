@@ -93,10 +93,9 @@ def entropies(logprobs_TV: Any, temperatures: tuple[float, ...]) -> Any:
     found = []
     for temperature in temperatures:
         scaled_TV = logprobs_TV if temperature == 1 else logprobs_TV / temperature
-        most_T1 = scaled_TV.amax(-1, keepdim=True)  # below 1 the largest power may be too small for float32
-        powers_TV = (scaled_TV - most_T1).exp_()
-        sum_T = powers_TV.sum(-1)
-        log_partition_T = sum_T.log() + most_T1[:, 0]
-        entropy_T = log_partition_T - powers_TV.mul_(scaled_TV).sum(-1) / sum_T
+        shares_TV = scaled_TV.softmax(-1)  # quicker than exp on a CPU, and cannot overflow
+        log_partition_T = scaled_TV.amax(-1) - shares_TV.amax(-1).log()
+        sum_T = shares_TV.sum(-1)  # 1 but for rounding
+        entropy_T = log_partition_T - shares_TV.mul_(scaled_TV).sum(-1) / sum_T
         found += [entropy_T] if temperature == 1 else [entropy_T, log_partition_T]
     return torch.stack(found, dim=-1)

@@ -266,9 +266,10 @@ def scored(scored_rl: Path, reference_model: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def exact(tmp_path_factory: pytest.TempPathFactory, packed: Path, reference_model: Path, engine: None) -> Path:
-    """The packed folder with rl_logprobs and the five most probable tokens of each place, not rounded."""
+    """The packed folder with rl_logprobs, the five most probable tokens and the entropies of each place, not rounded."""
     out = tmp_path_factory.mktemp("topk") / "exact"
-    return score_to(out, packed, reference_model, top_k=5, logprob_step=0.0).path
+    settings = {"top_k": 5, "entropy": True, "entropy_temperature": 2.0, "logprob_step": 0.0}
+    return score_to(out, packed, reference_model, **settings).path
 
 
 @pytest.fixture(scope="session")
