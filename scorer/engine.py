@@ -227,12 +227,12 @@ class VllmEngine:
         ids_NW, values_NW = tensors.logprob_token_ids.numpy(), tensors.logprobs.numpy()
         if not np.array_equal(ids_NW[:, 0], prompt[1:]):
             raise ValueError(f"the engine answered for other tokens than those of prompt {key}")
-        if self._kept.width == 1:
-            return Answer(values_NW[:, 0])
-        answer = Answer(values_NW[:, 0].copy())  # a copy, so that the others may go without it
+        # copies: a GPU's answers come in pinned memory, of which there is little
+        answer = Answer(values_NW[:, 0].copy())
         if self._kept.top_k:
-            answer = answer._replace(topk_ids=ids_NW[:, 1:end], topk_logprobs=values_NW[:, 1:end])
-        return answer._replace(entropies=values_NW[:, end:]) if self._kept.temperatures else answer
+            ids_NK = ids_NW[:, 1:end].astype(np.int32)
+            answer = answer._replace(topk_ids=ids_NK, topk_logprobs=values_NW[:, 1:end].copy())
+        return answer._replace(entropies=values_NW[:, end:].copy()) if self._kept.temperatures else answer
 
 
 def common_runner(runners: list[str | None], kept: Kept, version: str) -> str:
