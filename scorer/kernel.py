@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from scorer.cpu_head import use_cpu_head
-from scorer.logits import Kept, token_scores
+from scorer.logits import Kept, entropies, token_scores
 
 FLOAT16_IN_FLOAT32 = "REMIT_FLOAT16_IN_FLOAT32"  # set for CPU engines in float16: see multiply_float16_in_float32
 
@@ -125,9 +125,11 @@ def replace_in_v2(module: Any, kept: Kept, block_entries: int) -> bool:
     """Put `token_scores` in the place of the function that V2 calls for each chunk of a prompt's logits, in the module of
     its prompt log-probs; False where it has not got it.
 
-    V2's own ranks every token, and leaves open which of equal tokens are among the most probable. Where nothing but
-    log-probs is kept, its kernel for those is called: it reads the logits twice and writes one number a token.
+    V2's own ranks every token, and leaves open which of equal tokens are among the most probable. Without these its kernel
+    for log-probs is called, which reads the logits twice and writes one number a token.
     """
+    import torch
+
     original, own_logprobs = (
         getattr(module, "compute_topk_scores", None),
         getattr(module, "compute_token_logprobs", None),
@@ -138,12 +140,28 @@ def replace_in_v2(module: Any, kept: Kept, block_entries: int) -> bool:
     def chunk_scores(logits_TV: Any, num_logprobs: int, token_ids_T: Any, *rest: Any, **named: Any) -> Any:
         if num_logprobs != kept.width - 1 or rest or any(named.values()):
             return original(logits_TV, num_logprobs, token_ids_T, *rest, **named)
-        if kept.width == 1:
-            return _as_tensors(token_ids_T[:, None].int(), own_logprobs(logits_TV, token_ids_T[:, None]))
-        return _as_tensors(*token_scores(logits_TV, token_ids_T, kept, block_entries))
+        if kept.top_k:
+            ids_TW, values_TW = token_scores(logits_TV, token_ids_T, Kept(kept.top_k), block_entries)
+        else:
+            ids_TW, values_TW = token_ids_T[:, None].int(), own_logprobs(logits_TV, token_ids_T[:, None])
+        if kept.temperatures:
+            entropies_TE = _entropies_of_logits(logits_TV, kept.temperatures)
+            ids_TW = torch.nn.functional.pad(ids_TW, (0, kept.num_entropies))
+            values_TW = torch.cat([values_TW, entropies_TE], dim=-1)
+        return _as_tensors(ids_TW, values_TW)
 
     module.compute_topk_scores = chunk_scores
     return True
+
+
+def _entropies_of_logits(logits_TV: Any, temperatures: tuple[float, ...]) -> Any:
+    import torch
+
+    if logits_TV.is_cuda:
+        from scorer.gpu_entropies import gpu_entropies
+
+        return gpu_entropies(logits_TV, temperatures)
+    return entropies(logits_TV.log_softmax(-1, dtype=torch.float32), temperatures)
 
 
 def _as_tensors(ids_TW: Any, values_TW: Any) -> Any:

@@ -4,6 +4,8 @@ V2 itself needs a GPU. Here its own code for prompts runs on the CPU around the 
 it cuts logits into chunks, prompts into steps, and puts both together. Its two Triton kernels are replaced by torch.
 """
 
+import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -155,6 +157,41 @@ print("RIGHT")
 @pytest.mark.usefixtures("starts_processes")
 def test_v2_runner_keeps_what_float64_gives() -> None:
     done = subprocess.run([sys.executable, "-c", V2], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.stdout.strip().endswith("RIGHT"), done.stderr[-3000:]
+
+
+TRITON = """
+import torch
+from scorer.gpu_entropies import gpu_entropies
+for dtype in (torch.float32, torch.bfloat16):
+    for vocabulary in (1, 2, 521, 4096, 9001):
+        logits = (torch.randn(6, vocabulary) * torch.linspace(0, 30, 6)[:, None]).to(dtype)
+        if vocabulary > 5:
+            logits[2, 3] = -torch.inf
+        full = logits.double().log_softmax(-1)
+        for temperatures in ((1.0,), (1.0, 2.0), (1.0, 0.1)):
+            found = gpu_entropies(logits, temperatures).double()
+            want = []
+            for temperature in temperatures:
+                hot = (full / temperature).clamp(min=-1e5)
+                want.append(torch.distributions.Categorical(logits=hot).entropy())
+                want += [hot.logsumexp(-1)] if temperature != 1 else []
+            assert found.shape == (6, len(want)) and (found - torch.stack(want, -1)).abs().max() < 1e-5, (vocabulary, found)
+logits[1, 1] = torch.nan
+found = gpu_entropies(logits, (1.0, 2.0))
+assert found[1].isnan().all() and found[[0, 2, 3, 4, 5]].isfinite().all()
+print("RIGHT")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton comes with vLLM for GPUs alone")
+@pytest.mark.usefixtures("starts_processes")
+def test_gpu_kernel_in_triton_s_interpreter() -> None:
+    """On the CPU; what compiles for a GPU is another matter, which the canary of an engine tells."""
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", TRITON], capture_output=True, text=True, timeout=300, cwd=ROOT, env=env
+    )
     assert done.stdout.strip().endswith("RIGHT"), done.stderr[-3000:]
 
 
