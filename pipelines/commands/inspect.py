@@ -45,8 +45,7 @@ def write_rows(config: InspectConfig, folder: ShardFolder, found: "Found") -> No
     model = resolve_model("--model", config.model).path if config.model else None
     with progress_bar(desc="rows", unit=" rows", leave=False) as bar:
 
-        def progress(what: str, done: int, total: int) -> None:
-            bar.set_description(what, refresh=False)
+        def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 

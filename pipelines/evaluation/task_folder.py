@@ -1,4 +1,7 @@
-"""A folder of task files: what its tasks depend on, by content, so that a change evaluates them again."""
+"""A folder of task files: what its tasks depend on, by content, so that a change evaluates them again.
+
+Without the harness: the machine that drives a flywheel need not have it.
+"""
 
 import glob
 import hashlib
@@ -7,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from shards.part import sha256_file
 
 
 class Tolerant(yaml.SafeLoader):
@@ -17,43 +22,26 @@ Tolerant.add_multi_constructor("!", lambda loader, suffix, node: None)
 
 
 def task_folder_fingerprint(folder: Path) -> str:
-    """sha256 over the files of a task folder and the local data files that its tasks name.
-
-    Raises ValueError where two of its files have the same task, of which the harness would take either.
-    """
-    digest = hashlib.sha256()
+    """sha256 over the files of a task folder and the local data files that its tasks name."""
     files = sorted(file for file in folder.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
-    tasks: dict[str, Path] = {}
-    data: set[str] = set()
-    for file in files:
-        digest.update(f"{file.relative_to(folder)} {_sha256(file)}\n".encode())
-        values = _parsed(file)
-        name = values.get("task", values.get("group"))
-        if isinstance(name, str) and file.suffix == ".yaml":
-            if name in tasks:
-                raise ValueError(f"--task-dir {folder}: {tasks[name]} and {file} are both {name!r}; rename one of them")
-            tasks[name] = file
-        data |= set(_strings([values.get("dataset_path"), values.get("dataset_kwargs")]))
-    for entry in sorted(data):
-        for path in _local_files(entry):
-            digest.update(f"{path} {_sha256(path)}\n".encode())
-    return digest.hexdigest()
+    data = {path for file in files if "yaml" in file.name for path in _data_files(file)}
+    lines = [f"{file.relative_to(folder)} {sha256_file(file)}\n" for file in files]
+    lines += [f"{path} {sha256_file(path)}\n" for path in sorted(data)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _parsed(file: Path) -> dict[str, Any]:
-    """The mapping in a task file, or in what other task files include; empty for anything else."""
-    if "yaml" not in file.name:
-        return {}
+def _data_files(task_file: Path) -> Iterator[Path]:
+    """What `datasets` reads for the paths, folders and patterns in a task file, from the folder that the command runs in."""
     try:
-        values = yaml.load(file.read_text(encoding="utf-8"), Tolerant)
+        values = yaml.load(task_file.read_text(encoding="utf-8"), Tolerant)
     except (ValueError, yaml.YAMLError):  # the harness says what is wrong with it
-        return {}
-    return values if isinstance(values, dict) else {}
+        return
+    if not isinstance(values, dict):
+        return
+    for text in _strings([values.get("dataset_path"), values.get("dataset_kwargs")]):
+        found = [Path(match) for match in glob.glob(text, recursive=True)]
+        inside = [file for path in found for file in path.rglob("*")]
+        yield from (path for path in [*found, *inside] if path.is_file())
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -62,12 +50,3 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, dict | list):
         for entry in value.values() if isinstance(value, dict) else value:
             yield from _strings(entry)
-
-
-def _local_files(entry: str) -> list[Path]:
-    """What `datasets` reads for a path, folder or pattern, from the folder that the command runs in."""
-    if "://" in entry:
-        return []
-    found = [Path(match) for match in sorted(glob.glob(entry, recursive=True))]
-    inside = [file for path in found if path.is_dir() for file in sorted(path.rglob("*"))]
-    return [path for path in [*found, *inside] if path.is_file()]

@@ -3,76 +3,65 @@
 from pathlib import Path
 from typing import Any
 
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
+Task = Any  # of the harness: a task, or a group of them
 
-def load_tasks(names: list[str], task_dir: Path | None, allow_code_execution: bool) -> dict[str, list[Any]]:
+
+def load_tasks(names: list[str], task_dir: Path | None, allow_code_execution: bool) -> dict[str, Task]:
     """The harness' objects for tasks and groups, by name, with their data; ValueError with the remedy."""
     own = str(task_dir) if task_dir else None
-    index = TaskManager(include_path=own, include_defaults=False) if own else None
-    if index is None or any(leaves(index, name) is None for name in names):
+    index = TaskManager(include_path=own, include_defaults=False)
+    if not all(leaves(index, name) for name in names):
         index = TaskManager(include_path=own)  # ten seconds: it parses all YAML files of the harness
     return {name: load_task(index, name, allow_code_execution) for name in names}
 
 
-def leaves(index: TaskManager, name: str) -> list[dict[str, Any]] | None:
-    """The configurations of the tasks that `name` stands for, functions unresolved; None where one is not known."""
+def leaves(index: TaskManager, name: str) -> list[dict[str, Any]]:
+    """The configurations of the tasks that a task or group stands for, functions unresolved; none where one is not known."""
     entry = index.task_index.get(name)
-    if entry is None:
-        return None
-    if entry.kind.name == "TAG":
-        members = sorted(key for key, other in index.task_index.items() if name in other.tags)
-        raise ValueError(f"{name}: is a tag of several tasks, expected a task or group, for instance {members[0]}")
+    if entry is None or entry.kind.name == "TAG":
+        return []
     if entry.kind.name != "GROUP":
         return [entry.cfg or {}]
-    found = []
-    for child in (entry.cfg or {}).get("task", []):
-        inside = leaves(index, child if isinstance(child, str) else child.get("task", ""))
-        if inside is None:
-            return None
-        found += inside
-    return found
+    children = [child if isinstance(child, str) else child.get("task", "") for child in (entry.cfg or {})["task"]]
+    found = [leaves(index, child) for child in children]
+    return [leaf for child in found for leaf in child] if all(found) else []
 
 
-def load_task(index: TaskManager, name: str, allow_code_execution: bool) -> list[Any]:
+def load_task(index: TaskManager, name: str, allow_code_execution: bool) -> Task:
     """The harness' object for a task or group, its data loaded; ValueError with the remedy."""
     configs = leaves(index, name)
-    if configs is None:
+    if not configs:
         raise ValueError(
-            f"{name}: no such task in the installed lm-eval or in --task-dir; `lm-eval ls tasks` lists the former"
+            f"{name}: is no task or group of the installed lm-eval or of --task-dir, expected one and not a tag of several; "
+            "`lm-eval ls tasks` lists the former"
         )
     if not allow_code_execution and any(config.get("unsafe_code") for config in configs):
         raise ValueError(
             f"{name}: runs the programs that the model writes, on this machine and without a sandbox; give "
             "--allow-code-execution where that is safe, or leave the task out"
         )
-    data = next((config["dataset_path"] for config in configs if config.get("dataset_path")), "its data")
     try:
-        objects: Any = index.load([name])
-    except ImportError as error:
-        raise ValueError(
-            f"{name}: needs a package ({error}); in your checkout of remit: pip install '.[eval]'"
-        ) from error
+        loaded = index.load([name])
     except Exception as error:
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        if data in ("json", "csv", "parquet", "arrow", "text"):
-            raise ValueError(f"{name}: its files cannot be loaded ({reason}); correct its YAML file") from error
+        data = next((config["dataset_path"] for config in configs if config.get("dataset_path")), "none")
         raise ValueError(
-            f"{name}: its data set {data} cannot be loaded ({reason}); run this once with access to the Hugging Face "
-            "hub, which fills its cache (a gated data set like GPQA's also asks to accept its conditions on the hub, "
-            f"then `hf auth login`), or leave {name} out with --skip or from --tasks"
+            f"{name}: cannot be loaded with its data set {data} ({reason}); correct the YAML file of a task of your own; else run "
+            "this once with access to the Hugging Face hub, which fills its cache (a gated data set like GPQA's also asks to "
+            "accept its conditions on the hub, then `hf auth login`), or leave the task out with --skip or from --tasks"
         ) from error
-    if name not in objects.get("groups", {}):
-        return list(objects["tasks"].values())
-    group = objects["groups"][name]
-    if not group.has_aggregation:
+    groups = loaded.get("groups", {})
+    if name in groups and not groups[name].has_aggregation:
         raise ValueError(
-            f"{name}: is a group without aggregate_metric_list, which has no value of its own; name its tasks: "
-            f"{', '.join(task.config.task for task in group.get_all_tasks())}"
+            f"{name}: is a group without aggregate_metric_list, which has no value; name its tasks instead"
         )
-    return [group]
+    return groups[name] if name in groups else loaded["tasks"][name]
 
 
-def tasks_of(loaded: list[Any]) -> list[Any]:
-    """Tasks without the groups that hold them."""
-    return [task for item in loaded for task in (item.get_all_tasks() if hasattr(item, "get_all_tasks") else [item])]
+def answers_are_drawn(loaded: Task) -> bool:
+    """Whether answers to one of the tasks are drawn at random."""
+    tasks = loaded.get_all_tasks() if hasattr(loaded, "get_all_tasks") else [loaded]
+    return any(normalize_gen_kwargs(task.get_config("generation_kwargs") or {})["do_sample"] for task in tasks)

@@ -60,4 +60,4 @@ addEventListener("keydown", (event) => {
 for (const choice of document.querySelectorAll('input[name="by"]')) {
   choice.addEventListener("change", () => (document.body.dataset.by = choice.value));
 }
-document.getElementById("match")?.scrollIntoView({ block: "center" });
+document.querySelector("mark")?.scrollIntoView({ block: "center" });

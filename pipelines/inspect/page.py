@@ -7,7 +7,7 @@ colour and whose data-n holds its figures. T = tokens of a row. Nats.
 
 import math
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,63 +16,57 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from pipelines.inspect.colours import LOW, colour_class, colour_rules, legends, scale, steps
+from pipelines.inspect.colours import LOW, classes, colour_rules, legends, scale
 from pipelines.inspect.find_rows import Found
 from pipelines.inspect.settings import InspectConfig
-from pipelines.inspect.token_deltas import Base, TokenFigures, choose_base, token_figures
+from pipelines.inspect.token_deltas import TokenFigures, choose_base, token_figures
 from pipelines.pages import content_hash
-from pipelines.plan.rows import choose_rows
 from pipelines.terminal import counted
-from pipelines.token_ranking import TokenRanking
-from pipelines.token_text import TokenText, find_in_groups, printable, token_label
+from pipelines.token_text import TokenText, find_in_groups, printable
 from shards.folder import ShardFolder
 from shards.rows import Rows
 from shards.schema import logprobs_column
 
 MAX_TOKENS = 500_000  # of a page: about 45 MB, and seconds until a browser has laid it out
 MANY = 20_000  # tokens: above, rows are laid out as they come into view
-SAMPLE_ROWS = 2_000  # that the tokens of the folder are ranked over
-TOP = 15
 HERE = Path(__file__).parent
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class PageRow:
-    """A row with its figures. groups: tokens and text, as TokenText gives them; exact: whether they are the decoded row;
-    facts: about it, for its head; documents: the first token of each document piece, and the document."""
+    """A row for the template, without the columns that it was read from. facts: about it, for its head; tokens: the data-n
+    of each; groups: documents that begin in one, its first token and one past its last, and its text."""
 
     number: int
     ids: list[int]
-    groups: list[tuple[int, str]]
-    exact: bool
     facts: list[str]
-    documents: list[tuple[int, int]]
     figures: TokenFigures
+    tokens: list[str]
+    groups: list[tuple[list[int], int, int, str]]
 
 
 def page_of_rows(
-    folder: ShardFolder, config: InspectConfig, found: Found, model: Path | None, progress: Progress
+    folder: ShardFolder, config: InspectConfig, found: Found, model: Path | None, progress: Callable[[int, int], None]
 ) -> str:
-    """The page of the rows. model: folder of the base that computes its log-probs now. progress(what, done, total)."""
-    numbers = found.rows
-    tokens = len(numbers) * folder.manifest.seq_len
-    if len(numbers) > 1 and tokens > MAX_TOKENS:
+    """The page of the rows. model: folder of the base that computes its log-probs now. progress(rows done, rows)."""
+    numbers, seq_len = found.rows, folder.manifest.seq_len
+    if len(numbers) > 1 and len(numbers) * seq_len > MAX_TOKENS:
         raise ValueError(
-            f"{len(numbers):,} rows of up to {folder.manifest.seq_len} tokens are too many for one page, expected at most "
-            f"{max(1, MAX_TOKENS // folder.manifest.seq_len):,} rows; choose fewer with --rows or --limit"
+            f"{len(numbers):,} rows of up to {seq_len} tokens are too many for one page, expected at most "
+            f"{max(1, MAX_TOKENS // seq_len):,} rows; choose fewer with --rows or --limit"
         )
     base = choose_base(folder, config.reference, config.base, model)
+    names = [config.reference, *([base.column] if base.column else [])]
+    columns = ["input_ids", "doc_lengths", "doc_ids", "source", *map(logprobs_column, names)]
     text = TokenText(folder)
-    ranking = TokenRanking(folder.manifest.tokenizer["vocab_size"])
     rows: list[PageRow] = []
-    for row in folder.rows(numbers, _columns(config, base)):
+    for row in folder.rows(numbers, columns):
         rows.append(_page_row(folder, row, token_figures(row, config.reference, base, config.epsilon), text, config))
-        _rank(ranking, row, rows[-1].figures)
-        progress("rows", len(rows), len(numbers))
+        progress(len(rows), len(numbers))
     full = {"delta": scale([row.figures.delta_T for row in rows])}
     full |= {"weight": config.epsilon if math.isfinite(config.epsilon) else 1.0, "reference": LOW}
-    ids = np.unique(np.concatenate([np.array(row.ids) for row in rows])).tolist()
+    by = ("reference",) if base.name is None else ("delta", "weight")
+    ids = set().union(*(row.ids for row in rows))
     return render(
         folder=str(folder.path),
         chosen="; ".join((found.chosen, *found.remarks)),
@@ -85,9 +79,8 @@ def page_of_rows(
         legends=legends(config.reference, base.name, full),
         numbers=numbers,
         many=sum(len(row.ids) for row in rows) > MANY,
-        rows=_spans(rows, full, config.search, base),
-        symbols={token_id: text.symbol(token_id) for token_id in ids},
-        ranking=_ranking(folder, text, config, base, ranking, progress),
+        rows=((row, _classes(row, {name: full[name] for name in by})) for row in rows),
+        symbols={token_id: text.symbol(token_id) for token_id in sorted(ids)},
     )
 
 
@@ -103,63 +96,51 @@ def render(**values: Any) -> str:
     return environment.get_template("page.html").render(style=style, script=script, **hashes, **values)
 
 
-def _columns(config: InspectConfig, base: Base) -> list[str]:
-    names = [config.reference, *([base.column] if base.column else [])]
-    return ["input_ids", "doc_lengths", "doc_ids", "source", *map(logprobs_column, names)]
-
-
 def _page_row(folder: ShardFolder, row: Rows, figures: TokenFigures, text: TokenText, config: InspectConfig) -> PageRow:
-    manifest, number = folder.manifest, int(row.numbers[0])
+    ids = row.ids.tolist()
+    groups, exact = text.groups(ids)
+    marks = find_in_groups(groups, config.search) if config.search else [[] for _ in groups]
     starts = (np.cumsum(row.doc_lengths) - row.doc_lengths).tolist()
-    groups, exact = text.groups(row.ids.tolist())
-    facts = [
-        manifest.parts[number // manifest.rows_per_part].name,
-        manifest.corpus[int(row.source[0])].path,
-        counted(len(row.ids), "token"),
-        counted(len(starts), "document piece"),
-    ]
-    if np.isfinite(figures.weight_T).any():
-        facts.append(f"mean delta {np.nanmean(figures.delta_T):+.3f} nat")
-        clipped_N = figures.clipped_T[np.isfinite(figures.weight_T)]
-        if math.isfinite(config.epsilon):
-            facts.append(f"clipped low {np.mean(clipped_N == -1):.0%}, high {np.mean(clipped_N == 1):.0%}")
-    facts += [f"quarantined: no log-probs of {name}" for name in manifest.references if not row.scored(name)[0]]
+    documents = list(zip(starts, row.doc_ids.tolist()))
+    shown, place = [], 0
+    for (count, own_text), ranges in zip(groups, marks):
+        begun = []
+        while documents and documents[0][0] < place + count:  # also one that begins within a character
+            begun.append(documents.pop(0)[1])
+        shown.append((begun, place, place + count, _shown(own_text, ranges)))
+        place += count
+    facts = _facts(folder, row, figures, config.epsilon)
     if not exact:
         facts.append("tokens as the vocabulary spells them: this tokenizer changes text across tokens")
-    return PageRow(number, row.ids.tolist(), groups, exact, facts, list(zip(starts, row.doc_ids.tolist())), figures)
+    return PageRow(int(row.numbers[0]), ids, facts, figures, _numbers(ids, figures), shown)
 
 
-# --- tokens -----------------------------------------------------------------------------------------------
+def _classes(row: PageRow, full: dict[str, float]) -> list[str]:
+    """Of each token, by its colours; full: of each way to colour the value that has all of a colour."""
+    values = {by: getattr(row.figures, f"{by}_T") for by in full}
+    of_each = [classes(by, values_T, full[by]) for by, values_T in values.items()]
+    scored_T = np.isfinite(next(iter(values.values())))
+    return [" ".join(filter(None, own)) if scored else "none" for own, scored in zip(zip(*of_each), scored_T)]
 
 
-def _spans(rows: list[PageRow], full: dict[str, float], search: str | None, base: Base) -> Iterator[dict[str, Any]]:
-    """The rows as the template reads them, one at a time. search: what to mark; the page shows its first match first.
-
-    Groups are documents that begin there, tokens as pairs of the classes of their colours and their data-n, and text.
-    """
-    is_first_match = True
-    by = ("delta", "weight") if base.name is not None else ("reference",)
-    for row in rows:
-        marks = find_in_groups(row.groups, search) if search else [[] for _ in row.groups]
-        values = [getattr(row.figures, f"{name}_T") for name in by]
-        own_steps = [steps(name, values_T, full[name]).tolist() for name, values_T in zip(by, values)]
-        classes = [" ".join(filter(None, map(colour_class, by, of_token))) for of_token in zip(*own_steps)]
-        classes = [own if scored else "none" for own, scored in zip(classes, np.isfinite(values[0]))]
-        tokens = list(zip(classes, _numbers(row)))
-        groups, place, documents = [], 0, list(row.documents)
-        for (count, text), ranges in zip(row.groups, marks):
-            begun = []
-            while documents and documents[0][0] < place + count:  # also one that begins within a character
-                begun.append(documents.pop(0)[1])
-            groups.append((begun, tokens[place : place + count], _shown(text, ranges, is_first_match)))
-            is_first_match = is_first_match and not ranges
-            place += count
-        yield {"number": row.number, "facts": row.facts, "groups": groups}
+def _facts(folder: ShardFolder, row: Rows, figures: TokenFigures, epsilon: float) -> list[str]:
+    manifest = folder.manifest
+    facts = [
+        manifest.parts[int(row.numbers[0]) // manifest.rows_per_part].name,
+        manifest.corpus[int(row.source[0])].path,
+        counted(len(row.ids), "token"),
+        counted(len(row.doc_ids), "document piece"),
+    ]
+    clipped_N = figures.clipped_T[np.isfinite(figures.weight_T)]
+    if len(clipped_N):
+        facts.append(f"mean delta {np.nanmean(figures.delta_T):+.3f} nat")
+        if math.isfinite(epsilon):
+            facts.append(f"clipped low {np.mean(clipped_N == -1):.0%}, high {np.mean(clipped_N == 1):.0%}")
+    return facts + [f"quarantined: no log-probs of {name}" for name in manifest.references if not row.scored(name)[0]]
 
 
-def _numbers(row: PageRow) -> list[str]:
+def _numbers(ids: list[int], figures: TokenFigures) -> list[str]:
     """data-n of each token: its position, id, and figures."""
-    figures = row.figures
     columns = [
         ["-" if math.isnan(value) else f"{value + 0.0:{digits}}" for value in values_T.tolist()]  # no -0.0000
         for values_T, digits in (
@@ -171,13 +152,11 @@ def _numbers(row: PageRow) -> list[str]:
         )
     ]
     clipped = ["-" if math.isnan(weight) else str(side) for weight, side in zip(figures.weight_T, figures.clipped_T)]
-    places = map(str, range(len(row.ids)))
-    return [" ".join(values) for values in zip(places, map(str, row.ids), *columns, clipped)]
+    return [" ".join(map(str, values)) for values in zip(range(len(ids)), ids, *columns, clipped)]
 
 
-def _shown(text: str, ranges: list[tuple[int, int]], is_first: bool) -> str:
-    """The text of a group, as HTML where it is more than text. ranges: of its characters, what to mark; is_first: whether
-    that is the page's first match."""
+def _shown(text: str, ranges: list[tuple[int, int]]) -> str:
+    """The text of a group, as HTML where it is more than text. ranges: of its characters, what to mark."""
     if not text:  # the decoder drops this token
         return Markup('<span class="e">∅</span>')
     combines = unicodedata.category(text[0]).startswith("M")  # with a letter that is in another token
@@ -185,9 +164,8 @@ def _shown(text: str, ranges: list[tuple[int, int]], is_first: bool) -> str:
         return text
     shown, end = Markup(), 0
     for start, stop in ranges:
-        name = Markup(' id="match"') if is_first else ""
-        shown += _visible(text[end:start]) + Markup("<mark{}>{}</mark>").format(name, _visible(text[start:stop]))
-        end, is_first = stop, False
+        shown += _visible(text[end:start]) + Markup("<mark>{}</mark>").format(_visible(text[start:stop]))
+        end = stop
     shown += _visible(text[end:])
     return Markup('<span class="c">{}</span>').format(shown) if combines else shown
 
@@ -205,48 +183,3 @@ def _visible(text: str) -> Markup:
         )
         for character in text
     )
-
-
-# --- tokens of the folder ---------------------------------------------------------------------------------
-
-
-def _ranking(
-    folder: ShardFolder, text: TokenText, config: InspectConfig, base: Base, shown: TokenRanking, progress: Progress
-) -> dict[str, Any] | None:
-    """The tokens with the largest and the smallest mean weight: of the folder, where it has the base's log-probs of all
-    rows, else of the rows shown. None where there are no weights."""
-    if base.name is None:
-        return None
-    if base.column is None or folder.missing_parts():
-        why = "the folder has no stored log-probs of this base" if base.column is None else "the folder is not complete"
-        return _entries(text, shown, 1) | {"what": f"of the rows on this page, because {why}", "least": 1}
-    manifest = folder.manifest
-    chosen = choose_rows(manifest, SAMPLE_ROWS, 0)
-    least = 20 if manifest.tokens / manifest.rows * len(chosen) >= 100_000 else 2
-    ranking = TokenRanking(manifest.tokenizer["vocab_size"])
-    for done, row in enumerate(folder.rows(chosen.tolist(), _columns(config, base))):
-        _rank(ranking, row, token_figures(row, config.reference, base, config.epsilon))
-        progress("rank tokens", done + 1, len(chosen))
-    which = "all rows" if len(chosen) == manifest.rows else f"{len(chosen):,} random rows of {manifest.rows:,}"
-    return _entries(text, ranking, least) | {"what": f"of the folder ({which})", "least": least}
-
-
-def _rank(ranking: TokenRanking, row: Rows, figures: TokenFigures) -> None:
-    both_T = np.isfinite(figures.weight_T)
-    ranking.add(row.ids[both_T], figures.weight_T[both_T], figures.delta_T[both_T])
-
-
-def _entries(text: TokenText, ranking: TokenRanking, least: int) -> dict[str, Any]:
-    most = ranking.most(TOP, least)
-    return {
-        direction: [
-            {
-                "token": token_label(string),
-                "count": f"{entry['count']:,}",
-                "weight": "-" if entry["weight_mean"] is None else f"{entry['weight_mean']:.3f}",
-                "delta": f"{entry['excess_loss_mean']:+.3f}",
-            }
-            for entry, string in zip(most[direction], text.strings([entry["id"] for entry in most[direction]]))
-        ]
-        for direction in ("up", "down")
-    }

@@ -69,7 +69,6 @@ def stand_in(command: str, words: list[str]) -> int:
             "label": "capitals",
             "metric": "acc",
             "shots": {"capitals": 0},
-            "cut_questions": {"capitals": 0},
         }
         task["settings"] = {"num_fewshot": None}
         values = {"suite": None, "tasks": {"capitals": task}, "settings": {"limit": None}, "left_out": []}
