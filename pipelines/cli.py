@@ -33,7 +33,7 @@ COMMANDS = {
     "train": ("trainer.config:TrainConfig", "pipelines.commands.train:run"),
     "verify": ("pipelines.commands.verify:VerifyConfig", "pipelines.commands.verify:run"),
     "inspect": ("pipelines.inspect.settings:InspectConfig", "pipelines.commands.inspect:run"),
-    "weights": ("pipelines.plan.settings:WeightsConfig", "pipelines.commands.weights:run"),
+    "weights": ("pipelines.weights.settings:WeightsConfig", "pipelines.commands.weights:run"),
     "plan": ("pipelines.plan.settings:PlanConfig", "pipelines.commands.plan:run"),
     "compare": ("pipelines.report.compare:CompareConfig", "pipelines.commands.compare:run"),
     "report": ("pipelines.report.settings:ReportConfig", "pipelines.commands.report:run"),

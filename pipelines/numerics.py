@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 
+from pipelines.terminal import print_table
 from scorer.canary import BIAS_DEVIATIONS, Distance, Limits
 from scorer.forward import load_forward
 from scorer.reference import require_quantised_readable
@@ -253,7 +253,6 @@ def _scored_spans(row: Rows, name: str) -> list[tuple[int, int]]:
 
 def show(numerics: Numerics, console: Console) -> None:
     """The table."""
-    table = Table(box=None, show_header=False)
     rows = {
         "column": logprobs_column(numerics.reference),
         "compared": f"{numerics.tokens:,} log-probs in {numerics.rows:,} rows, with a float32 forward",
@@ -272,7 +271,5 @@ def show(numerics: Numerics, console: Console) -> None:
         rows["mean |difference| of entropies"] = (
             f"{numerics.entropy_mean:.2e} nat (at most {numerics.entropy_tolerance:.2e})"
         )
-    for key, value in rows.items():
-        table.add_row(key, value)
-    console.print(table)
+    print_table(console, ["", ""], rows.items(), left=2, ruled=False)
     console.print(numerics.verdict)

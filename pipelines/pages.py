@@ -1,21 +1,28 @@
-"""Write an HTML page that stands alone: whole or not at all."""
+"""Files that a command writes for a reader: HTML pages that stand alone, figures as JSON."""
 
 import base64
 import hashlib
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 from shards.store import temporary_name
 
 
 def write_page(file: Path, page: str) -> None:
-    """Write `page` in UTF-8; what is no character (of names of files that are no Unicode) becomes U+FFFD."""
+    """Write `page` in UTF-8, whole or not at all; what is no character (of names of files that are no Unicode) becomes U+FFFD."""
     temporary = temporary_name(file)
     try:
         temporary.write_text(re.sub("[\ud800-\udfff]", "\ufffd", page), encoding="utf-8", newline="")
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(file: Path, figures: dict[str, Any]) -> None:
+    """Write the figures of --json."""
+    file.write_text(json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
 
 
 def content_hash(content: str) -> str:

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from pipelines.terminal import print_table
 from pipelines.token_text import printable
 from shards.manifest import Manifest
 
@@ -27,11 +27,8 @@ def print_references(
         return
     top_k = any("top_k" in reference for reference in manifest.references.values())
     headers = ["reference", "model", "revision", "weights", "dtype", "context", "step", *(["top k"] if top_k else [])]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for header in [*headers, *(counts or {})]:
-        table.add_column(header, overflow="fold", justify="right" if header in (counts or {}) else "left")
-    for name, reference in manifest.references.items():
-        cells = [
+    lines = [
+        [
             name,
             str(reference.get("model", "?")),
             str(reference.get("revision") or "-")[:HASH_CHARACTERS],
@@ -42,8 +39,10 @@ def print_references(
             *([str(reference.get("top_k", "-"))] if top_k else []),
             *(column[name] for column in (counts or {}).values()),
         ]
-        table.add_row(*(Text(printable(cell)) for cell in cells))
-    console.print(table)
+        for name, reference in manifest.references.items()
+    ]
+    lines = [[printable(cell) for cell in line] for line in lines]
+    print_table(console, [*headers, *(counts or {})], lines, left=len(headers), ruled=False)
     for name, reference in manifest.references.items():
         if differences := reference.get("tokenizer_differences"):
             print_lines(console, f"tokenizer of {name}: {'; '.join(map(str, differences))}")

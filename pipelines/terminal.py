@@ -1,13 +1,16 @@
-"""What the commands share: exit codes, progress bars, lines beside them, and what a signal does."""
+"""What the commands share: exit codes, progress bars, lines beside them, tables, and what a signal does."""
 
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from tqdm import tqdm
 
 from shards.manifest import Manifest
@@ -47,6 +50,26 @@ def note(line: str) -> None:
 def counted(number: int, what: str) -> str:
     """1 row, 2 rows."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def print_table(
+    console: Console, headers: Sequence[str], lines: Iterable[Sequence[str]], title: str = "", left: int = 1,
+    width: int | None = None, ruled: bool = True,
+) -> None:  # fmt: skip
+    """Print a table of plain texts, without a header where all headers are empty.
+
+    left: columns that are aligned to the left; width: most characters of the first column, which is then cut; ruled: with
+    lines between the columns.
+    """
+    table = Table(show_edge=False, pad_edge=False, header_style="bold", show_header=any(headers))
+    if not ruled:
+        table.box = None
+    for index, header in enumerate(headers):
+        cut = {"no_wrap": True, "max_width": width} if width and index == 0 else {"overflow": "fold"}
+        table.add_column(header, justify="left" if index < left else "right", **cut)
+    for line in lines:
+        table.add_row(*map(Text, line))
+    console.print(*(["", Text(title, style="bold")] if title else []), table, sep="\n")
 
 
 class BadUsage(ValueError):

@@ -4,8 +4,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from shards.entropy import fault_of_temperature
+from shards.entropy import TEMPERATURES, is_temperature
 from shards.output_folder import require_new_folder
+from shards.ranges import require, require_at_least, require_not_negative
 from shards.schema import logprobs_column
 
 TOKENS_PER_BATCH = 1 << 18  # of an Arrow record batch: what a reader decompresses at once
@@ -55,10 +56,8 @@ class PackConfig:
             raise ValueError(
                 f"--tokens-per-shard is {self.tokens_per_shard}, expected at least --seq-len ({self.seq_len})"
             )
-        if self.grace_seconds < 0:
-            raise ValueError(f"--grace-seconds is {self.grace_seconds}, expected 0 or more")
-        if self.num_workers is not None and self.num_workers < 1:
-            raise ValueError(f"--num-workers is {self.num_workers}, expected at least 1")
+        require_not_negative(self, "grace_seconds")
+        require_at_least(self, 1, "num_workers")
         if not self.corpus:
             raise ValueError("--corpus is empty, expected at least one file, folder or dataset name")
         for entry in self.corpus:
@@ -120,23 +119,18 @@ class ScoreConfig:
     def __post_init__(self) -> None:
         logprobs_column(self.name)
         require_new_folder(self.out, "remit score", shards=self.shards, model=self.model)
-        if not 0 <= self.logprob_step <= 1:
-            raise ValueError(f"--logprob-step is {self.logprob_step}, expected 0 (exact) to 1, for instance 0.015625")
+        require(self, lambda step: 0 <= step <= 1, "0 (exact) to 1, for instance 0.015625", "logprob_step")
         if self.logprob_step and math.frexp(self.logprob_step)[0] != 0.5:
             raise ValueError(
                 f"--logprob-step is {self.logprob_step}, expected a power of two so that multiples are exact in float32"
             )
-        if self.top_k < 0:
-            raise ValueError(f"--top-k is {self.top_k}, expected 0 (store none) or more, for instance 8")
+        require_not_negative(self, "top_k", expected="0 (store none) or more, for instance 8")
         if self.entropy_temperature is not None and not self.entropy:
             raise ValueError(f"--entropy-temperature is {self.entropy_temperature:g} without --entropy, expected both")
-        if fault := fault_of_temperature(self.entropy_temperature):
-            raise ValueError(f"--entropy-temperature is {self.entropy_temperature:g}, {fault}")
+        require(self, is_temperature, TEMPERATURES, "entropy_temperature")
         if self.grace_seconds < 0 or self.progress_timeout_seconds <= 0:
             raise ValueError("--grace-seconds and --progress-timeout-seconds must be positive")
-        for name in ("num_engines", "tensor_parallel_size", "max_num_batched_tokens"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
+        require_at_least(self, 1, "num_engines", "tensor_parallel_size", "max_num_batched_tokens")
 
     @property
     def temperatures(self) -> tuple[float, ...]:
@@ -167,13 +161,9 @@ class SelectConfig:
 
     def __post_init__(self) -> None:
         require_new_folder(self.out, "remit select", shards=self.shards)
-        if not 0 < self.keep_ratio < 1:
-            raise ValueError(
-                f"--keep-ratio is {self.keep_ratio}, expected more than 0 and less than 1, for instance 0.8"
-            )
+        require(self, lambda ratio: 0 < ratio < 1, "more than 0 and less than 1, for instance 0.8", "keep_ratio")
         if self.teacher == self.small:
             raise ValueError(
                 f"--teacher and --small are both {self.small!r}, expected two references; all rows would tie"
             )
-        if self.num_workers is not None and self.num_workers < 1:
-            raise ValueError(f"--num-workers is {self.num_workers}, expected at least 1")
+        require_at_least(self, 1, "num_workers")

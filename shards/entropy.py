@@ -14,6 +14,7 @@ import numpy as np
 from shards.schema import logprobs_column
 
 LEAST_TEMPERATURE, LARGEST_TEMPERATURE = 0.1, 100.0
+TEMPERATURES = f"{LEAST_TEMPERATURE:g} to {LARGEST_TEMPERATURE:g} other than 1, for instance 2"
 SLACK = 1e-3  # nat, for sums over a whole vocabulary in float32
 
 
@@ -36,11 +37,9 @@ def entropy_columns(name: str, reference: Mapping[str, Any]) -> dict[str, tuple[
     return columns
 
 
-def fault_of_temperature(temperature: float | None) -> str | None:
-    """Why the entropy cannot be stored at this temperature beside that at 1; None if it can."""
-    if temperature is None or (LEAST_TEMPERATURE <= temperature <= LARGEST_TEMPERATURE and temperature != 1):
-        return None
-    return f"expected {LEAST_TEMPERATURE:g} to {LARGEST_TEMPERATURE:g} other than 1, for instance 2"
+def is_temperature(temperature: float) -> bool:
+    """Whether the entropy can be stored at this temperature beside that at 1."""
+    return LEAST_TEMPERATURE <= temperature <= LARGEST_TEMPERATURE and temperature != 1
 
 
 def outside(values: np.ndarray, bounds: tuple[float, float], step: float = 0.0) -> np.ndarray:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from shards.entropy import entropy_columns, fault_of_temperature
+from shards.entropy import entropy_columns, is_temperature
 from shards.part import publish_json
 from shards.schema import CONTEXTS, logprobs_column, row_schema
 from shards.store import Store, open_store
@@ -283,5 +283,5 @@ def _check_entropy(name: str, reference: dict[str, Any]) -> None:
     if not isinstance(entropy, bool) or (entropy and not reference.get("vocab_size")):
         raise ValueError(f"reference {name}: entropy is {entropy!r} with vocab_size {reference.get('vocab_size')!r}")
     is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
-    if temperature is not None and not (entropy and is_number and not fault_of_temperature(temperature)):
+    if temperature is not None and not (entropy and is_number and is_temperature(temperature)):
         raise ValueError(f"reference {name}: entropy_temperature is {temperature!r}")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from shards.output_folder import require_new_folder
+from shards.ranges import require, require_at_least, require_not_negative, require_positive
 from trainer.objectives.settings import ObjectiveSettings
 
 LOWEST = 1e-7
@@ -99,34 +100,12 @@ class TrainConfig(ObjectiveSettings):
         require_new_folder(
             self.out, "remit train", shards=self.shards, eval_shards=self.eval_shards, model=self.model
         )  # fmt: skip
-        for name in ("global_batch_size", "micro_batch_size", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
-        for name in ("max_grad_norm", "epochs", "timeout_seconds"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected a number above 0")
-        for name in (
-            "learning_rate",
-            "min_learning_rate",
-            "weight_decay",
-            "checkpoint_every",
-            "export_every",
-            "eval_every",
-            "seed",
-            "ray_workers",
-        ):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 0 or more")
-        if self.router_aux_loss is not None and not 0 <= self.router_aux_loss < math.inf:
-            raise ValueError(f"--router-aux-loss is {self.router_aux_loss}, expected 0 (without) or more, as 0.001")
-        if not 0 < self.decay_fraction <= 1:
-            raise ValueError(
-                f"--decay-fraction is {self.decay_fraction}, expected a share of the steps above 0, up to 1"
-            )
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(f"--max-steps is {self.max_steps}, expected at least 1")
-        if self.warmup_steps is not None and self.warmup_steps < 0:
-            raise ValueError(f"--warmup-steps is {self.warmup_steps}, expected 0 or more")
+        require_at_least(self, 1, "global_batch_size", "micro_batch_size", "keep_checkpoints", "max_steps")
+        require_positive(self, "max_grad_norm", "epochs", "timeout_seconds")
+        require_not_negative(self, "learning_rate", "min_learning_rate", "weight_decay", "warmup_steps")
+        require_not_negative(self, "checkpoint_every", "export_every", "eval_every", "seed", "ray_workers")
+        require_not_negative(self, "router_aux_loss", expected="0 (without) or more, as 0.001")
+        require(self, lambda share: 0 < share <= 1, "a share of the steps above 0, up to 1", "decay_fraction")
         if self.wandb_project is not None and not self.wandb_project.strip():
             raise ValueError(f"--wandb-project is {self.wandb_project!r}, expected the name of a project")
         if self.min_learning_rate > max(self.learning_rate, LOWEST):

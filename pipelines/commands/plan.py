@@ -4,10 +4,11 @@ import sys
 
 from rich.console import Console
 
+from pipelines.pages import write_json
 from pipelines.plan.hardware import compute_dtype
 from pipelines.plan.presets import find_model
 from pipelines.plan.settings import PlanConfig
-from pipelines.plan.tables import show, write_json
+from pipelines.plan.tables import show
 from pipelines.terminal import DONE, ShouldStop, quiet_libraries
 
 
@@ -24,5 +25,6 @@ def run(config: PlanConfig, should_stop: ShouldStop) -> int:
     base, reference = (count(*entry, config.seq_len, dtype) for entry in configs)
     figures = plan_costs(config, base, reference)
     show(figures, Console(file=sys.stdout, highlight=False))
-    write_json(config.json, figures)
+    if config.json is not None:
+        write_json(config.json, figures)
     return DONE

@@ -7,11 +7,10 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
 
 from pipelines.commands.pack import summary
 from pipelines.models import resolve_model
-from pipelines.terminal import DONE, STOPPED, ShouldStop, note, progress_bar, quiet_libraries
+from pipelines.terminal import DONE, STOPPED, ShouldStop, note, print_table, progress_bar, quiet_libraries
 from scorer.config import ScoreConfig
 from scorer.stopping import Stopped
 from shards.folder import require_shards
@@ -69,7 +68,6 @@ def run(config: ScoreConfig, should_stop: ShouldStop) -> int:
 
 def show_score_summary(state: "ScoreProgress", first: "ScoreProgress") -> None:
     """The final table of remit score. first: where the run began."""
-    table = Table(box=None, show_header=False)
     worked = state.read_seconds + state.wait_seconds + state.write_seconds
     rows: dict[str, str] = {
         "tokens scored now": f"{state.tokens - first.tokens:,}, of {state.tokens_total:,}",
@@ -82,6 +80,4 @@ def show_score_summary(state: "ScoreProgress", first: "ScoreProgress") -> None:
         "share of reading, writing": f"{state.read_seconds / max(worked, 1e-9):.1%}, "
         f"{state.write_seconds / max(worked, 1e-9):.1%} of the time of a part",
     }
-    for name, value in rows.items():
-        table.add_row(name, value)
-    Console(file=sys.stderr, highlight=False).print(table)
+    print_table(Console(file=sys.stderr, highlight=False), ["", ""], rows.items(), left=2, ruled=False)

@@ -15,6 +15,7 @@ from pipelines.terminal import DONE, FAILED, ShouldStop, counted, note, progress
 from shards.folder import ShardFolder
 from shards.output_folder import writing
 from shards.quarantine import QUARANTINE, take_out
+from shards.ranges import require_at_least
 from shards.verify import verify_folder
 from trainer.objectives.settings import check_epsilon
 
@@ -44,8 +45,7 @@ class VerifyConfig(OneFolder):
 
     def __post_init__(self) -> None:
         _ = self.path
-        if self.rows < 1:
-            raise ValueError(f"--rows is {self.rows}, expected at least 1")
+        require_at_least(self, 1, "rows")
         if self.json is not None:
             if self.model is None:
                 raise ValueError("--json is given without --model, whose figures it takes")

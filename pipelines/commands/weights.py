@@ -5,10 +5,9 @@ from time import monotonic
 
 from rich.console import Console
 
-from pipelines.plan.settings import WeightsConfig
-from pipelines.plan.tables import write_json
-from pipelines.plan.weights_tables import show
+from pipelines.pages import write_json
 from pipelines.terminal import DONE, ShouldStop, progress_bar
+from pipelines.weights.settings import WeightsConfig
 from shards.folder import ShardFolder
 
 
@@ -16,7 +15,8 @@ def run(config: WeightsConfig, should_stop: ShouldStop) -> int:
     """The command: read, print, write --json."""
     folder = ShardFolder(config.shards)
     began, total = monotonic(), folder.manifest.rows  # a mistyped path is told before the heavy imports
-    from pipelines.plan.weights import weights_of_corpus
+    from pipelines.weights.figures import weights_of_corpus
+    from pipelines.weights.tables import show
 
     with progress_bar(desc="weights", unit=" rows", total=min(config.rows or total, total)) as bar:
 
@@ -26,5 +26,6 @@ def run(config: WeightsConfig, should_stop: ShouldStop) -> int:
 
         figures = weights_of_corpus(folder, config, progress)
     show(figures, Console(file=sys.stdout, highlight=False))
-    write_json(config.json, figures)
+    if config.json is not None:
+        write_json(config.json, figures)
     return DONE

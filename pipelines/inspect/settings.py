@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pipelines.pages import check_page
 from pipelines.settings import OneFolder
+from shards.ranges import require_at_least, require_not_negative
 from trainer.objectives.settings import check_epsilon
 
 
@@ -60,12 +61,9 @@ class InspectConfig(OneFolder):
             raise ValueError("--search is empty, expected text to look for")
         if self.source is not None and self.doc is None and self.search is None:
             raise ValueError("--source is given without --doc or --search, which it narrows")
-        for name, least in (("row", 0), ("doc", 0), ("source", 0), ("limit", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"--{name} is {value}, expected at least {least}")
-        if self.tokens < 0:
-            raise ValueError(f"--tokens is {self.tokens}, expected 0 (all) or more")
+        require_at_least(self, 0, "row", "doc", "source")
+        require_at_least(self, 1, "limit")
+        require_not_negative(self, "tokens", expected="0 (all) or more")
         check_epsilon("--epsilon", self.epsilon)
         if self.html is not None:
             check_page("--html", self.html)

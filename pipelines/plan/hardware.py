@@ -24,6 +24,7 @@ GPUS = {
     "rtx4090": GPU(165, 82.6, 24, 32, "NVIDIA Ada architecture paper, dense, float32 accumulation"),
     "cpu": GPU(0.15, 0.15, 16, 10, "a guess for two cores of a laptop; give --train-rate and --score-rate"),
 }
+UNKNOWN_GPU = GPU(math.nan, math.nan, math.nan, 32, "PCIe 4.0 x16")  # its peak and memory have to be given
 
 
 def compute_dtype(gpu: str, dtype: str) -> str:

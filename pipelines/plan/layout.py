@@ -5,6 +5,8 @@ B = rows of a micro-batch, T = tokens of a row, S = processes that share the wei
 
 import math
 from dataclasses import dataclass
+from itertools import product
+from operator import itemgetter
 
 from pipelines.plan.hardware import Machine
 from pipelines.plan.model_shape import ModelShape
@@ -105,15 +107,6 @@ def shards_of(sharding: str, machine: Machine) -> int:
     return machine.num_gpus // machine.replicas if sharding == "hybrid" else machine.num_gpus
 
 
-@dataclass(frozen=True)
-class Proposal:
-    """The layout that fits, or the leanest where none does; bytes: its memory per GPU in all."""
-
-    layout: Layout
-    fits: bool
-    bytes: float
-
-
 def propose(
     base: ModelShape,
     machine: Machine,
@@ -121,28 +114,26 @@ def propose(
     sharding: str = "auto",
     micro_batch_size: int | None = None,
     checkpointing: str = "auto",
-) -> Proposal:
-    """The first layout that fits: sharding as remit train chooses it before more, no checkpointing before it, the most
-    rows per forward. What is given is kept."""
+) -> tuple[Layout, float]:
+    """The first layout that fits, or the leanest where none does, and its memory per GPU in bytes.
+
+    Sharding as remit train chooses it comes before more of it, no checkpointing before it, more rows per forward before fewer.
+    What is given is kept.
+    """
     shardings = [sharding]
     if sharding == "auto":
-        first = default_sharding(base, machine)
         more = ["hybrid"] * (machine.replicas > 1) + ["full"] * (machine.num_gpus > 1)
-        shardings = list(dict.fromkeys([first, *more]))
+        shardings = list(dict.fromkeys([default_sharding(base, machine), *more]))
+    recomputes = {"auto": (False, True), "on": (True,), "off": (False,)}[checkpointing]
     most = min(job.rows_per_gpu(machine.num_gpus), LARGEST_MICRO_BATCH)
     sizes = [micro_batch_size] if micro_batch_size else powers_down(most)
-    leanest: Proposal | None = None
-    for kind in shardings:
-        for recompute in {"auto": (False, True), "on": (True,), "off": (False,)}[checkpointing]:
-            for size in sizes:
-                layout = Layout(kind, shards_of(kind, machine), size, recompute)
-                needed = sum(memory(base, machine, layout, job.seq_len).values())
-                if needed <= machine.usable_bytes:
-                    return Proposal(layout, True, needed)
-                if leanest is None or needed < leanest.bytes:
-                    leanest = Proposal(layout, False, needed)
-    assert leanest is not None
-    return leanest
+    layouts = [
+        Layout(kind, shards_of(kind, machine), size, recompute)
+        for kind, recompute, size in product(shardings, recomputes, sizes)
+    ]
+    needed = [(layout, sum(memory(base, machine, layout, job.seq_len).values())) for layout in layouts]
+    fitting = (entry for entry in needed if entry[1] <= machine.usable_bytes)
+    return next(fitting, min(needed, key=itemgetter(1)))
 
 
 def powers_down(largest: int) -> list[int]:

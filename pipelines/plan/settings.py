@@ -1,4 +1,4 @@
-"""Settings of remit plan (what a project costs) and of remit weights (what an epsilon does to a scored corpus)."""
+"""Settings of remit plan. Light to import, so that --help answers at once."""
 
 import math
 import re
@@ -8,25 +8,8 @@ from typing import Literal
 
 from pipelines.pages import check_output_file
 from pipelines.plan.hardware import GPUS
-from trainer.objectives.settings import check_epsilon
+from shards.ranges import require, require_at_least, require_not_negative, require_positive
 
-POSITIVE = (
-    *(
-        "epochs",
-        "peak_tflops",
-        "gpu_memory_gb",
-        "link",
-        "network",
-        "train_rate",
-        "score_rate",
-        "mfu_score",
-        "mfu_train",
-    ),
-    *("mfu_online", "remit_cost", "packed_bytes", "logprob_bytes", "topk_entry_bytes", "memory_share"),
-)
-SHARES = ("mfu_score", "mfu_train", "mfu_online", "memory_share")
-COUNTS = ("num_gpus", "gpus_per_node", "global_batch_size", "micro_batch_size")
-FROM_ZERO = ("score_start_seconds", "train_start_seconds", "top_k")
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
@@ -74,8 +57,6 @@ class PlanConfig:
     """Share of the peak that training reaches between two exchanges; default 0.45, with cpu and unknown GPUs 0.4."""
     mfu_score: float | None = None
     """Share of the peak that scoring reaches; default 0.4."""
-    mfu_online: float | None = None
-    """Share of the peak that a reference reaches inside of the training step; default: as training."""
     network: float | None = None
     """GB/s per GPU and direction between machines; default 50."""
     link: float | None = None
@@ -84,41 +65,22 @@ class PlanConfig:
     """Peak of one GPU, in 10^12 floating point operations per second; default: by --gpu and --dtype."""
     gpu_memory_gb: float | None = None
     """Memory of one GPU, in 10^9 bytes; default: by --gpu."""
-    memory_share: float | None = None
-    """Share of it that a plan may fill, default 0.9; the rest is for the allocator, kernels and communication."""
-    remit_cost: float | None = None
-    """Time of a ReMiT step with stored log-probs / time of an NTP step; default 1.01, the bound of make bench-train."""
-    score_start_seconds: float | None = None
-    """Start of cluster and engines, and their end; default 180, on a CPU 18."""
-    train_start_seconds: float | None = None
-    """Start of training and its export; default 120, on a CPU 5."""
-    packed_bytes: float | None = None
-    """Bytes on disk per packed token; default 2.1."""
     logprob_bytes: float | None = None
     """Bytes on disk per log-prob; default 1.4, which --logprob-step 0 of remit score makes 3.8."""
-    topk_entry_bytes: float | None = None
-    """Bytes on disk per entry of --top-k, id and log-prob; default 4.3."""
     debug: bool = field(default=False, repr=False)
     """Show tracebacks."""
 
     def __post_init__(self) -> None:
         _ = self.num_tokens
-        for name in (*POSITIVE, *FROM_ZERO, *COUNTS):
-            value, option = getattr(self, name), f"--{name.replace('_', '-')}"
-            if value is None:
-                continue
-            if name in COUNTS and value < 1:
-                raise ValueError(f"{option} is {value}, expected at least 1")
-            if name in FROM_ZERO and not 0 <= value < math.inf:
-                raise ValueError(f"{option} is {value:g}, expected 0 or more")
-            if name in POSITIVE and not 0 < value < math.inf:
-                raise ValueError(f"{option} is {value:g}, expected a number above 0")
-            if name in SHARES and value > 1:
-                raise ValueError(f"{option} is {value:g}, expected a share of at most 1, for instance 0.4")
-        for rate, share in (("train_rate", "mfu_train"), ("score_rate", "mfu_score")):
-            if None not in (getattr(self, rate), getattr(self, share)):
-                options = [f"--{name.replace('_', '-')}" for name in (rate, share)]
-                raise ValueError(f"{options[0]} and {options[1]} are both given; leave one of them out")
+        require_at_least(self, 1, "num_gpus", "gpus_per_node", "global_batch_size", "micro_batch_size")
+        require(self, lambda length: length >= 2, "at least 2: nothing precedes a row's first token", "seq_len")
+        require_positive(self, "epochs", "peak_tflops", "gpu_memory_gb", "link", "network", "logprob_bytes")
+        require_positive(self, "train_rate", "score_rate", "mfu_train", "mfu_score")
+        require(self, lambda share: share <= 1, "a share of at most 1, for instance 0.4", "mfu_train", "mfu_score")
+        require_not_negative(self, "top_k")
+        for what in ("train", "score"):
+            if None not in (getattr(self, f"{what}_rate"), getattr(self, f"mfu_{what}")):
+                raise ValueError(f"--{what}-rate and --mfu-{what} are both given; leave one of them out")
         if self.gpu.lower() in GPUS:
             object.__setattr__(self, "gpu", self.gpu.lower())
         elif not (self.peak_tflops and self.gpu_memory_gb):
@@ -126,8 +88,6 @@ class PlanConfig:
                 f"--gpu is {self.gpu!r}, expected one of {', '.join(GPUS)}; for another one give --peak-tflops and "
                 "--gpu-memory-gb too"
             )
-        if self.seq_len < 2:
-            raise ValueError(f"--seq-len is {self.seq_len}, expected at least 2: nothing precedes a row's first token")
         if self.json is not None:
             check_output_file("--json", self.json)
 
@@ -142,64 +102,3 @@ class PlanConfig:
                 f"--tokens is {self.tokens!r}, expected a whole number of tokens below 1e18, for instance 50e9, 50B or 2.1M"
             )
         return round(value)
-
-
-@dataclass(frozen=True)
-class WeightsConfig:
-    """What an epsilon would do to a scored corpus: clipped shares and most affected tokens, without a model."""
-
-    shards: str
-    """Shard folder with the log-probs of both: remit score, once with each of them."""
-    reference: str = "rl"
-    """Name of the reference's log-probs (--name of remit score)."""
-    base: str = "base"
-    """Name of the base's log-probs."""
-    json: Path | None = None
-    """File to write the figures to, as JSON."""
-    epsilons: str = "0.05,0.1,0.2,0.3,0.5,inf"
-    """Clips to compare, with commas between; inf: no clip."""
-    show_epsilon: float = 0.2
-    """Clip at which the tokens of the vocabulary are ranked."""
-    centring: Literal["row", "document", "none"] = "row"
-    """As for remit train."""
-    weight_map: Literal["sigmoid", "exp", "linear"] = "sigmoid"
-    """As for remit train."""
-    rows: int = 10_000
-    """Random rows to read; 0: all."""
-    top: int = 20
-    """Tokens to show, of the most up-weighted and of the most down-weighted."""
-    min_count: int = 20
-    """Tokens that occur less often in the rows are not ranked."""
-    seed: int = 0
-    """Decides which rows are read."""
-    debug: bool = field(default=False, repr=False)
-    """Show tracebacks."""
-
-    def __post_init__(self) -> None:
-        if self.reference == self.base:
-            raise ValueError(
-                f"--reference and --base are both {self.base!r}, expected the names of two columns; score the folder "
-                "with the other model too, under another --name"
-            )
-        for name, least in (("rows", 0), ("top", 1), ("min_count", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                what = f"{least} (all) or more" if name == "rows" else f"at least {least}"
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected {what}")
-        check_epsilon("--show-epsilon", self.show_epsilon)
-        _ = self.epsilon_values
-        if self.json is not None:
-            check_output_file("--json", self.json)
-
-    @property
-    def epsilon_values(self) -> tuple[float, ...]:
-        """Those of --epsilons, in its order, each once."""
-        values = []
-        for text in self.epsilons.split(","):
-            try:
-                values.append(float(text))
-            except ValueError:
-                raise ValueError(
-                    f"--epsilons is {self.epsilons!r}, expected numbers with commas between, for instance 0.1,0.2,inf"
-                ) from None
-            check_epsilon("--epsilons", values[-1], "has")
-        return tuple(dict.fromkeys(values))

@@ -1,6 +1,5 @@
 """Settings of post-training, one dataclass per stage, checked once. Light to import."""
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -8,6 +7,7 @@ from typing import Any, Literal
 import yaml
 
 from shards.output_folder import require_new_folder
+from shards.ranges import require, require_at_least, require_not_negative, require_positive
 
 OURS = {
     "output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
@@ -71,16 +71,10 @@ class PostTrainConfig:
     """Show tracebacks."""
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("max_steps", 1), ("batch_size", 1), ("micro_batch_size", 1), ("max_length", 2), ("log_every", 1),
-            ("warmup_steps", 0), ("weight_decay", 0), ("seed", 0), ("checkpoint_every", 0),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not least <= value < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}, expected at least {least}")
-        for name in ("epochs", "learning_rate", "max_grad_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected a number above 0")
+        require_at_least(self, 1, "max_steps", "batch_size", "micro_batch_size", "log_every")
+        require_at_least(self, 2, "max_length")
+        require_at_least(self, 0, "warmup_steps", "weight_decay", "seed", "checkpoint_every")
+        require_positive(self, "epochs", "learning_rate", "max_grad_norm")
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"--micro-batch-size is {self.micro_batch_size}, expected a divisor of --batch-size ({self.batch_size})"
@@ -132,8 +126,7 @@ class DpoConfig(PostTrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.beta < math.inf:
-            raise ValueError(f"--beta is {self.beta}, expected a number above 0")
+        require_positive(self, "beta")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,15 +155,11 @@ class RlConfig(PostTrainConfig):
             module, colon, function = self.reward.partition(":")
             if not (module and colon and function):
                 raise ValueError(f"--reward is {self.reward!r}, expected answer, or module:function")
-        if self.num_generations < 2:
-            raise ValueError(f"--num-generations is {self.num_generations}, expected at least 2, to compare them")
+        require(self, lambda number: number >= 2, "at least 2, to compare them", "num_generations")
         if self.batch_size % self.num_generations:
             raise ValueError(
                 f"--batch-size is {self.batch_size}, expected a multiple of --num-generations ({self.num_generations})"
             )
-        if self.max_completion_length < 1:
-            raise ValueError(f"--max-completion-length is {self.max_completion_length}, expected at least 1")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"--temperature is {self.temperature}, expected a number above 0")
-        if not 0 <= self.beta < math.inf:
-            raise ValueError(f"--beta is {self.beta}, expected 0 or more")
+        require_at_least(self, 1, "max_completion_length")
+        require_positive(self, "temperature")
+        require_not_negative(self, "beta")

@@ -138,8 +138,8 @@ def read_to_rescore(folder: Path, model: Path) -> None:
 
 
 def read_to_weigh(folder: Path, model: Path) -> None:
-    from pipelines.plan.settings import WeightsConfig
-    from pipelines.plan.weights import weights_of_corpus
+    from pipelines.weights.figures import weights_of_corpus
+    from pipelines.weights.settings import WeightsConfig
 
     weights_of_corpus(ShardFolder(folder), WeightsConfig(str(folder)), lambda rows, tokens: None)
 

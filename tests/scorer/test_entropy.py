@@ -137,9 +137,9 @@ def test_manifest_is_checked(tmp_path: Path, change: dict, message: str) -> None
         ({"entropy_temperature": 2.0}, "--entropy-temperature is 2 without --entropy, expected both"),
         (
             {"entropy": True, "entropy_temperature": 1.0},
-            r"--entropy-temperature is 1, expected 0\.1 to 100 other than 1",
+            r"--entropy-temperature is 1\.0, expected 0\.1 to 100 other than 1",
         ),
-        ({"entropy": True, "entropy_temperature": 0.0}, "--entropy-temperature is 0, expected"),
+        ({"entropy": True, "entropy_temperature": 0.0}, r"--entropy-temperature is 0\.0, expected"),
         ({"entropy": True, "entropy_temperature": math.nan}, "--entropy-temperature is nan, expected"),
     ],
 )

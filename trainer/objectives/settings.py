@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from shards.ranges import require, require_one_of
+
 Name = Literal["remit", "ntp", "rho1", "kd"]
 """Each is a module of this package with a function make(settings) -> Objective."""
 
@@ -52,30 +54,17 @@ class ObjectiveSettings:
     or spread over the top k of the reference in proportion."""
 
     def __post_init__(self) -> None:
-        if self.objective not in OPTIONS:
-            raise ValueError(f"--objective is {self.objective!r}, expected one of {', '.join(OPTIONS)}")
-        for name, choices in (
-            ("centring", ("row", "document", "none")),
-            ("weight_map", ("sigmoid", "exp", "linear")),
-            ("scope", ("global", "micro", "row")),
-            ("missing_mass", ("bucket", "renormalise")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} is {getattr(self, name)!r}, expected one of {', '.join(choices)}"
-                )
+        require_one_of(self, OPTIONS, "objective")
+        require_one_of(self, ("row", "document", "none"), "centring")
+        require_one_of(self, ("sigmoid", "exp", "linear"), "weight_map")
+        require_one_of(self, ("global", "micro", "row"), "scope")
+        require_one_of(self, ("bucket", "renormalise"), "missing_mass")
         check_epsilon("--epsilon", self.epsilon)
-        if not 0 < self.keep_ratio < 1:
-            raise ValueError(
-                f"--keep-ratio is {self.keep_ratio}, expected a share between 0 and 1, for instance 0.8; "
-                "--objective ntp keeps all tokens"
-            )
-        if not 0 < self.kd_weight <= 1:
-            raise ValueError(
-                f"--kd-weight is {self.kd_weight}, expected a share above 0, up to 1; --objective ntp is without it"
-            )
-        if not 0.05 <= self.temperature <= 100:
-            raise ValueError(f"--temperature is {self.temperature}, expected a number between 0.05 and 100")
+        between = "a share between 0 and 1, for instance 0.8; --objective ntp keeps all tokens"
+        require(self, lambda ratio: 0 < ratio < 1, between, "keep_ratio")
+        up_to_one = "a share above 0, up to 1; --objective ntp is without it"
+        require(self, lambda weight: 0 < weight <= 1, up_to_one, "kd_weight")
+        require(self, lambda value: 0.05 <= value <= 100, "a number between 0.05 and 100", "temperature")
         used = OPTIONS[self.objective]
         for entry in fields(ObjectiveSettings):
             if entry.name in ("objective", *used) or getattr(self, entry.name) == entry.default:

@@ -15,8 +15,8 @@ from annotated import by_model, run
 from conftest import write_corpus
 from oracles import contexts, read_rows
 
+from pipelines.choose_rows import choose_rows
 from pipelines.cli import parse
-from pipelines.plan.rows import choose_rows
 from scorer.config import PackConfig
 from scorer.pack import pack
 from shards import PartPlan, ShardFolder, row_schema, write_part

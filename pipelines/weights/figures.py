@@ -2,7 +2,7 @@
 
 In: a folder with the log-probs of a reference and of the base. Out: per epsilon how many tokens are clipped and what
 the weights are, the tokens of the vocabulary that gain and lose most, quantiles of the excess loss; as one JSON object,
-which pipelines/plan/weights_tables.py prints. N = predicted tokens of a row. Losses in nats.
+which pipelines/weights/tables.py prints. N = predicted tokens of a row. Losses in nats.
 """
 
 import math
@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines.plan.rows import choose_rows
-from pipelines.plan.settings import WeightsConfig
+from pipelines.choose_rows import choose_rows
 from pipelines.token_ranking import TokenRanking
 from pipelines.token_text import token_strings
+from pipelines.weights.settings import WeightsConfig
 from shards.folder import ShardFolder
 from shards.rows import Rows
 from shards.schema import logprobs_column

@@ -1,0 +1,1 @@
+"""What an epsilon does to a scored corpus (remit weights)."""
