@@ -179,6 +179,7 @@ TOPK_READERS: dict[str, Callable[[Path, Path], None]] = {
 
 ENTROPY_READERS: dict[str, Callable[[Path, Path], None]] = {
     "verify": read_to_verify,
+    "inspect": read_to_inspect,
     "verify --model": read_to_rescore,
 }
 
