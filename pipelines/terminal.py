@@ -65,7 +65,7 @@ def print_table(
     if not ruled:
         table.box = None
     for index, header in enumerate(headers):
-        cut = {"no_wrap": True, "max_width": width} if width and index == 0 else {"overflow": "fold"}
+        cut: dict[str, Any] = {"no_wrap": True, "max_width": width} if width and index == 0 else {"overflow": "fold"}
         table.add_column(header, justify="left" if index < left else "right", **cut)
     for line in lines:
         table.add_row(*map(Text, line))

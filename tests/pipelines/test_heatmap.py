@@ -16,7 +16,7 @@ from annotated import annotate, by_model
 from conftest import EOS, make_model, make_tokenizer, source_texts, write_corpus
 from odd_rows import DELTAS, constant, deltas, write_odd_rows
 from oracles import read_rows
-from test_plan_weights import annotate_several
+from test_weights import annotate_several
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from transformers import AutoTokenizer

@@ -9,7 +9,7 @@ import pytest
 from conftest import EOS, write_corpus
 from odd_rows import write_odd_rows
 from oracles import read_rows
-from test_plan_weights import annotate_several
+from test_weights import annotate_several
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer
 
