@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from annotated import annotate
 from conftest import EOS, write_corpus
 from odd_rows import write_odd_rows
 from oracles import read_rows
