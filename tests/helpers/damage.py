@@ -157,7 +157,7 @@ def read_for_page(folder: Path, model: Path) -> None:
     from pipelines.inspect.settings import InspectConfig
 
     config = InspectConfig(str(folder), rows="0..3", html=folder.parent / "page.html")
-    page_of_rows(ShardFolder(folder), config, Found([0, 1, 2, 3], "rows 0 to 3"), None, lambda what, done, total: None)
+    page_of_rows(ShardFolder(folder), config, Found([0, 1, 2, 3], "rows 0 to 3"), None, lambda done, total: None)
 
 
 READERS: dict[str, Callable[[Path, Path], None]] = {
