@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from shards.entropy import TEMPERATURES, is_temperature
+from shards.entropy import require_entropy
 from shards.output_folder import require_new_folder
 from shards.ranges import require, require_at_least, require_not_negative
 from shards.schema import logprobs_column
@@ -125,9 +125,7 @@ class ScoreConfig:
                 f"--logprob-step is {self.logprob_step}, expected a power of two so that multiples are exact in float32"
             )
         require_not_negative(self, "top_k", expected="0 (store none) or more, for instance 8")
-        if self.entropy_temperature is not None and not self.entropy:
-            raise ValueError(f"--entropy-temperature is {self.entropy_temperature:g} without --entropy, expected both")
-        require(self, is_temperature, TEMPERATURES, "entropy_temperature")
+        require_entropy(self)
         if self.grace_seconds < 0 or self.progress_timeout_seconds <= 0:
             raise ValueError("--grace-seconds and --progress-timeout-seconds must be positive")
         require_at_least(self, 1, "num_engines", "tensor_parallel_size", "max_num_batched_tokens")

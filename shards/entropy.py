@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from shards.ranges import require
 from shards.schema import logprobs_column
 
 LEAST_TEMPERATURE, LARGEST_TEMPERATURE = 0.1, 100.0
-TEMPERATURES = f"{LEAST_TEMPERATURE:g} to {LARGEST_TEMPERATURE:g} other than 1, for instance 2"
 SLACK = 1e-3  # nat, for sums over a whole vocabulary in float32
 
 
@@ -40,6 +40,14 @@ def entropy_columns(name: str, reference: Mapping[str, Any]) -> dict[str, tuple[
 def is_temperature(temperature: float) -> bool:
     """Whether the entropy can be stored at this temperature beside that at 1."""
     return LEAST_TEMPERATURE <= temperature <= LARGEST_TEMPERATURE and temperature != 1
+
+
+def require_entropy(settings: Any) -> None:
+    """ValueError unless the options --entropy and --entropy-temperature of a command, fields of `settings`, fit together."""
+    if settings.entropy_temperature is not None and not settings.entropy:
+        raise ValueError(f"--entropy-temperature is {settings.entropy_temperature:g} without --entropy, expected both")
+    expected = f"{LEAST_TEMPERATURE:g} to {LARGEST_TEMPERATURE:g} other than 1, for instance 2"
+    require(settings, is_temperature, expected, "entropy_temperature")
 
 
 def outside(values: np.ndarray, bounds: tuple[float, float], step: float = 0.0) -> np.ndarray:
