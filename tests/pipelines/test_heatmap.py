@@ -188,7 +188,7 @@ def test_colours_of_entropies(shards: Path, tmp_path: Path, open_page: Open, sch
     annotate(tmp_path / "rl", tmp_path / "both", deltas, "packed", name="base")
     for folder, ways in (("rl", ["log-prob", "entropy"]), ("both", ["delta", "weight", "entropy"])):
         page = open_page("--shards", tmp_path / folder, "--row", 0, scheme=scheme)
-        assert page.locator("fieldset label").all_inner_texts() == ways
+        assert [label.strip() for label in page.locator("fieldset label").all_inner_texts()] == ways
         assert not page.locator(".legend.entropy").is_visible()
         page.get_by_label("entropy").check()
         paper = np.array(PALETTE[scheme]["paper"])
