@@ -37,11 +37,11 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
 .PHONY: help install sample score train verify inspect test test-fast test-slow test-real docs lint clean bench bench-score bench-pack \
-	bench-scale bench-train bench-head bench-topk gpu-check lab
+	bench-scale bench-train bench-head bench-topk gpu-check gpu-score-check lab
 
 help: ## list targets and variables
 	@echo "targets:"
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  %-16s %s\n", $$1, $$2}'
 	@echo
 	@echo "variables of make score (without them: the sample project):"
 	@echo "  CORPUS     files, globs, folders or dataset names       TOKENIZER  folder or hub id (default: REF)"
@@ -131,10 +131,10 @@ verify: install ## check every byte and count of SHARDS
 inspect: install ## show what SHARDS holds, or one row of it: make inspect ROW=3; as a page: HTML=row.html
 	$(BIN)/remit inspect --shards $(SHARDS) $(if $(ROW),--row $(ROW)) $(if $(HTML),--html $(HTML)) $(INSPECT_ARGS)
 
-# Files go to two processes, in their order: those with long tests are not at its end. One that dies ends the run:
-# pytest-xdist would wait for ever for the tests of the one that it starts instead.
+# Two processes have half of the tests each; whichever is done takes over tests of the other. One that dies ends the
+# run: pytest-xdist would wait for ever for the tests of the one that it starts instead.
 test: $(VENV)/.installed-dev ## run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+	$(BIN)/python -m pytest -n 2 --dist worksteal --max-worker-restart 0
 
 test-fast: $(VENV)/.installed-dev ## run the tests that need no Ray, engine, process, server or browser
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not (slow or real or ray or engine or process or server or browser)"
@@ -166,6 +166,9 @@ bench-train: $(VENV)/.installed-dev ## ReMiT against next-token prediction, an o
 gpu-check: $(VENV)/.installed-dev ## the trainer on a GPU: correctness, speed at the shapes of OLMo-2-1B, exact resume
 	$(BIN)/python -m benchmarks.gpu_check
 	$(BIN)/python -m benchmarks.gpu_train
+
+gpu-score-check: $(VENV)/.installed-dev ## the scorer on a GPU: right, fast, and a killed engine; under eight minutes
+	$(BIN)/python -m benchmarks.gpu_score $(CHECK_ARGS)
 
 bench-head: $(VENV)/.installed-dev ## memory of the loss head as vocabulary and length grow
 	$(BIN)/python -m benchmarks.bench_head

@@ -1,12 +1,16 @@
 """A shard folder of random tokens, for timing alone: rows of full length, as remit pack writes them."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from shards import CorpusFile, Manifest, PartPlan, ShardFolder, row_schema, write_part
+from shards.fingerprint import tokenizer_fingerprint
 from shards.manifest import part_name
+
+NO_TOKENIZER = {"model": {"vocab": {}, "merges": []}}
 
 
 def make_shards(
@@ -32,7 +36,12 @@ def make_shards(
         lengths[-1] = [last_row]
     docs = sum(map(len, lengths))
     source = CorpusFile("random", docs, "0" * 64, docs, docs, 0, 0, rows, sum(map(sum, lengths)))
-    tokenizer = {"fingerprint": "0" * 64, "eos_token_id": 0, "vocab_size": vocabulary, "special_tokens": "parse"}
+    tokenizer = {
+        "fingerprint": tokenizer_fingerprint(NO_TOKENIZER),
+        "eos_token_id": 0,
+        "vocab_size": vocabulary,
+        "special_tokens": "parse",
+    }
     of_part = [lengths[first : first + rows_per_part] for first in range(0, rows, rows_per_part)]
     plans = tuple(
         PartPlan(part_name(index), rows_per_part, sum(map(sum, of_part[index]))) for index in range(parts)
@@ -65,4 +74,4 @@ def make_shards(
 def write_tokenizer(folder: Path) -> None:
     """An empty tokenizer, which a shard folder without text needs too."""
     (folder / "_tokenizer").mkdir()
-    (folder / "_tokenizer" / "tokenizer.json").write_text('{"model": {"vocab": {}, "merges": []}}')
+    (folder / "_tokenizer" / "tokenizer.json").write_text(json.dumps(NO_TOKENIZER))

@@ -41,7 +41,7 @@ COMMANDS = {
     "sft": ("pipelines.posttrain.settings:SftConfig", "pipelines.commands.posttrain:sft"),
     "dpo": ("pipelines.posttrain.settings:DpoConfig", "pipelines.commands.posttrain:dpo"),
     "rl": ("pipelines.posttrain.settings:RlConfig", "pipelines.commands.posttrain:rl"),
-    "flywheel": ("pipelines.flywheel.config:FlywheelOptions", "pipelines.commands.flywheel:run"),
+    "flywheel": ("pipelines.commands.flywheel:FlywheelOptions", "pipelines.commands.flywheel:run"),
     "completion": ("pipelines.commands.completion:CompletionConfig", "pipelines.commands.completion:run"),
 }
 OWN_CONFIG = ("flywheel", "completion")  # the file of the first describes a loop, the second has no file

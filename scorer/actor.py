@@ -18,9 +18,10 @@ from scorer.cores import claim_cores
 from scorer.engine import Engine, EngineConfig, batched_tokens, device_memory, environment
 from scorer.engine_thread import EngineDied, EngineLoop, Job
 from scorer.installed import installed_vllm
+from scorer.once_per_node import node_weights_fingerprint
 from scorer.scored_rows import ScoredRows
 from scorer.scratch import own_temporary_folder
-from shards.fingerprint import config_fingerprint, weights_fingerprint
+from shards.fingerprint import config_fingerprint
 from shards.folder import ShardFolder
 from shards.lease import LeaseLost, check_fence
 from shards.part import CommittedAlready, read_record, record_name, write_part
@@ -223,12 +224,21 @@ def require_same_vllm(config: EngineConfig) -> None:
             )
 
 
+def require_own_devices(config: EngineConfig) -> None:
+    """ValueError where Ray was told not to say which GPUs are whose: all engines of a node would take the first."""
+    name = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
+    if config.device == "cuda" and os.environ.get(name, "").lower() in ("1", "true"):
+        raise ValueError(
+            f"{name} is set on this node, so that all its engines would share one GPU; unset it where Ray is started"
+        )
+
+
 def make_engine(config: EngineConfig, model_config: dict[str, Any], cores: int) -> Engine:
     """The engine that the config names; sets the environment that it reads.
 
     ValueError where this node has another model at that place, or it has changed since the run began.
     """
-    for name, fingerprint in (("weights_sha256", weights_fingerprint), ("config_sha256", config_fingerprint)):
+    for name, fingerprint in (("weights_sha256", node_weights_fingerprint), ("config_sha256", config_fingerprint)):
         expected, found = getattr(config, name), fingerprint(config.model)
         if found != expected:
             raise ValueError(
@@ -236,6 +246,7 @@ def make_engine(config: EngineConfig, model_config: dict[str, Any], cores: int) 
                 "give all nodes the same files and leave them alone while they are scored with"
             )
     if config.kind == "vllm":
+        require_own_devices(config)
         require_same_vllm(config)
     if config.kind == "fake":
         from scorer.fake import FakeEngine

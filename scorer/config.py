@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from scorer.engine_args import parse_engine_args
 from shards.entropy import require_entropy
 from shards.output_folder import require_new_folder
 from shards.ranges import require, require_at_least, require_not_negative
@@ -105,6 +106,8 @@ class ScoreConfig:
     """GPUs (or CPU core groups) per engine."""
     max_num_batched_tokens: int | None = None
     """Tokens per engine step; default: chosen from vocabulary, dtype and memory so that the logits fit."""
+    engine_args: list[str] = field(default_factory=list)
+    """KEY=VALUE pairs for vLLM, for instance kv_cache_dtype=fp8 pipeline_parallel_size=2; part of what the reference is."""
     progress_timeout_seconds: float = 600.0
     """An engine that has parts and makes no progress for this long is killed; its parts are tried again."""
     grace_seconds: float = 60.0
@@ -118,6 +121,7 @@ class ScoreConfig:
 
     def __post_init__(self) -> None:
         logprobs_column(self.name)
+        parse_engine_args(self.engine_args)
         require_new_folder(self.out, "remit score", shards=self.shards, model=self.model)
         require(self, lambda step: 0 <= step <= 1, "0 (exact) to 1, for instance 0.015625", "logprob_step")
         if self.logprob_step and math.frexp(self.logprob_step)[0] != 0.5:
@@ -136,6 +140,11 @@ class ScoreConfig:
         if not self.entropy:
             return ()
         return (1.0,) if self.entropy_temperature is None else (1.0, self.entropy_temperature)
+
+    @property
+    def devices_per_engine(self) -> int:
+        """GPUs, or groups of CPU cores, of one engine."""
+        return self.tensor_parallel_size * parse_engine_args(self.engine_args).get("pipeline_parallel_size", 1)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 import fcntl
 import os
-import tempfile
-from pathlib import Path
 from typing import IO
+
+from scorer.once_per_node import user_folder
 
 _held: list[IO[bytes]] = []  # open files whose locks end with the process
 
@@ -15,10 +15,7 @@ def claim_cores(count: int) -> list[int]:
     A claim is a file lock, which the kernel takes back when the process ends, however it ends.
     """
     allowed = sorted(os.sched_getaffinity(0))
-    folder = Path(tempfile.gettempdir()) / f"remit-cores-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        raise OSError(f"{folder}: belongs to somebody else; remove it, or set TMPDIR")
+    folder = user_folder("remit-cores")
     claimed: list[int] = []
     for core in allowed:
         if len(claimed) == count:

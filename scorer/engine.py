@@ -8,15 +8,16 @@ Import this only in a process of its own: vLLM's Transformers backend patches th
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from scorer.kernel import FLOAT16_IN_FLOAT32, multiply_float16_in_float32
+from scorer.kernel import FLOAT16_IN_FLOAT32, keep_arrays, multiply_float16_in_float32
 from scorer.logits import Kept
+from scorer.once_per_node import user_folder
 from scorer.overrides import engine_config
 
 # The logits of a prompt's chunk, [tokens of the chunk, vocabulary], are not seen by vLLM's own memory profiling:
@@ -35,7 +36,7 @@ class EngineConfig:
 
     weights_sha256, config_sha256: fingerprints of the model that the run began with; version, distribution: of the vLLM that
     it began with. kind: vllm, or fake (scorer/fake.py).
-    text_alone: the model is a multimodal wrapper, of which the language model alone is read.
+    text_alone: the model is a multimodal wrapper, of which the language model alone is read. arguments: further ones of vLLM's.
     temperatures: at which the entropy is asked for, 1 first; none: it is not.
     """
 
@@ -54,11 +55,17 @@ class EngineConfig:
     distribution: str = ""
     text_alone: bool = False
     temperatures: tuple[float, ...] = ()
+    arguments: dict[str, Any] = field(default_factory=dict)
 
     @property
     def kept(self) -> Kept:
         """What is kept of each distribution beside the log-prob of the row's own token."""
         return Kept(self.top_k, self.temperatures)
+
+    @property
+    def world_size(self) -> int:
+        """GPUs, or groups of CPU cores, of one engine."""
+        return self.tensor_parallel_size * self.arguments.get("pipeline_parallel_size", 1)
 
 
 class Answer(NamedTuple):
@@ -113,6 +120,15 @@ def device_memory(device: str) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def device_name(device: str) -> str:
+    """What the device is called, for the log: cards of one cluster may differ."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(0)
+    return device
+
+
 def environment(config: EngineConfig, model_config: dict, cores: list[int], tokens: int) -> dict[str, str]:
     """Environment variables of an engine's process; they must be set before vLLM is imported.
 
@@ -127,9 +143,16 @@ def environment(config: EngineConfig, model_config: dict, cores: list[int], toke
         "HF_HUB_OFFLINE": "1",  # the model is a local folder by now
         "VLLM_HOST_IP": "127.0.0.1",  # an engine lives on one node: what its workers listen on stays there
         "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
+        "VLLM_CACHE_ROOT": os.environ.get("VLLM_CACHE_ROOT") or compiled_code(),
     }
+    if config.device == "cuda":
+        values["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # nothing is sampled, and it may be built or downloaded at start
+        if config.dtype == "float32":
+            # without these, products of the attention (Triton) and dense ones may round their inputs to 10 bits
+            values |= {"TRITON_F32_DEFAULT": "ieee", "NVIDIA_TF32_OVERRIDE": "0"}
     if config.device == "cpu":
-        ranks = np.array_split(cores, config.tensor_parallel_size)
+        ranks = np.array_split(cores, config.world_size)
         values["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, rank)) for rank in ranks)
         values["OMP_NUM_THREADS"] = str(len(ranks[0]))
         values["VLLM_CPU_KVCACHE_SPACE"] = str(_kv_cache_gib(config, model_config, tokens))
@@ -138,6 +161,17 @@ def environment(config: EngineConfig, model_config: dict, cores: list[int], toke
         if "kv_lora_rank" in model_config:
             values["VLLM_MLA_DISABLE"] = "1"  # the CPU kernels of multi-head latent attention lack most head sizes
     return values
+
+
+def compiled_code() -> str:
+    """Where vLLM keeps compiled code between engines and runs: its own place, or the temporary folder where nobody can
+    write there, as in a container without a home."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "vllm"
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        return str(user_folder("remit-vllm"))
+    return str(home if os.access(home, os.W_OK) else user_folder("remit-vllm"))
 
 
 def _kv_cache_gib(config: EngineConfig, model_config: dict, tokens: int) -> int:
@@ -169,6 +203,12 @@ class VllmEngine:
         )
         # vLLM wants room for one generated token after the prompt. That position is sampled but never computed,
         # so a row as long as the model's limit is fine although max_model_len lies one above it.
+        defaults: dict[str, Any] = {
+            "gpu_memory_utilization": 0.8,
+            "enforce_eager": config.device == "cpu",  # compiling takes 10-20 s there and gains 3 %
+        }
+        if config.device == "cuda":  # graphs are captured for small steps, which scoring never makes
+            defaults["compilation_config"] = {"cudagraph_mode": "NONE"}
         llm: Any = vllm.LLM(
             model=str(config.model),
             dtype=config.dtype,  # type: ignore[arg-type]
@@ -181,11 +221,10 @@ class VllmEngine:
             load_format="safetensors",
             seed=0,
             max_logprobs=max(20, kept.width),  # vLLM's own bound is 20
-            gpu_memory_utilization=0.8,
-            enforce_eager=config.device == "cpu",  # compiling takes 10-20 s there and gains 3 %
-            distributed_executor_backend="mp" if config.tensor_parallel_size > 1 else None,
+            distributed_executor_backend="mp" if config.world_size > 1 else None,
             hf_overrides=partial(engine_config, seq_len=config.seq_len, head_dtype=head_dtype(config)),
             worker_extension_cls=f"scorer.{'textkernel.TextKernel' if config.text_alone else 'kernel.LogprobKernel'}",
+            **(defaults | config.arguments),
         )
         self._llm = llm  # keeps the engine alive
         self._engine = llm.llm_engine
@@ -201,7 +240,7 @@ class VllmEngine:
         runners = llm.collective_rpc("keep_scores", args=(kept, BLOCK_ENTRIES[config.device]))
         runner = common_runner(runners, kept, vllm.__version__)
         self.description = {"engine": "vllm", "max_num_batched_tokens": tokens, "head_dtype": HEAD_DTYPE}
-        self.description |= {"logprob_kernel": runner}
+        self.description |= {"logprob_kernel": runner, "device_name": device_name(config.device)}
         self._asked: dict[str, np.ndarray] = {}
         self._kept = kept
 
@@ -249,20 +288,3 @@ def common_runner(runners: list[str | None], kept: Kept, version: str) -> str:
             "be had with it; install release 0.32 or 0.33, or score without them"
         )
     return runner
-
-
-def keep_arrays() -> None:
-    """Have vLLM, in this process, hand on the tensors of a prompt's log-probs as they come from the workers.
-
-    Its own way makes Python numbers of them, in the thread that steps the engine: 0.2 microseconds and 30 bytes each.
-    """
-    from vllm.v1.engine.logprobs import LogprobsProcessor
-
-    def keep(self: Any, tensors: Any) -> None:
-        self.prompt_logprobs = tensors
-
-    if not hasattr(LogprobsProcessor, "_update_prompt_logprobs"):
-        raise ValueError(
-            "this vLLM collects the log-probs of a prompt in another place than 0.32; install release 0.32"
-        )
-    LogprobsProcessor._update_prompt_logprobs = keep  # type: ignore[assignment, method-assign]

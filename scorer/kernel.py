@@ -154,6 +154,23 @@ def replace_in_v2(module: Any, kept: Kept, block_entries: int) -> bool:
     return True
 
 
+def keep_arrays() -> None:
+    """Have vLLM, in this process, hand on the tensors of a prompt's log-probs as they come from the workers.
+
+    Its own way makes Python numbers of them, in the thread that steps the engine: 0.2 microseconds and 30 bytes each.
+    """
+    from vllm.v1.engine.logprobs import LogprobsProcessor
+
+    def keep(self: Any, tensors: Any) -> None:
+        self.prompt_logprobs = tensors
+
+    if not hasattr(LogprobsProcessor, "_update_prompt_logprobs"):
+        raise ValueError(
+            "this vLLM collects the log-probs of a prompt in another place than 0.32; install release 0.32"
+        )
+    LogprobsProcessor._update_prompt_logprobs = keep  # type: ignore[assignment, method-assign]
+
+
 def _entropies_of_logits(logits_TV: Any, temperatures: tuple[float, ...]) -> Any:
     import torch
 

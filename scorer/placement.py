@@ -10,7 +10,7 @@ from scorer.config import ScoreConfig
 
 def cpus_per_engine(config: ScoreConfig, node_cpus: int) -> int:
     """Cores of a CPU engine on a node with `node_cpus`."""
-    group = config.tensor_parallel_size
+    group = config.devices_per_engine
     # two narrow engines beat one wide one (docs/log.md); beyond that a model's memory counts more
     engines = config.num_engines or max(min(2, node_cpus // group), node_cpus // (4 * group), 1)
     return max(group, node_cpus // engines)
@@ -20,10 +20,10 @@ def engine_bundle(config: ScoreConfig, device: str) -> dict[str, float]:
     """Ray resources of one engine, all of them on one node; ValueError where no node has as many."""
     key = "GPU" if device == "cuda" else "CPU"
     per_node = [int(node["Resources"].get(key, 0)) for node in ray.nodes() if node["Alive"]]
-    group = config.tensor_parallel_size
+    group = config.devices_per_engine
     if max(per_node) < group:
         raise ValueError(
-            f"--tensor-parallel-size is {group}, but no node of the cluster has more than {max(per_node)} {key}s, and an "
+            f"{size_options(config)}, but no node of the cluster has more than {max(per_node)} {key}s, and an "
             "engine lives on one node; lower it"
         )
     if device == "cuda":
@@ -36,10 +36,17 @@ def engine_bundle(config: ScoreConfig, device: str) -> dict[str, float]:
         bundle = {"CPU": float(cpus_per_engine(config, min(count for count in per_node if count >= group)))}
     if (config.num_engines or 0) > capacity(bundle):
         raise ValueError(
-            f"--num-engines {config.num_engines} x --tensor-parallel-size {group} is more than the cluster's {sum(per_node)} "
+            f"--num-engines {config.num_engines} x {size_options(config, ' ')} is more than the cluster's {sum(per_node)} "
             f"{key}s; lower one of them"
         )
     return bundle
+
+
+def size_options(config: ScoreConfig, verb: str = " is ") -> str:
+    """The options that say how many GPUs or core groups an engine takes."""
+    stages = config.devices_per_engine // config.tensor_parallel_size
+    tail = f" with pipeline_parallel_size={stages}" if stages > 1 else ""
+    return f"--tensor-parallel-size{verb}{config.tensor_parallel_size}{tail}"
 
 
 def capacity(bundle: dict[str, float]) -> int:

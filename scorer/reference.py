@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from scorer.config import ScoreConfig
 from scorer.engine import HEAD_DTYPE, EngineConfig
+from scorer.engine_args import OF_THE_MACHINE
 from scorer.installed import installed_vllm
 from scorer.textonly import is_wrapper, text_architecture
 from scorer.tokenizer import canonical, has_tokenizer, load_encoder
@@ -129,6 +130,9 @@ def provenance(
             "device": engine.device,
             "head_dtype": HEAD_DTYPE,
         }
+    lasting = {key: value for key, value in sorted(engine.arguments.items()) if key not in OF_THE_MACHINE}
+    if lasting:
+        entry["engine_args"] = lasting
     if config.top_k:
         entry |= {"top_k": config.top_k, "vocab_size": engine.vocab_size}
     if config.entropy:

@@ -14,7 +14,9 @@ from scorer.cluster import ray_cluster, ray_errors
 from scorer.config import ScoreConfig
 from scorer.driver import Drive, PartsFailed, Progress
 from scorer.engine import EngineConfig
+from scorer.engine_args import parse_engine_args, require_known, require_stages_run
 from scorer.forwards import ForwardTask, find_prompts
+from scorer.once_per_node import node_weights_fingerprint
 from scorer.placement import engine_bundle
 from scorer.precision import nearer_dtype, settled_dtype
 from scorer.reference import (
@@ -27,7 +29,7 @@ from scorer.reference import (
     require_vocabulary,
 )
 from shards.crash import crash_point
-from shards.fingerprint import config_fingerprint, weights_fingerprint
+from shards.fingerprint import config_fingerprint
 from shards.folder import ShardFolder
 from shards.manifest import MANIFEST, Manifest
 from shards.output_folder import SHARD_FOLDERS, begin_shards, instead_of, refuse_other, require_empty, writing
@@ -38,7 +40,7 @@ __all__ = ["PartsFailed", "score"]
 
 OPTIONS = (
     *("dtype", "context", "logprob_step", "top_k", "entropy", "entropy_temperature"),
-    *("tensor_parallel_size", "engine"),
+    *("tensor_parallel_size", "engine", "engine_args"),
 )
 """Fields of a reference that options decide."""
 NOT_RECORDED_BEFORE = ("engine_distribution", "device", "head_dtype", "tokenizer_differences")
@@ -70,19 +72,23 @@ def score(
     distribution, version = require_vllm() if config.engine == "vllm" else ("", "")
     if config.engine == "vllm" and config.canary:
         require_quantised_readable(reference.path, "; --no-canary scores without a second opinion")
+    engine_args = parse_engine_args(config.engine_args)
+    require_known(engine_args)
     out = open_store(config.out)
     require_empty(out, MANIFEST, "a shard folder")
     dtype = settled_dtype(config, reference.path, model_config, recorded_dtype(out, config.name), note)
     with ray_cluster(config.debug):
-        device = "cuda" if ray.cluster_resources().get("GPU") and config.engine == "vllm" else "cpu"
+        can_use_gpus = distribution == "vllm" and "cpu" not in version
+        device = "cuda" if can_use_gpus and ray.cluster_resources().get("GPU") else "cpu"
         if config.engine == "vllm":
             require_head_size(model_config, reference.path, device)
+            require_stages_run(engine_args, device)
         engine = EngineConfig(
             model=reference.path.absolute(),
             dtype=dtype or "bfloat16",
             seq_len=shards.manifest.seq_len,
             vocab_size=model_config["vocab_size"],
-            weights_sha256=weights_fingerprint(reference.path),
+            weights_sha256=node_weights_fingerprint(reference.path),
             config_sha256=config_fingerprint(reference.path),
             tensor_parallel_size=config.tensor_parallel_size,
             device=device,
@@ -93,6 +99,7 @@ def score(
             distribution=distribution,
             text_alone=model_config["text_alone"],
             temperatures=config.temperatures,
+            arguments=engine_args,
         )
         manifest = with_reference(shards.manifest, config, reference, engine, tokenizer_differences)
         names = manifest.schema.names

@@ -5,15 +5,11 @@ import json
 import os
 import random
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models of these sizes only wait for a second thread
-
-# what remit remembers of corpora in a user's cache; these tests are no user
-os.environ["REMIT_CACHE"] = (_cache := tempfile.TemporaryDirectory(prefix="cache-of-tests-")).name
 
 import outside
 import pyarrow as pa
@@ -24,7 +20,9 @@ import transformers
 import zstandard
 from annotated import annotate, by_model
 from browser import browser, pytest_terminal_summary  # noqa: F401  # a fixture and a hook
+from built_once import BuiltOnce, builder
 from inline_ray import pack_inline
+from looping import FakeLoop
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
@@ -52,8 +50,22 @@ ODD = [
 VOCABULARY = 521  # odd on purpose
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What remit remembers of corpora stands in a user's cache; these tests are no user."""
+    os.environ["REMIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
+def built_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BuiltOnce]:
+    """For folders that many tests read: built_once(NAME, build), by the first process of this run that asks."""
+    own = tmp_path_factory.getbasetemp()
+    with builder((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "built-once") as get:
+        yield get
+
+
+@pytest.fixture(scope="session")
+def ray_session(own_cache: None) -> Iterator[None]:
     """One Ray for all tests that ask for it, by name or through a fixture that packs or scores."""
     from scorer.cluster import ray_cluster
 
@@ -62,8 +74,8 @@ def ray_session() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def engine(ray_session: None) -> None:
-    """For tests that start real vLLM engines."""
+def engine() -> None:
+    """For tests of what real vLLM engines have made: the first test process that asks starts them."""
 
 
 @pytest.fixture(scope="session")
@@ -148,8 +160,8 @@ def write_corpus(path: Path, texts: list[str], field: str = "text") -> Path:
 
 
 @pytest.fixture(scope="session")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), source_texts(200, seed=1))
+def tokenizer_folder(built_once: BuiltOnce) -> Path:
+    return built_once("tokenizer", lambda folder: make_tokenizer(folder, source_texts(200, seed=1)))
 
 
 FAMILIES = {
@@ -206,13 +218,14 @@ def make_model(
 
 
 @pytest.fixture(scope="session")
-def corpus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    write_corpus(folder / "a.jsonl", source_texts(60, seed=2))
-    write_corpus(folder / "b.jsonl.gz", source_texts(41, seed=3))
-    write_corpus(folder / "sub" / "c.jsonl.zst", source_texts(33, seed=4))
-    write_corpus(folder / "d.parquet", source_texts(50, seed=5))
-    return folder
+def corpus_folder(built_once: BuiltOnce) -> Path:
+    def build(folder: Path) -> None:
+        write_corpus(folder / "a.jsonl", source_texts(60, seed=2))
+        write_corpus(folder / "b.jsonl.gz", source_texts(41, seed=3))
+        write_corpus(folder / "sub" / "c.jsonl.zst", source_texts(33, seed=4))
+        write_corpus(folder / "d.parquet", source_texts(50, seed=5))
+
+    return built_once("corpus", build)
 
 
 @pytest.fixture
@@ -230,11 +243,13 @@ def remit(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, st
 
 
 @pytest.fixture(scope="session")
-def packed(tmp_path_factory: pytest.TempPathFactory, corpus_folder: Path, tokenizer_folder: Path) -> Path:
+def packed(built_once: BuiltOnce, corpus_folder: Path, tokenizer_folder: Path) -> Path:
     """A packed folder of rows of 64 tokens in several parts and record batches."""
-    out = tmp_path_factory.mktemp("packed") / "shards"
-    pack_inline(PackConfig([str(corpus_folder)], str(tokenizer_folder), out, seq_len=64, tokens_per_shard=64 * 50))
-    return out
+
+    def build(out: Path) -> None:
+        pack_inline(PackConfig([str(corpus_folder)], str(tokenizer_folder), out, seq_len=64, tokens_per_shard=64 * 50))
+
+    return built_once("packed", build)
 
 
 def score_to(out: Path, shards: Path, model: Path, **settings: object) -> ShardFolder:
@@ -245,66 +260,91 @@ def score_to(out: Path, shards: Path, model: Path, **settings: object) -> ShardF
 
 
 @pytest.fixture(scope="session")
-def reference_model(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
-    folder = make_model(tmp_path_factory.mktemp("reference") / "tiny-rl", seed=1)
-    shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
-    return folder
+def reference_model(built_once: BuiltOnce, tokenizer_folder: Path) -> Path:
+    def build(folder: Path) -> None:
+        shutil.copytree(tokenizer_folder, make_model(folder, seed=1), dirs_exist_ok=True)
+
+    return built_once("tiny-rl", build)
+
+
+@pytest.fixture
+def fake_loop(tmp_path: Path, reference_model: Path, monkeypatch: pytest.MonkeyPatch) -> FakeLoop:
+    """A flywheel whose stages are stand-ins."""
+    monkeypatch.setenv("FAKE", str(tmp_path))
+    return FakeLoop(tmp_path, reference_model)
 
 
 @pytest.fixture(scope="session")
-def scored_rl(tmp_path_factory: pytest.TempPathFactory, packed: Path, reference_model: Path, engine: None) -> Path:
+def scored_rl(
+    built_once: BuiltOnce, packed: Path, reference_model: Path, engine: None, request: pytest.FixtureRequest
+) -> Path:
     """The packed folder with a column rl_logprobs in packed context, made by two engines at once."""
-    return score_to(tmp_path_factory.mktemp("scored") / "rl", packed, reference_model, num_engines=2).path
+
+    def build(out: Path) -> None:
+        request.getfixturevalue("ray_session")
+        score_to(out, packed, reference_model, num_engines=2)
+
+    return built_once("scored-rl", build)
 
 
 @pytest.fixture(scope="session")
-def scored(scored_rl: Path, reference_model: Path) -> Path:
+def scored(built_once: BuiltOnce, scored_rl: Path, reference_model: Path, request: pytest.FixtureRequest) -> Path:
     """A second column on top of it: sft_logprobs in document context, not rounded."""
-    out = scored_rl.parent / "both"
-    return score_to(out, scored_rl, reference_model, name="sft", context="document", logprob_step=0.0).path
+
+    def build(out: Path) -> None:
+        request.getfixturevalue("ray_session")
+        score_to(out, scored_rl, reference_model, name="sft", context="document", logprob_step=0.0)
+
+    return built_once("scored-both", build)
 
 
 @pytest.fixture(scope="session")
-def exact(tmp_path_factory: pytest.TempPathFactory, packed: Path, reference_model: Path, engine: None) -> Path:
-    """The packed folder with rl_logprobs, the five most probable tokens and the entropies of each place, not rounded."""
-    out = tmp_path_factory.mktemp("topk") / "exact"
-    settings = {"top_k": 5, "entropy": True, "entropy_temperature": 2.0, "logprob_step": 0.0}
-    return score_to(out, packed, reference_model, **settings).path
+def exact(
+    built_once: BuiltOnce, packed: Path, reference_model: Path, engine: None, request: pytest.FixtureRequest
+) -> Path:
+    """The packed folder with rl_logprobs the five most probable tokens and the entropies of each place, not rounded."""
+
+    def build(out: Path) -> None:
+        request.getfixturevalue("ray_session")
+        score_to(out, packed, reference_model, top_k=5, entropy=True, entropy_temperature=2.0, logprob_step=0.0)
+
+    return built_once("exact", build)
 
 
 @pytest.fixture(scope="session")
-def small(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+def small(built_once: BuiltOnce, tokenizer_folder: Path) -> Path:
     """About a hundred rows of at most 24 tokens, several of them short."""
-    folder = tmp_path_factory.mktemp("small")
-    for index in range(40):
-        texts = [text[:60] for text in source_texts(12, seed=30 + index)[:3]]
-        write_corpus(folder / "corpus" / f"{index:02d}.jsonl", [*texts, "e"])
-    pack_inline(
-        PackConfig([str(folder / "corpus")], str(tokenizer_folder), folder / "packed", 24, tokens_per_shard=24 * 30)
-    )
-    return folder / "packed"
+
+    def build(folder: Path) -> None:
+        for index in range(40):
+            texts = [text[:60] for text in source_texts(12, seed=30 + index)[:3]]
+            write_corpus(folder / "corpus" / f"{index:02d}.jsonl", [*texts, "e"])
+        pack_inline(
+            PackConfig([str(folder / "corpus")], str(tokenizer_folder), folder / "packed", 24, tokens_per_shard=24 * 30)
+        )
+
+    return built_once("small", build) / "packed"
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("models")
-    return {"base": make_model(folder / "base", seed=1), "reference": make_model(folder / "reference", seed=2)}
-
-
-@pytest.fixture(scope="session")
-def annotated(tmp_path_factory: pytest.TempPathFactory, small: Path, models: dict[str, Path]) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("annotated")
+def models(built_once: BuiltOnce) -> dict[str, Path]:
     return {
-        context: annotate(small, folder / context, by_model(models["reference"], context, 1 / 64), context, 1 / 64)
-        for context in ("packed", "document")
+        "base": built_once("base", lambda folder: make_model(folder, seed=1)),
+        "reference": built_once("reference", lambda folder: make_model(folder, seed=2)),
     }
 
 
 @pytest.fixture(scope="session")
-def faulty(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path, ray_session: None, starts_processes: None
-) -> "Faulty":
+def annotated(built_once: BuiltOnce, small: Path, models: dict[str, Path]) -> dict[str, Path]:
+    def build(out: Path) -> None:
+        annotate(small, out, by_model(models["reference"], out.name, 1 / 64), out.name, 1 / 64)
+
+    return {context: built_once(f"annotated/{context}", build) for context in ("packed", "document")}
+
+
+@pytest.fixture(scope="session")
+def faulty(built_once: BuiltOnce, tokenizer_folder: Path, ray_session: None, starts_processes: None) -> "Faulty":
     """Inputs and undisturbed outputs of commands that are made to fail."""
     from faulty import Faulty
 
-    return Faulty(tmp_path_factory.mktemp("faulty"), tokenizer_folder)
+    return Faulty(built_once("faulty", lambda folder: Faulty.build(folder, tokenizer_folder)), tokenizer_folder)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.lab.command import run_command
 from benchmarks.lab.recipe import Size
-from pipelines.terminal import DONE, STOPPED, ShouldStop, progress_bar
+from pipelines.terminal import DONE, STOPPED, ShouldStop
 
 
 @dataclass(frozen=True)
@@ -45,37 +45,35 @@ def take_one_core(seed: int) -> None:
 
 def run(config: LabConfig, should_stop: ShouldStop) -> int:
     from rich.console import Console
-    from tqdm import tqdm
 
     from benchmarks.lab import results
     from benchmarks.lab.graph import Seed
     from pipelines.flywheel.folder import survey
     from pipelines.flywheel.run import run_stages
-    from pipelines.flywheel.show import Progress, show_plan
+    from pipelines.flywheel.show import show_plan
 
     for seed in (Seed(config.size, number) for number in config.seeds):
         if config.dry_run:
             show_plan(survey(seed.stages, config.out), config.out, Console())
             continue
         take_one_core(config.seeds[0])
-        with progress_bar(desc="lab", unit=" stages", total=len(seed.stages)) as bar:
-            outcome = run_stages(seed.stages, config.out, should_stop, Progress(bar, seed.stages))
-            if not outcome.finished:
-                return STOPPED
-            records = outcome.records
-            versions: dict[str, set[str]] = {}
-            for record in records.values():
-                for package, version in record["versions"].items():
-                    versions.setdefault(package, set()).add(version)
-            result = results.collect(
-                seed,
-                {name: outcome.folder.path / record["output"] for name, record in records.items()},
-                {name.partition("/")[2]: record["seconds"] for name, record in records.items()},
-                {package: sorted(found) for package, found in sorted(versions.items())},
-                sorted({record["code"] for record in records.values()}),
-            )
-            path = results.write(config.out, result)
-            tqdm.write(f"\nseed {seed.seed}\n{results.table(result)}\n-> {path}")
+        outcome = run_stages(seed.stages, config.out, should_stop)
+        if not outcome.finished:
+            return STOPPED
+        records = outcome.records
+        versions: dict[str, set[str]] = {}
+        for record in records.values():
+            for package, version in record["versions"].items():
+                versions.setdefault(package, set()).add(version)
+        result = results.collect(
+            seed,
+            {name: outcome.folder.path / record["output"] for name, record in records.items()},
+            {name.partition("/")[2]: record["seconds"] for name, record in records.items()},
+            {package: sorted(found) for package, found in sorted(versions.items())},
+            sorted({record["code"] for record in records.values()}),
+        )
+        path = results.write(config.out, result)
+        print(f"\nseed {seed.seed}\n{results.table(result)}\n-> {path}")
     return DONE
 
 

@@ -21,57 +21,50 @@ def check_model(folder: Path, inputs: Mapping[str, Path]) -> None:
         has = ", ".join(sorted(path.name for path in folder.iterdir())[:5])
         raise ValueError(f"{folder}: has no config.json (it has: {has}), expected what save_pretrained writes")
     require_language_model(folder)  # no code, no pickles
-    check_tokenizer(folder, start)
-    check_finite(folder)
-    rows = check_names(folder, start)
-    lost = embedding_rows(start)
-    if rows < lost:  # tokens of the corpus would have none; more, as padding, may be
-        raise ValueError(
-            f"{folder}: its embedding has {rows} rows, expected at least the {lost} of the model that it was made of"
-        )
-
-
-def check_tokenizer(folder: Path, start: Path) -> None:
-    """ValueError unless both folders have one tokenizer: the log-probs of other tokens are of no use."""
-    from scorer.tokenizer import canonical
-
-    ours, theirs = (canonical(_tokenizer(place)) for place in (start, folder))
-    reason = disagreement(ours, theirs, ordinary_ids(ours, theirs), {})
-    if reason:
+    if reason := tokenizer_difference(start, folder):
         raise ValueError(
             f"{folder}: its tokenizer is not that of the model it was made of ({reason}); save the tokenizer of "
             "REMIT_MODEL beside the weights"
         )
+    check_names(folder, start)
+    check_finite(folder)
 
 
-def _tokenizer(folder: Path) -> dict[str, Any]:
-    file = folder / "tokenizer.json"
-    try:
-        return parse_tokenizer_json(file.read_bytes(), str(file))
-    except FileNotFoundError:
-        raise ValueError(f"{file}: missing, expected the tokenizer beside the weights") from None
+def tokenizer_difference(ours: Path, theirs: Path) -> str:
+    """How the tokenizers of two folders differ, '' where they do not: the log-probs of other tokens are of no use."""
+    from scorer.tokenizer import canonical
+
+    files = [folder / "tokenizer.json" for folder in (ours, theirs)]
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{file}: missing, expected the tokenizer beside the weights")
+    one, other = (canonical(parse_tokenizer_json(file.read_bytes(), str(file))) for file in files)
+    return disagreement(one, other, ordinary_ids(one, other), {})
 
 
-def check_names(folder: Path, start: Path) -> int:
-    """ValueError unless the weights are those that config.json describes, by name and shape; returns the embedding's rows.
+def check_names(folder: Path, start: Path) -> None:
+    """ValueError unless the weights are those that config.json describes, by name and shape, and enough embeddings.
 
     What `start` lacks or has in excess as well is left alone: some files hold parts that the class does not load.
     """
-    model, report = load_on_meta(folder)
-    if any(report.values()):
-        _, before = load_on_meta(start)
-        report = {kind: sorted(set(found) - set(before[kind])) for kind, found in report.items()}
-    for name in report["missing_keys"]:
-        raise ValueError(f"{folder}: its weights have no {name}, which config.json asks for")
-    for name, has, wants in report["mismatched_keys"]:
+    (model, report), (first, before) = load_on_meta(folder), load_on_meta(start)
+    missing, mismatched, unexpected = (
+        sorted(set(report[kind]) - set(before[kind])) for kind in ("missing_keys", "mismatched_keys", "unexpected_keys")
+    )
+    if missing:
+        raise ValueError(f"{folder}: its weights have no {missing[0]}, which config.json asks for")
+    for name, has, wants in mismatched:
         raise ValueError(f"{folder}: {name} has shape {tuple(has)}, expected {tuple(wants)} by its config.json")
-    for name in report["unexpected_keys"]:
-        more = len(report["unexpected_keys"]) - 1
+    if unexpected:
         raise ValueError(
-            f"{folder}: its weights hold {name}{f' and {more} more tensors' if more else ''}, expected only what config.json "
+            f"{folder}: its weights hold {unexpected[0]} (of {len(unexpected)} such tensors), expected only what config.json "
             "describes; save the config.json that belongs to the weights"
         )
-    return model.get_input_embeddings().weight.shape[0]
+    rows, least = (loaded.get_input_embeddings().weight.shape[0] for loaded in (model, first))
+    if rows < least:  # tokens of the corpus would have none; more, as padding, may be
+        raise ValueError(
+            f"{folder}: its embedding has {rows} rows, expected at least the {least} of the model that it was made of"
+        )
 
 
 def load_on_meta(folder: Path) -> tuple[Any, dict[str, Any]]:
@@ -85,44 +78,28 @@ def load_on_meta(folder: Path) -> tuple[Any, dict[str, Any]]:
             trust_remote_code=False,
         )  # fmt: skip
     except Exception as error:  # transformers and safetensors raise all kinds
-        raise ValueError(f"{folder}: transformers cannot make a model of it ({_line(error)})") from None
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise ValueError(f"{folder}: transformers cannot make a model of it ({line})") from None
     return loaded
-
-
-def embedding_rows(folder: Path) -> int:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    return config.get_text_config().vocab_size
 
 
 def check_finite(folder: Path) -> None:
     """ValueError unless all weights are finite, and no file of weights is left unread."""
     import torch
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    index = folder / "model.safetensors.index.json"
-    read = {"model.safetensors"}
+    index, read = folder / "model.safetensors.index.json", {"model.safetensors"}
     if index.exists():
-        try:
-            read = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index}: damaged ({_line(error)})") from None
-    others = sorted(file.name for file in folder.glob("*.safetensors") if file.name not in read)
-    if others:  # of model.safetensors and shards transformers takes the one, and other readers the others
-        raise ValueError(
-            f"{folder}: has {', '.join(others[:5])}, expected no weights beside {min(read, default=index.name)}; write only one of them"
-        )
+        read = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, "pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                    tensor = tensors.get_tensor(name)
-                    if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
-                        raise ValueError(f"{file}: {name} has values that are not finite; the training has diverged")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: cannot be read ({_line(error)}); it is damaged or cut off") from None
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        if (
+            file.name not in read
+        ):  # of model.safetensors and shards transformers takes the one, and other readers the others
+            raise ValueError(
+                f"{folder}: has {file.name}, expected no weights beside {min(read)}; write only one of them"
+            )
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                tensor = tensors.get_tensor(name)
+                if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+                    raise ValueError(f"{file}: {name} has values that are not finite; the training has diverged")

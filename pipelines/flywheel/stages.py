@@ -7,16 +7,18 @@ earlier stage that was repeated with an equal result therefore repeats nothing t
 import hashlib
 import json
 import os
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Union
 
+from scorer.formats import text_of_path
+from scorer.known import hashes_now, remembered
+from scorer.sources import Source
 from shards.folder import TOKENIZER, ShardFolder
 from shards.manifest import MANIFEST
-from shards.part import read_record, record_name, sha256_file
+from shards.part import read_record, record_name
 
 CACHES = ("__pycache__", ".cache", ".git")  # which change when what lies beside them is used
 
@@ -49,7 +51,9 @@ class Given:
 
 
 def given(path: Path | str) -> Given:
-    """A file or folder of the user, all of whose files count."""
+    """A file or folder of the user, all of whose files count; ValueError where there is none."""
+    if not Path(path).exists():
+        raise ValueError(f"{path}: does not exist, expected a file or a folder")
     return Given(os.path.abspath(path), lambda: identity(Path(path), all_files=True))
 
 
@@ -79,18 +83,6 @@ class Stage:
     with an empty folder, which gets its name once the command has ended well and the result is checked."""
     check: Check | None = None
 
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_.-]+)*", self.name):
-            raise ValueError(
-                f"stage {self.name!r}: expected a name of letters, digits, - _ . and /, for instance round-1/train"
-            )
-        for word in (*self.command, *self.more, *self.environment.values()):
-            if isinstance(word, At) and word.name not in (*self.inputs, "out", "state"):
-                raise ValueError(
-                    f"stage {self.name}: its command reads {word.name!r}, expected one of its inputs "
-                    f"({', '.join(self.inputs) or 'none'})"
-                )
-
     @property
     def slug(self) -> str:
         """The name as part of a file name."""
@@ -102,33 +94,12 @@ class Stage:
         return (*self.launcher, *self.command, *self.more)
 
 
-def check_order(stages: Sequence[Stage]) -> None:
-    """ValueError unless names are unique and every stage stands after those that it reads."""
-    before: dict[str, Stage] = {}
-    for stage in stages:
-        if stage.slug in before:
-            raise ValueError(
-                f"stages {before[stage.slug].name} and {stage.name} have one name, expected different ones"
-            )
-        for source in stage.inputs.values():
-            if isinstance(source, Stage) and before.get(source.slug) is not source:
-                raise ValueError(f"stage {stage.name} reads {source.name}, which does not stand before it in the list")
-        before[stage.slug] = stage
-
-
-def remit_version() -> str:
-    try:
-        return version("remit")
-    except PackageNotFoundError:  # run from a source tree
-        return "unknown"
-
-
 def stage_key(stage: Stage, identities: Mapping[str, str]) -> str:
     """sha256 over all that decides the result. identities: of the content of each input, by its name."""
     content = {
         "command": [[word.name, word.sub] if isinstance(word, At) else word for word in stage.command],
         "inputs": dict(identities),
-        "remit": remit_version(),
+        "remit": version("remit"),
         "result": stage.result,
         "seed": stage.seed,
         "settings": dict(stage.settings),
@@ -145,18 +116,28 @@ def digest_of(contents: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
+def digest_of_files(name: str, files: Mapping[str, Path]) -> str:
+    """sha256 over names and contents of files, which are read again where they were written since.
+
+    name: under which their contents are remembered, in the user's cache.
+    """
+    sources = [Source(text_of_path(str(file)), str(file)) for file in files.values()]
+    hashes = hashes_now(name, sources, remembered(name, sources))
+    return digest_of(dict(zip(files, map(str, hashes))))
+
+
 def identity(path: Path, all_files: bool = False) -> str:
     """sha256 over what a file or folder holds; ValueError where there is nothing, or an unfinished shard folder.
 
     Of a shard folder the manifest, the tokenizer and the commit records count, which have the sha256 of each part: a
     large folder is not read. Of other folders the names and contents of their files, as `files_of` says.
     """
-    if (path / MANIFEST).is_file():
-        return _shards_identity(path)
-    return digest_of({name: sha256_file(file) for name, file in files_of(path, all_files).items()})
+    files = shard_files(path) if (path / MANIFEST).is_file() else files_of(path, all_files)
+    return digest_of_files(os.path.abspath(path), files)
 
 
-def _shards_identity(path: Path) -> str:
+def shard_files(path: Path) -> dict[str, Path]:
+    """The small files of a shard folder that say what all of it holds; ValueError unless its parts have their sizes."""
     folder = ShardFolder(path)
     folder.require_complete()
     names = [MANIFEST, *(f"{TOKENIZER}/{name}" for name in folder.store.names(TOKENIZER))]
@@ -166,59 +147,42 @@ def _shards_identity(path: Path) -> str:
         if record is None or not part.is_file() or part.stat().st_size != record.size:
             raise ValueError(f"{part}: is not what its commit record says; run remit verify --repair")
         names.append(record_name(plan.name))
-    return digest_of({name: sha256_file(path / name) for name in names})
+    return {name: path / name for name in names}
 
 
 def files_of(path: Path, all_files: bool = False) -> dict[str, Path]:
-    """The files that count of a file ('') or folder, by relative path, links followed.
+    """The files that count of a file ('') or folder, by relative path, links followed; ValueError where there is none.
 
-    all_files: every one outside of caches; else those whose names, and whose folders' names, do not begin with _ or a
-    dot. ValueError where there is none, or something that is no file.
+    all_files: every one outside of caches; else those whose names, and whose folders' names, do not begin with _ or a dot.
     """
     if path.is_file():
         return {"": path}
-    if not path.is_dir():
-        raise ValueError(f"{path}: does not exist, expected a file or a folder")
-    found = dict(sorted((str(file.relative_to(path)), file) for file in _walk(path, all_files, set())))
+
+    def counts(name: str) -> bool:
+        return name not in CACHES if all_files else not name.startswith(("_", "."))
+
+    found: dict[str, Path] = {}
+    for where, folders, names in os.walk(path, followlinks=True):
+        above = Path(where).resolve()  # a link to a folder above would be walked for ever
+        folders[:] = [name for name in folders if counts(name) and not above.is_relative_to((above / name).resolve())]
+        found |= {
+            os.path.relpath(file, path): file
+            for name in names
+            if counts(name) and (file := Path(where, name)).is_file()
+        }
     if not found:
-        which = "" if all_files else " whose names do not begin with _ or a dot"
-        raise ValueError(f"{path}: is empty, expected files{which}")
-    return found
+        raise ValueError(
+            f"{path}: is empty, expected files" + ("" if all_files else " whose names do not begin with _ or a dot")
+        )
+    return dict(sorted(found.items()))
 
 
-def _walk(folder: Path, all_files: bool, above: set[str]) -> Iterator[Path]:
-    real = os.path.realpath(folder)
-    if real in above:  # a link to a folder above
-        return
-    for path in folder.iterdir():
-        if path.name in CACHES if all_files else path.name.startswith(("_", ".")):
-            continue
-        if path.is_dir():
-            yield from _walk(path, all_files, above | {real})
-        elif path.exists() and not path.is_file():
-            raise ValueError(f"{path}: is a pipe or a device, expected files")  # which would be read for ever
-        else:
-            yield path
-
-
-def stamps(path: Path) -> dict[str, list[int]]:
-    """Size and time of last change of the files of a result; {} of a shard folder, whose identity is read at once."""
-    if (path / MANIFEST).is_file():
-        return {}
-    found = {name: file.stat() for name, file in files_of(path).items()}
-    return {name: [status.st_size, status.st_mtime_ns] for name, status in found.items()}
-
-
-def change_of(result: Path, before: Mapping[str, list[int]], was: str) -> str:
-    """How a result differs from what it was, '' where it does not. before: its stamps; was: its identity."""
+def change_of(result: Path, was: str) -> str:
+    """How a result is no longer what it was, '' where it is. was: its identity."""
     try:
-        now = stamps(result)
-        if (now and now == before) or identity(result) == was:
+        if identity(result) == was:
             return ""
+        newest = max(files_of(result).values(), key=lambda file: file.stat().st_mtime_ns)
+        return f"files were edited, added or deleted, {newest} is the last that was written"
     except ValueError as error:
         return str(error)
-    for name in sorted({*before, *now}):
-        if now.get(name) != before.get(name):
-            how = "is gone" if name not in now else "is new" if name not in before else "has other content"
-            return f"{result / name} {how}"
-    return f"{result} has other content"

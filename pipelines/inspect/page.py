@@ -18,6 +18,7 @@ from markupsafe import Markup, escape
 
 from pipelines.inspect.colours import LOW, classes, colour_rules, legends, scale
 from pipelines.inspect.find_rows import Found
+from pipelines.inspect.ranking import ranking_for_page
 from pipelines.inspect.settings import InspectConfig
 from pipelines.inspect.token_deltas import TokenFigures, choose_base, entropy_column, token_figures
 from pipelines.pages import content_hash
@@ -72,6 +73,7 @@ def page_of_rows(
     if entropy:
         full["entropy"] = scale([row.figures.entropy_T for row in rows])
     ids = set().union(*(row.ids for row in rows))
+    shown = [(np.array(row.ids), row.figures) for row in rows]
     return render(
         folder=str(folder.path),
         chosen="; ".join((found.chosen, *found.remarks)),
@@ -87,6 +89,7 @@ def page_of_rows(
         has_entropy=entropy is not None,
         rows=((row, _classes(row, full)) for row in rows),
         symbols={token_id: text.symbol(token_id) for token_id in sorted(ids)},
+        ranking=ranking_for_page(folder, text, config.reference, base, config.epsilon, shown),
     )
 
 

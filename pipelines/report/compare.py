@@ -104,9 +104,10 @@ def differences(settings: Sequence[dict[str, Any]], by_objective: bool) -> list[
     rows = [row for row in (*settings_rows(settings), *provenance_rows(settings)) if row.differs]
     own = OF_AN_OBJECTIVE | OF_RHO1
     implied = {row.label for row in rows if row.label in own and len({*row.cells} - {ABSENT}) < 2}
-    rows = [
-        row for row in rows if row.label != "base"
-    ]  # where it was found; base_weights_sha256 says whether it is another
+    # where the base was found: base_weights_sha256 says whether it is another; and what a run that names another
+    # reference, or none, does not have: the row `reference` says so
+    passed_over = {"base"} | {row.label for row in rows if row.label.startswith("references") and ABSENT in row.cells}
+    rows = [row for row in rows if row.label not in passed_over]
     return [row for row in rows if not (by_objective and row.label in implied | {"objective"})]
 
 

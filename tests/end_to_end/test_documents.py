@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import ray
 import torch
 import yaml
 from annotated import rows_of_step, run
@@ -120,17 +121,19 @@ def environment_of_a_reader() -> dict[str, str]:
     return inherited | own | {"CUDA_VISIBLE_DEVICES": ""}
 
 
-def execute(document: Path, workspace: Path) -> None:
+def execute(document: Path, workspace: Path, **variables: str) -> None:
     """Run the bash and Python blocks of a page one after the other, as its reader would."""
-    environment = environment_of_a_reader()
+    environment = environment_of_a_reader() | variables
     for language, block in blocks(document, "bash", "python"):
         command = [sys.executable, "-c", block] if language == "python" else ["bash", "-euo", "pipefail", "-c", block]
         done = subprocess.run(command, cwd=workspace, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, f"{document.name}:\n{block}\n{done.stdout}\n{done.stderr}"
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_own_corpus_page_runs(workspace: Path) -> None:
-    execute(DOCS / "own-corpus.md", workspace)
+    """On the cluster of the tests, where none of its commands waits for a Ray of its own."""
+    execute(DOCS / "own-corpus.md", workspace, RAY_ADDRESS=ray.get_runtime_context().gcs_address)
     assert (workspace / "run" / "model" / "config.json").exists()
 
 

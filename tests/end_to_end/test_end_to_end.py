@@ -84,12 +84,14 @@ def test_family(
     tokenizer = transformers.AutoTokenizer.from_pretrained(run / "model")
     assert tokenizer("x = 1")["input_ids"] == transformers.AutoTokenizer.from_pretrained(base)("x = 1")["input_ids"]
 
-    # vLLM loads the export and agrees with transformers on it
-    done(remit(*score, "--shards", packed, "--model", run / "model", "--out", tmp_path / "again", "--name", "trained"))
+    # vLLM loads the export and agrees with transformers on it, as is checked here and need not be by remit score
+    score += ("--no-canary", "--shards", packed, "--model", run / "model", "--name", "trained")
+    done(remit(*score, "--out", tmp_path / "again"))
     check_scores(tmp_path / "again", run / "model", "trained", context)
 
 
 @pytest.mark.parametrize("by_engine", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("ray_session")
 def test_every_objective_from_one_store(
     tmp_path: Path, exact: Path, reference_model: Path, remit: Remit, by_engine: bool
 ) -> None:

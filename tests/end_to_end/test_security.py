@@ -18,6 +18,7 @@ import pytest
 import torch
 import zstandard
 from processes import Command
+from test_score import compare
 
 from shards import ShardFolder, row_schema
 from shards.manifest import Manifest
@@ -103,7 +104,7 @@ def shards(tmp_path: Path, packed: Path) -> Path:
 def commands(shards: Path, model: Path, out: Path) -> dict[str, list[object]]:
     return {
         "verify": ["verify", "--shards", shards],
-        "score": ["score", "--shards", shards, "--model", model, "--out", out, "--engine", "fake"],
+        "score": ["score", "--shards", shards, "--model", model, "--out", out, "--engine", "fake", "--num-engines", 1],
         "train": train_command(shards, model, out),
         "inspect": ["inspect", "--shards", shards],
     }
@@ -339,10 +340,11 @@ def test_part_bombs(
     code, _, text = remit("verify", "--shards", shards)
     assert (code, message in text) == (1, True), text
     assert pool.max_memory() - before < 1 << 26
-    run = commands(shards, reference_model, tmp_path / "out")
-    code, _, text = remit(*run["score"])
-    assert (code, message in text) == (1, True), text
-    assert not (tmp_path / "out" / "_commits" / "part-00000.json").exists()
+    if make in (real_bomb, hidden_bomb, many_batches):  # an engine opens a part as verify does
+        run = commands(shards, reference_model, tmp_path / "out")
+        code, _, text = remit(*run["score"])
+        assert (code, message in text) == (1, True), text
+        assert not (tmp_path / "out" / "_commits" / "part-00000.json").exists()
 
 
 def test_announced_bytes_are_those_of_an_uncompressed_file(scored_rl: Path) -> None:
@@ -419,20 +421,21 @@ def test_addresses_by_hand() -> None:
     assert address_of("0000000000000000FFFF00000100007F:1F90") == ("127.0.0.1", 8080)
 
 
-@pytest.mark.parametrize("group", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("group", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_nothing_listens_beyond_this_machine(tmp_path: Path, packed: Path, reference_model: Path, group: int) -> None:
-    """While vLLM scores in a Ray of its own, with one process per engine and with two."""
+    """While vLLM scores in a Ray of its own, with one process per engine and with two, which score right."""
     mark = f"{tmp_path}-{time.time_ns()}"
     arguments = ["score", "--shards", packed, "--model", reference_model, "--out", tmp_path / "out", "--num-engines", 1]
-    arguments += ["--tensor-parallel-size", group, "--max-num-batched-tokens", 128]
+    arguments += ["--tensor-parallel-size", group, "--max-num-batched-tokens", 128, "--dtype", "float32", "--no-canary"]
     run = Command(tmp_path, *arguments, private=True, REMIT_TEST_MARK=mark)
     found: set[tuple[str, str]] = set()
     deadline = time.monotonic() + 900
     while run.process.is_alive() and time.monotonic() < deadline:
         found |= listeners(processes_of(run, mark))
-        time.sleep(0.2)
+        time.sleep(0.5)
     assert run.finish() == 0, run.errors
     for program in ("raylet", "gcs_server", "ray::ScoringActor"):
         assert any(program in name for name, _ in found), found
     beyond = {(name, address) for name, address in found if not ipaddress.ip_address(address).is_loopback}
     assert beyond == set()
+    assert compare(ShardFolder(tmp_path / "out"), reference_model, "rl", "packed", 1 / 128 + 1e-4, every=20) > 300

@@ -52,7 +52,7 @@ def test_driver_dies(faulty: Faulty, tmp_path: Path, command: str, point: str) -
 
 @pytest.mark.parametrize(("command", "point"), cases(WORKER))
 def test_worker_dies_once_and_the_driver_goes_on(faulty: Faulty, tmp_path: Path, command: str, point: str) -> None:
-    arguments, want = faulty.command(command, tmp_path / "out"), faulty.undisturbed(command)
+    arguments, want = faulty.command(command, tmp_path / "out", engines=2), faulty.undisturbed(command)
     marker = tmp_path / "marker"
     run = Command(tmp_path, *arguments, REMIT_CRASH_AT=f"{point}@{marker}")
     assert run.finish() == 0, run.errors

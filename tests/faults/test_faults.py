@@ -54,7 +54,7 @@ def test_engine_that_fails_once(faulty: Faulty, tmp_path: Path, kind: str) -> No
     token, part, _ = token_of_one_row(faulty.packed, range(2, faulty.num_parts))
     out = tmp_path / "out"
     settings = fault(**{kind: [token], "once": str(tmp_path / "marker")})
-    run = Command(tmp_path, *faulty.command("score", out, *PATIENCE[kind]), **settings)
+    run = Command(tmp_path, *faulty.command("score", out, *PATIENCE[kind], engines=2), **settings)
     assert run.finish() == 0, run.errors
     assert (tmp_path / "marker").exists()
     assert content(out) == faulty.undisturbed("score")
@@ -73,7 +73,7 @@ def test_part_that_always_fails(faulty: Faulty, tmp_path: Path, remit: Remit, ki
     """One engine, which reads the next part already when the bad one takes it along."""
     token, part, _ = token_of_one_row(faulty.packed, range(2, faulty.num_parts - 2))
     name, out = f"part-{part:05d}.arrow", tmp_path / "out"
-    arguments = faulty.command("score", out, "--num-engines", 1, *PATIENCE[kind])
+    arguments = faulty.command("score", out, *PATIENCE[kind])
     run = Command(tmp_path, *arguments, **fault(**{kind: [token], "seconds": 0.1}))
     assert run.finish() == 1, run.errors
 

@@ -135,7 +135,9 @@ def engines(out: Path) -> list[int]:
 
 def start(nodes: Nodes, tmp_path: Path, faulty: Faulty) -> tuple[Command, Path]:
     out = tmp_path / "out"
-    return Command(tmp_path, *faulty.command("score", out), private=True, RAY_ADDRESS=nodes.address, **SLOW), out
+    return Command(
+        tmp_path, *faulty.command("score", out, engines=None), private=True, RAY_ADDRESS=nodes.address, **SLOW
+    ), out
 
 
 def finish(run: Command, out: Path, faulty: Faulty) -> dict:
@@ -188,7 +190,7 @@ def test_the_only_node_leaves_and_another_comes(nodes: Nodes, tmp_path: Path, fa
 def test_an_engine_that_no_node_can_hold(nodes: Nodes, tmp_path: Path, faulty: Faulty) -> None:
     """Two nodes of one CPU have two, but an engine lives on one node."""
     nodes.have(2)
-    arguments = faulty.command("score", tmp_path / "out", "--tensor-parallel-size", 2)
+    arguments = faulty.command("score", tmp_path / "out", "--tensor-parallel-size", 2, engines=None)
     run = Command(tmp_path, *arguments, private=True, RAY_ADDRESS=nodes.address)
     assert run.finish() == 1
     assert run.last_error == (

@@ -15,23 +15,42 @@ class Faulty:
     def __init__(self, folder: Path, tokenizer: Path) -> None:
         self.folder, self.corpus, self.tokenizer, self.model = folder, folder / "corpus", tokenizer, folder / "model"
         self.packed, self.scored = folder / "packed", folder / "scored"
-        for index in range(3):
-            write_corpus(self.corpus / f"{index}.jsonl", source_texts(40, seed=20 + index))
-        shutil.copytree(tokenizer, make_model(self.model), dirs_exist_ok=True)
-        for command, out in (("pack", self.packed), ("score", self.scored)):
-            run = Command(folder, *self.command(command, out))
-            assert run.finish() == 0, run.errors
-        self.num_parts = len(list(self.packed.glob("part-*.arrow")))
-        assert self.num_parts >= 6
-        self._content = {"pack": content(self.packed), "score": content(self.scored)}
+        if self.scored.exists():
+            self.num_parts = len(list(self.packed.glob("part-*.arrow")))
+            assert self.num_parts >= 6
+            self._content = {"pack": content(self.packed), "score": content(self.scored)}
 
-    def command(self, name: str, out: Path, *more: object) -> list[object]:
+    @classmethod
+    def build(cls, folder: Path, tokenizer: Path) -> None:
+        """Make what such an object has, in an empty folder."""
+        faulty = cls(folder, tokenizer)
+        for index in range(3):
+            write_corpus(faulty.corpus / f"{index}.jsonl", source_texts(40, seed=20 + index))
+        shutil.copytree(tokenizer, make_model(faulty.model), dirs_exist_ok=True)
+        for name, out in (("pack", faulty.packed), ("score", faulty.scored)):
+            run = Command(folder, *faulty.command(name, out))
+            assert run.finish() == 0, run.errors
+
+    def command(self, name: str, out: Path, *more: object, engines: int | None = 1) -> list[object]:
+        """engines: how many score, each of which takes a second to start; None for all that there is room for."""
         if name == "pack":
             return [
                 "pack", "--corpus", self.corpus, "--tokenizer", self.tokenizer, "--out", out, "--seq-len", SEQ_LEN,
                 "--tokens-per-shard", SEQ_LEN * ROWS_PER_PART, *more,
             ]  # fmt: skip
-        return ["score", "--shards", self.packed, "--model", self.model, "--out", out, "--engine", "fake", *more]
+        number = () if engines is None else ("--num-engines", engines)
+        score: list[object] = [
+            "score",
+            "--shards",
+            self.packed,
+            "--model",
+            self.model,
+            "--out",
+            out,
+            "--engine",
+            "fake",
+        ]
+        return [*score, *number, *more]
 
     def undisturbed(self, name: str) -> dict[str, bytes]:
         return self._content[name]

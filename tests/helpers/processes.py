@@ -42,11 +42,11 @@ def start_server() -> None:
             os.environ.pop("RAY_AUTH_MODE", None)
 
 
-def _main(arguments: list[str], environment: dict[str, str], output: Path) -> None:
+def _main(arguments: list[str], environment: dict[str, str], output: Path, first: str) -> None:
     os.setsid()
     for number, suffix in ((1, "out"), (2, "err")):
         os.dup2(os.open(output.with_suffix(f".{suffix}"), os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644), number)
-    for name in [name for name in os.environ if name.startswith("REMIT_")]:
+    for name in [name for name in os.environ if name.startswith("REMIT_") and name != "REMIT_CACHE"]:
         del os.environ[name]
     os.environ.update(environment)
     if "OMP_NUM_THREADS" in environment:  # torch has read its own long ago
@@ -54,22 +54,25 @@ def _main(arguments: list[str], environment: dict[str, str], output: Path) -> No
 
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     sys.argv = ["remit", *arguments]
+    exec(first, {})
     from pipelines.cli import main
 
     main(arguments)
 
 
 class Command:
-    """A running remit command."""
+    """A running remit command. first: Python code that runs in its process before."""
 
-    def __init__(self, folder: Path, *arguments: object, private: bool = False, **environment: str) -> None:
+    def __init__(
+        self, folder: Path, *arguments: object, private: bool = False, first: str = "", **environment: str
+    ) -> None:
         outside.require_allowed("a remit command")
         start_server()
         self.output = folder / f"command-{time.monotonic_ns()}"
         if not private:
             environment["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
         words = [str(argument) for argument in arguments]
-        self.process = FORKS.Process(target=_main, args=(words, environment, self.output))
+        self.process = FORKS.Process(target=_main, args=(words, environment, self.output, first))
         self.process.start()
 
     @property

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import make_model, write_corpus
+from processes import Command
 
 from pipelines.cli import COMMANDS, expand_config_file, find, parse
 
@@ -155,29 +156,13 @@ def test_corpus_named_in_a_config_file_runs(tmp_path: Path, tokenizer_folder: Pa
     assert "from 2 documents" in output
 
 
-@pytest.mark.usefixtures("starts_processes")
+@pytest.mark.usefixtures("ray_session", "starts_processes")
 def test_signal_stops_scoring_resumably(tmp_path: Path, packed: Path, reference_model: Path) -> None:
+    """While vLLM starts."""
     out = tmp_path / "out"
-    command = [
-        sys.executable,
-        "-m",
-        "pipelines.cli",
-        "score",
-        "--shards",
-        packed,
-        "--model",
-        reference_model,
-        "--out",
-        out,
-    ]
-    process = subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, text=True, env=os.environ)
-    deadline = time.monotonic() + 600
-    while not (out / "_manifest.json").exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=300)
-    assert process.returncode == 3, error
-    assert error.strip().splitlines()[-1] == "remit score: stopped by SIGTERM; the same command again goes on"
+    run = Command(tmp_path, "score", "--shards", packed, "--model", reference_model, "--out", out, "--num-engines", 1)
+    run.until((out / "_manifest.json").exists)
+    run.signal(signal.SIGTERM)
+    assert run.finish() == 3, run.errors
+    assert run.last_error == "remit score: stopped by SIGTERM; the same command again goes on"
     assert not list(out.glob(".*.tmp"))

@@ -4,6 +4,7 @@ import json
 import random
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +21,7 @@ from test_weights import annotate_several
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from transformers import AutoTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from pipelines.token_text import TokenText, find_in_groups
 from scorer.config import PackConfig
@@ -370,6 +372,7 @@ def test_base_that_runs_now(annotated: dict[str, Path], models: dict[str, Path],
         delta = np.array([row["rl_logprobs"][t] - expected[t] for t in predicted])
         assert [said[t][6] for t in predicted] == pytest.approx(weight(delta).tolist(), abs=1e-3)
     assert "computed for this page" in page.locator(".about").inner_text()
+    assert "of the rows on this page" in page.locator("#ranking").inner_text()
 
 
 def test_models_that_do_not_fit_are_refused(
@@ -394,6 +397,7 @@ def test_without_a_base(shards: Path, open_page: Open) -> None:
     page = open_page("--shards", shards.parent / "rl", "--row", 0)
     assert "coloured by the reference's log-prob alone" in page.locator(".no-base").inner_text()
     assert page.locator("input").count() == 0
+    assert page.locator("#ranking").count() == 0
     colours = backgrounds(page, 0)
     # log p is -5 at t = 4: 5 / 8, in twentieths 12, of (217, 164, 65)
     assert colours[4] == pytest.approx(255 + 12 / 20 * (np.array([217, 164, 65]) - 255), abs=1)
@@ -401,6 +405,42 @@ def test_without_a_base(shards: Path, open_page: Open) -> None:
     assert set(hover(page, 0, 4)) - {"piece"} == {"token", "token id", "position", "log p rl"}
     named = open_page("--shards", shards, "--row", 0, "--reference", "base")
     assert named.locator(".no-base").count() == 1
+
+
+def spellings(tokenizer: AutoTokenizer, token_id: int) -> set[str]:
+    """What a table may show for a token: its text with · for spaces, escaped or not, or its bytes as <0xE5>."""
+    text, symbol = tokenizer.decode([token_id]), tokenizer.convert_ids_to_tokens(token_id)
+    if "\ufffd" not in text:
+        return {text.replace(" ", "·"), repr(text)[1:-1].replace(" ", "·"), symbol}
+    byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    data = [byte_of[letter] for letter in symbol]
+    return {"".join(f"<0x{byte:02X}>" if byte > 127 else chr(byte) for byte in data).replace(" ", "·")}
+
+
+def test_tokens_of_the_folder_are_ranked(shards: Path, open_page: Open, tokenizer: AutoTokenizer) -> None:
+    page = open_page("--shards", shards, "--row", 0)
+    weights, all_deltas = defaultdict(list), defaultdict(list)
+    for row in read_rows(shards):
+        if len(row["input_ids"]) > 1:
+            delta = np.array([DELTAS[t % 10] for t in range(1, len(row["input_ids"]))])
+            for token_id, w, d in zip(row["input_ids"][1:], weight(delta), delta):
+                weights[token_id].append(w)
+                all_deltas[token_id].append(d)
+    often = [token_id for token_id, values in weights.items() if len(values) >= 2]
+    means = sorted(np.mean(weights[token_id]) for token_id in often)
+    assert "of the folder (all rows); tokens that occur at least 2 times" in page.locator("#ranking").inner_text()
+    for table, expected in (("up", means[::-1][:15]), ("down", means[:15])):
+        lines = page.locator(f"#{table} tbody tr").all()
+        cells = [line.locator("td").all_inner_texts() for line in lines]
+        assert [float(cell[2]) for cell in cells] == pytest.approx(expected, abs=1e-3)
+        for string, count, shown, delta in cells:
+            matches = [token_id for token_id in often if string in spellings(tokenizer, token_id)]
+            assert any(
+                len(weights[token_id]) == int(count)
+                and np.mean(weights[token_id]) == pytest.approx(float(shown), abs=1e-3)
+                and np.mean(all_deltas[token_id]) == pytest.approx(float(delta), abs=1e-3)
+                for token_id in matches
+            ), string
 
 
 def test_quarantined_row(small: Path, tmp_path: Path, open_page: Open) -> None:

@@ -70,9 +70,31 @@ TRAIN = ["--shards", "packed", "--model", "base", "--objective", "ntp", "--max-s
 DECOYS = ["trainer.py", "scorer.py", "shards/__init__.py", "pipelines/__init__.py", "tests/__init__.py"]
 
 
-def test_every_command_among_files_of_the_same_names(
+def test_commands_among_files_of_the_same_names(
     run: Run, tmp_path: Path, models: dict[str, Path], tokenizer_folder: Path
 ) -> None:
+    """The command itself, the stages of a loop, a rank of torchrun, and Ray's workers."""
+    lay_out(tmp_path, models["base"], tokenizer_folder, DECOYS)
+    (tmp_path / "own.sh").write_text('cp -r "$REMIT_MODEL"/* "$REMIT_OUTPUT"\n')
+    loop = {
+        "base": "base", "corpus": "a.jsonl", "out": "loop", "seq_len": 32, "rounds": 0,
+        "train": {"max_steps": 2, "global_batch_size": 4}, "posttrain": [{"command": ["bash", "own.sh"]}],
+        "launch": {"train": ["python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1, "-m"]},
+    }  # fmt: skip
+    (tmp_path / "loop.yaml").write_text(yaml.safe_dump(loop))
+    run("remit", "flywheel", "--config", "loop.yaml")
+    (manifest,) = (tmp_path / "loop").rglob("_manifest.json")
+    manifest.parent.rename("packed")
+    score = ["score", "--shards", "packed", "--model", "base", "--num-engines", 1, "--dtype", "float32", "--no-canary"]
+    assert "scored as 'rl'" in run("remit", *score, "--out", "scored")
+    run("remit", "inspect", "--shards", "scored", "--row", 0, "--html", "row.html", "--model", "base")
+    assert "--reward" in run("remit", "rl", "--help")
+    assert "RUN RUN" in run("remit", "compare", "--help")
+
+
+@pytest.mark.slow
+def test_more_of_them(run: Run, tmp_path: Path, models: dict[str, Path], tokenizer_folder: Path) -> None:
+    """Packing and the fake engine by themselves; one, two and Ray's two ranks with the same losses."""
     lay_out(tmp_path, models["base"], tokenizer_folder, DECOYS)
     pack = ["pack", "--corpus", "a.jsonl", "--tokenizer", "base", "--seq-len", 32, "--out"]
     assert "packed " in run("remit", *pack, "packed")
@@ -87,36 +109,24 @@ def test_every_command_among_files_of_the_same_names(
     losses = [[json.loads(line)["loss"] for line in lines] for lines in metrics]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert losses[2] == pytest.approx(losses[0], rel=1e-5)
-    run("remit", "inspect", "--shards", "scored", "--row", 0, "--html", "row.html", "--model", "base")
-    assert "--reward" in run("remit", "rl", "--help")
-    assert "RUN RUN" in run("remit", "compare", "--help")
-
-    (tmp_path / "own.sh").write_text('cp -r "$REMIT_MODEL"/* "$REMIT_OUTPUT"\n')
-    loop = {
-        "base": "base", "corpus": "a.jsonl", "out": "loop", "seq_len": 32, "rounds": 0,
-        "train": {"max_steps": 2, "global_batch_size": 4}, "posttrain": [{"command": ["bash", "own.sh"]}],
-        "launch": {"train": ["python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m"]},
-    }  # fmt: skip
-    (tmp_path / "loop.yaml").write_text(yaml.safe_dump(loop))
-    run("remit", "flywheel", "--config", "loop.yaml")
 
 
 def test_python_m_without_p(run: Run, tmp_path: Path, models: dict[str, Path], tokenizer_folder: Path) -> None:
-    """Where nothing is called pipelines, the shorter forms hold too, also in torchrun's processes."""
+    """Where nothing is called pipelines, the shorter forms hold too, also in a process of torchrun."""
     lay_out(tmp_path, models["base"], tokenizer_folder, [name for name in DECOYS if "pipelines" not in name])
     pack = ["pack", "--corpus", "a.jsonl", "--tokenizer", "base", "--seq-len", 32, "--out", "packed"]
     assert "packed " in run("python", "-m", "pipelines.cli", *pack)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "pipelines.cli"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1, "-m", "pipelines.cli"]
     assert "trained 2 steps" in run("python", *torchrun, "train", *TRAIN, "--out", "run-two")
 
 
 def test_folders_of_data_called_like_packages(
-    run: Run, tmp_path: Path, models: dict[str, Path], tokenizer_folder: Path
+    run: Run, tmp_path: Path, models: dict[str, Path], small: Path, tokenizer_folder: Path
 ) -> None:
     lay_out(tmp_path, models["base"], tokenizer_folder, [])
     for name in ("trainer", "scorer", "pipelines"):
         (tmp_path / name).mkdir()
-    run("remit", "pack", "--corpus", "a.jsonl", "--tokenizer", "base", "--seq-len", 32, "--out", "shards")
+    shutil.copytree(small, tmp_path / "shards")
     run("remit", "score", "--shards", "shards", "--model", "base", "--engine", "fake", "--num-engines", 1, "--out", "o")
     assert "OK" in run("remit", "verify", "--shards", "shards")
     (tmp_path / "pipelines").rmdir()

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import ray
-from annotated import run
+from annotated import run as train
+from processes import Command
 from test_distributed import assert_same, metrics_of
 from test_documents import DOCS, blocks, environment_of_a_reader, make_workspace
 
@@ -22,16 +23,6 @@ def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
-
-
-def remit_process(address: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pipelines.cli", *map(str, arguments)],
-        env=os.environ | {"RAY_ADDRESS": address},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
 
 
 @contextlib.contextmanager
@@ -72,13 +63,11 @@ def test_existing_cluster_gives_the_same_bytes(
 ) -> None:
     sizes = ("--seq-len", 64, "--tokens-per-shard", 64 * 50)
     out = (tmp_path / "packed", tmp_path / "scored")
-    done = remit_process(
-        cluster, "pack", "--corpus", corpus_folder, "--tokenizer", tokenizer_folder, "--out", out[0], *sizes
-    )
-    assert done.returncode == 0, done.stderr
+    pack = ("pack", "--corpus", corpus_folder, "--tokenizer", tokenizer_folder, "--out", out[0], *sizes)
     score = ("score", "--shards", out[0], "--model", reference_model, "--out", out[1], "--dtype", "float32")
-    done = remit_process(cluster, *score, "--num-engines", 1)
-    assert done.returncode == 0, done.stderr
+    for command in (pack, (*score, "--num-engines", 1, "--no-canary")):
+        run = Command(tmp_path, *command, private=True, RAY_ADDRESS=cluster)
+        assert run.finish() == 0, run.errors
     for here, there in ((packed, out[0]), (scored_rl, out[1])):
         files = sorted(path.relative_to(here) for path in here.rglob("*") if path.is_file())
         files.remove(Path("_score.jsonl")) if Path("_score.jsonl") in files else None  # has times in it
@@ -92,12 +81,11 @@ def test_address_without_a_cluster_is_an_error_at_once(
     tmp_path: Path, corpus_folder: Path, tokenizer_folder: Path
 ) -> None:
     address = f"127.0.0.1:{free_port()}"
-    done = remit_process(
-        address, "pack", "--corpus", corpus_folder, "--tokenizer", tokenizer_folder, "--out", tmp_path / "o"
-    )
-    assert done.returncode == 1
-    assert f"RAY_ADDRESS is {address}" in done.stderr.splitlines()[-1]
-    assert not list(tmp_path.iterdir())
+    pack = ("pack", "--corpus", corpus_folder, "--tokenizer", tokenizer_folder, "--out", tmp_path / "o")
+    run = Command(tmp_path, *pack, private=True, RAY_ADDRESS=address)
+    assert run.finish() == 1
+    assert f"RAY_ADDRESS is {address}" in run.last_error
+    assert not (tmp_path / "o").exists()
 
 
 def block_with(page: str, words: str) -> list[str]:
@@ -148,7 +136,7 @@ def test_torchrun_on_several_machines_as_the_page_says(
     processes = [shell(command, tmp_path) for _ in range(2)]
     outputs = [process.communicate(timeout=900)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    run(tmp_path / "one", annotated["packed"], models["base"], max_steps=3, micro_batch_size=1)
+    train(tmp_path / "one", annotated["packed"], models["base"], max_steps=3, micro_batch_size=1)
     assert_same(metrics_of(tmp_path / "run"), metrics_of(tmp_path / "one"))
 
 

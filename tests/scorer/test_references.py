@@ -78,7 +78,7 @@ def make_wrapper(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("names", ["transformers 5", "transformers 4"])
+@pytest.mark.parametrize("names", ["transformers 5", pytest.param("transformers 4", marks=pytest.mark.slow)])
 def test_a_multimodal_wrapper_scores_text_alone(tmp_path: Path, rows: Callable, names: str) -> None:
     model = make_wrapper(tmp_path / "wrapper")
     if names == "transformers 4":  # language_model.model.layers.., vision_tower..
@@ -129,7 +129,14 @@ def make_phi3(folder: Path) -> Path:
     )
 
 
-@pytest.mark.parametrize(("seq_len", "context"), [(32, "packed"), (64, "packed"), (64, "document")])
+@pytest.mark.parametrize(
+    ("seq_len", "context"),
+    [
+        pytest.param(32, "packed", marks=pytest.mark.slow),
+        (64, "packed"),
+        pytest.param(64, "document", marks=pytest.mark.slow),
+    ],
+)
 def test_longrope_up_to_the_original_length(tmp_path: Path, rows: Callable, seq_len: int, context: str) -> None:
     """At exactly 64 tokens vLLM, which is given room for 65, would take the long factors."""
     model = make_phi3(tmp_path / "model")
@@ -149,7 +156,7 @@ def test_longrope_beyond_the_original_length_is_refused(tmp_path: Path, rows: Ca
 def test_yarn_with_max_position_embeddings_left_as_it_was(tmp_path: Path, rows: Callable, remit: Remit) -> None:
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
     model = make_model(tmp_path / "model", "Llama", positions=64, rope_scaling=scaling)
-    folder = score_to(tmp_path / "scored", rows(256), model, canary=True, logprob_step=0.0)
+    folder = score_to(tmp_path / "scored", rows(256), model, logprob_step=0.0)
     assert compare(folder, model, "rl", "packed", 1e-4) > 2000
     arguments = ("--model", model, "--global-batch-size", 2, "--max-steps", 1)
     code, _, err = remit("train", "--shards", folder.path, *arguments, "--out", tmp_path / "run")

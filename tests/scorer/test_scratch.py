@@ -11,10 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from processes import Command
 
 pytestmark = pytest.mark.usefixtures("starts_processes")
 
 ROOT = Path(__file__).parents[2]
+FORGET = (
+    "import os, tempfile; tempfile.tempdir = None; os.environ.pop('RAY_TMPDIR', None)"  # of the process that is forked
+)
 ENGINE = """
 import os, subprocess, sys, tempfile
 from scorer.scratch import own_temporary_folder
@@ -46,7 +50,6 @@ def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("how", ["kill", "end"])
-@pytest.mark.usefixtures("starts_processes")
 def test_the_folder_goes_with_its_process(temporary: Path, how: str) -> None:
     process = subprocess.Popen([sys.executable, "-c", ENGINE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -62,37 +65,29 @@ def test_the_folder_goes_with_its_process(temporary: Path, how: str) -> None:
     process.wait()
 
 
-@pytest.mark.usefixtures("starts_processes")
+def score(temporary: Path, out: Path, shards: Path, model: Path, *options: object, **variables: str) -> Command:
+    """remit score with a Ray of its own, both of which find `temporary`."""
+    arguments = ["score", "--shards", shards, "--model", model, "--out", out, "--num-engines", 1, *options]
+    return Command(out.parent, *arguments, private=True, first=FORGET, TMPDIR=str(temporary), **variables)
+
+
 def test_score_leaves_nothing_behind(temporary: Path, tmp_path: Path, packed: Path, reference_model: Path) -> None:
-    """vLLM itself, with one engine that is killed on its way and one that the end of the run ends."""
-    clean = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_TMPDIR")}
-    marker, seen = tmp_path / "marker", set()
-    command = [sys.executable, "-P", "-m", "pipelines.cli", "score", "--shards", packed, "--model", reference_model]
-    command += ["--out", tmp_path / "out", "--num-engines", 1, "--dtype", "float32"]
-    variables = clean | {"REMIT_CRASH_AT": f"part.synced@{marker}"}
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(list(map(str, command)), env=variables, stdout=log, stderr=log)
-        while process.poll() is None:
-            seen |= {path.parent.name[:13] for path in temporary.glob("remit-engine-*/vllm_dist_*")}
-            time.sleep(0.1)
-    assert process.returncode == 0, (tmp_path / "log").read_text()
-    assert marker.exists()
+    """vLLM itself, which the end of the run ends."""
+    run, seen = score(temporary, tmp_path / "out", packed, reference_model, "--dtype", "float32", "--no-canary"), set()
+    while run.process.is_alive():
+        seen |= {path.parent.name[:13] for path in temporary.glob("remit-engine-*/vllm_dist_*")}
+        time.sleep(0.1)
+    assert run.finish() == 0, run.errors
     assert seen == {"remit-engine-"}  # else this test looks for the wrong name
     until(lambda: {path.name for path in temporary.iterdir()} <= {f"remit-cores-{os.getuid()}", "ray"})
     assert list((temporary / "ray").glob("session_2*")) == []
 
 
-@pytest.mark.usefixtures("starts_processes")
 def test_sessions_of_ray(temporary: Path, tmp_path: Path, packed: Path, reference_model: Path) -> None:
     """A private Ray's logs go where all went well, and stay where they may be wanted."""
-    clean = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_TMPDIR")}
-    command = [sys.executable, "-P", "-m", "pipelines.cli", "score", "--shards", packed, "--model", reference_model]
-    command += ["--engine", "fake", "--num-engines", 1]
     sessions = lambda: len(list((temporary / "ray").glob("session_2*")))  # noqa: E731
-    done = subprocess.run([*map(str, command), "--out", str(tmp_path / "a")], env=clean, capture_output=True, text=True)
-    assert (done.returncode, sessions()) == (0, 0), done.stderr
-    killed = clean | {"REMIT_CRASH_AT": "driver.committed"}
-    done = subprocess.run(
-        [*map(str, command), "--out", str(tmp_path / "b")], env=killed, capture_output=True, text=True
-    )
-    assert (done.returncode, sessions()) == (-signal.SIGKILL, 1), done.stderr
+    inputs = (packed, reference_model, "--engine", "fake")
+    run = score(temporary, tmp_path / "a", *inputs)
+    assert (run.finish(), sessions()) == (0, 0), run.errors
+    run = score(temporary, tmp_path / "b", *inputs, REMIT_CRASH_AT="driver.committed")
+    assert (run.finish(), sessions()) == (-signal.SIGKILL, 1), run.errors

@@ -34,7 +34,7 @@ FORKS = multiprocessing.get_context("fork")
 
 
 def fake_score(faulty: Faulty, out: Path) -> list[object]:
-    return faulty.command("score", out, "--num-engines", 1)
+    return faulty.command("score", out)
 
 
 # --- who gets the lease ---------------------------------------------------------------------------------

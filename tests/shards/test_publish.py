@@ -3,8 +3,6 @@
 import errno
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +11,7 @@ import pytest
 import yaml
 from annotated import annotate, by_model
 from faulty import Faulty
-from processes import content
+from processes import Command, content
 
 from shards.lease import Lease
 from shards.output_folder import writing
@@ -21,7 +19,7 @@ from shards.publish import fsync_folder, give_name
 from shards.store import LocalStore
 
 ROOT = Path(__file__).parents[2]
-# what Python imports first in every process that finds it, Ray's workers among them
+# what runs first in the commands, and what Python imports first in every process that they start, Ray's workers among them
 SITE = """
 import errno, os, stat
 
@@ -165,68 +163,67 @@ def test_folders_that_cannot_be_synced(tmp_path: Path, monkeypatch: pytest.Monke
         fsync_folder(tmp_path)
 
 
-# --- the commands, as processes that find this sitecustomize ---------------------------------------------------
+# --- the commands, as processes without links ------------------------------------------------------------------
+
+Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a command with a Ray of its own: run("pack", "--seq-len", 64) -> (exit code, stdout, stderr)."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(SITE)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
-    def of(
-        *arguments: object, link: str = "EPERM", sync: str = "EINVAL", **more: str
-    ) -> subprocess.CompletedProcess[str]:
-        clean = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-        own = {"PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}", "NO_LINK": link, "NO_SYNC": sync, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-P", "-m", "pipelines.cli", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, env=clean | own | more, cwd=tmp_path)
+    def of(*arguments: object, link: str = "EPERM", sync: str = "EINVAL", **more: str) -> tuple[int, str, str]:
+        own = {"PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}", "NO_LINK": link, "NO_SYNC": sync}
+        command = Command(tmp_path, *arguments, private=True, first=SITE, **own, **more)
+        return command.finish(), command.output.with_suffix(".out").read_text(), command.errors
 
     return of
 
 
-def test_pack_and_score_without_links_also_after_kills(
-    run: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, faulty: Faulty
-) -> None:
+def test_pack_and_score_without_links_also_after_kills(run: Run, tmp_path: Path, faulty: Faulty) -> None:
     out = tmp_path / "packed"
     for point in ("manifest.linked", "driver.committed"):
-        done = run(*faulty.command("pack", out), REMIT_CRASH_AT=point)
-        assert done.returncode == -signal.SIGKILL, done.stderr
+        code, _, error = run(*faulty.command("pack", out), REMIT_CRASH_AT=point)
+        assert code == -signal.SIGKILL, error
     marker = tmp_path / "marker"
-    done = run(*faulty.command("pack", out), link="ENOSYS", sync="ENOTSUP", REMIT_CRASH_AT=f"part.linked@{marker}")
-    assert (done.returncode, marker.exists()) == (0, True), done.stderr
+    code, _, error = run(
+        *faulty.command("pack", out), link="ENOSYS", sync="ENOTSUP", REMIT_CRASH_AT=f"part.linked@{marker}"
+    )
+    assert (code, marker.exists()) == (0, True), error
     assert content(out) == faulty.undisturbed("pack")
 
     scored, marker = tmp_path / "scored", tmp_path / "marker-of-score"
-    killed = run(*faulty.command("score", scored), link="ENOTSUP", sync="EBADF", REMIT_CRASH_AT="driver.committed")
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    done = run(*faulty.command("score", scored), link="EXDEV", REMIT_CRASH_AT=f"record.linked@{marker}")
-    assert (done.returncode, marker.exists()) == (0, True), done.stderr
+    code, _, error = run(
+        *faulty.command("score", scored), link="ENOTSUP", sync="EBADF", REMIT_CRASH_AT="driver.committed"
+    )
+    assert code == -signal.SIGKILL, error
+    code, _, error = run(*faulty.command("score", scored), link="EXDEV", REMIT_CRASH_AT=f"record.linked@{marker}")
+    assert (code, marker.exists()) == (0, True), error
     assert content(scored) == faulty.undisturbed("score")
 
 
 def test_train_select_and_flywheel_without_links(
-    run: Callable[..., subprocess.CompletedProcess[str]],
-    tmp_path: Path,
-    small: Path,
-    models: dict[str, Path],
-    tokenizer_folder: Path,
-    faulty: Faulty,
+    run: Run, tmp_path: Path, small: Path, models: dict[str, Path], faulty: Faulty
 ) -> None:
     one = annotate(small, tmp_path / "one", by_model(models["reference"], "packed", 1 / 64), "packed", 1 / 64)
     both = annotate(one, tmp_path / "both", by_model(models["base"], "packed", 1 / 64), "packed", 1 / 64, name="small")
-    done = run("select", "--shards", both, "--teacher", "rl", "--small", "small", "--out", tmp_path / "kept")
-    assert (done.returncode, done.stdout[:8]) == (0, "selected"), done.stderr
+    kept = tmp_path / "kept"
+    code, output, error = run("select", "--shards", both, "--teacher", "rl", "--small", "small", "--out", kept)
+    assert (code, output[:8]) == (0, "selected"), error
     options = ["--max-steps", 4, "--checkpoint-every", 2, "--export-every", 2, "--global-batch-size", 8]
-    train = ["train", "--shards", tmp_path / "kept", "--model", models["base"], "--out", tmp_path / "run", *options]
+    train = ["train", "--shards", kept, "--model", models["base"], "--out", tmp_path / "run", *options]
     for expected in ("trained 4 steps", "nothing to do"):
-        done = run(*train, link="ENOSYS")
-        assert (done.returncode, done.stdout.startswith(expected)) == (0, True), done.stderr
+        code, output, error = run(*train, link="ENOSYS")
+        assert (code, output.startswith(expected)) == (0, True), error
 
     (tmp_path / "own.sh").write_text('cp -r "$REMIT_MODEL"/* "$REMIT_OUTPUT"\n')
     loop = {
-        "base": str(faulty.model), "corpus": str(faulty.corpus), "out": "loop", "seq_len": 48, "rounds": 0,
-        "train": {"max_steps": 2, "global_batch_size": 4}, "posttrain": [{"command": ["bash", "own.sh"]}],
+        "base": str(faulty.model), "corpus": str(faulty.corpus), "out": str(tmp_path / "loop"), "seq_len": 48, "rounds": 0,
+        "train": {"max_steps": 2, "global_batch_size": 4}, "posttrain": [{"command": ["bash", str(tmp_path / "own.sh")]}],
     }  # fmt: skip
     (tmp_path / "loop.yaml").write_text(yaml.safe_dump(loop))
-    done = run("flywheel", "--config", "loop.yaml", link="ENOTSUP")
-    assert done.returncode == 0, done.stderr
+    code, _, error = run("flywheel", "--config", tmp_path / "loop.yaml", link="ENOTSUP")
+    assert code == 0, error
