@@ -38,7 +38,7 @@ class Base:
 class TokenFigures:
     """Of a row, float32 [T]: log-probs, delta = log p(reference) - log p(base), delta minus its mean over the row,
     ReMiT weight. clipped_T, int8: -1 where the weight was raised to 1 - epsilon, 1 where it was cut to 1 + epsilon.
-    entropy_T: of the reference's prediction at temperature 1, where it is stored."""
+    entropy_T: of the reference's prediction at temperature 1, where it is stored and was read."""
 
     reference_T: np.ndarray
     base_T: np.ndarray
@@ -89,7 +89,8 @@ def token_figures(row: Rows, reference: str, base: Base, epsilon: float) -> Toke
         assert weighted.clipped_high_N is not None
         clipped_T[both_T] = (weighted.clipped_high_N.int() - weighted.clipped_low_N.int()).numpy()
     entropy = entropy_column(row.part.manifest, reference)
-    entropy_T = np.full_like(reference_T, np.nan) if entropy is None else row.values(entropy)
+    is_read = entropy in row.batch.schema.names
+    entropy_T = row.values(entropy) if entropy and is_read else np.full_like(reference_T, np.nan)
     return TokenFigures(reference_T, base_T, delta_T, centred_T, weight_T, clipped_T, entropy_T)
 
 
