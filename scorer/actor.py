@@ -7,7 +7,7 @@ enters with the engine, after the environment that it reads is set.
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
@@ -31,7 +31,8 @@ from shards.rows import Rows
 
 @dataclass(frozen=True)
 class ScoringTask:
-    """What every part of a run has in common. num_embeddings: ids of the reference are below it."""
+    """What every part of a run has in common. num_embeddings: ids of the reference are below it. entropies: columns of its
+    entropy, and the range of each column's values."""
 
     shards: str
     out: str
@@ -41,6 +42,7 @@ class ScoringTask:
     logprob_step: float
     num_embeddings: int
     top_k: int = 0
+    entropies: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 class ScoringActor:
@@ -129,7 +131,7 @@ class ScoringActor:
     def _submit(self, job: Job, rows: Rows) -> ScoredRows:
         """Send the prompts of a record batch to the engine."""
         task = self._task
-        scored = ScoredRows(rows, task.context, task.num_embeddings, task.top_k)
+        scored = ScoredRows(rows, task.context, task.num_embeddings, task.top_k, task.entropies)
         for start, end, row in scored.spans:
             if row not in scored.faults:
                 self._loop.submit(job, job.asked, rows.ids[start:end])
@@ -249,7 +251,7 @@ def make_engine(config: EngineConfig, model_config: dict[str, Any], cores: int) 
     if config.kind == "fake":
         from scorer.fake import FakeEngine
 
-        return FakeEngine(config.vocab_size, config.top_k)
+        return FakeEngine(config.vocab_size, config.kept)
     tokens = batched_tokens(config, device_memory(config.device))
     os.environ.update(environment(config, model_config, claim_cores(cores), tokens))
     own_temporary_folder()  # after the claim of cores, which all engines of a machine look for in one place

@@ -20,6 +20,7 @@ from scorer.pool import EnginePool, Outcome
 from scorer.stopping import StopGuard, Stopped
 from scorer.telemetry import ScoreLog, ScoreProgress
 from shards.crash import crash_point
+from shards.entropy import entropy_columns
 from shards.folder import ShardFolder
 from shards.lease import Lease, LeaseLost
 from shards.quarantine import write_failure
@@ -77,7 +78,7 @@ class Drive:
         self._announced = False
         task = ScoringTask(
             config.shards, config.out, lease.fence, config.name, config.context, config.logprob_step,
-            engine.vocab_size, config.top_k,
+            engine.vocab_size, config.top_k, entropy_columns(config.name, folder.manifest.references[config.name]),
         )  # fmt: skip
         cores = int(self.bundle.get("CPU", 1))
         self.pool = EnginePool(
@@ -156,6 +157,7 @@ class Drive:
                 bytes_, tokens = bytes_ + self.shards.record(plan.name).size, tokens + plan.tokens
         rounded = self.config.logprob_step > 0
         per_token = bytes_ / max(1, tokens) + COLUMN_BYTES_PER_TOKEN[rounded]
+        per_token += self.engine.kept.num_entropies * COLUMN_BYTES_PER_TOKEN[rounded]
         per_token += self.config.top_k * TOPK_BYTES_PER_ENTRY[rounded]
         return per_token * self.folder.manifest.tokens
 

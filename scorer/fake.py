@@ -2,7 +2,8 @@
 
 It starts at once and gives the same numbers everywhere, so that a run which was killed can be compared with one
 which was not. REMIT_FAKE_ENGINE, a JSON object, makes it fail: {"nan": [17]} answers NaN for prompts that hold the
-token 17, likewise inf, positive, zeros, and topk one token twice among the most probable; hang, die and raise do what they say; "once": FILE limits that to the
+token 17, likewise inf, positive, zeros, topk one token twice among the most probable, and entropy
+a negative entropy; hang, die and raise do what they say; "once": FILE limits that to the
 first time; "seconds": S makes each step take S seconds.
 """
 
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from scorer.engine import Answer
+from scorer.logits import Kept
 
 PROMPTS_PER_STEP = 8
 
@@ -45,11 +47,25 @@ def hashed_topk(prompt: np.ndarray, logprobs: np.ndarray, vocab_size: int, top_k
     return Answer(logprobs, best, np.take_along_axis(logprobs_NW, order_NK, -1))
 
 
+def hashed_entropies(logprobs: np.ndarray, vocab_size: int, temperatures: tuple[float, ...]) -> np.ndarray:
+    """Entropies, float32 [tokens - 1, E] as of scorer.logits, of distributions that have these `logprobs`, float32 [tokens
+    - 1]: all other tokens of the vocabulary have the same probability."""
+    own, others = logprobs.astype(np.float64), max(1, vocab_size - 1)
+    rest = np.log1p(-np.exp(own)) - np.log(others)
+    found = []
+    for temperature in temperatures:
+        log_partition = np.logaddexp(own / temperature, rest / temperature + np.log(others))
+        own_t, rest_t = own / temperature - log_partition, rest / temperature - log_partition
+        entropy = -np.exp(own_t) * own_t - others * np.exp(rest_t) * rest_t
+        found += [entropy] if temperature == 1 else [entropy, log_partition]
+    return np.stack(found, axis=1).astype(np.float32)
+
+
 class FakeEngine:
     """Answers eight prompts a step."""
 
-    def __init__(self, vocab_size: int, top_k: int = 0) -> None:
-        self._vocab_size, self._top_k = vocab_size, top_k
+    def __init__(self, vocab_size: int, kept: Kept) -> None:
+        self._vocab_size, self._kept = vocab_size, kept
         self.description: dict[str, Any] = {"engine": "fake"}
         self._faults = json.loads(os.environ.get("REMIT_FAKE_ENGINE", "{}"))
         self._queue: list[tuple[str, np.ndarray]] = []
@@ -68,8 +84,10 @@ class FakeEngine:
     def _answer(self, prompt: np.ndarray) -> Answer:
         logprobs = hashed_logprobs(prompt)
         answer = Answer(logprobs)
-        if self._top_k:
-            answer = hashed_topk(prompt, logprobs, self._vocab_size, self._top_k)
+        if self._kept.top_k:
+            answer = hashed_topk(prompt, logprobs, self._vocab_size, self._kept.top_k)
+        if self._kept.temperatures:
+            answer = answer._replace(entropies=hashed_entropies(logprobs, self._vocab_size, self._kept.temperatures))
         for fault, tokens in self._faults.items():
             if fault in ("once", "seconds") or not np.isin(prompt, tokens).any() or not self._first_time():
                 continue
@@ -82,6 +100,9 @@ class FakeEngine:
             elif fault == "topk":
                 assert answer.topk_ids is not None
                 answer.topk_ids[len(logprobs) // 3, -1] = answer.topk_ids[len(logprobs) // 3, 0]
+            elif fault == "entropy":
+                assert answer.entropies is not None
+                answer.entropies[len(logprobs) // 3, 0] = -0.5
             else:
                 values = {"nan": np.nan, "inf": -np.inf, "positive": 0.5, "zeros": 0.0}
                 logprobs[len(logprobs) // 3 if fault != "zeros" else 0 :] = values[fault]

@@ -44,7 +44,7 @@ class ForwardTask:
         limit = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
         threads = int(limit) if limit.isdigit() else 0
         task: Any = ray.remote(compute).options(num_cpus=0, max_retries=2)
-        self._reference = task.remote(engine.model, prompts, engine.top_k, dtypes, threads)
+        self._reference = task.remote(engine.model, prompts, engine.kept, dtypes, threads)
         self._result: Forwards | None = None
         self._began = monotonic()
         self._said = self._began + SAID_AFTER_SECONDS - SAID_EVERY_SECONDS

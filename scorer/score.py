@@ -38,7 +38,10 @@ from shards.store import Store, absolute, open_store
 
 __all__ = ["PartsFailed", "score"]
 
-OPTIONS = ("dtype", "context", "logprob_step", "top_k", "tensor_parallel_size", "engine", "engine_args")
+OPTIONS = (
+    *("dtype", "context", "logprob_step", "top_k", "entropy", "entropy_temperature"),
+    *("tensor_parallel_size", "engine", "engine_args"),
+)
 """Fields of a reference that options decide."""
 NOT_RECORDED_BEFORE = ("engine_distribution", "device", "head_dtype", "tokenizer_differences")
 
@@ -95,6 +98,7 @@ def score(
             version=version,
             distribution=distribution,
             text_alone=model_config["text_alone"],
+            temperatures=config.temperatures,
             arguments=engine_args,
         )
         manifest = with_reference(shards.manifest, config, reference, engine, tokenizer_differences)
