@@ -7,15 +7,13 @@ engine, take a part, score it and commit it. The same command again does the par
 from collections.abc import Callable
 from dataclasses import replace
 
-import ray
-
 from scorer.canary import Forwards
 from scorer.cluster import ray_cluster, ray_errors
 from scorer.config import ScoreConfig
 from scorer.driver import Drive, PartsFailed, Progress
 from scorer.engine import EngineConfig
 from scorer.forwards import ForwardTask, find_prompts
-from scorer.placement import engine_bundle
+from scorer.placement import KEYS, engine_bundle, wait_for_nodes
 from scorer.precision import nearer_dtype, settled_dtype
 from scorer.reference import (
     Reference,
@@ -67,13 +65,14 @@ def score(
     distribution, version = require_vllm() if config.engine == "vllm" else ("", "")
     if config.engine == "vllm" and config.canary:
         require_quantised_readable(reference.path, "; --no-canary scores without a second opinion")
+    device = device_of(distribution, version)
     out = open_store(config.out)
     require_empty(out, MANIFEST, "a shard folder")
     dtype = settled_dtype(config, reference.path, model_config, recorded_dtype(out, config.name), note)
-    with ray_cluster(config.debug):
-        device = "cuda" if ray.cluster_resources().get("GPU") and config.engine == "vllm" else "cpu"
-        if config.engine == "vllm":
-            require_head_size(model_config, reference.path, device)
+    if config.engine == "vllm":
+        require_head_size(model_config, reference.path, device)
+    with ray_cluster(config.debug, note):
+        wait_for_nodes(KEYS[device], should_stop, note)
         engine = EngineConfig(
             model=reference.path.absolute(),
             dtype=dtype or "bfloat16",
@@ -110,6 +109,11 @@ def score(
                 drive.drive(should_stop)
             crash_point("driver.finished")
     return folder
+
+
+def device_of(distribution: str, version: str) -> str:
+    """What the installed build of vLLM runs on, whatever the nodes have that are there already: cuda or cpu."""
+    return "cuda" if distribution == "vllm" and "cpu" not in version else "cpu"
 
 
 def with_reference(
