@@ -6,6 +6,7 @@ A part is committed by the engine's actor; the driver only counts, so it may die
 import contextlib
 from collections import deque
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from time import monotonic
 from typing import Any
@@ -23,6 +24,7 @@ from scorer.pool import EngineHandle, EnginePool, Outcome
 from scorer.stopping import StopGuard, Stopped
 from scorer.telemetry import ScoreLog, ScoreProgress
 from scorer.watch import Watch, after_failure
+from shards.asking import tell_of_silence
 from shards.crash import crash_point
 from shards.folder import ShardFolder
 from shards.lease import Lease, LeaseLost
@@ -120,7 +122,8 @@ class Drive:
         missing = len(self.waiting) / len(self.tokens)
         self.folder.store.require_free(int(missing * self._needed_bytes()), "the annotated folder")
         stop = StopGuard(should_stop, self.config.grace_seconds)
-        event = "failed"
+        event, why = "failed", {}
+        before = tell_of_silence(partial(self.tell, "store"))
         try:
             self.canary()  # its forward runs while the engines start
             with ray_errors(stop.requested):
@@ -143,11 +146,14 @@ class Drive:
         except BaseException as error:
             if stop.requested() and (isinstance(error, SystemError) or not isinstance(error, Exception)):
                 event = "stopped"  # by a second signal
+            else:
+                why = {"reason": one_line(error)}
             raise
         finally:
+            tell_of_silence(before)
             self.note(f"{event}: {self.state.parts:,} of {self.state.parts_total:,} parts are committed")
             self.pool.close()
-            self.log.write(event, self.state)
+            self.log.write(event, asdict(self.state) | why)
             self.log.close()
         if self.failed:
             first, reason = next(iter(self.failed.items()))
@@ -252,7 +258,7 @@ class Drive:
             )
         what = {"ready": "has died at work", "testing": "is not used"}.get(outcome.stage, "did not start")
         if outcome.fault is Fault.NOBODYS:
-            what = "is lost"
+            what = "is lost" if outcome.stage == "ready" else "is lost before it was ready"
         self.tell(
             "engine_lost", f"{engine} {what}: {reason}{then}", engine=engine.number, node=engine.place, fault=outcome.fault.value,
             parts=outcome.parts,

@@ -10,7 +10,7 @@ import ray
 from scorer.cluster import nodes_may_join, require_ray
 from scorer.config import ScoreConfig
 from scorer.stopping import Stopped
-from scorer.waiting import Waits
+from scorer.waiting import Waits, counted
 
 KEYS = {"cuda": "GPU", "cpu": "CPU"}
 SAID_AFTER_SECONDS = 3.0
@@ -53,7 +53,7 @@ def wait_for_nodes(key: str, should_stop: Callable[[], bool], note: Callable[[st
         there = any(node.resources.get(key, 0) >= 1 for node in nodes)
         what = None
         if not there:
-            what = f"a node with a {key}; the cluster has {len(nodes)} nodes so far, none with one"
+            what = f"a node with a {key}; the cluster has {counted(len(nodes), 'node')} so far, none with one"
         line = waits.update(time.monotonic(), "", what, SAID_AFTER_SECONDS, f"a node with a {key} is there")
         if line:
             note(line)

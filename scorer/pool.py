@@ -283,9 +283,10 @@ class EnginePool:
 
     def shrink(self, wanted: int) -> None:
         """Give back engines that have nothing to do and are not needed any more."""
-        for engine in list(self.engines):
-            if len(self.engines) > wanted and not engine.parts:
-                self._drop(engine)
+        for state in ("placing", "starting", "testing", "ready"):
+            for engine in self.in_state(state):
+                if len(self.engines) > wanted and not engine.parts:
+                    self._drop(engine)
 
     def close(self) -> None:
         """End all engines."""

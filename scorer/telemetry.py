@@ -13,7 +13,8 @@ from typing import Any
 from shards.store import LocalStore, Store
 
 SCORE_LOG = "_score.jsonl"
-REMOTE_SECONDS = 60.0
+REMOTE_SECONDS = 60.0  # between two writes; an object store takes the whole log each time
+LOCAL_SECONDS, LOCAL_AGAIN_SECONDS = 0.1, 5.0
 CLOSING_SECONDS = 10.0  # for what is still to be written at the end
 
 
@@ -98,9 +99,8 @@ class ScoreLog:
     def _run(self) -> None:
         closed = False
         while not closed:
-            closed = self._closed.wait(
-                0.1 if self._local and not self._failing else 5.0 if self._local else REMOTE_SECONDS
-            )
+            again = LOCAL_AGAIN_SECONDS if self._failing else LOCAL_SECONDS
+            closed = self._closed.wait(again if self._local else REMOTE_SECONDS)
             try:
                 self._flush()
             except Exception as error:

@@ -44,3 +44,8 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def counted(number: int, what: str) -> str:
+    """1 node, 2 nodes."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -9,7 +9,7 @@ import ray
 
 from scorer.health import NodeHealth
 from scorer.pool import EngineHandle, EnginePool
-from scorer.waiting import Waits, duration
+from scorer.waiting import Waits, counted, duration
 
 PLACE_SECONDS, START_SECONDS, SILENT_SECONDS = 30.0, 120.0, 5.0  # that a wait takes before it is worth a line
 FREE_SECONDS = 10.0  # for which the resources that are free are not asked for again
@@ -58,14 +58,16 @@ class Watch:
             listed = f" ({', '.join(rooms)})" if len(rooms) <= 8 else ""
             total = sum(node.room(bundle) for node in nodes.values())
             self._tell(
-                "nodes", f"{len(nodes)} nodes with room for {total} engines of {each:g} {key}{listed}", room=total
+                "nodes",
+                f"{counted(len(nodes), 'node')} with room for {counted(total, 'engine')} of {each:g} {key}{listed}",
+                room=total,
             )
             self._nodes = {id_: node.name for id_, node in nodes.items()}
         for id_, node in nodes.items():
             if id_ not in self._nodes:
                 room = node.room(bundle)
                 says = (
-                    f"room for {room} engines"
+                    f"room for {counted(room, 'engine')}"
                     if room
                     else f"has {node.resources.get(key, 0):g} {key}, an engine takes {each:g}: it gets none"
                 )

@@ -23,10 +23,14 @@ _leaving = threading.Event()
 _tell: Callable[[str], None] | None = None
 
 
-def tell_of_silence(tell: Callable[[str], None]) -> None:
-    """Have `tell` called, from any thread, with a line when a store falls silent and one when it answers again."""
+def tell_of_silence(tell: Callable[[str], None] | None) -> Callable[[str], None] | None:
+    """Have `tell` called, from any thread, with a line when a store falls silent and one when it answers again.
+
+    Returns what was told before.
+    """
     global _tell
-    _tell = tell
+    before, _tell = _tell, tell
+    return before
 
 
 def leave() -> None:

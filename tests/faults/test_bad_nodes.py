@@ -175,7 +175,7 @@ def test_thirty_nodes_are_taken_away_in_a_row(nodes: Nodes, tmp_path: Path, faul
 def test_a_cluster_that_is_empty_at_first(nodes: Nodes, tmp_path: Path, faulty: Faulty) -> None:
     """pack waits and ends at once on a signal; score waits, nodes come, it goes on."""
     run = Command(tmp_path, *faulty.command("pack", tmp_path / "packed"), private=True, RAY_ADDRESS=nodes.address)
-    waiting = "waiting for a node with a CPU; the cluster has 1 nodes so far, none with one"
+    waiting = "waiting for a node with a CPU; the cluster has 1 node so far, none with one"
     run.until(lambda: waiting in run.errors)
     run.signal(signal.SIGTERM)
     began = time.monotonic()
