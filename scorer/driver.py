@@ -166,9 +166,9 @@ class Drive:
     def _require_hope(self) -> None:
         """End the run where engines start nowhere."""
         nodes = [node.id for node in self.pool.nodes().values() if node.room(self.bundle)]
-        working = [engine.node for engine in self.pool.in_state("starting", "testing", "ready", "lost")]
+        engines = [(one.node, one.began) for one in self.pool.in_state("starting", "testing", "ready", "lost")]
         self.health.keep_only(self.pool.nodes())
-        reason = self.health.hopeless(monotonic(), nodes, working)
+        reason = self.health.hopeless(monotonic(), nodes, engines)
         if reason is None:
             return
         if isinstance(self._last_error, CanaryFailed):

@@ -92,19 +92,20 @@ class NodeHealth:
         """The nodes on which nothing is to be started now."""
         return frozenset(node for node in self._nodes if self.rest(node, now))
 
-    def hopeless(self, now: float, nodes: Collection[str], working: Collection[str]) -> str | None:
+    def hopeless(self, now: float, nodes: Collection[str], engines: Collection[tuple[str, float]]) -> str | None:
         """Why the run should end, None where it should not.
 
-        nodes: those with room for an engine. working: those with engines that start, wait for their comparison or are ready.
-        It ends where no engine ever was ready and NODES_ALIKE nodes failed alike, or all that there are as often as is
-        allowed in a row, with nothing on its way on another one; or where all nodes are out for good.
+        nodes: those with room for an engine. engines: node and beginning of those that start, wait for their comparison or
+        are ready. It ends where no engine ever was ready and NODES_ALIKE nodes failed alike, or all that there are as often
+        as is allowed in a row; or where all nodes are out for good. Engines are waited for that no failure of their node
+        came after: other GPUs of the node, other nodes.
         """
         bad = {node: record for node, record in self._nodes.items() if node in nodes}
-        if not bad or any(node not in bad for node in working):
+        if not bad or any(node not in bad or began <= bad[node].last for node, began in engines):
             return None
         record = max(bad.values(), key=lambda one: one.last)
         everywhere = len(bad) == len(nodes)
-        if everywhere and not working and all(one.rests_until == math.inf for one in bad.values()):
+        if everywhere and not engines and all(one.rests_until == math.inf for one in bad.values()):
             return None if self._wait_for_others(now, bad) else record.reason
         if self.ever_ready:
             return None

@@ -42,7 +42,7 @@ class EngineHandle:
     group: Any
     avoid: frozenset[str] = frozenset()
     node: str = ""
-    place: str = "nowhere yet"
+    place: str = ""
     actor: Any = None
     state: str = "placing"
     parts: set[str] = field(default_factory=set)
@@ -57,7 +57,7 @@ class EngineHandle:
     lost: BaseException | None = None
 
     def __str__(self) -> str:
-        return f"engine {self.number} on {self.place}"
+        return f"engine {self.number} on {self.place}" if self.place else f"engine {self.number} without a place"
 
 
 @dataclass(frozen=True)

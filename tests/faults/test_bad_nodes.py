@@ -102,7 +102,7 @@ def test_a_node_whose_mount_is_dead(nodes: Nodes, tmp_path: Path, faulty: Faulty
     gone = tmp_path / "gone"
     script = f"(until test -e {gone}; do sleep 0.1; done; mount -t tmpfs none {faulty.packed}; rm {gone}) &"
     nodes.add_apart(script)
-    run, out = start(nodes, tmp_path, faulty, **faults(seconds=1))
+    run, out = start(nodes, tmp_path, faulty, **faults(seconds=0.7))
     run.until(lambda: len(events(out, "engine_ready")) >= 2)
     gone.touch()
     complete(run, out, faulty)
@@ -135,7 +135,7 @@ def test_nodes_without_credentials_and_without_room_for_temporary_files(
     nodes.add(AWS_ENDPOINT_URL=server.endpoint, AWS_EC2_METADATA_DISABLED="true")
     small = tmp_path / "small"
     small.mkdir()
-    nodes.add_apart(f"mount -t tmpfs -o size=16k tmpfs {small}", TMPDIR=str(small), RAY_TMPDIR="/tmp", **keys)
+    nodes.add_apart(f"mount -t tmpfs -o size=4k tmpfs {small}", TMPDIR=str(small), RAY_TMPDIR="/tmp", **keys)
     out = f"s3://{BUCKET}/out"
     words = [out if word == tmp_path / "out" else word for word in faulty.command("score", tmp_path / "out")]
     run = Command(tmp_path, *words, private=True, RAY_ADDRESS=nodes.address, **faults(seconds=1), **keys)

@@ -72,12 +72,18 @@ class Nodes:
         """A node with mounts of its own: `prepare` is what the shell does before it starts. Ends with the cluster."""
         ray = Path(sys.executable).parent / "ray"
         start = f"{ray} start --address={self.address} --num-cpus=1 --object-store-memory={80 << 20} --block"
-        with open(self._log.with_name(f"apart-{time.monotonic_ns()}"), "w") as file:
+        log = self._log.with_name(f"apart-{time.monotonic_ns()}")
+        with open(log, "w") as file:
             process = subprocess.Popen(
                 ["unshare", "-rm", "sh", "-ec", f"{prepare}\nexec {start}"],
                 stdout=file, stderr=file, env=os.environ | NOTICED_SOON | environment, start_new_session=True,
             )  # fmt: skip
         self._apart.append(process)
+        deadline = time.monotonic() + 240
+        while "Ray runtime started" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
         return process
 
     def kill(self, pid: int) -> None:

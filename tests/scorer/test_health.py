@@ -73,7 +73,7 @@ def test_a_node_that_computes_wrongly_is_out_for_good() -> None:
     assert health.hopeless(10 * DAY, ["a", "b"], []) is None
     health.failed("b", 1, 3, "wrong", "the engine's log-probs are not the model's", for_good=True)
     assert "not the model's" in (health.hopeless(10, ["a", "b"], []) or "")
-    assert health.hopeless(10, ["a", "b"], ["a"]) is None  # an engine of it that passed is at work
+    assert health.hopeless(10, ["a", "b"], [("a", 0)]) is None  # an engine of it that passed is at work
     assert health.hopeless(10, ["a", "b", "c"], []) is None
 
 
@@ -94,8 +94,9 @@ def test_several_nodes_that_fail_alike_end_a_run_that_had_none() -> None:
     fails(health, "n2", 7, kind="no credentials")
     assert health.hopeless(7, nodes, []) is None  # not alike
     fails(health, "n3", 8)
-    assert health.hopeless(8, nodes, ["n0", "n60"]) is None  # on another node one still loads
-    assert health.hopeless(8, nodes, ["n0"]) == "out of memory at 8"
+    assert health.hopeless(8, nodes, [("n0", 7), ("n60", 1)]) is None  # on another node one still loads
+    assert health.hopeless(8, nodes, [("n0", 4)]) is None  # another GPU of the same node, loading since before
+    assert health.hopeless(8, nodes, [("n0", 7)]) == "out of memory at 8"
     assert health.hopeless(8, [], []) is None  # they have left the cluster
 
 
@@ -124,7 +125,8 @@ def test_a_private_ray_gets_no_other_node() -> None:
     health = NodeHealth(may_join=False)
     assert health.hopeless(0, ["a"], []) is None
     fails(health, "a", 5)
-    assert health.hopeless(5, ["a"], ["a"]) == "out of memory at 5"
+    assert health.hopeless(5, ["a"], [("a", 3)]) is None  # its other engine may be better
+    assert health.hopeless(5, ["a"], [("a", 6)]) == "out of memory at 5"
 
 
 def test_attempts_of_a_part_and_where_it_is_tried_next() -> None:
