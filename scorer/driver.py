@@ -18,9 +18,10 @@ from scorer.config import ScoreConfig
 from scorer.engine import EngineConfig
 from scorer.fake import faults, hashed_forwards
 from scorer.forwards import ForwardTask, find_prompts
+from scorer.handle import EngineHandle, Outcome
 from scorer.health import MAX_ATTEMPTS, Fault, NodeHealth, PartAttempts
 from scorer.placement import capacity
-from scorer.pool import EngineHandle, EnginePool, Outcome
+from scorer.pool import EnginePool
 from scorer.stopping import StopGuard, Stopped
 from scorer.telemetry import ScoreLog, ScoreProgress
 from scorer.watch import Watch, after_failure

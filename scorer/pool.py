@@ -6,7 +6,6 @@ Nothing here blocks: `poll` collects what has happened since the last call, with
 import math
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from itertools import count
 from time import monotonic
 from typing import Any
@@ -19,6 +18,7 @@ from scorer.actor import ScoringActor
 from scorer.canary import CanaryFailed, Forwards
 from scorer.cluster import HeadWatch, cause, death
 from scorer.engine_thread import EngineDied, NodeUnfit
+from scorer.handle import EngineHandle, Outcome
 from scorer.health import Fault
 from scorer.placement import Node, alive_nodes
 from shards.store_errors import StoreSilent
@@ -29,51 +29,6 @@ REMOVAL_SECONDS = 5.0
 VERDICT_SECONDS = 3.0  # a node that goes away ends its processes first, and is known to be gone a little later
 UNREACHABLE_SECONDS = 90.0  # Ray takes up to a minute to find a node dead
 SILENT_STORE_SECONDS = 30.0  # an engine whose store is silent is left alone for so long
-
-
-@dataclass
-class EngineHandle:
-    """An engine's process: its place, its actor, what it was asked. state: placing, starting, testing, ready, lost.
-
-    avoid: nodes where it must not be placed. lost: what Ray said of its process, before it is known what became of it.
-    """
-
-    number: int
-    group: Any
-    avoid: frozenset[str] = frozenset()
-    node: str = ""
-    place: str = ""
-    actor: Any = None
-    state: str = "placing"
-    parts: set[str] = field(default_factory=set)
-    began: float = field(default_factory=monotonic)  # with its placement
-    since: float = field(default_factory=monotonic)  # of the last sign of life
-    rests_until: float = 0.0
-    seen: Any = None
-    tokens: dict[str, int] = field(default_factory=dict)
-    silent: dict[str, float] = field(default_factory=dict)  # stores that do not answer it
-    description: dict[str, Any] = field(default_factory=dict)
-    stage: str = ""
-    lost: BaseException | None = None
-
-    def __str__(self) -> str:
-        return f"engine {self.number} on {self.place}" if self.place else f"engine {self.number} without a place"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a part, or of an engine that has ended and of the parts that it had.
-
-    result: counts and times of the part, where it was committed. Else error and fault. stage: the engine's state before it
-    ended; empty where it goes on.
-    """
-
-    engine: EngineHandle
-    parts: tuple[str, ...]
-    result: dict[str, Any] | None = None
-    error: BaseException | None = None
-    fault: Fault = Fault.NOBODYS
-    stage: str = ""
 
 
 class EnginePool:

@@ -7,8 +7,9 @@ from time import monotonic
 
 import ray
 
+from scorer.handle import EngineHandle
 from scorer.health import NodeHealth
-from scorer.pool import EngineHandle, EnginePool
+from scorer.pool import EnginePool
 from scorer.waiting import Waits, counted, duration
 
 PLACE_SECONDS, START_SECONDS, SILENT_SECONDS = 30.0, 120.0, 5.0  # that a wait takes before it is worth a line
