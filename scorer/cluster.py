@@ -20,8 +20,7 @@ from scorer.stopping import Stopped
 
 LOOPBACK = ("127.0.0.1", "localhost")
 RECONNECT_SECONDS = "RAY_gcs_rpc_server_reconnect_timeout_s"
-HEAD_PATIENCE = 0.6  # of the time after which Ray's library ends a driver that does not reach the head
-HEAD_LEAVE_SECONDS = 15.0
+HEAD_PATIENCE, HEAD_LEAVE = 0.6, 0.2  # of the time after which Ray's library ends a driver that does not reach the head
 PACKAGES = Path(__file__).resolve().parent.parent
 
 
@@ -159,7 +158,7 @@ class HeadWatch:
     def __init__(self, address: str, note: Callable[[str], None]) -> None:
         self._address, self._note = address, note
         seconds = float(os.environ.get(RECONNECT_SECONDS, 60))
-        self._patience = HEAD_PATIENCE * seconds
+        self._patience, self._leave = HEAD_PATIENCE * seconds, HEAD_LEAVE * seconds
         self._ended = threading.Event()
         threading.Thread(target=self._watch, name="head", daemon=True).start()
 
@@ -195,7 +194,7 @@ class HeadWatch:
         HeadWatch.gone = (
             f"the head of the cluster, {self._address}, has not answered for {self._patience:.0f} s; start it again"
         )
-        if not self._ended.wait(HEAD_LEAVE_SECONDS):
+        if not self._ended.wait(self._leave):
             os.write(
                 2, f"remit: error: Ray failed: RayGone: {HeadWatch.gone}; the same command again goes on\n".encode()
             )

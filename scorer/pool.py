@@ -3,12 +3,13 @@
 Nothing here blocks: `poll` collects what has happened since the last call, with whose fault it is as far as Ray tells.
 """
 
+import contextlib
 import math
 import threading
 from collections.abc import Callable
 from itertools import count
 from time import monotonic
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray.util import placement_group, placement_group_table, remove_placement_group
@@ -26,6 +27,7 @@ from shards.store_errors import StoreSilent
 PARTS_PER_ENGINE = 2  # one is read or written while the other is computed
 START_TIMEOUT_SECONDS = 1800.0
 REMOVAL_SECONDS = 5.0
+LOOK_SECONDS = 2.0
 VERDICT_SECONDS = 3.0  # a node that goes away ends its processes first, and is known to be gone a little later
 UNREACHABLE_SECONDS = 90.0  # Ray takes up to a minute to find a node dead
 SILENT_STORE_SECONDS = 30.0  # an engine whose store is silent is left alone for so long
@@ -52,7 +54,7 @@ class EnginePool:
         self._calls: dict[Any, tuple[EngineHandle, str, str]] = {}  # what was asked: engine, verb, part
         self._numbers = count(1)
         self._nodes: dict[str, Node] = {}
-        self._looked = -math.inf
+        self._looked, self._look = -math.inf, cast(threading.Thread | None, None)
         self._polled = monotonic()
         self._last_progress = 0.0
         self.restarts = 0
@@ -60,9 +62,16 @@ class EnginePool:
 
     def nodes(self) -> dict[str, Node]:
         """The nodes that are alive, by their ids, as of the last second or of when the cluster's head last answered."""
-        if monotonic() - self._looked > 1 and not HeadWatch.silent:
-            self._nodes, self._looked = alive_nodes(), monotonic()
+        if monotonic() - self._looked > 1 and not HeadWatch.silent and not (self._look and self._look.is_alive()):
+            # in a thread, since the call does not come back while there is no head
+            self._look = threading.Thread(target=self._look_at_nodes, daemon=True)
+            self._look.start()
+            self._look.join(LOOK_SECONDS if self._nodes else None)
         return self._nodes
+
+    def _look_at_nodes(self) -> None:
+        with contextlib.suppress(Exception):  # the driver has its own ways to see that Ray has gone
+            self._nodes, self._looked = alive_nodes(), monotonic()
 
     def ready(self) -> list[EngineHandle]:
         """Engines that can take parts."""
