@@ -232,12 +232,9 @@ class Drive:
                 self._note_attempt(part, engine, error)
             else:
                 self._try_again(part)
-                if not outcome.stage:  # else it stands in the line of the engine
-                    self.tell(
-                        "part_waits",
-                        f"{part}: waits again, no attempt of its own: {one_line(error)}, {engine}",
-                        part=part,
-                    )
+                if not outcome.stage:  # its store is silent, of which there is a line already
+                    facts = {"part": part, "engine": engine.number, "node": engine.place, "reason": one_line(error)}
+                    self.log.write("part_waits", facts)
 
     def _note_engine(self, outcome: Outcome, error: BaseException) -> None:
         """An engine has ended: whose fault it was, and what follows for its node."""
@@ -245,11 +242,8 @@ class Drive:
         reason, then = one_line(error), ""
         if outcome.fault is Fault.NOBODYS:
             reason = str(error)
-            then = (
-                f"; what it had waits again and counts as no attempt: {', '.join(outcome.parts)}"
-                if outcome.parts
-                else ""
-            )
+            if outcome.parts:
+                then = f"; what it had waits again and counts as no attempt: {', '.join(outcome.parts)}"
         elif outcome.fault is Fault.NODES or not any(map(self.attempts.suspect, outcome.parts)):
             self._last_error, wrong = error, isinstance(error, CanaryFailed)
             kind = "".join(letter for letter in reason if not letter.isdigit())[:60]

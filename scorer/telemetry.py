@@ -61,8 +61,7 @@ class ScoreLog:
         self._earlier: str | None = None  # all lines so far, of a store that cannot append
         self._failing = False
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="score log", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
 
     def update(self, progress: ScoreProgress) -> None:
         """Derive the rates, and write a line when one is due."""
@@ -83,18 +82,26 @@ class ScoreLog:
         """Have a line written. event: progress, done, stopped, failed, or what the driver tells of."""
         values = values if isinstance(values, dict) else asdict(values)
         line = json.dumps({"time": time.time(), "event": event, **values}) + "\n"
+        self._begin()
         with self._lock:
             self._lines.append(line)
 
     def also(self, task: Callable[[], None]) -> None:
         """Have something else written into the folder, tried until it is."""
+        self._begin()
         with self._lock:
             self._tasks.append(task)
 
     def close(self) -> None:
         """Write what is left, as far as that is possible now."""
         self._closed.set()
-        self._thread.join(CLOSING_SECONDS)
+        if self._thread:
+            self._thread.join(CLOSING_SECONDS)
+
+    def _begin(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="score log", daemon=True)
+            self._thread.start()
 
     def _run(self) -> None:
         closed = False
