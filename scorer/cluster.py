@@ -20,6 +20,7 @@ from scorer.stopping import Stopped
 
 LOOPBACK = ("127.0.0.1", "localhost")
 RECONNECT_SECONDS = "RAY_gcs_rpc_server_reconnect_timeout_s"
+SHUTDOWN_SECONDS = 2.0
 HEAD_PATIENCE, HEAD_LEAVE = 0.6, 0.2  # of the time after which Ray's library ends a driver that does not reach the head
 PACKAGES = Path(__file__).resolve().parent.parent
 
@@ -125,9 +126,15 @@ def ray_cluster(debug: bool = False, note: Callable[[str], None] = lambda line: 
     except SystemError as error:  # what a signal's handler raises within one of Ray's calls arrives so
         raise cause(error) from None
     finally:
-        ray.shutdown()
-        if head:
-            head.end()
+        if HeadWatch.gone and head:  # it may not come back
+            head.quiet = True
+            closing = threading.Thread(target=ray.shutdown, daemon=True)
+            closing.start()
+            closing.join(SHUTDOWN_SECONDS)
+        else:
+            ray.shutdown()
+            if head:
+                head.end()
         if went_well and session and not debug:  # else the logs of Ray's processes may be wanted
             shutil.rmtree(session, ignore_errors=True)
 
@@ -149,7 +156,7 @@ class HeadWatch:
 
     One that comes back within the time that Ray waits for it (fault-tolerant heads do) costs nothing. Shortly before
     Ray's library would end this process, `require_ray` raises; where the driver is within one of Ray's calls and does not
-    get there, the process ends from here, with a line and our exit code.
+    get there, the process ends from here, with a line (unless quiet: the driver has its own) and our exit code.
     """
 
     gone = ""  # why there is no head any more
@@ -160,6 +167,7 @@ class HeadWatch:
         seconds = float(os.environ.get(RECONNECT_SECONDS, 60))
         self._patience, self._leave = HEAD_PATIENCE * seconds, HEAD_LEAVE * seconds
         self._ended = threading.Event()
+        self.quiet = False
         threading.Thread(target=self._watch, name="head", daemon=True).start()
 
     def end(self) -> None:
@@ -194,11 +202,12 @@ class HeadWatch:
         HeadWatch.gone = (
             f"the head of the cluster, {self._address}, has not answered for {self._patience:.0f} s; start it again"
         )
-        if not self._ended.wait(self._leave):
-            os.write(
-                2, f"remit: error: Ray failed: RayGone: {HeadWatch.gone}; the same command again goes on\n".encode()
-            )
-            os._exit(1)
+        if self._ended.wait(self._leave):
+            return
+        if not self.quiet:
+            line = f"remit: error: Ray failed: RayGone: {HeadWatch.gone}; the same command again goes on"
+            os.write(2, f"{line}\n".encode())
+        os._exit(1)
 
 
 @contextlib.contextmanager

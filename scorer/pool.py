@@ -260,6 +260,8 @@ class EnginePool:
 
 def _end(engines: list[EngineHandle]) -> None:
     """End the engines' processes and give their places back."""
+    if HeadWatch.gone:  # nobody is there to be told; they end with their driver
+        return
 
     def end() -> None:
         for engine in engines:
