@@ -165,11 +165,14 @@ def test_thirty_nodes_are_taken_away_in_a_row(nodes: Nodes, tmp_path: Path, faul
         nodes.kill(raylet)
         run.until(lambda count=count: len(events(out, "node_left")) == count)
     assert len(events(out, "engine_lost")) == 30
+    assert "given up" not in run.errors
+    assert ": attempt " not in run.errors
     run.signal(signal.SIGTERM)
     assert run.finish() == 3
     again, _ = start(nodes, tmp_path, faulty)
     nodes.add()
-    complete(again, out, faulty)
+    assert again.finish() == 0, again.errors
+    assert content(out) == faulty.undisturbed("score")
 
 
 def test_a_cluster_that_is_empty_at_first(nodes: Nodes, tmp_path: Path, faulty: Faulty) -> None:
