@@ -157,7 +157,7 @@ def test_nodes_without_credentials_and_without_room_for_temporary_files(
 @pytest.mark.slow
 def test_thirty_nodes_are_taken_away_in_a_row(nodes: Nodes, tmp_path: Path, faulty: Faulty) -> None:
     """Each in the middle of a part, which is none of its attempts."""
-    run, out = start(nodes, tmp_path, faulty, **faults(seconds=20))
+    run, out = start(nodes, tmp_path, faulty, **faults(seconds=600))  # engines go on for a while without their raylet
     for count in range(1, 31):
         raylet = nodes.add()
         run.until(lambda count=count: len(events(out, "engine_ready")) == count)
