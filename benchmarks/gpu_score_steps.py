@@ -217,6 +217,7 @@ def seconds_of(call: Any, repeat: int = 10) -> float:
 def canary(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Seconds of the forwards that engines are compared with, at the large shape."""
     from scorer.canary import SHORT_TOKENS, compute
+    from scorer.logits import Kept
 
     shape = OLMO_2_1B if settings["large"] else SMALL
     model = random_model(folder / "large", shape)
@@ -224,7 +225,7 @@ def canary(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     lengths = (shape["positions"], SHORT_TOKENS, SHORT_TOKENS, SHORT_TOKENS)
     prompts = [rng.integers(1, shape["vocabulary"], length).astype(np.int32) for length in lengths]
     began = perf_counter()
-    compute(model, prompts, 0, ("bfloat16",), len(os.sched_getaffinity(0)))
+    compute(model, prompts, Kept(), ("bfloat16",), len(os.sched_getaffinity(0)))
     return {"canary_seconds": perf_counter() - began}
 
 
