@@ -24,10 +24,11 @@ from typing import Any
 
 from benchmarks import gpu_score_steps as steps
 from benchmarks.common import Claim, claim, machine, report
+from benchmarks.gpu_score_command import command
 
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "B200": 2250}  # dense bfloat16, vendor's data sheets
 STEPS: dict[str, Callable[[dict[str, Any], Path], dict[str, Any]]] = {
-    "right": steps.right, "compare": steps.compare, "fast": steps.fast, "canary": steps.canary, "command": steps.command,
+    "right": steps.right, "compare": steps.compare, "fast": steps.fast, "canary": steps.canary, "command": command,
 }  # fmt: skip
 
 
@@ -69,14 +70,14 @@ def plan(gpu: bool) -> list[Step]:
 
 def run_step(step: Step, folder: Path, log: Path) -> dict[str, Any]:
     """What the step's process says, or {"failed": the end of its log}."""
-    command = [sys.executable, "-m", "benchmarks.gpu_score", "--step", json.dumps([step.kind, step.settings])]
+    arguments = [sys.executable, "-m", "benchmarks.gpu_score", "--step", json.dumps([step.kind, step.settings])]
     environment = os.environ | {"VLLM_CACHE_ROOT": str(folder / "compiled")}
     if step.kind in ("compare", "canary"):
         environment |= {"CUDA_VISIBLE_DEVICES": ""}  # transformers' forwards are the CPU's
     began = perf_counter()
     with open(log, "w") as file:
         process = subprocess.Popen(
-            [*command, "--folder", str(folder)],
+            [*arguments, "--folder", str(folder)],
             stdout=subprocess.PIPE, stderr=file, text=True, env=environment, start_new_session=True,
         )  # fmt: skip
         try:
