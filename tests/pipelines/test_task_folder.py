@@ -12,7 +12,7 @@ def test_what_a_task_folder_depends_on(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     tasks = tmp_path / "tasks"
     (tasks / "__pycache__").mkdir(parents=True)
-    (tmp_path / "data" / "sub").mkdir(parents=True)
+    (tmp_path / "data" / "deep").mkdir(parents=True)
     for name in ("a.jsonl", "b.csv", "deep/c.csv"):
         (tmp_path / "data" / name).write_text(name)
     (tasks / "one.yaml").write_text(
