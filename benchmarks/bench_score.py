@@ -30,10 +30,12 @@ def measurable_engine(config: Any, tokens: int, vocabulary: int) -> Any:
     import torch
     import vllm
 
+    from scorer.cpu_head import CpuHead
     from scorer.engine import Answer, VllmEngine
 
-    head = torch.randn(vocabulary, 256)  # logits are float32, whatever the dtype of the engine
-    states = torch.randn(SEQ_LEN, 256)
+    head = torch.randn(vocabulary, 256, dtype=torch.bfloat16)
+    states = torch.randn(SEQ_LEN, 256, dtype=torch.bfloat16)
+    product = CpuHead()  # as the engine's: logits are float32, whatever its dtype
     bare = vllm.SamplingParams(max_tokens=1, temperature=0, detokenize=False)
 
     class Measurable(VllmEngine):
@@ -56,7 +58,7 @@ def measurable_engine(config: Any, tokens: int, vocabulary: int) -> Any:
                 done = list(self._asked)
                 with torch.inference_mode():
                     for _ in done:
-                        torch.nn.functional.linear(states, head)
+                        product(states, head)
             return [(key, Answer(np.zeros(len(self._asked.pop(key)) - 1, np.float32))) for key in done]
 
     return Measurable(config, tokens)

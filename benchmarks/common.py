@@ -69,7 +69,7 @@ def report(name: str, claims: list[Claim]) -> int:
 
 
 class PeakMemory:
-    """Highest sum of private memory of this process and Ray's workers while the block runs, in bytes."""
+    """Highest sum of private memory of this process and of its own Ray's workers while the block runs, in bytes."""
 
     def __enter__(self) -> "PeakMemory":
         self.peak, self._stop = 0, threading.Event()
@@ -85,12 +85,21 @@ class PeakMemory:
             for process in Path("/proc").glob("[0-9]*"):
                 try:
                     command = (process / "cmdline").read_bytes()
-                    if command.startswith(b"ray::") or int(process.name) == os.getpid():
+                    if int(process.name) == os.getpid() or (command.startswith(b"ray::") and is_descendant(process)):
                         total += private_bytes(process)
                 except (OSError, ValueError):
                     continue
             self.peak = max(self.peak, total)
             sleep(0.2)
+
+
+def is_descendant(process: Path) -> bool:
+    """Whether a process comes from this one: others on the machine have Ray too."""
+    while process.name not in ("0", "1"):
+        if int(process.name) == os.getpid():
+            return True
+        process = process.parent / (process / "stat").read_text().rpartition(")")[2].split()[1]
+    return False
 
 
 def private_bytes(process: Path) -> int:

@@ -60,7 +60,7 @@ def start_engine(model: Path, settings: dict[str, Any]) -> tuple[Any, dict[str, 
     seq_len, vocabulary = model_config["max_position_embeddings"], model_config["vocab_size"]
     config = EngineConfig(
         model, settings["dtype"], seq_len, vocabulary, "", "", device=device, top_k=settings.get("top_k", 0),
-        max_num_batched_tokens=settings.get("tokens"),
+        max_num_batched_tokens=settings.get("tokens"), temperatures=tuple(settings.get("temperatures", ())),
     )  # fmt: skip
     tokens = batched_tokens(config, device_memory(device))
     os.environ.update(environment(config, model_config, sorted(os.sched_getaffinity(0)), tokens))
@@ -93,14 +93,17 @@ def compare(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Distances of the answers that `right` left from a transformers forward in float32, beside what is allowed."""
     from scorer.canary import compute, measure
     from scorer.engine import Answer
+    from scorer.logits import Kept
 
     prompts, tuples, made_with = pickle.loads((folder / "answers.pickle").read_bytes())
     dtype, top_k = made_with["dtype"], made_with.get("top_k", 0)
+    kept = Kept(top_k, tuple(made_with.get("temperatures", ())))
     dtypes = () if dtype == "float32" else (dtype,)
-    forwards = compute(folder / "tiny", prompts, top_k, dtypes, len(os.sched_getaffinity(0)))
+    forwards = compute(folder / "tiny", prompts, kept, dtypes, len(os.sched_getaffinity(0)))
     answers = [Answer(*values) for values in tuples]
     found, limits = measure(answers, forwards.expected), forwards.limits(dtype)
     ratios = [found.mean / limits.mean, abs(found.bias) / limits.bias(found.tokens)]
+    ratios += [found.entropy_mean / limits.entropy_mean] if kept.temperatures else []
     ordered = True
     if top_k:
         ratios += [found.topk_mean / limits.topk_mean, found.topk_elsewhere / limits.topk_elsewhere]
@@ -214,14 +217,15 @@ def seconds_of(call: Any, repeat: int = 10) -> float:
 def canary(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Seconds of the forwards that engines are compared with, at the large shape."""
     from scorer.canary import SHORT_TOKENS, compute
+    from scorer.logits import Kept
 
-    shape = OLMO_2_1B if has_gpu() else SMALL
+    shape = OLMO_2_1B if settings["large"] else SMALL
     model = random_model(folder / "large", shape)
     rng = np.random.default_rng(0)
     lengths = (shape["positions"], SHORT_TOKENS, SHORT_TOKENS, SHORT_TOKENS)
     prompts = [rng.integers(1, shape["vocabulary"], length).astype(np.int32) for length in lengths]
     began = perf_counter()
-    compute(model, prompts, 0, ("bfloat16",), len(os.sched_getaffinity(0)))
+    compute(model, prompts, Kept(), ("bfloat16",), len(os.sched_getaffinity(0)))
     return {"canary_seconds": perf_counter() - began}
 
 

@@ -23,7 +23,8 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 import tyro
 import yaml
 
-from pipelines.terminal import BAD_USAGE, FAILED, STOPPED, BadUsage, ShouldStop, SignalReceived, StopRequest
+from pipelines.terminal import BAD_USAGE, FAILED, STOPPED, BadUsage, ShouldStop, SignalReceived, StopRequest, note
+from shards.asking import tell_of_silence
 
 # the settings of each command and what runs it; imported when it is asked for, so that a command loads nothing of the others
 COMMANDS = {
@@ -44,6 +45,7 @@ COMMANDS = {
     "flywheel": ("pipelines.commands.flywheel:FlywheelOptions", "pipelines.commands.flywheel:run"),
     "completion": ("pipelines.commands.completion:CompletionConfig", "pipelines.commands.completion:run"),
 }
+GOES_ON = "the same command again goes on"
 OWN_CONFIG = ("flywheel", "completion")  # the file of the first describes a loop, the second has no file
 # these end what they are at when a signal comes: a step and a checkpoint, the parts in work, the stage that runs
 GRACEFUL = ("pack", "score", "select", "train", "sft", "dpo", "rl", "flywheel")
@@ -159,8 +161,11 @@ def execute(command: str, run: Callable[[Any, ShouldStop], int], config: Any, gr
 
     graceful: on a first signal `run` ends what it is at, which it asks should_stop for.
     """
-    stop = StopRequest(graceful)
+    stop = StopRequest(
+        graceful, getattr(config, "grace_seconds", None), f"remit {command}: stopped by {{name}}; {GOES_ON}"
+    )
     stop.install()
+    tell_of_silence(note)
     try:
         code = run(config, stop.requested)
     except SignalReceived:
@@ -173,9 +178,11 @@ def execute(command: str, run: Callable[[Any, ShouldStop], int], config: Any, gr
         if isinstance(error, ValueError | OSError | RuntimeError | FloatingPointError) and str(error):
             fail(command, FAILED, str(error))
         fail(command, FAILED, f"internal error, {type(error).__name__}: {error}; --debug shows where")
+    finally:
+        stop.close()
     if code == STOPPED:
         print(
-            f"\nremit {command}: stopped{f' by {stop.name}' if stop.name else ''}; the same command again goes on",
+            f"\nremit {command}: stopped{f' by {stop.name}' if stop.name else ''}; {GOES_ON}",
             file=sys.stderr,
             flush=True,
         )

@@ -17,6 +17,7 @@ from scorer.canary import BIAS_DEVIATIONS, Distance, Limits
 from scorer.forward import load_forward
 from scorer.reference import require_quantised_readable
 from scorer.rowcheck import round_logprobs
+from shards.entropy import entropy_columns
 from shards.fingerprint import weights_fingerprint
 from shards.folder import ShardFolder
 from shards.modelfolder import require_language_model
@@ -34,9 +35,10 @@ class Numerics:
 
     weights_changed: by more than 0.02; clip_changed: clipped with the one log-prob and not with the other. Both
     with the losses of `base`; where none is given the reference stands in for it, which makes every weight as
-    sensitive as it can be. topk_mean: mean |difference| of the stored most probable tokens, None where there are none.
+    sensitive as it can be. topk_mean, entropy_mean: mean |difference| of the stored most probable tokens, and of the stored
+    entropies and log partition sums; None where there are none.
 
-    tolerance, topk_tolerance: largest means that pass; bias_tolerance: largest |bias - rounding_bias|, which is what
+    tolerance, topk_tolerance, entropy_tolerance: largest means that pass; bias_tolerance: largest |bias - rounding_bias|, which is what
     rounding to the column's step adds to these very log-probs. They come from own_mean: mean |difference| between a
     transformers forward in the column's dtype and one in float32, on the same rows.
     """
@@ -58,10 +60,14 @@ class Numerics:
     bias_tolerance: float
     topk_mean: float | None = None
     topk_tolerance: float | None = None
+    entropy_mean: float | None = None
+    entropy_tolerance: float | None = None
 
     @property
     def passes(self) -> bool:
         if self.topk_mean is not None and not self.topk_mean <= (self.topk_tolerance or 0.0):
+            return False
+        if self.entropy_mean is not None and not self.entropy_mean <= (self.entropy_tolerance or 0.0):
             return False
         if not np.isfinite(self.tolerance):  # a forward in that dtype overflows: nothing tells what is right
             return False
@@ -130,12 +136,16 @@ def measure(
     own_differences: list[np.ndarray] = []
     rounding: list[np.ndarray] = []
     top_differences: list[tuple[np.ndarray, np.ndarray]] = []
+    entropy_differences: list[tuple[np.ndarray, np.ndarray]] = []
     changed = clip_changed = used = 0
-    columns = [logprobs_column(name), *(topk_columns(name) if reference.get("top_k") else ())]
+    entropies = list(entropy_columns(name, reference))
+    columns = [logprobs_column(name), *(topk_columns(name) if reference.get("top_k") else ()), *entropies]
     for row in folder.rows(np.sort(chosen), columns):
         stored, again, own, losses = _row(row, name, forward, own_forward, base_forward)
         if reference.get("top_k"):
             top_differences.append(_top_row(row, name, forward, own_forward))
+        if entropies:
+            entropy_differences.append(_entropy_row(row, name, forward, own_forward))
         on_row()
         if not len(stored):
             continue
@@ -151,11 +161,10 @@ def measure(
     if not differences:
         raise ValueError(f"{folder.path}: none of {len(chosen)} rows has a log-prob to compare; raise --rows")
     all_, own_all = np.concatenate(differences), np.concatenate(own_differences)
-    topk, own_topk = None, 0.0
-    if top_differences:
-        topk, own_topk = (float(np.concatenate(sizes).mean()) for sizes in zip(*top_differences))
+    topk, own_topk = _means(top_differences)
+    entropy, own_entropy = _means(entropy_differences)
     rms = float(np.sqrt((own_all**2).mean()))
-    own_distance = Distance(len(all_), float(np.abs(own_all).mean()), rms, 0.0, 0.0, own_topk)
+    own_distance = Distance(len(all_), float(np.abs(own_all).mean()), rms, 0.0, 0.0, own_topk, 0.0, own_entropy)
     limits = Limits(dtype, own_distance)
     return Numerics(
         reference=name,
@@ -175,7 +184,35 @@ def measure(
         bias_tolerance=limits.bias(len(all_)) + BIAS_DEVIATIONS * step / 2 / len(all_) ** 0.5,
         topk_mean=topk,
         topk_tolerance=None if topk is None else limits.topk_mean + step / 2,
+        entropy_mean=entropy,
+        entropy_tolerance=None if entropy is None else limits.entropy_mean + step / 2,
     )
+
+
+def _means(differences: list[tuple[np.ndarray, np.ndarray]]) -> tuple[float | None, float]:
+    """Means of |stored - rescored| and of |in the column's dtype - rescored|, per row arrays of both; None and 0 for no rows."""
+    if not differences:
+        return None, 0.0
+    stored, own = (float(np.concatenate(sizes).mean()) for sizes in zip(*differences))
+    return stored, own
+
+
+def _entropy_row(row: Rows, name: str, forward: Callable, own_forward: Callable) -> tuple[np.ndarray, np.ndarray]:
+    """As `_top_row`, of the entropies and log partition sums of a row."""
+    reference = row.part.manifest.references[name]
+    temperature = reference.get("entropy_temperature")
+    temperatures = (1.0,) if temperature is None else (1.0, temperature)
+    stored_TE = np.stack([row.values(column) for column in entropy_columns(name, reference)], axis=1)
+    found, own = [np.zeros(0)], [np.zeros(0)]
+    for start, end in _scored_spans(row, name):
+        prompt = row.ids[start:end]
+        again_NE = forward(prompt, temperatures=temperatures).entropies.astype(np.float64)
+        found.append(np.abs(stored_TE[start + 1 : end] - again_NE).ravel())
+        if own_forward is not forward:
+            own.append(np.abs(own_forward(prompt, temperatures=temperatures).entropies - again_NE).ravel())
+        else:
+            own.append(np.zeros(again_NE.size))
+    return np.concatenate(found), np.concatenate(own)
 
 
 def _top_row(row: Rows, name: str, forward: Callable, own_forward: Callable) -> tuple[np.ndarray, np.ndarray]:
@@ -230,5 +267,9 @@ def show(numerics: Numerics, console: Console) -> None:
     }
     if numerics.topk_mean is not None:
         rows["mean |difference| of the top k"] = f"{numerics.topk_mean:.2e} nat (at most {numerics.topk_tolerance:.2e})"
+    if numerics.entropy_mean is not None:
+        rows["mean |difference| of entropies"] = (
+            f"{numerics.entropy_mean:.2e} nat (at most {numerics.entropy_tolerance:.2e})"
+        )
     print_table(console, ["", ""], rows.items(), left=2, ruled=False)
     console.print(numerics.verdict)

@@ -26,7 +26,9 @@ def print_references(
     if not manifest.references:
         return
     top_k = any("top_k" in reference for reference in manifest.references.values())
-    headers = ["reference", "model", "revision", "weights", "dtype", "context", "step", *(["top k"] if top_k else [])]
+    entropy = any("entropy" in reference for reference in manifest.references.values())
+    headers = ["reference", "model", "revision", "weights", "dtype", "context", "step"]
+    headers += [*(["top k"] if top_k else []), *(["entropy"] if entropy else [])]
     lines = [
         [
             name,
@@ -37,6 +39,7 @@ def print_references(
             reference["context"],
             _step(reference.get("logprob_step", 0)),
             *([str(reference.get("top_k", "-"))] if top_k else []),
+            *([_entropy(reference)] if entropy else []),
             *(column[name] for column in (counts or {}).values()),
         ]
         for name, reference in manifest.references.items()
@@ -46,6 +49,12 @@ def print_references(
     for name, reference in manifest.references.items():
         if differences := reference.get("tokenizer_differences"):
             print_lines(console, f"tokenizer of {name}: {'; '.join(map(str, differences))}")
+
+
+def _entropy(reference: dict[str, Any]) -> str:
+    """At which temperatures it is stored."""
+    temperature = reference.get("entropy_temperature")
+    return "-" if not reference.get("entropy") else "t = 1" + (f" and {temperature:g}" if temperature else "")
 
 
 def _dtype(reference: dict[str, Any]) -> str:

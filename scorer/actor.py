@@ -7,7 +7,7 @@ enters with the engine, after the environment that it reads is set.
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
@@ -16,22 +16,25 @@ import pyarrow as pa
 from scorer.canary import Forwards, compare
 from scorer.cores import claim_cores
 from scorer.engine import Engine, EngineConfig, batched_tokens, device_memory, environment
-from scorer.engine_thread import EngineDied, EngineLoop, Job
+from scorer.engine_thread import EngineDied, EngineLoop, Job, NodeUnfit
 from scorer.installed import installed_vllm
 from scorer.once_per_node import node_weights_fingerprint
 from scorer.scored_rows import ScoredRows
 from scorer.scratch import own_temporary_folder
+from shards.asking import silences
 from shards.fingerprint import config_fingerprint
 from shards.folder import ShardFolder
 from shards.lease import LeaseLost, check_fence
 from shards.part import CommittedAlready, read_record, record_name, write_part
 from shards.quarantine import read_quarantined_rows, write_quarantined_rows
 from shards.rows import Rows
+from shards.store_errors import NoTemporarySpace, StoreSilent
 
 
 @dataclass(frozen=True)
 class ScoringTask:
-    """What every part of a run has in common. num_embeddings: ids of the reference are below it."""
+    """What every part of a run has in common. num_embeddings: ids of the reference are below it. entropies: columns of its
+    entropy, and the range of each column's values."""
 
     shards: str
     out: str
@@ -41,6 +44,7 @@ class ScoringTask:
     logprob_step: float
     num_embeddings: int
     top_k: int = 0
+    entropies: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 class ScoringActor:
@@ -50,9 +54,13 @@ class ScoringActor:
         self._task = task
         self._shards: ShardFolder | None = None
         self._out: ShardFolder | None = None
-        self._opening = threading.Lock()
         self._jobs: dict[str, Job] = {}
-        self._loop = EngineLoop(lambda: make_engine(engine, model_config, cores), leave)
+
+        def make() -> Engine:
+            self._shards, self._out = self._open(task.shards), self._open(task.out)  # before minutes of loading
+            return make_engine(engine, model_config, cores)
+
+        self._loop = EngineLoop(make, leave)
 
     def start(self) -> dict[str, Any]:
         """Description of the engine, once it runs."""
@@ -69,23 +77,25 @@ class ScoringActor:
         answers = [job.values[index] for index in range(len(forwards.prompts))]
         return compare(answers, forwards.expected, forwards.limits(dtype))
 
-    def progress(self) -> tuple[int, dict[str, int]]:
-        """Tokens done so far, by steps that finished something, and those of each part in work."""
-        return self._loop.tokens_done, {part: job.tokens_done for part, job in self._jobs.items()}
+    def progress(self) -> tuple[int, dict[str, int], dict[str, float]]:
+        """Tokens done so far, by steps that finished something, those of each part in work, and stores that do not answer
+        here with the seconds since when."""
+        return self._loop.tokens_done, {part: job.tokens_done for part, job in self._jobs.items()}, silences()
 
     def score_part(self, part: str) -> dict[str, Any]:
-        """Score a part and commit it; counts and times of it. ValueError where the part cannot be read."""
-        with self._opening:
-            self._shards, self._out = (
-                self._shards or self._open(self._task.shards),
-                self._out or self._open(self._task.out),
-            )
-        record = read_record(self._out.store, part)
-        if record is not None:  # by an engine that died right after
-            done = len(record.quarantined.get(self._task.name, []))
-            return {"read_seconds": 0.0, "wait_seconds": 0.0, "write_seconds": 0.0, "quarantined": done}
+        """Score a part and commit it; counts and times of it.
+
+        ValueError where the part cannot be read, NodeUnfit where this node is to blame, StoreSilent where a store has not
+        answered for as long as it is asked.
+        """
+        assert self._shards is not None
+        assert self._out is not None
         job = self._jobs[part] = Job()
         try:
+            record = read_record(self._out.store, part)
+            if record is not None:  # by an engine that died right after
+                done = len(record.quarantined.get(self._task.name, []))
+                return {"read_seconds": 0.0, "wait_seconds": 0.0, "write_seconds": 0.0, "quarantined": done}
             began = perf_counter()
             reader = self._shards.open_rows(part)
             read_seconds = perf_counter() - began
@@ -102,6 +112,8 @@ class ScoringActor:
                 self._commit(part, batches)
             except CommittedAlready:  # by an engine that was given up, on a node that lost its raylet for instance
                 pass
+            except PermissionError as error:  # which the driver has, or there would be no folder
+                raise NodeUnfit(f"the node may not write: {error}") from None
             return {
                 "read_seconds": read_seconds,
                 "wait_seconds": scored - began - read_seconds,
@@ -109,27 +121,32 @@ class ScoringActor:
                 "quarantined": len(self._out.record(part).quarantined.get(self._task.name, [])),
             }
         except EngineDied as error:
-            raise EngineDied(str(error)) from None  # its cause need not exist where the driver runs
-        except LeaseLost:
+            raise type(error)(str(error)) from None  # its cause need not exist where the driver runs
+        except StoreSilent:
             raise
-        except (ValueError, OSError):
-            self._open(self._task.shards)  # the part is not to blame where this node has lost its storage
+        except NoTemporarySpace as error:
+            raise NodeUnfit(str(error)) from None
+        except (ValueError, OSError, LeaseLost):
+            # neither the part nor another driver is to blame where this node has lost its storage
+            self._open(self._task.shards), self._open(self._task.out)
             raise
         finally:
             self._jobs.pop(part, None)
 
     @staticmethod
     def _open(folder: str) -> ShardFolder:
-        """EngineDied where this node does not reach the folder: another one may."""
+        """NodeUnfit where this node does not reach the folder: another one may."""
         try:
             return ShardFolder(folder)
+        except StoreSilent:
+            raise
         except (ValueError, OSError) as error:
-            raise EngineDied(f"the node cannot read {folder}: {error}") from None
+            raise NodeUnfit(f"the node cannot read {folder}: {error}") from None
 
     def _submit(self, job: Job, rows: Rows) -> ScoredRows:
         """Send the prompts of a record batch to the engine."""
         task = self._task
-        scored = ScoredRows(rows, task.context, task.num_embeddings, task.top_k)
+        scored = ScoredRows(rows, task.context, task.num_embeddings, task.top_k, task.entropies)
         for start, end, row in scored.spans:
             if row not in scored.faults:
                 self._loop.submit(job, job.asked, rows.ids[start:end])
@@ -249,7 +266,7 @@ def make_engine(config: EngineConfig, model_config: dict[str, Any], cores: int) 
     if config.kind == "fake":
         from scorer.fake import FakeEngine
 
-        return FakeEngine(config.vocab_size, config.top_k)
+        return FakeEngine(config.vocab_size, config.kept)
     tokens = batched_tokens(config, device_memory(config.device))
     os.environ.update(environment(config, model_config, claim_cores(cores), tokens))
     own_temporary_folder()  # after the claim of cores, which all engines of a machine look for in one place

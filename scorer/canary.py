@@ -13,6 +13,7 @@ import numpy as np
 
 from scorer.engine import Answer
 from scorer.forward import load_forward
+from scorer.logits import Kept
 from shards.contract import check_documents
 from shards.folder import ShardFolder
 
@@ -32,7 +33,8 @@ class CanaryFailed(ValueError):
 class Distance:
     """How far log-probs are from a float32 forward's, in nats: over `tokens` of them mean |difference|, its root mean
     square, the largest, the mean signed difference. topk_mean, topk_elsewhere: of the most probable tokens the mean
-    |difference|, and the share that float32 does not have among its first.
+    |difference|, and the share that float32 does not have among its first. entropy_mean: of entropies and log partition sums
+    the mean |difference|.
 
     A mean of inf or NaN: not finite where float32 is.
     """
@@ -44,12 +46,13 @@ class Distance:
     bias: float
     topk_mean: float = 0.0
     topk_elsewhere: float = 0.0
+    entropy_mean: float = 0.0
 
 
 @dataclass(frozen=True)
 class Limits:
     """What passes, in nats: mean |difference|, |mean difference| (bias) beside what chance explains, and likewise of the
-    most probable tokens. own: distance of a transformers forward in the engine's `dtype`; None in float32, which has none.
+    most probable tokens and of entropies. own: distance of a transformers forward in the engine's `dtype`; None in float32, which has none.
     """
 
     dtype: str
@@ -72,14 +75,18 @@ class Limits:
     def topk_elsewhere(self) -> float:
         return TOPK_ELSEWHERE + TIMES_OWN * (self.own.topk_elsewhere if self.own else 0.0)
 
+    @property
+    def entropy_mean(self) -> float:
+        return FLOOR + TIMES_OWN * (self.own.entropy_mean if self.own else 0.0)
+
 
 @dataclass(frozen=True)
 class Forwards:
-    """What transformers says of prompts, int [tokens]. expected: per prompt the log-probs in float32, with top_k tuples
-    with ids and log-probs of the most probable tokens; distances: of other dtypes from them."""
+    """What transformers says of prompts, int [tokens]. expected: of each in float32, with more of the most probable tokens
+    than an engine's; distances: of other dtypes from them."""
 
     prompts: list[np.ndarray]
-    expected: list[Any]
+    expected: list[Answer]
     distances: dict[str, Distance]
 
     def limits(self, dtype: str) -> Limits:
@@ -108,32 +115,36 @@ def canary_prompts(shards: ShardFolder, part: str, context: str, num_embeddings:
     return prompts
 
 
-def compute(model: Path, prompts: list[np.ndarray], top_k: int, dtypes: tuple[str, ...], threads: int) -> Forwards:
+def compute(model: Path, prompts: list[np.ndarray], kept: Kept, dtypes: tuple[str, ...], threads: int) -> Forwards:
     """What transformers says of the prompts, in float32 and in `dtypes`; a Ray task, as vLLM must not be in its process.
 
-    threads: 0 for all cores of the node. With top_k more of the most probable tokens than that: the last ones of an
+    kept: what an engine is asked for. threads: 0 for all cores of the node. Of the most probable tokens more: the last of an
     engine in 16 bit may stand further down here. A float16 forward that fails has no finite number.
     """
     import torch
 
     torch.set_num_threads(threads or node_cores())
     forward = load_forward(model)
-    wide = 4 * top_k + 16 if top_k else 0
-    expected = [forward(prompt, best=wide) for prompt in prompts]
+    wide = 4 * kept.top_k + 16 if kept.top_k else 0
+    expected = [_answer(forward, prompt, wide, kept.temperatures) for prompt in prompts]
     del forward  # the weights of one dtype at a time
     distances = {}
     for dtype in dtypes:
         try:
             forward = load_forward(model, dtype)
-            own = [forward(prompt, best=top_k) for prompt in prompts]
-            answers = [Answer(*values) if top_k else Answer(values) for values in own]
-            distances[dtype] = measure(answers, expected)
+            own = [_answer(forward, prompt, kept.top_k, kept.temperatures) for prompt in prompts]
+            distances[dtype] = measure(own, expected)
             del forward
         except (RuntimeError, NotImplementedError) as error:
             if dtype != "float16" or "memory" in str(error).lower():
                 raise
             distances[dtype] = Distance(0, np.inf, np.inf, np.inf, np.inf)
     return Forwards(prompts, expected, distances)
+
+
+def _answer(forward: Any, prompt: np.ndarray, best: int, temperatures: tuple[float, ...]) -> Answer:
+    found = forward(prompt, best=best, temperatures=temperatures)
+    return found if isinstance(found, Answer) else Answer(found)
 
 
 def node_cores() -> int:
@@ -150,14 +161,13 @@ def node_cores() -> int:
     return max(1, min([cores, *(count for count in counted if count)]))
 
 
-def measure(answers: list[Answer], expected: list[Any]) -> Distance:
+def measure(answers: list[Answer], expected: list[Answer]) -> Distance:
     """Distance of answers from a float32 forward.
 
-    expected: per prompt the log-probs, or with top_k tuples of log-probs, ids [N, W], log-probs [N, W] of more tokens than
-    the answers have. Tokens for which both give no finite number are left out: a model may be broken for a token of its own.
+    expected: per prompt, with ids and log-probs of more tokens than the answers have. Tokens for which both give no finite
+    number are left out: a model may be broken for a token of its own.
     """
-    with_topk = bool(expected) and isinstance(expected[0], tuple)
-    want = np.concatenate([entry[0] if with_topk else entry for entry in expected]).astype(np.float64)
+    want = np.concatenate([entry.logprobs for entry in expected]).astype(np.float64)
     got = np.concatenate([answer.logprobs for answer in answers]).astype(np.float64)
     both_broken = ~np.isfinite(got) & ~np.isfinite(want)
     difference = (got - want)[~both_broken]
@@ -167,17 +177,32 @@ def measure(answers: list[Answer], expected: list[Any]) -> Distance:
     with np.errstate(invalid="ignore"):  # of inf on one side alone, which is a mean of inf
         return Distance(
             len(difference), float(size.mean()), float(np.sqrt((size**2).mean())), float(size.max()),
-            float(difference.mean()), *(_topk_distance(answers, expected) if with_topk else ()),
+            float(difference.mean()), *_topk_distance(answers, expected), _entropy_distance(answers, expected),
         )  # fmt: skip
 
 
-def _topk_distance(answers: list[Answer], expected: list[tuple]) -> tuple[float, float]:
-    """Mean |difference| of the most probable tokens that float32 has among its first, and the share of the others."""
+def _entropy_distance(answers: list[Answer], expected: list[Answer]) -> float:
+    """Mean |difference| of all entropies and log partition sums; 0 where there are none."""
+    sizes = [np.zeros(0)]
+    for answer, entry in zip(answers, expected):
+        if answer.entropies is not None and entry.entropies is not None:
+            known = np.isfinite(entry.entropies)  # as in `measure`
+            sizes.append(np.abs(answer.entropies[known].astype(np.float64) - entry.entropies[known]))
+    all_ = np.concatenate(sizes)
+    return float(all_.mean()) if len(all_) else 0.0
+
+
+def _topk_distance(answers: list[Answer], expected: list[Answer]) -> tuple[float, float]:
+    """Mean |difference| of the most probable tokens that float32 has among its first, and the share of the others; 0, 0
+    where there are none."""
     differences, missing, entries = [], 0, 0
-    for answer, (_, wide_ids, wide_logprobs) in zip(answers, expected):
-        assert answer.topk_ids is not None
-        assert answer.topk_logprobs is not None
-        for ids, logprobs, other_ids, other in zip(answer.topk_ids, answer.topk_logprobs, wide_ids, wide_logprobs):
+    for answer, wide in zip(answers, expected):
+        if answer.topk_ids is None or answer.topk_logprobs is None:
+            return 0.0, 0.0
+        assert wide.topk_ids is not None
+        assert wide.topk_logprobs is not None
+        places = zip(answer.topk_ids, answer.topk_logprobs, wide.topk_ids, wide.topk_logprobs)
+        for ids, logprobs, other_ids, other in places:
             if np.isnan(other).any() and np.isnan(logprobs).any():
                 continue  # as in `measure`
             known = dict(zip(other_ids.tolist(), other.tolist()))
@@ -189,7 +214,7 @@ def _topk_distance(answers: list[Answer], expected: list[tuple]) -> tuple[float,
     return float(all_.mean()) if len(all_) else np.inf, missing / max(1, entries)
 
 
-def compare(answers: list[Answer], expected: list[Any], limits: Limits) -> dict[str, float]:
+def compare(answers: list[Answer], expected: list[Answer], limits: Limits) -> dict[str, float]:
     """How far an engine's answers are from the model's; CanaryFailed where that is more than `limits`."""
     if not np.isfinite(limits.mean):
         raise CanaryFailed(
@@ -212,7 +237,15 @@ def compare(answers: list[Answer], expected: list[Any], limits: Limits) -> dict[
             f"{limits.dtype}; {remedy}, or --no-canary if you know why"
         )
     facts = {"tokens": float(found.tokens), "mean": found.mean, "max": found.max, "bias": found.bias}
-    if not expected or not isinstance(expected[0], tuple):
+    if expected[0].entropies is not None:
+        facts["entropy_mean"] = found.entropy_mean
+        if not found.entropy_mean <= limits.entropy_mean:
+            raise CanaryFailed(
+                f"the engine's entropies are not the model's: they differ from a transformers forward by {found.entropy_mean:.3g} "
+                f"nat in the mean, expected at most {limits.entropy_mean:.3g} in {limits.dtype}{own}; {remedy}, or score without "
+                "--entropy"
+            )
+    if expected[0].topk_ids is None:
         return facts
     if not found.topk_mean <= limits.topk_mean or found.topk_elsewhere > limits.topk_elsewhere:
         raise CanaryFailed(

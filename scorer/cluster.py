@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import ray
@@ -18,6 +19,9 @@ from ray.job_config import JobConfig
 from scorer.stopping import Stopped
 
 LOOPBACK = ("127.0.0.1", "localhost")
+RECONNECT_SECONDS = "RAY_gcs_rpc_server_reconnect_timeout_s"
+SHUTDOWN_SECONDS = 2.0
+HEAD_PATIENCE, HEAD_LEAVE = 0.6, 0.2  # of the time after which Ray's library ends a driver that does not reach the head
 PACKAGES = Path(__file__).resolve().parent.parent
 
 
@@ -38,7 +42,7 @@ class OwnPath(JobConfig):
 
 
 class RayGone(ray.exceptions.RayError):
-    """A process of the private Ray has ended."""
+    """A process of the private Ray has ended, or the head of the cluster."""
 
 
 @contextlib.contextmanager
@@ -52,17 +56,28 @@ def ray_errors(stopping: Callable[[], bool]) -> Iterator[None]:
         raise RuntimeError(f"Ray failed: {one_line(error)}; the same command again goes on") from error
 
 
+def nodes_may_join() -> bool:
+    """Whether there is a cluster that others run, and not a private Ray, which stays as it is."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
 @contextlib.contextmanager
-def ray_cluster(debug: bool = False) -> Iterator[None]:
+def ray_cluster(debug: bool = False, note: Callable[[str], None] = lambda line: None) -> Iterator[None]:
     """Hold a Ray connection for the block; inside a caller's own it does nothing. debug: show worker output.
 
-    A private cluster has no dashboard and ends with the block. ValueError where RAY_ADDRESS does not answer.
+    A private cluster has no dashboard and ends with the block. ValueError where RAY_ADDRESS does not answer. note: told
+    when the head of a cluster falls silent.
     """
     if ray.is_initialized():
         yield
         return
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     address = os.environ.get("RAY_ADDRESS")
+    if address and "://" in address:
+        raise ValueError(
+            f"RAY_ADDRESS is {address}, expected host:port of the cluster's head, such as head:6379; remit runs on a machine of "
+            "the cluster: start it there, or hand it over with `ray job submit -- remit ...`"
+        )
     level = logging.INFO if debug else logging.ERROR
     if address:
         try:
@@ -104,25 +119,95 @@ def ray_cluster(debug: bool = False) -> Iterator[None]:
     node: Any = ray._private.worker._global_node
     session = None if address else node.get_session_dir_path()
     went_well = False
+    head = HeadWatch(ray.get_runtime_context().gcs_address, note) if address else None
     try:
         yield
         went_well = True
     except SystemError as error:  # what a signal's handler raises within one of Ray's calls arrives so
         raise cause(error) from None
     finally:
-        ray.shutdown()
+        if HeadWatch.gone and head:  # it may not come back
+            head.quiet = True
+            closing = threading.Thread(target=ray.shutdown, daemon=True)
+            closing.start()
+            closing.join(SHUTDOWN_SECONDS)
+        else:
+            ray.shutdown()
+            if head:
+                head.end()
         if went_well and session and not debug:  # else the logs of Ray's processes may be wanted
             shutil.rmtree(session, ignore_errors=True)
 
 
 def require_ray() -> None:
-    """RayGone where the private cluster has lost one of its processes; of somebody else's it knows nothing.
+    """RayGone where the private cluster has lost one of its processes, or somebody else's its head.
 
     Without it Ray's calls come back empty for a minute, and then its library ends the driver.
     """
+    if HeadWatch.gone:
+        raise RayGone(HeadWatch.gone)
     node: Any = ray._private.worker._global_node  # no public name tells it
     for kind, process in node.dead_processes() if node is not None else ():
         raise RayGone(f"its {kind} has ended, with {process.poll()}")
+
+
+class HeadWatch:
+    """Looks whether the head of a cluster takes connections, until `end`.
+
+    One that comes back within the time that Ray waits for it (fault-tolerant heads do) costs nothing. Shortly before
+    Ray's library would end this process, `require_ray` raises; where the driver is within one of Ray's calls and does not
+    get there, the process ends from here, with a line (unless quiet: the driver has its own) and our exit code.
+    """
+
+    gone = ""  # why there is no head any more
+    silent = False  # calls that ask it would not come back now
+
+    def __init__(self, address: str, note: Callable[[str], None]) -> None:
+        self._address, self._note = address, note
+        seconds = float(os.environ.get(RECONNECT_SECONDS, 60))
+        self._patience, self._leave = HEAD_PATIENCE * seconds, HEAD_LEAVE * seconds
+        self._ended = threading.Event()
+        self.quiet = False
+        threading.Thread(target=self._watch, name="head", daemon=True).start()
+
+    def end(self) -> None:
+        self._ended.set()
+        HeadWatch.gone, HeadWatch.silent = "", False
+
+    def _watch(self) -> None:
+        host, _, port = self._address.rpartition(":")
+        since = None
+        while not self._ended.wait(2.0):
+            began = monotonic()
+            try:
+                socket.create_connection((host, int(port)), timeout=5).close()
+            except OSError as error:
+                if since is None:
+                    since = began
+                    self._note(
+                        f"the head of the Ray cluster, {self._address}, does not answer ({error}); waiting for it for "
+                        f"{self._patience:.0f} s"
+                    )
+                HeadWatch.silent = True
+            else:
+                if since is not None:
+                    self._note(
+                        f"the head of the Ray cluster, {self._address}, answers again, after {monotonic() - since:.0f} s"
+                    )
+                since, HeadWatch.silent = None, False
+            if since is not None and monotonic() - since > self._patience:
+                break
+        else:
+            return
+        HeadWatch.gone = (
+            f"the head of the cluster, {self._address}, has not answered for {self._patience:.0f} s; start it again"
+        )
+        if self._ended.wait(self._leave):
+            return
+        if not self.quiet:
+            line = f"remit: error: Ray failed: RayGone: {HeadWatch.gone}; the same command again goes on"
+            os.write(2, f"{line}\n".encode())
+        os._exit(1)
 
 
 @contextlib.contextmanager
@@ -161,3 +246,10 @@ def one_line(error: BaseException) -> str:
     """The last line of an error's text, or its type."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1].strip()}" if lines else type(error).__name__
+
+
+def death(error: BaseException) -> str:
+    """Why Ray says that a process died, without the ids, addresses and advice around it."""
+    detail = " ".join(str(error).split()).partition("Worker exit detail: ")[2]
+    detail = detail.partition(" Some common causes")[0].partition("If the process was")[0].strip(" .")
+    return f"killed, out of memory or crashed ({detail or one_line(error)})"

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from scorer.engine_args import parse_engine_args
+from shards.entropy import require_entropy
 from shards.output_folder import require_new_folder
 from shards.ranges import require, require_at_least, require_not_negative
 from shards.schema import logprobs_column
@@ -94,6 +95,11 @@ class ScoreConfig:
     top_k: int = 0
     """Also store the reference's most probable tokens at every place, this many, in columns NAME_topk_ids and
     NAME_topk_logprobs; 0: none."""
+    entropy: bool = False
+    """Also store the entropy of the reference's prediction at every place, in column NAME_entropy."""
+    entropy_temperature: float | None = None
+    """With --entropy: store also the entropy and the log partition sum at this temperature, in columns NAME_entropy_t2 and
+    NAME_log_partition_t2 for 2."""
     num_engines: int | None = None
     """Engines at once; default: one per GPU (and tensor-parallel group), else as many as the CPUs carry."""
     tensor_parallel_size: int = 1
@@ -123,9 +129,17 @@ class ScoreConfig:
                 f"--logprob-step is {self.logprob_step}, expected a power of two so that multiples are exact in float32"
             )
         require_not_negative(self, "top_k", expected="0 (store none) or more, for instance 8")
+        require_entropy(self)
         if self.grace_seconds < 0 or self.progress_timeout_seconds <= 0:
             raise ValueError("--grace-seconds and --progress-timeout-seconds must be positive")
         require_at_least(self, 1, "num_engines", "tensor_parallel_size", "max_num_batched_tokens")
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """At which the entropy is stored."""
+        if not self.entropy:
+            return ()
+        return (1.0,) if self.entropy_temperature is None else (1.0, self.entropy_temperature)
 
     @property
     def devices_per_engine(self) -> int:

@@ -6,26 +6,33 @@ A part is committed by the engine's actor; the driver only counts, so it may die
 import contextlib
 from collections import deque
 from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from time import monotonic
 from typing import Any
 
 from scorer.actor import ScoringTask
-from scorer.canary import Forwards
-from scorer.cluster import one_line, ray_errors, require_ray
+from scorer.canary import CanaryFailed, Forwards
+from scorer.cluster import HeadWatch, nodes_may_join, one_line, ray_errors, require_ray
 from scorer.config import ScoreConfig
 from scorer.engine import EngineConfig
+from scorer.fake import faults, hashed_forwards
 from scorer.forwards import ForwardTask, find_prompts
+from scorer.handle import EngineHandle, Outcome
+from scorer.health import MAX_ATTEMPTS, Fault, NodeHealth, PartAttempts
 from scorer.placement import capacity
-from scorer.pool import EnginePool, Outcome
+from scorer.pool import EnginePool
 from scorer.stopping import StopGuard, Stopped
 from scorer.telemetry import ScoreLog, ScoreProgress
+from scorer.watch import Watch, after_failure
+from shards.asking import tell_of_silence
 from shards.crash import crash_point
+from shards.entropy import entropy_columns
 from shards.folder import ShardFolder
 from shards.lease import Lease, LeaseLost
 from shards.quarantine import write_failure
 from shards.store import NO_SPACE
 
-MAX_ATTEMPTS = 3
 SAMPLED_PARTS = 32  # whose sizes stand for all in the estimate of the disk's need
 COLUMN_BYTES_PER_TOKEN = {True: 1.5, False: 4.0}  # rounded or exact; measured 1.39 and 3.78
 # An id and a log-prob, rounded or exact; measured 3.3 and 5.4 for 32 of 150,000 tokens, 4.3 and 6.2 for the best one
@@ -64,42 +71,47 @@ class Drive:
         plans = folder.manifest.parts
         self.tokens = {plan.name: plan.tokens for plan in plans}
         self.waiting = deque(folder.missing_parts())
-        self.attempts: dict[str, int] = {}
+        self.attempts, self.failed = PartAttempts(), dict[str, str]()
+        self.health = NodeHealth(nodes_may_join())
+        self._last_error: BaseException | None = None
         self.committed = folder.manifest.tokens - sum(self.tokens[part] for part in self.waiting)
         self.state = ScoreProgress(
             self.committed, folder.manifest.tokens, len(plans) - len(self.waiting), len(plans)
         )  # fmt: skip
-        self.log = ScoreLog(folder.store)
+        self.log = ScoreLog(folder.store, note)
         self.bundle = bundle
-        self._capacity = (0.0, 0)
         self._forwards = forwards
         self._task: ForwardTask | None = None
-        self._announced = False
         task = ScoringTask(
             config.shards, config.out, lease.fence, config.name, config.context, config.logprob_step,
-            engine.vocab_size, config.top_k,
+            engine.vocab_size, config.top_k, entropy_columns(config.name, folder.manifest.references[config.name]),
         )  # fmt: skip
         cores = int(self.bundle.get("CPU", 1))
         self.pool = EnginePool(
-            self.bundle, (engine, model_config, cores, task), self.num_engines, self.canary, engine.dtype,
-            config.progress_timeout_seconds,
+            self.bundle, (engine, model_config, cores, task), self.canary, engine.dtype, config.progress_timeout_seconds
         )  # fmt: skip
+        self.watch = Watch(self.pool, self.health, self.tell)
+
+    def tell(self, event: str, line: str, **facts: Any) -> None:
+        """A line for whoever looks, and the same in the log."""
+        self.note(line)
+        self.log.write(event, {"line": line} | facts)
 
     def num_engines(self) -> int:
         """Engines that there should be: as many as nodes carry and parts need, at most --num-engines."""
-        if monotonic() - self._capacity[0] > 2:
-            self._capacity = (monotonic(), capacity(self.bundle))
-        wanted = self.config.num_engines or self._capacity[1]
-        return max(1, min(wanted, len(self.waiting) + self.pool.running()))
+        alone, nodes = self.health.left_alone(monotonic()), self.pool.nodes()
+        room = capacity(self.bundle, [node for node in nodes.values() if node.id not in alone])
+        room += sum(engine.node in alone for engine in self.pool.engines)  # these may go on
+        return max(1, min(self.config.num_engines or room, room, len(self.waiting) + self.pool.running()))
 
     def canary(self) -> Forwards | None:
         """What engines are compared with, once transformers has computed it; no prompts where that is not wanted."""
         if self._forwards is None and self._task is None:
-            prompts = []
-            if self.config.canary and self.engine.kind == "vllm":
+            prompts, fake = [], self.engine.kind == "fake"
+            if self.config.canary and (not fake or faults().get("canary")):
                 prompts = find_prompts(self.shards, list(self.waiting), self.config.context, self.engine.vocab_size)
-            if not prompts:
-                self._forwards = Forwards([], [], {})
+            if fake or not prompts:
+                self._forwards = hashed_forwards(prompts, self.engine.dtype)
                 return self._forwards
             dtypes = () if self.engine.dtype == "float32" else (self.engine.dtype,)
             self._task = ForwardTask(self.engine, prompts, dtypes, self.note)
@@ -112,13 +124,16 @@ class Drive:
         missing = len(self.waiting) / len(self.tokens)
         self.folder.store.require_free(int(missing * self._needed_bytes()), "the annotated folder")
         stop = StopGuard(should_stop, self.config.grace_seconds)
-        event = "failed"
+        event, why = "failed", {}
+        before = tell_of_silence(partial(self.tell, "store"))
         try:
             self.canary()  # its forward runs while the engines start
             with ray_errors(stop.requested):
                 while self.waiting or self.pool.running():
                     if not stop.requested():
-                        self.pool.top_up()
+                        self._require_hope()
+                        if not HeadWatch.silent:
+                            self.pool.top_up(self.num_engines(), self.health.left_alone(monotonic()))
                         self._assign()
                     stop.check(self.pool.running())
                     for outcome in self.pool.poll(0.5):
@@ -126,25 +141,44 @@ class Drive:
                     require_ray()
                     self.pool.shrink(self.num_engines())
                     self._report()
-            event = "done" if not self.state.failed else "failed"
+            event = "done" if not self.failed else "failed"
         except Stopped:
             event = "stopped"
             raise
         except BaseException as error:
             if stop.requested() and (isinstance(error, SystemError) or not isinstance(error, Exception)):
                 event = "stopped"  # by a second signal
+            else:
+                why = {"reason": one_line(error)}
             raise
         finally:
+            tell_of_silence(before)
+            self.note(f"{event}: {self.state.parts:,} of {self.state.parts_total:,} parts are committed")
             self.pool.close()
-            with contextlib.suppress(OSError):  # a full disk has its own error by now
-                self.log.write(event, self.state)
-        if self.state.failed:
-            first, reason = next(iter(self.state.failed.items()))
+            self.log.write(event, asdict(self.state) | why)
+            self.log.close()
+        if self.failed:
+            first, reason = next(iter(self.failed.items()))
             raise PartsFailed(
-                f"{len(self.state.failed)} of {len(self.tokens)} parts failed, the others are committed; the first: "
+                f"{len(self.failed)} of {len(self.tokens)} parts failed, the others are committed; the first: "
                 f"{first}: {reason}",
-                self.state.failed,
+                self.failed,
             )
+
+    def _require_hope(self) -> None:
+        """End the run where engines start nowhere."""
+        nodes = [node.id for node in self.pool.nodes().values() if node.room(self.bundle)]
+        engines = [(one.node, one.began) for one in self.pool.in_state("starting", "testing", "ready", "lost")]
+        self.health.keep_only(self.pool.nodes())
+        reason = self.health.hopeless(monotonic(), nodes, engines)
+        if reason is None:
+            return
+        if isinstance(self._last_error, CanaryFailed):
+            raise self._last_error
+        where = f"on any of {len(nodes)} nodes" if len(nodes) > 1 else "on the only node"
+        raise RuntimeError(
+            f"an engine does not start {where}, the last time: {reason}; --debug shows its output; the same command again goes on"
+        )
 
     def _needed_bytes(self) -> float:
         """Estimated size of the whole output folder."""
@@ -156,60 +190,107 @@ class Drive:
                 bytes_, tokens = bytes_ + self.shards.record(plan.name).size, tokens + plan.tokens
         rounded = self.config.logprob_step > 0
         per_token = bytes_ / max(1, tokens) + COLUMN_BYTES_PER_TOKEN[rounded]
+        per_token += self.engine.kept.num_entropies * COLUMN_BYTES_PER_TOKEN[rounded]
         per_token += self.config.top_k * TOPK_BYTES_PER_ENTRY[rounded]
         return per_token * self.folder.manifest.tokens
 
     def _assign(self) -> None:
         """A part that failed before is scored alone, so that what fails with it is known to be its own fault."""
+        nodes = {engine.node for engine in self.pool.ready()}
         for depth in (0, 1):  # first every engine one part, then a second to read while the first is computed
             for engine in self.pool.ready():
-                alone = any(self.attempts.get(part) for part in engine.parts)
+                alone = any(self.attempts.suspect(part) for part in engine.parts)
                 if not self.waiting or len(engine.parts) != depth or alone:
                     continue
-                if depth and (self.attempts.get(self.waiting[0]) or len(self.waiting) < len(self.pool.ready())):
+                if depth and (self.attempts.suspect(self.waiting[0]) or len(self.waiting) < len(self.pool.ready())):
                     continue  # the last parts go to whoever is free first
-                self.pool.assign(engine, self.waiting.popleft())
+                part = next((one for one in self.waiting if self.attempts.welcome(one, engine.node, nodes)), None)
+                if part is None or (depth and self.attempts.suspect(part)):
+                    continue
+                self.waiting.remove(part)
+                self.pool.assign(engine, part)
                 crash_point("driver.assigned")
 
     def _note_outcome(self, outcome: Outcome) -> None:
-        part, error = outcome.part, outcome.error
+        engine, error = outcome.engine, outcome.error
         if outcome.result is not None:
             crash_point("driver.committed")
-            self.committed += self.tokens[part]
+            self.committed += sum(self.tokens[part] for part in outcome.parts)
             self.state.parts += 1
             self.state.rows_quarantined += outcome.result["quarantined"]
             for kind in ("read_seconds", "wait_seconds", "write_seconds"):
                 setattr(self.state, kind, getattr(self.state, kind) + outcome.result[kind])
+            self.health.worked(engine.node, engine.began)
             return
         assert error is not None
         if isinstance(error, LeaseLost):
             raise error
         if isinstance(error, OSError) and error.errno in NO_SPACE:
             raise error
-        self.attempts[part] = self.attempts.get(part, 0) + 1
+        if outcome.stage:
+            self._note_engine(outcome, error)
+        for part in outcome.parts:
+            if outcome.fault in (Fault.PARTS, Fault.UNCLEAR):
+                self._note_attempt(part, engine, error)
+            else:
+                self._try_again(part)
+                if not outcome.stage:  # its store is silent, of which there is a line already
+                    facts = {"part": part, "engine": engine.number, "node": engine.place, "reason": one_line(error)}
+                    self.log.write("part_waits", facts)
+
+    def _note_engine(self, outcome: Outcome, error: BaseException) -> None:
+        """An engine has ended: whose fault it was, and what follows for its node."""
+        engine, now = outcome.engine, monotonic()
+        reason, then = one_line(error), ""
+        if outcome.fault is Fault.NOBODYS:
+            reason = str(error)
+            if outcome.parts:
+                then = f"; what it had waits again and counts as no attempt: {', '.join(outcome.parts)}"
+        elif outcome.fault is Fault.NODES or not any(map(self.attempts.suspect, outcome.parts)):
+            self._last_error, wrong = error, isinstance(error, CanaryFailed)
+            kind = "".join(letter for letter in reason if not letter.isdigit())[:60]
+            self.health.failed(engine.node, engine.began, now, kind, f"{reason} ({engine})", for_good=wrong)
+            then = "; " + after_failure(
+                self.health.rest(engine.node, now), self.health.failures(engine.node), engine.place
+            )
+        what = {"ready": "has died at work", "testing": "is not used"}.get(outcome.stage, "did not start")
+        if outcome.fault is Fault.NOBODYS:
+            what = "is lost" if outcome.stage == "ready" else "is lost before it was ready"
+        self.tell(
+            "engine_lost", f"{engine} {what}: {reason}{then}", engine=engine.number, node=engine.place, fault=outcome.fault.value,
+            parts=outcome.parts,
+        )  # fmt: skip
+
+    def _note_attempt(self, part: str, engine: EngineHandle, error: BaseException) -> None:
+        count, reason = self.attempts.failed(part, engine.node), one_line(error)
+        facts = {"part": part, "attempt": count, "engine": engine.number, "node": engine.place, "reason": reason}
         # what is wrong with the part itself does not get better by another engine
-        if isinstance(error, ValueError) or self.attempts[part] >= MAX_ATTEMPTS:
-            self.state.failed[part] = one_line(error)
+        if isinstance(error, ValueError) or count >= MAX_ATTEMPTS:
+            self.failed[part] = reason
             self.state.parts_failed += 1
-            write_failure(self.folder.store, part, one_line(error), self.attempts[part])
-            self.note(f"{part}: given up after {self.attempts[part]} attempts: {one_line(error)}")
+            self.log.also(partial(write_failure, self.folder.store, part, f"{reason} ({engine})", count))
+            self.tell("part_failed", f"{part}: given up after {count} attempts: {reason}, {engine}", **facts)
         else:
-            self.state.retries += 1
-            self.waiting.append(part)
-            self.note(f"{part}: attempt {self.attempts[part]} failed: {one_line(error)}")
+            self._try_again(part)
+            self.tell("part_attempt", f"{part}: attempt {count} failed: {reason}, {engine}", **facts)
+
+    def _try_again(self, part: str) -> None:
+        self.state.retries += 1
+        self.waiting.append(part)
 
     def _report(self) -> None:
         ready = self.pool.ready()
-        if self._task is not None and self._forwards is None and self.pool.testing():
-            self._task.tell()
-        if ready and not self._announced:
-            self._announced = True
+        if self._task is not None:
+            self._task.tell(bool(self.pool.in_state("testing")))
+        if ready and not self.health.ever_ready:
+            self.health.ever_ready = True
             facts = ready[0].description | {"dtype": self.engine.dtype} | {"resources": self.bundle}
             facts |= {"canary": self.pool.canary_result}
             self.log.write("engine", facts)
             self.note(", ".join(f"{key} {value}" for key, value in facts.items() if key != "pid"))
+        self.watch.look(self.num_engines(), self.bundle)
         self.state.tokens = self.committed + self.pool.tokens_in_work()
-        self.state.engines = len(self.pool.ready())
+        self.state.engines = len(ready)
         self.state.engine_restarts = self.pool.restarts
         self.log.update(self.state)
         self.show(self.state)

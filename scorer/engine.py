@@ -1,7 +1,8 @@
 """A vLLM engine that returns the log-prob of every prompt token.
 
 In: token ids. Out: float32 log-probs, one fewer than the tokens of each prompt: nothing precedes the first. With
-top_k also the ids and log-probs of the top_k tokens that the model holds most probable at each of these places.
+top_k also the ids and log-probs of the top_k tokens that the model holds most probable at each of these places, and with
+temperatures the entropy of its whole distribution there.
 Import this only in a process of its own: vLLM's Transformers backend patches the transformers classes.
 """
 
@@ -14,7 +15,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from scorer.kernel import FLOAT16_IN_FLOAT32, multiply_float16_in_float32
+from scorer.kernel import FLOAT16_IN_FLOAT32, keep_arrays, multiply_float16_in_float32
+from scorer.logits import Kept
 from scorer.once_per_node import user_folder
 from scorer.overrides import engine_config
 
@@ -24,7 +26,8 @@ LOGITS_SHARE = {"cpu": 1 / 16, "cuda": 1 / 16}
 LOGITS_MAX_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
 MAX_BATCHED_TOKENS = 8192
 HEAD_DTYPE = "float32"  # of the logits: rounded to bfloat16 they alone would be off by 0.03 nat
-BLOCK_ENTRIES = {"cpu": 1 << 18, "cuda": 1 << 27}  # of logits turned into log-probs at once; fits the cache of a core
+# Of logits turned into log-probs at once: a CPU's stay in a core's cache, and in memory that the process has already
+BLOCK_ENTRIES = {"cpu": 1 << 16, "cuda": 1 << 25}
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class EngineConfig:
     weights_sha256, config_sha256: fingerprints of the model that the run began with; version, distribution: of the vLLM that
     it began with. kind: vllm, or fake (scorer/fake.py).
     text_alone: the model is a multimodal wrapper, of which the language model alone is read. arguments: further ones of vLLM's.
+    temperatures: at which the entropy is asked for, 1 first; none: it is not.
     """
 
     model: Path
@@ -50,7 +54,13 @@ class EngineConfig:
     version: str = ""
     distribution: str = ""
     text_alone: bool = False
+    temperatures: tuple[float, ...] = ()
     arguments: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> Kept:
+        """What is kept of each distribution beside the log-prob of the row's own token."""
+        return Kept(self.top_k, self.temperatures)
 
     @property
     def world_size(self) -> int:
@@ -59,15 +69,17 @@ class EngineConfig:
 
 
 class Answer(NamedTuple):
-    """What an engine says of a prompt's tokens from the second on, N = tokens - 1 and K = top_k.
+    """What an engine says of a prompt's tokens from the second on, N = tokens - 1, K = top_k, E = entropies.
 
     logprobs: float32 [N]. topk_ids, topk_logprobs: int32 and float32 [N, K], each line by descending log-prob and
-    ascending id where two are equal; None without top_k.
+    ascending id where two are equal; None without top_k. entropies: float32 [N, E], the columns of `logits.entropies`; None
+    without temperatures.
     """
 
     logprobs: np.ndarray
     topk_ids: np.ndarray | None = None
     topk_logprobs: np.ndarray | None = None
+    entropies: np.ndarray | None = None
 
 
 class Engine(Protocol):
@@ -89,12 +101,12 @@ def batched_tokens(config: EngineConfig, memory_bytes: int) -> int:
     """Tokens per engine step, so that a step's logits fit into a share of the device's memory.
 
     Held at once are a chunk's logits in HEAD_DTYPE, twice where the model scales or gathers them, and a block of their
-    log-probs; with top_k that many ids and log-probs a token, on their way to the host.
+    log-probs; of each token the ids and values that are kept, on their way to the host.
     """
     if config.max_num_batched_tokens is not None:
         return config.max_num_batched_tokens
     budget = min(LOGITS_MAX_BYTES[config.device], memory_bytes * LOGITS_SHARE[config.device])
-    bytes_per_token = 2 * config.vocab_size * 4 + 16 * config.top_k
+    bytes_per_token = 2 * config.vocab_size * 4 + 16 * (config.kept.width - 1)
     fit = max(1, int(budget / bytes_per_token))
     return max(256, min(MAX_BATCHED_TOKENS, 2 ** int(math.log2(fit))))
 
@@ -184,8 +196,10 @@ class VllmEngine:
 
         if os.environ.get(FLOAT16_IN_FLOAT32):
             multiply_float16_in_float32()
+        keep_arrays()
+        kept = config.kept
         self._params = vllm.SamplingParams(
-            prompt_logprobs=config.top_k, flat_logprobs=True, max_tokens=1, temperature=0, detokenize=False
+            prompt_logprobs=kept.width - 1, max_tokens=1, temperature=0, detokenize=False
         )
         # vLLM wants room for one generated token after the prompt. That position is sampled but never computed,
         # so a row as long as the model's limit is fine although max_model_len lies one above it.
@@ -206,7 +220,7 @@ class VllmEngine:
             trust_remote_code=False,
             load_format="safetensors",
             seed=0,
-            max_logprobs=max(20, config.top_k),  # vLLM's own bound is 20
+            max_logprobs=max(20, kept.width),  # vLLM's own bound is 20
             distributed_executor_backend="mp" if config.world_size > 1 else None,
             hf_overrides=partial(engine_config, seq_len=config.seq_len, head_dtype=head_dtype(config)),
             worker_extension_cls=f"scorer.{'textkernel.TextKernel' if config.text_alone else 'kernel.LogprobKernel'}",
@@ -221,11 +235,14 @@ class VllmEngine:
                 f"this vLLM gives logits in {', '.join(sorted(heads))}, expected {HEAD_DTYPE}; install release 0.32, or "
                 "score with --dtype float32"
             )
-        fused = all(llm.collective_rpc("use_remit_kernel", args=(BLOCK_ENTRIES[config.device],)))
-        self.description = {"engine": "vllm", "max_num_batched_tokens": tokens, "fused_logprobs": fused}
-        self.description |= {"head_dtype": HEAD_DTYPE, "device_name": device_name(config.device)}
+        if config.device == "cpu":
+            llm.collective_rpc("use_cpu_head")
+        runners = llm.collective_rpc("keep_scores", args=(kept, BLOCK_ENTRIES[config.device]))
+        runner = common_runner(runners, kept, vllm.__version__)
+        self.description = {"engine": "vllm", "max_num_batched_tokens": tokens, "head_dtype": HEAD_DTYPE}
+        self.description |= {"logprob_kernel": runner, "device_name": device_name(config.device)}
         self._asked: dict[str, np.ndarray] = {}
-        self._width, self._fused = 1 + config.top_k, fused
+        self._kept = kept
 
     def add(self, key: str, prompt: np.ndarray) -> None:
         self._asked[key] = prompt
@@ -241,30 +258,33 @@ class VllmEngine:
             finished.append((output.request_id, self._answer(output.request_id, prompt, output.prompt_logprobs)))
         return finished
 
-    def _answer(self, key: str, prompt: np.ndarray, flat: Any) -> Answer:
-        """vLLM's flat lists have, per position from the second on, the prompt's own token and then the top_k."""
-        shape = (len(prompt) - 1, self._width)
-        if flat is None or len(flat.token_ids) != shape[0] * shape[1]:
+    def _answer(self, key: str, prompt: np.ndarray, tensors: Any) -> Answer:
+        """tensors: ids and values, [tokens - 1, W], the columns of `token_scores`."""
+        shape, end = (len(prompt) - 1, self._kept.width), 1 + self._kept.top_k
+        if not hasattr(tensors, "logprob_token_ids") or tuple(tensors.logprobs.shape) != shape:
             raise ValueError(f"the engine did not answer for each token of prompt {key}")
-        # to numpy at once: lists of Python numbers take about 90 bytes an entry
-        ids_NW = np.fromiter(flat.token_ids, np.int32, shape[0] * shape[1]).reshape(shape)
-        logprobs_NW = np.fromiter(flat.logprobs, np.float32, shape[0] * shape[1]).reshape(shape)
+        ids_NW, values_NW = tensors.logprob_token_ids.numpy(), tensors.logprobs.numpy()
         if not np.array_equal(ids_NW[:, 0], prompt[1:]):
             raise ValueError(f"the engine answered for other tokens than those of prompt {key}")
-        if self._width == 1:
-            return Answer(logprobs_NW[:, 0])
-        if not self._fused:
-            order_topk(ids_NW, logprobs_NW)
-        return Answer(logprobs_NW[:, 0].copy(), ids_NW[:, 1:], logprobs_NW[:, 1:])
+        # copies: a GPU's answers come in pinned memory, of which there is little
+        answer = Answer(values_NW[:, 0].copy())
+        if self._kept.top_k:
+            ids_NK = ids_NW[:, 1:end].astype(np.int32)
+            answer = answer._replace(topk_ids=ids_NK, topk_logprobs=values_NW[:, 1:end].copy())
+        return answer._replace(entropies=values_NW[:, end:].copy()) if self._kept.temperatures else answer
 
 
-def order_topk(ids_NW: np.ndarray, logprobs_NW: np.ndarray) -> None:
-    """Bring vLLM's own order, the prompt's token and then K others, into that of `Answer`, in place.
+def common_runner(runners: list[str | None], kept: Kept, version: str) -> str:
+    """What all workers say of `LogprobKernel.keep_scores`; ValueError where that cannot give what is to be kept.
 
-    A token that stands in both places keeps the log-prob of the first: the two may come from other passes.
+    With "none" vLLM's own functions are at work. They have no entropies, and of equal tokens at the last place of the most
+    probable ones they take any.
     """
-    ids_NK, logprobs_NK = ids_NW[:, 1:], logprobs_NW[:, 1:]
-    np.copyto(logprobs_NK, logprobs_NW[:, :1], where=ids_NK == ids_NW[:, :1])
-    order_NK = np.lexsort((ids_NK, -logprobs_NK), axis=-1)
-    ids_NK[:] = np.take_along_axis(ids_NK, order_NK, -1)
-    logprobs_NK[:] = np.take_along_axis(logprobs_NK, order_NK, -1)
+    found = {runner for runner in runners if runner is not None}
+    runner = found.pop() if len(found) == 1 else "none"
+    if runner == "none" and kept.width > 1:
+        raise ValueError(
+            f"vLLM {version} computes log-probs by other functions than those of release 0.32, so --top-k and --entropy are not to "
+            "be had with it; install release 0.32 or 0.33, or score without them"
+        )
+    return runner

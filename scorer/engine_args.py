@@ -6,6 +6,7 @@ What a run rests on is not among them: it has options of its own, is the same fo
 import ast
 import difflib
 import json
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,14 @@ OPTIONS = {
 OWN = frozenset({
     "allowed_local_media_path", "allowed_media_domains", "code_revision", "config_format", "convert", "download_dir",
     "distributed_executor_backend", "enable_prefix_caching", "enable_prompt_embeds", "hf_config_path", "hf_overrides", "hf_token",
-    "load_format", "logits_processors", "logprobs_mode", "max_model_len", "model_weights", "revision", "runner", "scheduler_cls",
-    "seed", "skip_tokenizer_init", "tokenizer", "tokenizer_mode", "tokenizer_revision", "trust_remote_code", "worker_cls",
-    "worker_extension_cls",
+    "kv_events_config", "load_format", "logits_processors", "logprobs_mode", "master_addr", "master_port", "max_model_len",
+    "model_class_overrides", "model_weights", "nnodes", "node_rank", "prefill_context_parallel_size", "revision", "runner",
+    "scheduler_cls", "seed", "skip_tokenizer_init", "tokenizer", "tokenizer_mode", "tokenizer_revision", "trust_remote_code",
+    "worker_cls", "worker_extension_cls",
 })  # fmt: skip
-"""Arguments that the scorer sets for every run, or whose values would run code or read another model."""
+"""Arguments that the scorer sets for every run, whose values would run code, read another model or listen to other machines,
+or that take GPUs which Ray was not asked for."""
+OWN_KINDS = re.compile(r"data_parallel.*|spec_.*|speculative.*|.*_transfer_config|.*_plugin|lora.*|enable_lora")
 OF_THE_MACHINE = frozenset({"gpu_memory_utilization", "kv_cache_memory_bytes", "max_parallel_loading_workers"})
 """Arguments that say how much of a machine is taken: a run may go on with others, so no manifest records them."""
 
@@ -40,7 +44,7 @@ def parse_engine_args(entries: list[str]) -> dict[str, Any]:
             raise ValueError(f"--engine-args has {entry!r}, expected KEY=VALUE, for instance kv_cache_dtype=fp8")
         if key in OPTIONS:
             raise ValueError(f"--engine-args has {key}, which {OPTIONS[key]} decides; give that option")
-        if key in OWN or key.startswith("data_parallel"):
+        if key in OWN or OWN_KINDS.fullmatch(key):
             raise ValueError(f"--engine-args has {key}, which is not to be set: scoring rests on remit's own value")
         if key in found:
             raise ValueError(f"--engine-args has {key} twice, expected each key once")

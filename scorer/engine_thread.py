@@ -22,6 +22,10 @@ class EngineDied(RuntimeError):
     """The engine failed; its process is of no use any more."""
 
 
+class NodeUnfit(EngineDied):
+    """The engine cannot be used on its node: folders that it does not reach, a full temporary folder."""
+
+
 @dataclass
 class Job:
     """Prompts of one part. values: what the engine says of them by index, as it arrives.
@@ -76,6 +80,8 @@ class EngineLoop:
             self._raise_if_dead()
 
     def _raise_if_dead(self) -> None:
+        if isinstance(self._error, EngineDied):  # says itself what is wrong
+            raise type(self._error)(str(self._error)) from None
         if self._error is not None:
             lines = [line.strip() for line in str(self._error).splitlines() if line.strip()]
             # vLLM checks its settings with pydantic, which says what is wrong and ends with a link

@@ -2,8 +2,10 @@
 
 It starts at once and gives the same numbers everywhere, so that a run which was killed can be compared with one
 which was not. REMIT_FAKE_ENGINE, a JSON object, makes it fail: {"nan": [17]} answers NaN for prompts that hold the
-token 17, likewise inf, positive, zeros, and topk one token twice among the most probable; hang, die and raise do what they say; "once": FILE limits that to the
-first time; "seconds": S makes each step take S seconds.
+token 17, likewise inf, positive, zeros, topk one token twice among the most probable, and entropy a negative entropy; hang,
+die and raise do what they say; "once": FILE limits that to the first time; "seconds": S makes each step take S seconds.
+REMIT_FAKE_NODE, of a node's own environment, likewise: "start": raise or S seconds, "wrong": true for numbers that are off
+by half a nat, which "canary": true of all nodes finds out.
 """
 
 import json
@@ -14,9 +16,17 @@ from typing import Any
 
 import numpy as np
 
+from scorer.canary import Distance, Forwards
 from scorer.engine import Answer
+from scorer.logits import Kept
 
 PROMPTS_PER_STEP = 8
+SETTINGS = ("once", "seconds", "start", "wrong", "canary")  # what is not looked for in prompts
+
+
+def faults() -> dict[str, Any]:
+    """What REMIT_FAKE_ENGINE asks for."""
+    return json.loads(os.environ.get("REMIT_FAKE_ENGINE", "{}"))
 
 
 def hashed_logprobs(prompt: np.ndarray) -> np.ndarray:
@@ -25,6 +35,11 @@ def hashed_logprobs(prompt: np.ndarray) -> np.ndarray:
     mixed = (ids[1:] * np.uint64(2654435761) ^ ids[:-1] * np.uint64(40503)) + np.arange(1, len(ids), dtype=np.uint64)
     mixed ^= mixed >> np.uint64(13)
     return (-((mixed % np.uint64(8000)).astype(np.float32) + 1) / 1001).astype(np.float32)
+
+
+def hashed_forwards(prompts: list[np.ndarray], dtype: str) -> Forwards:
+    """What engines in `dtype` are compared with; no prompts where nothing is to be compared."""
+    return Forwards(prompts, [Answer(hashed_logprobs(prompt)) for prompt in prompts], {dtype: Distance(0, 0, 0, 0, 0)})
 
 
 def hashed_topk(prompt: np.ndarray, logprobs: np.ndarray, vocab_size: int, top_k: int) -> Answer:
@@ -45,14 +60,32 @@ def hashed_topk(prompt: np.ndarray, logprobs: np.ndarray, vocab_size: int, top_k
     return Answer(logprobs, best, np.take_along_axis(logprobs_NW, order_NK, -1))
 
 
+def hashed_entropies(logprobs: np.ndarray, vocab_size: int, temperatures: tuple[float, ...]) -> np.ndarray:
+    """Entropies, float32 [tokens - 1, E] as of scorer.logits, of distributions that have these `logprobs`, float32 [tokens
+    - 1]: all other tokens of the vocabulary have the same probability."""
+    own, others = logprobs.astype(np.float64), max(1, vocab_size - 1)
+    rest = np.log1p(-np.exp(own)) - np.log(others)
+    found = []
+    for temperature in temperatures:
+        log_partition = np.logaddexp(own / temperature, rest / temperature + np.log(others))
+        own_t, rest_t = own / temperature - log_partition, rest / temperature - log_partition
+        entropy = -np.exp(own_t) * own_t - others * np.exp(rest_t) * rest_t
+        found += [entropy] if temperature == 1 else [entropy, log_partition]
+    return np.stack(found, axis=1).astype(np.float32)
+
+
 class FakeEngine:
     """Answers eight prompts a step."""
 
-    def __init__(self, vocab_size: int, top_k: int = 0) -> None:
-        self._vocab_size, self._top_k = vocab_size, top_k
+    def __init__(self, vocab_size: int, kept: Kept) -> None:
+        self._vocab_size, self._kept = vocab_size, kept
         self.description: dict[str, Any] = {"engine": "fake"}
-        self._faults = json.loads(os.environ.get("REMIT_FAKE_ENGINE", "{}"))
+        self._faults = faults() | json.loads(os.environ.get("REMIT_FAKE_NODE", "{}"))
         self._queue: list[tuple[str, np.ndarray]] = []
+        start = self._faults.get("start", 0)
+        if start == "raise":
+            raise RuntimeError("the fake engine was told not to start")
+        time.sleep(start)
 
     def add(self, key: str, prompt: np.ndarray) -> None:
         self._queue.append((key, prompt))
@@ -66,12 +99,14 @@ class FakeEngine:
         """Nothing is left behind."""
 
     def _answer(self, prompt: np.ndarray) -> Answer:
-        logprobs = hashed_logprobs(prompt)
+        logprobs = hashed_logprobs(prompt) - np.float32(0.5 * self._faults.get("wrong", False))
         answer = Answer(logprobs)
-        if self._top_k:
-            answer = hashed_topk(prompt, logprobs, self._vocab_size, self._top_k)
+        if self._kept.top_k:
+            answer = hashed_topk(prompt, logprobs, self._vocab_size, self._kept.top_k)
+        if self._kept.temperatures:
+            answer = answer._replace(entropies=hashed_entropies(logprobs, self._vocab_size, self._kept.temperatures))
         for fault, tokens in self._faults.items():
-            if fault in ("once", "seconds") or not np.isin(prompt, tokens).any() or not self._first_time():
+            if fault in SETTINGS or not np.isin(prompt, tokens).any() or not self._first_time():
                 continue
             if fault == "die":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -82,6 +117,9 @@ class FakeEngine:
             elif fault == "topk":
                 assert answer.topk_ids is not None
                 answer.topk_ids[len(logprobs) // 3, -1] = answer.topk_ids[len(logprobs) // 3, 0]
+            elif fault == "entropy":
+                assert answer.entropies is not None
+                answer.entropies[len(logprobs) // 3, 0] = -0.5
             else:
                 values = {"nan": np.nan, "inf": -np.inf, "positive": 0.5, "zeros": 0.0}
                 logprobs[len(logprobs) // 3 if fault != "zeros" else 0 :] = values[fault]

@@ -2,7 +2,7 @@
 
 Run it in a process that has not imported vLLM, which patches the transformers classes.
 
-T = tokens, N = T - 1, V = vocabulary, K = most probable tokens that are asked for.
+T = tokens, N = T - 1, V = vocabulary, K = most probable tokens that are asked for, E = entropies.
 """
 
 import contextlib
@@ -13,14 +13,17 @@ from typing import Any
 
 import numpy as np
 
+from scorer.engine import Answer
+
 LOGITS_BYTES = 1 << 30  # of one prompt at once
 
 
 def load_forward(model: Path | str, dtype: str = "float32") -> Callable[..., Any]:
     """A function from a prompt, int [tokens], to the float32 [tokens - 1] log-probs of its tokens from the second on.
 
-    With ids_NK=ids, int [tokens - 1, K], also the log-probs of these ids; with best=K also ids and log-probs, [tokens -
-    1, K], of the most probable tokens.
+    With ids_NK=ids, int [tokens - 1, K], also the log-probs of these ids. With best=K or temperatures an Answer instead:
+    also ids and log-probs, [tokens - 1, K], of the most probable tokens, and the entropies at these temperatures, E columns
+    as an engine has them.
 
     dtype: of weights and states, whatever the weights are stored in. The product with the output embedding gives
     float32 logits in any dtype, as an engine's does. Matrix products of float16 are computed in float32 and rounded: that is
@@ -34,7 +37,9 @@ def load_forward(model: Path | str, dtype: str = "float32") -> Callable[..., Any
     products = _float16_products if dtype == "float16" else contextlib.nullcontext
 
     @torch.no_grad()
-    def forward(prompt: np.ndarray, ids_NK: np.ndarray | None = None, best: int = 0) -> Any:
+    def forward(
+        prompt: np.ndarray, ids_NK: np.ndarray | None = None, best: int = 0, temperatures: tuple[float, ...] = ()
+    ) -> Any:
         ids_T = torch.from_numpy(prompt.astype(np.int64))
         found: list[tuple[Any, ...]] = []
         with products():
@@ -46,11 +51,28 @@ def load_forward(model: Path | str, dtype: str = "float32") -> Callable[..., Any
                 elif best:
                     top = logprobs_TV.topk(min(best, logprobs_TV.shape[-1]))
                     wanted += (top.indices, top.values)
+                if temperatures:
+                    wanted += (_entropies(logprobs_TV, temperatures),)
                 found.append(wanted)
-        whole = tuple(torch.cat(pieces).numpy() for pieces in zip(*found))
-        return whole if len(whole) > 1 else whole[0]
+        whole = [torch.cat(pieces).numpy() for pieces in zip(*found)]
+        if not best and not temperatures:
+            return tuple(whole) if len(whole) > 1 else whole[0]
+        entropies = whole.pop() if temperatures else None
+        return Answer(*whole)._replace(entropies=entropies)
 
     return forward
+
+
+def _entropies(logprobs_TV: Any, temperatures: tuple[float, ...]) -> Any:
+    """From their definition; another way than an engine's."""
+    import torch
+
+    found = []
+    for temperature in temperatures:
+        found.append(torch.special.entr((logprobs_TV / temperature).softmax(-1)).sum(-1))
+        if temperature != 1:
+            found.append((logprobs_TV / temperature).logsumexp(-1))
+    return torch.stack(found, dim=-1)
 
 
 def load_network(model: Path | str, dtype: str) -> Any:

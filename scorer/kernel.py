@@ -1,61 +1,19 @@
-"""Log-probs of a prompt's tokens without the [tokens, vocabulary] passes that vLLM's own path makes.
+"""What of this project runs inside vLLM's workers, which load `LogprobKernel` by name (vLLM's worker_extension_cls).
 
-vLLM computes a float32 log-softmax of all logits of a chunk, then ranks each token against the whole vocabulary.
-Of both, one number a token is needed, or 1 + K of them. Here the logits go through the log-softmax in blocks that
-stay in a core's cache, and no rank is computed. Worker processes load this class by name (vLLM's
-worker_extension_cls).
+vLLM has two model runners: V1, which CPUs have, and V2, which GPUs have from 0.25 on. Each makes the log-probs of a
+prompt's tokens with other code of its own; here `token_scores` (scorer/logits.py) takes its place in both.
 
-T = tokens, V = vocabulary, K = most probable tokens that are asked for, 0 or more.
+T = tokens, V = vocabulary, W = numbers that are kept of each token.
 """
 
 import os
+import sys
 from typing import Any
 
+from scorer.cpu_head import use_cpu_head
+from scorer.logits import Kept, entropies, token_scores
+
 FLOAT16_IN_FLOAT32 = "REMIT_FLOAT16_IN_FLOAT32"  # set for CPU engines in float16: see multiply_float16_in_float32
-
-
-def token_logprobs(logits_TV: Any, token_ids_T: Any, top_k: int, block_entries: int) -> tuple[Any, Any]:
-    """Ids, int32, and log softmax(logits)[ids], float32, both [T, 1 + K]: the token itself, then the K best.
-
-    At most block_entries logits at a time are turned into log-probs.
-    """
-    import torch
-
-    tokens, vocabulary = logits_TV.shape
-    rows = max(1, block_entries // vocabulary)
-    ids_TW = torch.empty(tokens, 1 + top_k, dtype=torch.int32, device=logits_TV.device)
-    logprobs_TW = torch.empty(tokens, 1 + top_k, dtype=torch.float32, device=logits_TV.device)
-    ids_TW[:, 0] = token_ids_T
-    for start in range(0, tokens, rows):
-        place = slice(start, start + rows)
-        block_TV = logits_TV[place].log_softmax(dim=-1, dtype=torch.float32)
-        logprobs_TW[place, :1] = block_TV.gather(-1, token_ids_T[place, None])
-        if top_k:
-            ids_TW[place, 1:], logprobs_TW[place, 1:] = most_probable(block_TV, top_k)
-    return ids_TW, logprobs_TW
-
-
-def most_probable(logprobs_TV: Any, top_k: int) -> tuple[Any, Any]:
-    """Ids, int64, and log-probs, float32, both [T, K], by descending log-prob, the lower id first where two are equal.
-
-    16-bit logits have many equal values. torch.topk leaves open which of those at the K-th place it takes, and that
-    differs between devices and releases; here the lowest ids are taken.
-    """
-    import torch
-
-    values_TK, ids_TK = logprobs_TV.topk(top_k, dim=-1)
-    last_T1 = values_TK[:, -1:]
-    equal_TV = logprobs_TV == last_T1
-    above_T = (values_TK > last_T1).sum(-1)  # the places of an entry that are not open
-    row, token = equal_TV.nonzero(as_tuple=True)  # rows ascending, and ids in each
-    counts_T = equal_TV.sum(-1)
-    first_T = counts_T.cumsum(0) - counts_T
-    place = above_T[row] + torch.arange(len(row), device=row.device) - first_T[row]
-    taken = place < top_k
-    ids_TK[row[taken], place[taken]] = token[taken]
-    ids_TK = ids_TK.sort(dim=-1).values
-    ordered = logprobs_TV.gather(-1, ids_TK).sort(dim=-1, descending=True, stable=True)
-    return ids_TK.gather(-1, ordered.indices), ordered.values
 
 
 def multiply_float16_in_float32() -> bool:
@@ -128,26 +86,107 @@ class LogprobKernel:
         default = self.model_runner.model_config.dtype
         return [str(dtype or default).removeprefix("torch.") for dtype in found]
 
-    def use_remit_kernel(self, block_entries: int) -> bool:
-        """Put `token_logprobs` in the place of the sampler's two functions; False where vLLM has others by now."""
-        import torch
-        from vllm.v1.outputs import LogprobsTensors
+    def use_cpu_head(self) -> None:
+        """Take the project's own product with the output embedding (scorer/cpu_head.py)."""
+        use_cpu_head()
 
-        sampler: Any = getattr(self.model_runner, "sampler", None)
-        if not all(hasattr(sampler, name) for name in ("compute_logprobs", "gather_logprobs")):
-            return False
-        original = sampler.gather_logprobs, sampler.compute_logprobs
+    def keep_scores(self, kept: Kept, block_entries: int) -> str | None:
+        """Have the runner keep of each token of a prompt what `kept` says, with kept.width - 1 as its prompt_logprobs.
 
-        def gather(logits_TV: Any, num_logprobs: int, token_ids_T: Any, *rest: Any, **named: Any) -> Any:
-            if num_logprobs < 0 or rest or named:
-                return original[0](original[1](logits_TV), num_logprobs, token_ids_T, *rest, **named)
-            ids_TW, logprobs_TW = token_logprobs(logits_TV, token_ids_T, num_logprobs, block_entries)
-            ranks_T = torch.zeros(len(token_ids_T), dtype=torch.int64, device=logits_TV.device)
-            return LogprobsTensors(ids_TW, logprobs_TW, ranks_T)
+        Which of vLLM's runners it is: "V1" or "V2"; "none" where this vLLM has other functions by now, None where this
+        worker computes no logits (a stage of a pipeline that is not its last).
+        """
+        runner = self.model_runner
+        if not getattr(runner, "is_last_pp_rank", True):
+            return None
+        worker = getattr(runner, "prompt_logprobs_worker", None)
+        if worker is not None:
+            return "V2" if replace_in_v2(sys.modules[type(worker).__module__], kept, block_entries) else "none"
+        return "V1" if replace_in_v1(getattr(runner, "sampler", None), kept, block_entries) else "none"
 
-        sampler.compute_logprobs = lambda logits_TV, *rest, **named: logits_TV
-        sampler.gather_logprobs = gather
-        return True
+
+def replace_in_v1(sampler: Any, kept: Kept, block_entries: int) -> bool:
+    """Put `token_scores` in the place of two functions of V1's sampler; False where it has not got them."""
+    if not all(hasattr(sampler, name) for name in ("compute_logprobs", "gather_logprobs")):
+        return False
+    compute, gather = sampler.compute_logprobs, sampler.gather_logprobs
+
+    def gather_scores(logits_TV: Any, num_logprobs: int, token_ids_T: Any, *rest: Any, **named: Any) -> Any:
+        if num_logprobs != kept.width - 1 or rest or named:
+            return gather(compute(logits_TV), num_logprobs, token_ids_T, *rest, **named)
+        return _as_tensors(*token_scores(logits_TV, token_ids_T, kept, block_entries))
+
+    sampler.compute_logprobs = lambda logits_TV, *rest, **named: logits_TV
+    sampler.gather_logprobs = gather_scores
+    return True
+
+
+def replace_in_v2(module: Any, kept: Kept, block_entries: int) -> bool:
+    """Put `token_scores` in the place of the function that V2 calls for each chunk of a prompt's logits, in the module of
+    its prompt log-probs; False where it has not got it.
+
+    V2's own ranks every token, and leaves open which of equal tokens are among the most probable. Without these its kernel
+    for log-probs is called, which reads the logits twice and writes one number a token.
+    """
+    import torch
+
+    original, own_logprobs = (
+        getattr(module, "compute_topk_scores", None),
+        getattr(module, "compute_token_logprobs", None),
+    )
+    if original is None or own_logprobs is None:
+        return False
+
+    def chunk_scores(logits_TV: Any, num_logprobs: int, token_ids_T: Any, *rest: Any, **named: Any) -> Any:
+        if num_logprobs != kept.width - 1 or rest or any(named.values()):
+            return original(logits_TV, num_logprobs, token_ids_T, *rest, **named)
+        if kept.top_k:
+            ids_TW, values_TW = token_scores(logits_TV, token_ids_T, Kept(kept.top_k), block_entries)
+        else:
+            ids_TW, values_TW = token_ids_T[:, None].int(), own_logprobs(logits_TV, token_ids_T[:, None])
+        if kept.temperatures:
+            entropies_TE = _entropies_of_logits(logits_TV, kept.temperatures)
+            ids_TW = torch.nn.functional.pad(ids_TW, (0, kept.num_entropies))
+            values_TW = torch.cat([values_TW, entropies_TE], dim=-1)
+        return _as_tensors(ids_TW, values_TW)
+
+    module.compute_topk_scores = chunk_scores
+    return True
+
+
+def keep_arrays() -> None:
+    """Have vLLM, in this process, hand on the tensors of a prompt's log-probs as they come from the workers.
+
+    Its own way makes Python numbers of them, in the thread that steps the engine: 0.2 microseconds and 30 bytes each.
+    """
+    from vllm.v1.engine.logprobs import LogprobsProcessor
+
+    def keep(self: Any, tensors: Any) -> None:
+        self.prompt_logprobs = tensors
+
+    if not hasattr(LogprobsProcessor, "_update_prompt_logprobs"):
+        raise ValueError(
+            "this vLLM collects the log-probs of a prompt in another place than 0.32; install release 0.32"
+        )
+    LogprobsProcessor._update_prompt_logprobs = keep  # type: ignore[assignment, method-assign]
+
+
+def _entropies_of_logits(logits_TV: Any, temperatures: tuple[float, ...]) -> Any:
+    import torch
+
+    if logits_TV.is_cuda:
+        from scorer.gpu_entropies import gpu_entropies
+
+        return gpu_entropies(logits_TV, temperatures)
+    return entropies(logits_TV.log_softmax(-1, dtype=torch.float32), temperatures)
+
+
+def _as_tensors(ids_TW: Any, values_TW: Any) -> Any:
+    """As vLLM hands them on; no rank is computed."""
+    import torch
+    from vllm.v1.outputs import LogprobsTensors
+
+    return LogprobsTensors(ids_TW, values_TW, torch.zeros(len(ids_TW), dtype=torch.int64, device=ids_TW.device))
 
 
 if os.environ.get(FLOAT16_IN_FLOAT32):  # a worker process loads this module before its model, and has no later chance

@@ -169,7 +169,8 @@ def _fault(head: bytes, whole: bool, text_field: str | None) -> str | None:
 
 def list_remote(entry: str, text_field: str, own: set[str]) -> Listing:
     """What a URL or a glob of one stands for: the same files in the same order as of a local folder."""
-    from shards.remote import asked_again, filesystem
+    from shards.asking import asked_again
+    from shards.remote import filesystem
 
     fs, path = filesystem(entry)
     protocol = entry.partition("://")[0]

@@ -30,7 +30,7 @@ def node_weights_fingerprint(model_folder: Path) -> str:
     files = sorted(model_folder.glob("*.safetensors"))
     if not files:
         return weights_fingerprint(model_folder)  # raises, and says what is missing
-    facts = [(str(file.resolve()), file.stat()) for file in files]
+    facts = [(f"{file.name} {file.resolve()}", file.stat()) for file in files]  # its name is hashed too
     is_settled = max(stat.st_ctime for _, stat in facts) < time.time() - SETTLED_SECONDS
     identity = "\n".join(
         f"{path} {s.st_dev} {s.st_ino} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}" for path, s in facts

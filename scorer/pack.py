@@ -22,6 +22,7 @@ from scorer.config import PackConfig
 from scorer.corpus import require_kind
 from scorer.known import remember, stamps
 from scorer.pack_tasks import stage_source, write_part_from_staging
+from scorer.placement import wait_for_nodes
 from scorer.plan import plan_parts, refuse_other_plan, say_what_changed
 from scorer.sources import Corpus, Source, find_corpus, staged_estimate
 from scorer.stopping import StopGuard
@@ -104,7 +105,8 @@ def pack(
         try:
             staging.clean()
             stop = StopGuard(should_stop, config.grace_seconds)
-            with ray_cluster(config.debug), ray_errors(stop.requested):
+            with ray_cluster(config.debug, note), ray_errors(stop.requested):
+                wait_for_nodes("CPU", stop.requested, note)
                 raw = tokenizer.encoder.to_str()
                 vocabulary = Vocabulary(description["vocab_size"])
                 staged = _stage_all(config, sources, staging, raw, settings, out, lease, progress, stop, vocabulary)

@@ -1,58 +1,40 @@
 """Engines in a Ray cluster: started where there is room, replaced when they die, hang or lose their node.
 
-Nothing here blocks: `poll` collects what has happened since the last call.
+Nothing here blocks: `poll` collects what has happened since the last call, with whose fault it is as far as Ray tells.
 """
 
+import contextlib
+import math
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from itertools import count
 from time import monotonic
-from typing import Any
+from typing import Any, cast
 
 import ray
-from ray.util import placement_group, remove_placement_group
+from ray.util import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from scorer.actor import ScoringActor
 from scorer.canary import CanaryFailed, Forwards
-from scorer.cluster import cause, one_line
-from scorer.engine_thread import EngineDied
+from scorer.cluster import HeadWatch, cause, death
+from scorer.engine_thread import EngineDied, NodeUnfit
+from scorer.handle import EngineHandle, Outcome
+from scorer.health import Fault
+from scorer.placement import Node, alive_nodes
+from shards.store_errors import StoreSilent
 
 PARTS_PER_ENGINE = 2  # one is read or written while the other is computed
 START_TIMEOUT_SECONDS = 1800.0
-MAX_FAILED_STARTS = 3
 REMOVAL_SECONDS = 5.0
-
-
-@dataclass
-class EngineHandle:
-    """An engine's process: its place, its actor, what it was asked. state: placing, starting, testing, ready."""
-
-    group: Any
-    actor: Any = None
-    state: str = "placing"
-    parts: set[str] = field(default_factory=set)
-    since: float = field(default_factory=monotonic)  # of the last sign of life
-    seen: Any = None
-    tokens: dict[str, int] = field(default_factory=dict)
-    description: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a part. result: counts and times where it was committed, else error.
-
-    engine_died: the error took the engine with it, which may be the engine's fault and not the part's.
-    """
-
-    part: str
-    result: dict[str, Any] | None = None
-    error: BaseException | None = None
-    engine_died: bool = False
+LOOK_SECONDS = 2.0
+VERDICT_SECONDS = 3.0  # a node that goes away ends its processes first, and is known to be gone a little later
+UNREACHABLE_SECONDS = 90.0  # Ray takes up to a minute to find a node dead
+SILENT_STORE_SECONDS = 30.0  # an engine whose store is silent is left alone for so long
 
 
 class EnginePool:
-    """bundle: Ray resources of an engine, all on one node. num_engines: how many there should be now.
+    """bundle: Ray resources of an engine, all on one node.
 
     canary: what engines, in `dtype`, are compared with, once it is known, else None; until then none gets a part.
     """
@@ -61,29 +43,43 @@ class EnginePool:
         self,
         bundle: dict[str, float],
         actor_arguments: tuple,
-        num_engines: Callable[[], int],
         canary: Callable[[], Forwards | None],
         dtype: str,
         progress_timeout_seconds: float,
     ) -> None:
         self._bundle, self._arguments = bundle, actor_arguments
-        self._num_engines, self._canary, self._dtype = num_engines, canary, dtype
+        self._canary, self._dtype = canary, dtype
         self._timeout = progress_timeout_seconds
         self.engines: list[EngineHandle] = []
         self._calls: dict[Any, tuple[EngineHandle, str, str]] = {}  # what was asked: engine, verb, part
-        self._failed_starts, self._ever_ready = 0, False
+        self._numbers = count(1)
+        self._nodes: dict[str, Node] = {}
+        self._looked, self._look = -math.inf, cast(threading.Thread | None, None)
         self._polled = monotonic()
         self._last_progress = 0.0
         self.restarts = 0
         self.canary_result: dict[str, float] = {}
 
+    def nodes(self) -> dict[str, Node]:
+        """The nodes that are alive, by their ids, as of the last second or of when the cluster's head last answered."""
+        if monotonic() - self._looked > 1 and not HeadWatch.silent and not (self._look and self._look.is_alive()):
+            # in a thread, since the call does not come back while there is no head
+            self._look = threading.Thread(target=self._look_at_nodes, daemon=True)
+            self._look.start()
+            self._look.join(LOOK_SECONDS if self._nodes else None)
+        return self._nodes
+
+    def _look_at_nodes(self) -> None:
+        with contextlib.suppress(Exception):  # the driver has its own ways to see that Ray has gone
+            self._nodes, self._looked = alive_nodes(), monotonic()
+
     def ready(self) -> list[EngineHandle]:
         """Engines that can take parts."""
-        return [engine for engine in self.engines if engine.state == "ready"]
+        return [engine for engine in self.engines if engine.state == "ready" and monotonic() >= engine.rests_until]
 
-    def testing(self) -> bool:
-        """Whether engines have started and nothing but their comparison keeps them from parts."""
-        return any(engine.state == "testing" for engine in self.engines)
+    def in_state(self, *states: str) -> list[EngineHandle]:
+        """Engines in one of the states."""
+        return [engine for engine in self.engines if engine.state in states]
 
     def running(self) -> int:
         """Parts in work."""
@@ -93,12 +89,17 @@ class EnginePool:
         """Tokens done of the parts in work."""
         return sum(sum(engine.tokens.values()) for engine in self.engines)
 
-    def top_up(self) -> None:
-        """Ask for the engines that are missing; they come when the cluster has room for them."""
-        while len(self.engines) < self._num_engines():
-            engine = EngineHandle(placement_group([self._bundle], strategy="STRICT_PACK"))
+    def top_up(self, wanted: int, avoid: frozenset[str]) -> None:
+        """Ask for the engines that are missing; they come when the cluster has room for them on nodes not in `avoid`."""
+        for engine in self.in_state("placing"):
+            if engine.avoid != avoid:
+                self._drop(engine)
+        while len(self.engines) < wanted:
+            elsewhere = [{"ray.io/node-id": f"!in({','.join(sorted(avoid))})"}] if avoid else None
+            group = placement_group([self._bundle], strategy="STRICT_PACK", bundle_label_selector=elsewhere)
+            engine = EngineHandle(next(self._numbers), group, avoid)
             self.engines.append(engine)
-            self._calls[engine.group.ready()] = (engine, "place", "")
+            self._calls[group.ready()] = (engine, "place", "")
 
     def assign(self, engine: EngineHandle, part: str) -> None:
         """Have an engine score a part."""
@@ -108,8 +109,7 @@ class EnginePool:
         self._calls[engine.actor.score_part.remote(part)] = (engine, "score", part)
 
     def poll(self, seconds: float) -> list[Outcome]:
-        """Wait up to `seconds` for something to happen; what became of parts. CanaryFailed, or RuntimeError where
-        engines do not start."""
+        """Wait up to `seconds` for something to happen; what became of parts and engines."""
         outcomes: list[Outcome] = []
         for engine in self.engines:  # while the driver itself was held up, it did not ask
             engine.since += max(0.0, monotonic() - self._polled - 1)
@@ -127,7 +127,7 @@ class EnginePool:
                 engine, verb, part = self._calls.pop(reference)
                 outcomes += self._handle(engine, verb, part, reference)
         for engine in list(self.engines):
-            outcomes += self._check_deadline(engine)
+            outcomes += self._verdict(engine) if engine.state == "lost" else self._check_deadline(engine)
             if engine.state == "testing" and engine.seen != "asked" and self._canary() is not None:
                 engine.seen, engine.since = "asked", monotonic()
                 self._calls[engine.actor.canary.remote(self._canary(), self._dtype)] = (engine, "canary", "")
@@ -139,97 +139,137 @@ class EnginePool:
             value: Any = ray.get(reference)
         except Exception as error:
             return self._handle_error(engine, verb, part, cause(error))
+        if engine.state == "lost":  # and answers all the same; what else it was asked has no answer any more
+            return self._give_up(engine, engine.lost or RuntimeError("its process was lost"), Fault.NOBODYS)
         # an actor answers this while its engine is stuck in its start: no sign of life then
         if verb != "progress" or (engine.state == "ready" and value != engine.seen):
             engine.since = monotonic()
         if verb == "place":
-            strategy = PlacementGroupSchedulingStrategy(engine.group, placement_group_bundle_index=0)
-            cpus, gpus = self._bundle.get("CPU", 0), self._bundle.get("GPU", 0)
-            engine.actor = (
-                ray.remote(ScoringActor)
-                .options(
-                    num_cpus=cpus,
-                    num_gpus=gpus,
-                    scheduling_strategy=strategy,
-                    max_restarts=0,  # a new one is asked for here, on whatever node has room then
-                    max_concurrency=PARTS_PER_ENGINE + 3,
-                )
-                .remote(*self._arguments)
-            )
-            engine.state = "starting"
-            self._calls[engine.actor.start.remote()] = (engine, "start", "")
+            self._start(engine)
         elif verb == "start":
             engine.description, engine.state = value, "testing"
         elif verb == "canary":
-            engine.state, engine.seen = "ready", None
-            self._failed_starts, self.canary_result, self._ever_ready = 0, value, True
-        elif verb == "progress" and engine.state == "ready":
-            engine.seen = value
-            # not those of a part whose end came in before this answer: it is counted as committed already
-            engine.tokens = {part: tokens for part, tokens in value[1].items() if part in engine.parts}
+            engine.state, engine.seen, self.canary_result = "ready", None, value
+        elif verb == "progress":
+            engine.silent = value[2]
+            if engine.state == "ready":
+                engine.seen = value
+                # not those of a part whose end came in before this answer: it is counted as committed already
+                engine.tokens = {part: tokens for part, tokens in value[1].items() if part in engine.parts}
         elif verb == "score":
             engine.parts.discard(part)
             engine.tokens.pop(part, None)
-            return [Outcome(part, result=value)]
+            return [Outcome(engine, (part,), result=value)]
         return []
 
-    def _handle_error(self, engine: EngineHandle, verb: str, part: str, error: BaseException) -> list[Outcome]:
-        if isinstance(error, CanaryFailed):
-            raise error
-        died = isinstance(error, EngineDied | ray.exceptions.RayError)
-        if verb == "score" and not died:
-            engine.parts.discard(part)
-            return [Outcome(part, error=error)]
-        if part:
-            engine.parts.add(part)  # so that it is among those that the engine took with it
-        return self._give_up(engine, error)
+    def _start(self, engine: EngineHandle) -> None:
+        """The engine has its place: start its process there."""
+        engine.node = str(placement_group_table(engine.group)["bundles_to_node_id"][0])
+        self._looked = -math.inf
+        engine.place = self.nodes().get(engine.node, Node(engine.node, engine.node[:8], {})).name
+        strategy = PlacementGroupSchedulingStrategy(engine.group, placement_group_bundle_index=0)
+        cpus, gpus = self._bundle.get("CPU", 0), self._bundle.get("GPU", 0)
+        engine.actor = (
+            ray.remote(ScoringActor)
+            .options(
+                num_cpus=cpus,
+                num_gpus=gpus,
+                scheduling_strategy=strategy,
+                max_restarts=0,  # a new one is asked for here, on whatever node has room then
+                max_concurrency=PARTS_PER_ENGINE + 3,
+            )
+            .remote(*self._arguments)
+        )
+        engine.state, engine.since = "starting", monotonic()
+        self._calls[engine.actor.start.remote()] = (engine, "start", "")
 
-    def _give_up(self, engine: EngineHandle, error: BaseException) -> list[Outcome]:
+    def _handle_error(self, engine: EngineHandle, verb: str, part: str, error: BaseException) -> list[Outcome]:
+        if isinstance(error, ray.exceptions.RayError) and not isinstance(error, ray.exceptions.RayTaskError):
+            if engine.state != "lost":
+                engine.stage, engine.state, engine.since = engine.state, "lost", monotonic()
+            if type(error) is not type(engine.lost):
+                engine.lost, engine.since = error, monotonic()
+            return []
+        if isinstance(error, CanaryFailed | NodeUnfit):
+            return self._give_up(engine, error, Fault.NODES)
+        if verb == "score" and not isinstance(error, EngineDied | ray.exceptions.RayTaskError):
+            engine.parts.discard(part)
+            engine.tokens.pop(part, None)
+            if isinstance(error, StoreSilent):
+                engine.rests_until = monotonic() + SILENT_STORE_SECONDS
+                return [Outcome(engine, (part,), error=error)]
+            return [Outcome(engine, (part,), error=error, fault=Fault.PARTS)]
+        at_work = engine.state == "ready" and engine.parts
+        return self._give_up(engine, error, Fault.UNCLEAR if at_work else Fault.NODES)
+
+    def _verdict(self, engine: EngineHandle) -> list[Outcome]:
+        """What became of an engine that Ray has lost sight of: taken away with its node, or dead by itself."""
+        error, waited = engine.lost, monotonic() - engine.since
+        assert error is not None
+        died = isinstance(error, ray.exceptions.ActorDiedError)
+        if engine.node not in self.nodes() or (died and "node has died" in str(error)):
+            return self._give_up(engine, RuntimeError("its node has left the cluster"), Fault.NOBODYS)
+        if died:
+            if waited < VERDICT_SECONDS:
+                return []
+            at_work = engine.stage == "ready" and engine.parts
+            return self._give_up(
+                engine, EngineDied(f"its process has died: {death(error)}"), Fault.UNCLEAR if at_work else Fault.NODES
+            )
+        if waited < UNREACHABLE_SECONDS:
+            return []
+        return self._give_up(engine, RuntimeError(f"its node has not answered for {waited:.0f} s"), Fault.NOBODYS)
+
+    def _give_up(self, engine: EngineHandle, error: BaseException, fault: Fault) -> list[Outcome]:
         """End an engine's process; its parts come back."""
         if engine not in self.engines:
             return []
-        self.engines.remove(engine)
-        self._calls = {reference: call for reference, call in self._calls.items() if call[0] is not engine}
-        if engine.state in ("starting", "testing"):
-            self._failed_starts += 1
-            # one that was to replace or join others that worked gets further tries, on whatever node has room
-            if (isinstance(error, EngineDied) and not self._ever_ready) or self._failed_starts >= MAX_FAILED_STARTS:
-                self._end(engine)
-                raise RuntimeError(
-                    f"an engine does not start: {one_line(error)}; --debug shows its output; the same command again goes on"
-                )
-        self._end(engine)
+        stage = engine.stage or engine.state
+        self._drop(engine)
         self.restarts += 1
-        return [Outcome(part, error=error, engine_died=True) for part in sorted(engine.parts)]
+        return [Outcome(engine, tuple(sorted(engine.parts)), error=error, fault=fault, stage=stage)]
 
     def _check_deadline(self, engine: EngineHandle) -> list[Outcome]:
         silent = monotonic() - engine.since
         if engine.state == "ready" and engine.parts and silent > self._timeout:
-            return self._give_up(engine, TimeoutError(f"no progress for {silent:.0f} s, its engine was killed"))
+            error = TimeoutError(f"no progress for {silent:.0f} s, its engine was killed")
+            return self._give_up(engine, error, Fault.UNCLEAR)
         if engine.state == "testing" and engine.seen == "asked" and silent > self._timeout:
-            return self._give_up(engine, TimeoutError(f"no answer to the canary for {silent:.0f} s"))
+            return self._give_up(engine, TimeoutError(f"no answer to the canary for {silent:.0f} s"), Fault.NODES)
         if engine.state == "starting" and silent > START_TIMEOUT_SECONDS:
-            return self._give_up(engine, TimeoutError(f"its engine did not start within {silent:.0f} s"))
+            return self._give_up(engine, TimeoutError(f"its engine did not start within {silent:.0f} s"), Fault.NODES)
         return []
 
-    def _end(self, engine: EngineHandle) -> None:
-        if engine.actor is not None:
-            ray.kill(engine.actor)
-        # the call waits for Ray to be there again, for a minute; one that has gone has taken its groups with it
-        removal = threading.Thread(target=remove_placement_group, args=(engine.group,), daemon=True)
-        removal.start()
-        removal.join(REMOVAL_SECONDS)
+    def _drop(self, engine: EngineHandle) -> None:
+        self.engines.remove(engine)
+        self._calls = {reference: call for reference, call in self._calls.items() if call[0] is not engine}
+        _end([engine])
 
     def shrink(self, wanted: int) -> None:
         """Give back engines that have nothing to do and are not needed any more."""
-        for engine in list(self.engines):
-            if len(self.engines) > wanted and not engine.parts:
-                self.engines.remove(engine)
-                self._calls = {reference: call for reference, call in self._calls.items() if call[0] is not engine}
-                self._end(engine)
+        for state in ("placing", "starting", "testing", "ready"):
+            for engine in self.in_state(state):
+                if len(self.engines) > wanted and not engine.parts:
+                    self._drop(engine)
 
     def close(self) -> None:
         """End all engines."""
-        for engine in self.engines:
-            self._end(engine)
+        _end(self.engines)
         self.engines, self._calls = [], {}
+
+
+def _end(engines: list[EngineHandle]) -> None:
+    """End the engines' processes and give their places back."""
+    if HeadWatch.gone:  # nobody is there to be told; they end with their driver
+        return
+
+    def end() -> None:
+        for engine in engines:
+            if engine.actor is not None:
+                ray.kill(engine.actor)
+            remove_placement_group(engine.group)
+
+    # the calls wait for Ray to be there again, for a minute; one that has gone has taken its groups with it
+    ending = threading.Thread(target=end, daemon=True)
+    ending.start()
+    ending.join(REMOVAL_SECONDS)

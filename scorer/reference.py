@@ -108,8 +108,8 @@ def require_head_size(model_config: dict[str, Any], path: Path, device: str) -> 
 def provenance(
     config: ScoreConfig, reference: Reference, engine: EngineConfig, tokenizer_differences: list[str]
 ) -> dict[str, Any]:
-    """What the manifest records of a reference; top_k and the bound of its ids only where they are stored, differences
-    of its tokenizer only where there are any."""
+    """What the manifest records of a reference; top_k, entropy and the size of its vocabulary only where they are
+    stored, differences of its tokenizer only where there are any."""
     entry: dict[str, Any] = {
         "model": reference.name,
         "revision": reference.revision,
@@ -135,6 +135,10 @@ def provenance(
         entry["engine_args"] = lasting
     if config.top_k:
         entry |= {"top_k": config.top_k, "vocab_size": engine.vocab_size}
+    if config.entropy:
+        entry |= {"entropy": True, "vocab_size": engine.vocab_size}
+    if config.entropy_temperature is not None:
+        entry["entropy_temperature"] = config.entropy_temperature
     return entry
 
 

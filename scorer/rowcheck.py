@@ -36,7 +36,11 @@ def fault_of_ids(input_ids: np.ndarray, num_embeddings: int) -> str | None:
 
 def round_logprobs(logprobs: np.ndarray, step: float) -> np.ndarray:
     """At most 0, and rounded to the nearest multiple of `step` (0: exact); -0.0 becomes 0.0. float32 [tokens]."""
-    logprobs = np.minimum(logprobs, np.float32(0))
+    return round_nats(np.minimum(logprobs, np.float32(0)), step)
+
+
+def round_nats(values: np.ndarray, step: float) -> np.ndarray:
+    """Rounded to the nearest multiple of `step` (0: exact); -0.0 becomes 0.0. float32 [tokens]."""
     if not step:
-        return logprobs + np.float32(0)
-    return (np.rint(logprobs.astype(np.float64) / step) * step + 0.0).astype(np.float32)
+        return values + np.float32(0)
+    return (np.rint(values.astype(np.float64) / step) * step + 0.0).astype(np.float32)

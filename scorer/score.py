@@ -7,8 +7,6 @@ engine, take a part, score it and commit it. The same command again does the par
 from collections.abc import Callable
 from dataclasses import replace
 
-import ray
-
 from scorer.canary import Forwards
 from scorer.cluster import ray_cluster, ray_errors
 from scorer.config import ScoreConfig
@@ -17,7 +15,7 @@ from scorer.engine import EngineConfig
 from scorer.engine_args import parse_engine_args, require_known, require_stages_run
 from scorer.forwards import ForwardTask, find_prompts
 from scorer.once_per_node import node_weights_fingerprint
-from scorer.placement import engine_bundle
+from scorer.placement import KEYS, engine_bundle, wait_for_nodes
 from scorer.precision import nearer_dtype, settled_dtype
 from scorer.reference import (
     Reference,
@@ -38,7 +36,10 @@ from shards.store import Store, absolute, open_store
 
 __all__ = ["PartsFailed", "score"]
 
-OPTIONS = ("dtype", "context", "logprob_step", "top_k", "tensor_parallel_size", "engine", "engine_args")
+OPTIONS = (
+    *("dtype", "context", "logprob_step", "top_k", "entropy", "entropy_temperature"),
+    *("tensor_parallel_size", "engine", "engine_args"),
+)
 """Fields of a reference that options decide."""
 NOT_RECORDED_BEFORE = ("engine_distribution", "device", "head_dtype", "tokenizer_differences")
 
@@ -71,15 +72,15 @@ def score(
         require_quantised_readable(reference.path, "; --no-canary scores without a second opinion")
     engine_args = parse_engine_args(config.engine_args)
     require_known(engine_args)
+    device = device_of(distribution, version)
+    require_stages_run(engine_args, device)
     out = open_store(config.out)
     require_empty(out, MANIFEST, "a shard folder")
     dtype = settled_dtype(config, reference.path, model_config, recorded_dtype(out, config.name), note)
-    with ray_cluster(config.debug):
-        can_use_gpus = distribution == "vllm" and "cpu" not in version
-        device = "cuda" if can_use_gpus and ray.cluster_resources().get("GPU") else "cpu"
-        if config.engine == "vllm":
-            require_head_size(model_config, reference.path, device)
-            require_stages_run(engine_args, device)
+    if config.engine == "vllm":
+        require_head_size(model_config, reference.path, device)
+    with ray_cluster(config.debug, note):
+        wait_for_nodes(KEYS[device], should_stop, note)
         engine = EngineConfig(
             model=reference.path.absolute(),
             dtype=dtype or "bfloat16",
@@ -95,6 +96,7 @@ def score(
             version=version,
             distribution=distribution,
             text_alone=model_config["text_alone"],
+            temperatures=config.temperatures,
             arguments=engine_args,
         )
         manifest = with_reference(shards.manifest, config, reference, engine, tokenizer_differences)
@@ -117,6 +119,11 @@ def score(
                 drive.drive(should_stop)
             crash_point("driver.finished")
     return folder
+
+
+def device_of(distribution: str, version: str) -> str:
+    """What the installed build of vLLM runs on, whatever the nodes have that are there already: cuda or cpu."""
+    return "cuda" if distribution == "vllm" and "cpu" not in version else "cpu"
 
 
 def with_reference(
@@ -174,4 +181,6 @@ def refuse_other_scoring(out: Store, manifest: Manifest, name: str) -> None:
             for each, entry in ours["references"].items()
         }
     options = {f"references.{name}.{field}": "--" + field.replace("_", "-") for field in OPTIONS}
+    arguments = {*then.get(name, {}).get("engine_args", {}), *now.get("engine_args", {})}
+    options |= {f"references.{name}.engine_args.{key}": f"--engine-args {key}" for key in arguments}
     refuse_other(out.url, "scoring", ours, theirs, instead_of(there), options)

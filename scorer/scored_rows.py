@@ -1,7 +1,7 @@
 """A record batch while it is scored: its prompts, what the engine said of them, its new columns.
 
 In: a record batch and an engine's answers. Out: the columns of one reference.
-T = tokens of the batch, K = most probable tokens of each.
+T = tokens of the batch, K = most probable tokens of each, E = columns of entropies.
 """
 
 import numpy as np
@@ -9,8 +9,9 @@ import pyarrow as pa
 
 from scorer.engine import Answer
 from scorer.engine_thread import EngineDied
-from scorer.rowcheck import POSITIVE_TOLERANCE, fault_of_ids, fault_of_row, round_logprobs
+from scorer.rowcheck import POSITIVE_TOLERANCE, fault_of_ids, fault_of_row, round_logprobs, round_nats
 from shards.contract import check_documents
+from shards.entropy import outside
 from shards.rows import Rows
 from shards.schema import list_array, logprobs_column, topk_columns
 from shards.topk import fault_of_topk, topk_array
@@ -20,11 +21,19 @@ class ScoredRows:
     """A record batch and its log-probs so far.
 
     present: bool [T], True where a log-prob exists; spans: prompts as (first token, one past the last, row);
-    logprobs: [T]; topk_ids, topk_logprobs: [T, K], None without top_k. faults: per bad row why; rows with tokens that
+    logprobs: [T]; topk_ids, topk_logprobs: [T, K], None without top_k; entropies: [E, T]. faults: per bad row why; rows with tokens that
     are not in the reference's embedding, ids below num_embeddings, are bad from the beginning.
     """
 
-    def __init__(self, rows: Rows, context: str, num_embeddings: int, top_k: int) -> None:
+    def __init__(
+        self,
+        rows: Rows,
+        context: str,
+        num_embeddings: int,
+        top_k: int,
+        entropies: dict[str, tuple[float, float]],
+    ) -> None:
+        """entropies: columns of the reference's entropy, and the range of each column's values; empty for none."""
         check_documents(rows)
         self.rows, self.num_embeddings = rows, num_embeddings
         self.present, self.spans = rows.has_predecessor(context), rows.spans(context)
@@ -32,6 +41,8 @@ class ScoredRows:
         # memory that is touched only as the answers come in
         self.topk_ids = np.zeros((len(rows.ids), top_k), np.int32) if top_k else None
         self.topk_logprobs = np.zeros((len(rows.ids), top_k), np.float32) if top_k else None
+        self.entropy_columns = entropies
+        self.entropies = np.zeros((len(entropies), len(rows.ids)), np.float32)
         faults = {row: fault_of_ids(rows.ids[rows.place(row)], num_embeddings) for row in range(len(rows))}
         self.faults = {row: fault for row, fault in faults.items() if fault}
 
@@ -43,6 +54,10 @@ class ScoredRows:
                 raise EngineDied("the engine was asked for the most probable tokens and gave none")
             self.topk_ids[start + 1 : end] = answer.topk_ids
             self.topk_logprobs[start + 1 : end] = answer.topk_logprobs
+        if self.entropy_columns:
+            if answer.entropies is None:
+                raise EngineDied("the engine was asked for entropies and gave none")
+            self.entropies[:, start + 1 : end] = answer.entropies.T
 
     def fault_of(self, row: int) -> str | None:
         """Why what the engine gave for a row cannot be right; None if it can."""
@@ -50,6 +65,10 @@ class ScoredRows:
         present = self.present[place]
         logprobs = self.logprobs[place][present]
         fault = fault_of_row(logprobs)
+        for (column, bounds), values in zip(self.entropy_columns.items(), self.entropies[:, place]):
+            bad = outside(values[present], bounds)
+            if bad.any() and not fault:
+                fault = f"{column} is {values[present][bad][0]:g}, expected {bounds[0]:.4g}..{bounds[1]:.4g}"
         if fault or self.topk_ids is None or self.topk_logprobs is None:
             return fault
         fault = fault_of_topk(
@@ -77,4 +96,8 @@ class ScoredRows:
             columns[topk_ids] = list_array(topk_array(self.topk_ids, present), self.rows.lengths)
             columns[topk_logprobs] = list_array(topk_array(rounded, present), self.rows.lengths)
             self.topk_ids = None
+        for (column, (least, largest)), values in zip(self.entropy_columns.items(), self.entropies):
+            # what is beyond by the last bits of a float32 sum
+            clipped = np.where(present, np.clip(values, np.float32(least), np.float32(largest)), np.float32(0))
+            columns[column] = list_array(pa.array(round_nats(clipped, step), mask=~present), self.rows.lengths)
         return columns

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from time import monotonic
 
+from shards.asking import leave, silences, stay
+
 
 class Stopped(Exception):
     """A stage ended because a signal asked for it; the same command again goes on."""
@@ -12,6 +14,7 @@ class StopGuard:
     """Tells a driver loop when to start nothing more, and when to wait no longer."""
 
     def __init__(self, should_stop: Callable[[], bool], grace_seconds: float) -> None:
+        stay()  # of an earlier run in this process
         self._should_stop, self._grace_seconds = should_stop, grace_seconds
         self._deadline: float | None = None
 
@@ -24,4 +27,6 @@ class StopGuard:
     def check(self, running: int) -> None:
         """Stopped where a signal came and nothing runs any more, or the grace period is over."""
         if self.requested() and (not running or monotonic() > (self._deadline or 0)):
+            if silences():
+                leave()  # what is left to be done in the folder would wait for the store
             raise Stopped("stopped by a signal")

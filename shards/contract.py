@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import numpy as np
 
+from shards.entropy import entropy_columns, outside
 from shards.part import REMEDY
 from shards.rows import Rows
 from shards.schema import list_lengths, logprobs_column, topk_columns
@@ -32,6 +33,9 @@ def check(rows: Rows) -> Rows:
             _check_logprobs(rows, name)
         if reference.get("top_k") and names & {*topk_columns(name)}:  # a reference may be called rl_topk
             _check_topk(rows, name)
+        for column, bounds in entropy_columns(name, reference).items():
+            if column in names:
+                _check_entropy(rows, name, column, bounds)
     return rows
 
 
@@ -66,17 +70,28 @@ def check_documents(rows: Rows) -> None:
 
 
 def _check_logprobs(rows: Rows, name: str) -> None:
-    column, step = logprobs_column(name), rows.part.manifest.references[name]["logprob_step"]
-    _check_length(rows, column)
-    values_T, predicted_T = rows.logprobs(name), rows.predicted(name)
+    values_T = rows.logprobs(name)
     valid_T = (values_T <= 0) & (values_T >= -LARGEST)  # False for NaN, which stands for null here
+    _check_values(rows, name, logprobs_column(name), valid_T, "not finite and <= 0")
+
+
+def _check_entropy(rows: Rows, name: str, column: str, bounds: tuple[float, float]) -> None:
+    valid_T = ~outside(rows.values(column), bounds, rows.part.manifest.references[name]["logprob_step"])
+    _check_values(rows, name, column, valid_T, f"not in {bounds[0]:.4g}..{bounds[1]:.4g}")
+
+
+def _check_values(rows: Rows, name: str, column: str, valid_T: np.ndarray, reason: str) -> None:
+    """ValueError unless a column of the reference `name` has values where it must, each valid and a multiple of the step.
+
+    reason: what a value is that is not valid, for the message.
+    """
+    step = rows.part.manifest.references[name]["logprob_step"]
+    _check_length(rows, column)
+    values_T, predicted_T = rows.values(column), rows.predicted(name)
     nulls = rows.batch.column(column).flatten().null_count
     if nulls != np.count_nonzero(~predicted_T) or not np.array_equal(valid_T, predicted_T):
         _check_null(rows, column, predicted_T)
-        refuse_tokens(
-            rows, predicted_T & ~valid_T,
-            lambda token: f"{column} is {values_T[token]:g}, which is not finite and <= 0",
-        )  # fmt: skip
+        refuse_tokens(rows, predicted_T & ~valid_T, lambda token: f"{column} is {values_T[token]:g}, which is {reason}")
     if step:
         refuse_tokens(
             rows, predicted_T & ~_are_multiples(values_T, step),

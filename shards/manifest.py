@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from shards.entropy import entropy_columns, is_temperature
 from shards.part import publish_json
 from shards.schema import CONTEXTS, logprobs_column, row_schema
 from shards.store import Store, open_store
@@ -89,7 +90,8 @@ class Manifest:
     was put there; files: sha256 of each file in _tokenizer/; added_tokens: how often each of
     those that occur does; model and revision where it came from the hub. Folders of earlier releases have fingerprint, eos_token_id, vocab_size, special_tokens.
     references: per name its model name, revision, weights_sha256, dtype, engine, engine_version,
-    engine_distribution, device, head_dtype (these three are missing in older ones), tensor_parallel_size, context, logprob_step, and top_k where its most probable tokens are stored.
+    engine_distribution, device, head_dtype (these three are missing in older ones), tensor_parallel_size, context, logprob_step, top_k where its most probable tokens are stored, and
+    entropy (true) where its entropy is, with entropy_temperature where it is at another temperature too.
     selections: by which rule rows of the packed corpus were kept, oldest first: method, rows_read, rows_unscored,
     rows_kept, source_manifest_sha256, and what else the method says (scorer/select.py).
     passed_over: files of the corpus folders that were not read, counted by suffix or what else they are.
@@ -117,7 +119,9 @@ class Manifest:
     def schema(self) -> pa.Schema:
         """Arrow schema of every part, without metadata; references in the order of their names, as JSON has them."""
         return row_schema(
-            sorted(self.references), {name: entry.get("top_k", 0) for name, entry in self.references.items()}
+            sorted(self.references),
+            {name: entry.get("top_k", 0) for name, entry in self.references.items()},
+            {name: entropy_columns(name, entry) for name, entry in self.references.items()},
         )
 
     @cached_property
@@ -264,6 +268,7 @@ class Manifest:
                 value = reference.get(key, 0)
                 if not isinstance(value, int) or not 0 <= value < 1 << 31:  # the size of an Arrow list is an int32
                     raise ValueError(f"reference {name}: {key} is {value!r}")
+            _check_entropy(name, reference)
         twice = [name for name in self.schema.names if self.schema.names.count(name) > 1]
         if twice:
             raise ValueError(f"two references have a column {twice[0]}")
@@ -271,3 +276,12 @@ class Manifest:
         read = [selection["rows_read"] for selection in self.selections]
         if kept != [*read[1:], self.rows][: len(kept)]:
             raise ValueError(f"selections kept {kept} rows, expected {[*read[1:], self.rows]}")
+
+
+def _check_entropy(name: str, reference: dict[str, Any]) -> None:
+    entropy, temperature = reference.get("entropy", False), reference.get("entropy_temperature")
+    if not isinstance(entropy, bool) or (entropy and not reference.get("vocab_size")):
+        raise ValueError(f"reference {name}: entropy is {entropy!r} with vocab_size {reference.get('vocab_size')!r}")
+    is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+    if temperature is not None and not (entropy and is_number and is_temperature(temperature)):
+        raise ValueError(f"reference {name}: entropy_temperature is {temperature!r}")

@@ -9,28 +9,26 @@ import contextlib
 import io
 import os
 import secrets
+import shutil
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from time import monotonic
 from typing import Any, TypeVar
 
 import fsspec
 import pyarrow as pa
-import tenacity
 
+from shards.asking import asked_again
 from shards.crash import crash_point
-from shards.store import TEMPORARY_SUFFIX, Store
-from shards.store_errors import answer_of, bucket_of, exists_already, may_pass, plain, retry_seconds, text_of
+from shards.store import NO_SPACE, TEMPORARY_SUFFIX, Store
+from shards.store_errors import NoTemporarySpace, answer_of, exists_already, retry_seconds, text_of
 
 CONDITIONAL_PUT = {"s3", "s3a", "gs", "gcs"}
 PACKAGES = {"s3": "pip install s3fs", "gs": "pip install gcsfs", "hdfs": "it needs Java and Hadoop's libhdfs"}
 PACKAGES |= {"s3a": PACKAGES["s3"], "gcs": PACKAGES["gs"]}
 READ_BYTES = 8 << 20  # a request for the bytes of an open file asks for at least as many
 T = TypeVar("T")
-
-_silent_since: dict[str, float] = {}  # per bucket, until it answers: so that giving up once is enough
 
 
 def filesystem(url: str) -> tuple[Any, str]:
@@ -51,45 +49,6 @@ def filesystem(url: str) -> tuple[Any, str]:
     if protocol in ("s3", "s3a"):
         fs.retries = 1
     return fs, path.rstrip("/")
-
-
-def asked_again(call: Callable[[], T], where: str) -> T:
-    """The result of `call`, which is made again, ever more slowly, while the store does not answer.
-
-    where: URL that the call is about. FileNotFoundError and FileExistsError as the store answers them; StoreSilent
-    where the bucket has not answered for retry_seconds(), at once where that was so before; OSError for the rest.
-    """
-    bucket, seconds = bucket_of(where), retry_seconds()
-
-    def gave_up(state: tenacity.RetryCallState) -> bool:
-        return monotonic() - _silent_since.get(bucket, monotonic()) >= seconds
-
-    def ask() -> T:
-        began = monotonic()
-        try:
-            result = call()
-        except Exception as error:
-            if may_pass(error):
-                _silent_since.setdefault(bucket, began)
-            else:
-                _silent_since.pop(bucket, None)
-            raise
-        _silent_since.pop(bucket, None)
-        return result
-
-    retry = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(may_pass),
-        wait=tenacity.wait_random_exponential(0.2, max=min(10, seconds / 5)),
-        stop=lambda state: gave_up(state) or tenacity.stop_after_delay(seconds)(state),
-        reraise=True,
-    )
-    try:
-        return retry(ask)
-    except Exception as error:
-        meaning = plain(error, where)
-        if meaning is error:
-            raise
-        raise meaning from None
 
 
 class _Pieces(io.RawIOBase):
@@ -234,6 +193,22 @@ class RemoteStore(Store):
 
     def replace(self, name: str, data: bytes) -> None:
         self._ask(name, lambda path: self._fs.pipe_file(path, data))
+
+    @contextlib.contextmanager
+    def space_errors(self, name: str, needed: int) -> Iterator[None]:
+        """What is full is not the store but the folder of local temporary files, on this machine."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            folder = tempfile.gettempdir()
+            raise NoTemporarySpace(
+                error.errno,
+                f"{folder} on {socket.gethostname()}: no room for the temporary file of {self.where(name)} "
+                f"({os.strerror(error.errno or 0)}): needs about {needed:,} bytes, {shutil.disk_usage(folder).free:,} are free; "
+                "nothing was committed; free some, or set TMPDIR to a larger folder there",
+            ) from None
 
     def temporary(self, name: str) -> Path:
         return Path(tempfile.gettempdir()) / f"{_local_prefix()}{os.getpid()}-{secrets.token_hex(4)}-{Path(name).name}"

@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 
+from shards.entropy import entropy_columns
 from shards.manifest import Manifest
 from shards.part import REMEDY
 from shards.schema import has_predecessor, list_lengths, logprobs_column, topk_columns
@@ -188,5 +189,5 @@ def columns_to_read(columns: Iterable[str], manifest: Manifest) -> list[str]:
     for name, reference in manifest.references.items():
         if reference.get("top_k") and wanted & {*topk_columns(name)}:
             wanted |= {*topk_columns(name), logprobs_column(name)}
-        wanted |= {"input_ids"} if logprobs_column(name) in wanted else set()
+        wanted |= {"input_ids"} if wanted & {logprobs_column(name), *entropy_columns(name, reference)} else set()
     return [field.name for field in manifest.schema if field.name in wanted]

@@ -17,6 +17,10 @@ class StoreSilent(OSError):
     """A remote store has not answered for as long as it is asked."""
 
 
+class NoTemporarySpace(OSError):
+    """The local folder of temporary files is full, on this machine, which says nothing of the store."""
+
+
 def retry_seconds() -> float:
     """How long a store that does not answer is asked again."""
     return float(os.environ.get("REMIT_STORE_RETRY_SECONDS", 600))

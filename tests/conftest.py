@@ -302,11 +302,11 @@ def scored(built_once: BuiltOnce, scored_rl: Path, reference_model: Path, reques
 def exact(
     built_once: BuiltOnce, packed: Path, reference_model: Path, engine: None, request: pytest.FixtureRequest
 ) -> Path:
-    """The packed folder with rl_logprobs and the five most probable tokens of each place, not rounded."""
+    """The packed folder with rl_logprobs the five most probable tokens and the entropies of each place, not rounded."""
 
     def build(out: Path) -> None:
         request.getfixturevalue("ray_session")
-        score_to(out, packed, reference_model, top_k=5, logprob_step=0.0)
+        score_to(out, packed, reference_model, top_k=5, entropy=True, entropy_temperature=2.0, logprob_step=0.0)
 
     return built_once("exact", build)
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from pipelines.commands.pack import summary
 from pipelines.models import resolve_model
-from pipelines.terminal import DONE, STOPPED, ShouldStop, note, print_table, progress_bar, quiet_libraries
+from pipelines.terminal import DONE, STOPPED, ShouldStop, print_table, progress_bar, quiet_libraries, timed_note
 from scorer.config import ScoreConfig
 from scorer.stopping import Stopped
 from shards.folder import require_shards
@@ -48,14 +48,12 @@ def run(config: ScoreConfig, should_stop: ShouldStop) -> int:
             bar.update(now.tokens - bar.n)
 
         try:
-            folder = score(config, Reference(model.path, model.name, model.revision), progress, should_stop, note)
+            folder = score(config, Reference(model.path, model.name, model.revision), progress, should_stop, timed_note)
         except Stopped:
             return STOPPED
-        except PartsFailed as error:
+        except PartsFailed:  # each was told when it was given up
             bar.close()
-            for part, reason in error.reasons.items():
-                note(f"{part}: {reason}")
-            note(f"to try these parts again: {shlex.join(['remit', *sys.argv[1:]])}")
+            timed_note(f"to try these parts again: {shlex.join(['remit', *sys.argv[1:]])}")
             raise
     if state is not None:
         show_score_summary(state, first or state)

@@ -22,12 +22,11 @@ import lm_eval.api.model
 from lm_eval import evaluator
 from lm_eval.tasks import TaskManager
 from sqlitedict import SqliteDict
-from tqdm import tqdm
 
 from pipelines.evaluation.settings import EvalConfig
 from pipelines.evaluation.suites import SuiteTask
 from pipelines.evaluation.tasks import Task, answers_are_drawn
-from pipelines.terminal import note, quiet_libraries
+from pipelines.terminal import library_bars_as_lines, note, quiet_libraries
 
 KINDS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 REQUESTS_AT_ONCE = {"hf": sys.maxsize, "vllm": 1024}
@@ -84,8 +83,8 @@ def prepare_process(config: EvalConfig, model: Path) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     show_warnings(config.model)
     logging.getLogger("sqlitedict").setLevel(logging.CRITICAL)  # what it logs is raised as well
-    if not os.isatty(2):  # a bar in a log has a line every ten seconds
-        tqdm.__init__ = functools.partialmethod(tqdm.__init__, mininterval=10)  # type: ignore[assignment]
+    if not os.isatty(2):
+        library_bars_as_lines()
     # it asks git about the folder that the command runs in, which says nothing about the harness
     evaluator.get_git_commit_hash = lambda: None
     lm_eval.api.model.CachingLM = functools.partial(  # type: ignore[misc, assignment]

@@ -1,4 +1,5 @@
-"""Colours of the page of remit inspect: by delta, by weight, or by log-prob of the reference, in steps from none to full.
+"""Colours of the page of remit inspect: by delta, by weight, by log-prob of the reference or by its entropy, in steps from
+none to full.
 
 T = tokens of a row. Nats.
 """
@@ -11,12 +12,14 @@ STEPS = 20  # of a colour, from none to full
 SHARE_IN_SCALE = 0.99  # of |delta| on the page; beyond, a colour is full
 LEAST_SCALE = 1 / 64  # nat; log-probs are rounded to such steps, and smaller differences mean nothing
 LOW = 8  # nat: a token with probability below exp(-8) has the full colour where there is no base
-COLOURS = {"delta": ("down", "up"), "weight": ("down", "up"), "reference": ("low", "low")}  # below and above the middle
+COLOURS = {  # below and above the middle
+    "delta": ("down", "up"), "weight": ("down", "up"), "reference": ("low", "low"), "entropy": ("open", "open"),
+}  # fmt: skip
 
 
-def scale(deltas: list[np.ndarray]) -> float:
-    """The |delta| from which on a colour is full: above nearly all of the page's, so that each page uses all colours."""
-    sizes = np.abs(np.concatenate(deltas))
+def scale(values: list[np.ndarray]) -> float:
+    """The |value| from which on a colour is full: above nearly all of the page's, so that each page uses all colours."""
+    sizes = np.abs(np.concatenate(values))
     sizes = sizes[np.isfinite(sizes)]
     return max(LEAST_SCALE, float(np.quantile(sizes, SHARE_IN_SCALE))) if len(sizes) else LEAST_SCALE
 
@@ -40,10 +43,19 @@ def colour_rules() -> Iterator[str]:
 
 
 def legends(reference: str, base: str | None, full: dict[str, float]) -> list[tuple[str, list[str], str, str, str]]:
-    """For each of the ways to colour its name, numbers below the bar of colours, what its ends mean, and its scale."""
+    """For each of the ways to colour its name, numbers below the bar of colours, what its ends mean, and its scale.
+
+    full: of each way that the page has, where a colour is full.
+    """
+    entropy = []
+    if "entropy" in full:
+        ticks = [f"{full['entropy'] * share:.2g}" for share in (0, 0.25, 0.5, 0.75, 1)]
+        why = f"full colour from {full['entropy']:.2g} nat on, the 99th percentile of the entropy on this page"
+        entropy = [("entropy", [*ticks[:-1], f"{ticks[-1]} nat"], f"{reference} is sure", "undecided", why)]
     if base is None:
         ticks = [f"-{LOW} nat", *(f"{tick}" for tick in np.linspace(-LOW, 0, 5, dtype=int)[1:])]
-        return [("reference", ticks, f"improbable to {reference}", "certain", f"full colour from -{LOW} nat on")]
+        scale = f"full colour from -{LOW} nat on"
+        return [("reference", ticks, f"improbable to {reference}", "certain", scale), *entropy]
     delta, weight = full["delta"], full["weight"]
     shares = (-1, -0.5, 0, 0.5, 1)
     ticks = [f"{delta * share:+.2g}" if share else "0" for share in shares]
@@ -55,4 +67,5 @@ def legends(reference: str, base: str | None, full: dict[str, float]) -> list[tu
         ("delta", [*ticks[:-1], f"{ticks[-1]} nat"], *ends, f"full colour from ±{delta:.2g} nat on, {why}"),
         ("weight", [f"{1 + weight * share:.4g}" for share in shares], "weight below 1", "weight above 1",
          f"full colour from 1 ± {weight:g} on"),
+        *entropy,
     ]  # fmt: skip

@@ -4,7 +4,7 @@
 const rows = document.getElementById("rows");
 const detail = document.getElementById("detail");
 const symbols = JSON.parse(document.getElementById("symbols").textContent); // by token id
-const { reference, base, epsilon } = document.body.dataset;
+const { reference, base, epsilon, entropy } = document.body.dataset;
 
 function element(name, text, classes = "") {
   const made = document.createElement(name);
@@ -14,9 +14,10 @@ function element(name, text, classes = "") {
 }
 
 function describe(token) {
-  const [position, id, logprob, logprobOfBase, delta, centred, weight, clipped] = token.dataset.n.split(" ");
+  const [position, id, logprob, logprobOfBase, delta, centred, weight, clipped, open = "-"] = token.dataset.n.split(" ");
   const nat = (value) => (value === "-" ? "none" : value + " nat");
   const lines = [["token id", id], ["position", position], [`log p ${reference}`, nat(logprob)]];
+  if (entropy !== undefined) lines.push([`entropy of ${reference}`, nat(open)]);
   const pieces = token.parentElement.matches(".under") ? [...token.parentElement.children] : [];
   if (pieces.length) lines.push(["piece", `${pieces.indexOf(token) + 1} of ${pieces.length}`]);
   if (base) {

@@ -20,7 +20,7 @@ from pipelines.inspect.colours import LOW, classes, colour_rules, legends, scale
 from pipelines.inspect.find_rows import Found
 from pipelines.inspect.ranking import ranking_for_page
 from pipelines.inspect.settings import InspectConfig
-from pipelines.inspect.token_deltas import TokenFigures, choose_base, token_figures
+from pipelines.inspect.token_deltas import TokenFigures, choose_base, entropy_column, token_figures
 from pipelines.pages import content_hash
 from pipelines.terminal import counted
 from pipelines.token_text import TokenText, find_in_groups, printable
@@ -59,14 +59,19 @@ def page_of_rows(
     base = choose_base(folder, config.reference, config.base, model)
     names = [config.reference, *([base.column] if base.column else [])]
     columns = ["input_ids", "doc_lengths", "doc_ids", "source", *map(logprobs_column, names)]
+    entropy = entropy_column(folder.manifest, config.reference)
+    columns += [entropy] if entropy else []
     text = TokenText(folder)
     rows: list[PageRow] = []
     for row in folder.rows(numbers, columns):
         rows.append(_page_row(folder, row, token_figures(row, config.reference, base, config.epsilon), text, config))
         progress(len(rows), len(numbers))
-    full = {"delta": scale([row.figures.delta_T for row in rows])}
-    full |= {"weight": config.epsilon if math.isfinite(config.epsilon) else 1.0, "reference": LOW}
-    by = ("reference",) if base.name is None else ("delta", "weight")
+    full: dict[str, float] = {"reference": LOW}
+    if base.name is not None:
+        delta = scale([row.figures.delta_T for row in rows])
+        full = {"delta": delta, "weight": config.epsilon if math.isfinite(config.epsilon) else 1.0}
+    if entropy:
+        full["entropy"] = scale([row.figures.entropy_T for row in rows])
     ids = set().union(*(row.ids for row in rows))
     shown = [(np.array(row.ids), row.figures) for row in rows]
     return render(
@@ -81,7 +86,8 @@ def page_of_rows(
         legends=legends(config.reference, base.name, full),
         numbers=numbers,
         many=sum(len(row.ids) for row in rows) > MANY,
-        rows=((row, _classes(row, {name: full[name] for name in by})) for row in rows),
+        has_entropy=entropy is not None,
+        rows=((row, _classes(row, full)) for row in rows),
         symbols={token_id: text.symbol(token_id) for token_id in sorted(ids)},
         ranking=ranking_for_page(folder, text, config.reference, base, config.epsilon, shown),
     )
@@ -155,7 +161,9 @@ def _numbers(ids: list[int], figures: TokenFigures) -> list[str]:
         )
     ]
     clipped = ["-" if math.isnan(weight) else str(side) for weight, side in zip(figures.weight_T, figures.clipped_T)]
-    return [" ".join(map(str, values)) for values in zip(range(len(ids)), ids, *columns, clipped)]
+    entropies = ["-" if math.isnan(value) else f"{value:.4f}" for value in figures.entropy_T.tolist()]
+    more = [] if all(entropy == "-" for entropy in entropies) else [entropies]
+    return [" ".join(map(str, values)) for values in zip(range(len(ids)), ids, *columns, clipped, *more)]
 
 
 def _shown(text: str, ranges: list[tuple[int, int]]) -> str:

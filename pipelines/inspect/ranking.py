@@ -36,14 +36,14 @@ def ranking_for_page(
     ranking = TokenRanking(manifest.tokenizer["vocab_size"])
     if base.column is None or folder.missing_parts():
         why = "the folder has no stored log-probs of this base" if base.column is None else "the folder is not complete"
-        rows, least, what = shown, 1, f"of the rows on this page, because {why}"
+        rows, least, what = iter(shown), 1, f"of the rows on this page, because {why}"
     else:
         chosen = choose_rows(manifest, SAMPLE_ROWS, 0).tolist()
         least = 20 if manifest.tokens / manifest.rows * len(chosen) >= 100_000 else 2
         which = "all rows" if len(chosen) == manifest.rows else f"{len(chosen):,} random rows of {manifest.rows:,}"
         columns = ["input_ids", "doc_lengths", logprobs_column(reference), logprobs_column(base.column)]
         found = folder.rows(chosen, columns)
-        rows = [(row.ids, token_figures(row, reference, base, epsilon)) for row in found]
+        rows = ((row.ids, token_figures(row, reference, base, epsilon)) for row in found)
         what = f"of the folder ({which})"
     for ids_T, figures in rows:
         both_T = np.isfinite(figures.weight_T)

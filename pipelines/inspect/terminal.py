@@ -12,11 +12,13 @@ from pipelines.inspect.settings import InspectConfig
 from pipelines.provenance import print_lines, print_references, selection_line
 from pipelines.terminal import counted, tokens_summary
 from pipelines.token_text import TokenText, find_in_groups, printable, token_label
+from shards.entropy import entropy_columns
 from shards.folder import ShardFolder
 from shards.rows import Rows
 
 MAX_LABEL = 24  # characters of a token
 BAR = 12  # marks, one per nat
+ENTROPY_STYLE = "green"
 MARK = "> "  # before the position of a token with text that was looked for
 TEXT, BARS = "token", ""  # headers of columns
 
@@ -81,8 +83,12 @@ def _table(row: Rows, text: TokenText, places: range, marked: set[int], console:
         "id": list(map(str, ids)),
         TEXT: [token_label(string) for string in text.strings(ids)],
     }
-    logprobs = {name: row.logprobs(name)[shown].tolist() for name in row.part.manifest.references}
-    columns |= {f"log p {name}": [_number(value) for value in values] for name, values in logprobs.items()}
+    nats: dict[str, list[float]] = {}
+    for name, reference in row.part.manifest.references.items():
+        nats[f"log p {name}"] = row.logprobs(name)[shown].tolist()
+        for column in list(entropy_columns(name, reference))[:1]:  # those at another temperature are left out
+            nats[f"entropy {name}"] = row.values(column)[shown].tolist()
+    columns |= {header: list(map(_number, values)) for header, values in nats.items()}
 
     # the bars get what the numbers leave, which are never cut: a line may be wider than the terminal
     widths = [
@@ -90,7 +96,7 @@ def _table(row: Rows, text: TokenText, places: range, marked: set[int], console:
         for header, cells in columns.items()
     ]
     taken = sum(widths) + 3 * (len(widths) - 1)
-    bar = min(BAR, (console.width - taken) // max(1, len(logprobs)) - 3)
+    bar = min(BAR, (console.width - taken) // max(1, len(nats)) - 3)
     if bar < 4:
         bar = 0
         console.width = max(console.width, taken)
@@ -100,21 +106,22 @@ def _table(row: Rows, text: TokenText, places: range, marked: set[int], console:
         table.add_column(
             header, justify="left" if is_text else "right", min_width=width, max_width=width, no_wrap=is_text
         )
-        if header.startswith("log p") and bar:
+        if header in nats and bar:
             table.add_column(BARS, width=bar, no_wrap=True)
     for index, (place, cells) in enumerate(zip(places, zip(*columns.values()))):
         texts = [Text(cell) for cell in cells[:4]]
-        for cell, values in zip(cells[4:], logprobs.values()):
-            surprise = 0 if np.isnan(values[index]) else round(-values[index])  # nats
-            texts += [Text(cell), *([Text("▪" * min(bar, surprise), style="red")] if bar else [])]
+        for cell, (header, values) in zip(cells[4:], nats.items()):
+            marks = 0 if np.isnan(values[index]) else round(abs(values[index]))
+            style = ENTROPY_STYLE if header.startswith("entropy") else "red"
+            texts += [Text(cell), *([Text("▪" * min(bar, marks), style=style)] if bar else [])]
         if place in piece_starts and index:
             table.add_section()
         table.add_row(*texts, style="bold" if place in marked else None)
     return table
 
 
-def _number(logprob: float) -> str:
-    return "-" if np.isnan(logprob) else f"{logprob:.4f}"
+def _number(nats: float) -> str:
+    return "-" if np.isnan(nats) else f"{nats:.4f}"
 
 
 def _show_folder(folder: ShardFolder, console: Console) -> None:

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 
 from scorer.forward import load_forward
+from shards.entropy import entropy_columns
 from shards.folder import ShardFolder
+from shards.manifest import Manifest
 from shards.rows import Rows
 from trainer.objectives.remit import remit_weights
 
@@ -35,7 +37,8 @@ class Base:
 @dataclass(frozen=True)
 class TokenFigures:
     """Of a row, float32 [T]: log-probs, delta = log p(reference) - log p(base), delta minus its mean over the row,
-    ReMiT weight. clipped_T, int8: -1 where the weight was raised to 1 - epsilon, 1 where it was cut to 1 + epsilon."""
+    ReMiT weight. clipped_T, int8: -1 where the weight was raised to 1 - epsilon, 1 where it was cut to 1 + epsilon.
+    entropy_T: of the reference's prediction at temperature 1, where it is stored and was read."""
 
     reference_T: np.ndarray
     base_T: np.ndarray
@@ -43,6 +46,7 @@ class TokenFigures:
     centred_T: np.ndarray
     weight_T: np.ndarray
     clipped_T: np.ndarray
+    entropy_T: np.ndarray
 
 
 def choose_base(folder: ShardFolder, reference: str, base: str | None, model: Path | None) -> Base:
@@ -84,4 +88,12 @@ def token_figures(row: Rows, reference: str, base: Base, epsilon: float) -> Toke
         assert weighted.clipped_low_N is not None
         assert weighted.clipped_high_N is not None
         clipped_T[both_T] = (weighted.clipped_high_N.int() - weighted.clipped_low_N.int()).numpy()
-    return TokenFigures(reference_T, base_T, delta_T, centred_T, weight_T, clipped_T)
+    entropy = entropy_column(row.part.manifest, reference)
+    is_read = entropy in row.batch.schema.names
+    entropy_T = row.values(entropy) if entropy and is_read else np.full_like(reference_T, np.nan)
+    return TokenFigures(reference_T, base_T, delta_T, centred_T, weight_T, clipped_T, entropy_T)
+
+
+def entropy_column(manifest: Manifest, reference: str) -> str | None:
+    """Column of the reference's entropy at temperature 1; None where it is not stored."""
+    return next(iter(entropy_columns(reference, manifest.references[reference])), None)

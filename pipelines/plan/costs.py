@@ -89,15 +89,9 @@ def costs(step: Step, machine: Machine, rates: Rates, job: Job) -> Costs:
     )
 
 
-def disk(job: Job, packed_bytes: float, logprob_bytes: float, topk_entry_bytes: float, top_k: int) -> dict[str, float]:
-    """Bytes of the shard folders."""
-    packed = job.tokens * packed_bytes
-    logprobs, entries = job.tokens * logprob_bytes, job.tokens * top_k * topk_entry_bytes
-    columns = "packed, log-probs, top-k" if top_k else "packed, log-probs"
-    return {
-        "packed": packed,
-        "log-probs": logprobs,
-        **({"top-k entries": entries} if top_k else {}),
-        f"scored folder ({columns})": packed + logprobs + entries,
-        "both folders": 2 * packed + logprobs + entries,
-    }
+def disk(tokens: int, bytes_per_token: dict[str, float]) -> dict[str, float]:
+    """Bytes of the shard folders. bytes_per_token: of "packed", and of what scoring adds, by name; 0 for what it does not."""
+    parts = {name: tokens * size for name, size in bytes_per_token.items() if size}
+    scored = sum(parts.values())
+    columns = ", ".join(name.removesuffix(" entries") for name in parts)
+    return parts | {f"scored folder ({columns})": scored, "both folders": parts["packed"] + scored}

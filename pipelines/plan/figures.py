@@ -50,6 +50,7 @@ def assume(config: PlanConfig) -> list[dict[str, Any]]:
         ("packed_bytes", 2.1, "B per token", "zstd of Zipf-distributed ids, V = 100,000"),
         ("logprob_bytes", 1.4, "B per token", "measured by this project, steps of 1/64 nat; exact ones take 3.8"),
         ("topk_entry_bytes", 4.3 if config.top_k else None, "B per entry", "make bench-topk"),
+        ("entropy_bytes", 1.4 if config.entropy else None, "B per token and column", "the sample project: 0.8 to 1.4"),
     ):  # fmt: skip
         option = f"--{name.replace('_', '-')}" if hasattr(config, name) else None
         given = getattr(config, name, None)
@@ -128,7 +129,13 @@ def plan_costs(config: PlanConfig, base: ModelShape, reference: ModelShape) -> d
             ],
         },
         "disk_bytes": disk(
-            job, value["packed_bytes"], value["logprob_bytes"], value.get("topk_entry_bytes", 0), config.top_k
+            job.tokens,
+            {
+                "packed": value["packed_bytes"],
+                "log-probs": value["logprob_bytes"],
+                "top-k entries": config.top_k * value.get("topk_entry_bytes", 0),
+                "entropy": config.num_entropies * value.get("entropy_bytes", 0),
+            },
         ),
         "memory_bytes": memory(base, machine, layout, job.seq_len) | {"in all": needed},
         "proposal": asdict(layout)

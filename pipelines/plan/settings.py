@@ -8,6 +8,7 @@ from typing import Literal
 
 from pipelines.pages import check_output_file
 from pipelines.plan.hardware import GPUS
+from shards.entropy import require_entropy
 from shards.ranges import require, require_at_least, require_not_negative, require_positive
 
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -48,6 +49,10 @@ class PlanConfig:
     """auto: only where training does not fit without."""
     top_k: int = 0
     """As for remit score: entries stored per token."""
+    entropy: bool = False
+    """As for remit score."""
+    entropy_temperature: float | None = None
+    """As for remit score: two columns more."""
 
     train_rate: float | None = None
     """Measured tokens/s per GPU of NTP training (tokens_per_second of metrics.jsonl / GPUs), in place of --mfu-train."""
@@ -78,6 +83,7 @@ class PlanConfig:
         require_positive(self, "train_rate", "score_rate", "mfu_train", "mfu_score")
         require(self, lambda share: share <= 1, "a share of at most 1, for instance 0.4", "mfu_train", "mfu_score")
         require_not_negative(self, "top_k")
+        require_entropy(self)
         for what in ("train", "score"):
             if None not in (getattr(self, f"{what}_rate"), getattr(self, f"mfu_{what}")):
                 raise ValueError(f"--{what}-rate and --mfu-{what} are both given; leave one of them out")
@@ -90,6 +96,11 @@ class PlanConfig:
             )
         if self.json is not None:
             check_output_file("--json", self.json)
+
+    @property
+    def num_entropies(self) -> int:
+        """Columns of --entropy and --entropy-temperature."""
+        return self.entropy + 2 * (self.entropy_temperature is not None)
 
     @property
     def num_tokens(self) -> int:

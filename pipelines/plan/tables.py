@@ -66,7 +66,7 @@ def show(figures: dict[str, Any], console: Console) -> None:
         ]
         for entry in figures["assumptions"]
     ]
-    print_table(console, ["option", "value", "from"], lines, "Assumptions; each option replaces its value", left=3)
+    print_table(console, ["option", "value", "from"], lines, "Assumptions; an option replaces its value", left=3)
     for warning in figures["warnings"]:
         say(f"warning: {warning}", "yellow")
 

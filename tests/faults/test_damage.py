@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 from conftest import make_model
 from damage import (
+    ENTROPY,
+    ENTROPY_OF,
+    ENTROPY_READERS,
     FILES,
     READERS,
     REFERENCE,
@@ -13,6 +16,7 @@ from damage import (
     TOP,
     TOPK,
     TOPK_READERS,
+    entropy_rows,
     read_to_verify,
     rows,
     top_rows,
@@ -51,6 +55,12 @@ def test_sound_entries_are_read(tmp_path: Path, model: Path, reader: str) -> Non
     TOPK_READERS[reader](tmp_path / "sound", model)
 
 
+@pytest.mark.parametrize("reader", ENTROPY_READERS)
+def test_sound_entropies_are_read(tmp_path: Path, model: Path, reader: str) -> None:
+    write_folder(tmp_path / "sound", entropy_rows(), references=scored_by(model, "rl", **ENTROPY_OF["rl"]))
+    ENTROPY_READERS[reader](tmp_path / "sound", model)
+
+
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("damage", ROWS)
 def test_rows(tmp_path: Path, model: Path, damage: str, reader: str) -> None:
@@ -72,6 +82,19 @@ def test_most_probable_tokens(tmp_path: Path, model: Path, damage: str, reader: 
     change(values["rl_topk_ids"], values["rl_topk_logprobs"])
     write_folder(tmp_path / "bad", values, references=scored_by(model, "rl", **TOP["rl"]))
     line = line_of(TOPK_READERS[reader], tmp_path / "bad", model)
+    assert message in line
+    assert f"{tmp_path}/bad/part-00000.arrow row 0: " in line
+    assert line == line_of(read_to_verify, tmp_path / "bad", model)
+
+
+@pytest.mark.parametrize("reader", ENTROPY_READERS)
+@pytest.mark.parametrize("damage", ENTROPY)
+def test_entropies(tmp_path: Path, model: Path, damage: str, reader: str) -> None:
+    change, message = ENTROPY[damage]
+    values = entropy_rows()
+    change(values)
+    write_folder(tmp_path / "bad", values, references=scored_by(model, "rl", **ENTROPY_OF["rl"]))
+    line = line_of(ENTROPY_READERS[reader], tmp_path / "bad", model)
     assert message in line
     assert f"{tmp_path}/bad/part-00000.arrow row 0: " in line
     assert line == line_of(read_to_verify, tmp_path / "bad", model)

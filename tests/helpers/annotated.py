@@ -27,11 +27,13 @@ def annotate(
     step: float = 0.0,
     name: str = "rl",
     top: Callable[[dict], list] | None = None,
+    entropy: Callable[[dict], list] | None = None,
     **provenance: object,
 ) -> Path:
     """Write `shards` again with a column NAME_logprobs that `values` gives for each row: scoring without an engine.
 
     top: for each row a pair (ids, log-probs) for each token, or None, for the columns of the most probable tokens.
+    entropy: for each row the entropy for each token, or None.
     """
     old = Manifest.read(shards)
     reference = {"context": context, "logprob_step": step, "model": "oracle", **provenance}
@@ -39,12 +41,16 @@ def annotate(
     tops = {part: [top(row) for row in table.to_pylist()] for part, table in parts.items()} if top else {}
     if top:
         reference["top_k"] = len(next(pair for rows in tops.values() for row in rows for pair in row if pair)[0])
+    if entropy:
+        reference |= {"entropy": True, "vocab_size": 1000}
     plan = replace(old, references=old.references | {name: reference})
     shutil.copytree(shards / "_tokenizer", out / "_tokenizer")
     plan.write(out)
     for index, (part, table) in enumerate(parts.items()):
         columns = {column: table.column(column) for column in table.column_names}
         columns[f"{name}_logprobs"] = pa.array([values(row) for row in table.to_pylist()], pa.list_(pa.float32()))
+        if entropy:
+            columns[f"{name}_entropy"] = pa.array([entropy(row) for row in table.to_pylist()], pa.list_(pa.float32()))
         for place, column in enumerate((f"{name}_topk_ids", f"{name}_topk_logprobs") if top else ()):
             entries = [[None if pair is None else pair[place] for pair in row] for row in tops[part]]
             columns[column] = pa.array(entries, plan.schema.field(column).type)

@@ -1,5 +1,6 @@
 """Inputs of many tests: each is built once for all processes of a test run, and nobody changes it."""
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,8 +32,8 @@ def builder(root: Path) -> Iterator[BuiltOnce]:
             if not done.exists():
                 shutil.rmtree(folder, ignore_errors=True)  # what is left of a build that failed
                 build(folder)
-                done.touch()
-        built[folder] = files_of(folder)
+                done.write_text(json.dumps(files_of(folder)))
+        built[folder] = {name: tuple(facts) for name, facts in json.loads(done.read_text()).items()}
         return folder
 
     yield get

@@ -80,6 +80,17 @@ def top_rows() -> dict[str, list]:
 TOP = {"rl": REFERENCE | {"top_k": 2, "vocab_size": 120}}
 
 
+def entropy_rows() -> dict[str, list]:
+    """The rows with the entropy, that at temperature 2 and its log partition sum: all below log 120 = 4.787."""
+    values: dict = copy.deepcopy(rows())
+    for column, value in (("rl_entropy", 1.5), ("rl_entropy_t2", 3.0), ("rl_log_partition_t2", 1.25)):
+        values[column] = [[None if v is None else value for v in row] for row in values["rl_logprobs"]]
+    return values
+
+
+ENTROPY_OF = {"rl": REFERENCE | {"entropy": True, "entropy_temperature": 2.0, "vocab_size": 120}}
+
+
 def two_references(values: dict[str, list]) -> dict[str, list]:
     """The rows with a column of a base that is as the reference's."""
     return values | {"base_logprobs": copy.deepcopy(values["rl_logprobs"])}
@@ -146,7 +157,7 @@ def read_for_page(folder: Path, model: Path) -> None:
     from pipelines.inspect.settings import InspectConfig
 
     config = InspectConfig(str(folder), rows="0..3", html=folder.parent / "page.html")
-    page_of_rows(ShardFolder(folder), config, Found([0, 1, 2, 3], "rows 0 to 3"), None, lambda what, done, total: None)
+    page_of_rows(ShardFolder(folder), config, Found([0, 1, 2, 3], "rows 0 to 3"), None, lambda done, total: None)
 
 
 READERS: dict[str, Callable[[Path, Path], None]] = {
@@ -162,6 +173,12 @@ READERS: dict[str, Callable[[Path, Path], None]] = {
 TOPK_READERS: dict[str, Callable[[Path, Path], None]] = {
     "verify": read_to_verify,
     "train": read_for_kd,
+    "inspect": read_to_inspect,
+    "verify --model": read_to_rescore,
+}
+
+ENTROPY_READERS: dict[str, Callable[[Path, Path], None]] = {
+    "verify": read_to_verify,
     "inspect": read_to_inspect,
     "verify --model": read_to_rescore,
 }
@@ -228,6 +245,19 @@ TOPK: dict[str, tuple[Callable[[list, list], Any], str]] = {
     "own token left out": (
         lambda ids, v: (ids[0][1].__setitem__(0, 7), v[0][1].__setitem__(0, -1.25)), "own token is more probable"
     ),
+}  # fmt: skip
+
+ENTROPY: dict[str, tuple[Change, str]] = {
+    "null": (lambda v: v["rl_entropy"][0].__setitem__(1, None), "rl_entropy is null, expected null exactly where nothing"),
+    "of a first token": (lambda v: v["rl_entropy_t2"][0].__setitem__(0, 1.0), "rl_entropy_t2 is not null, expected null"),
+    "negative": (lambda v: v["rl_entropy"][0].__setitem__(1, -0.25), "rl_entropy is -0.25, which is not in 0..4.787"),
+    "too large": (lambda v: v["rl_entropy_t2"][0].__setitem__(2, 5.0), "rl_entropy_t2 is 5, which is not in 0..4.787"),
+    "partition too large": (
+        lambda v: v["rl_log_partition_t2"][0].__setitem__(3, 2.75), "rl_log_partition_t2 is 2.75, which is not in 0..2.394"
+    ),
+    "NaN": (lambda v: v["rl_entropy"][0].__setitem__(1, float("nan")), "rl_entropy is nan, which is not in 0..4.787"),
+    "another step": (lambda v: v["rl_entropy"][0].__setitem__(1, 1.1), "rl_entropy is 1.1, which is not a multiple of 0.25"),
+    "too few": (lambda v: v["rl_log_partition_t2"][0].pop(), "rl_log_partition_t2 and input_ids differ in length: 3 and 4"),
 }  # fmt: skip
 
 

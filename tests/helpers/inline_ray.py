@@ -58,5 +58,6 @@ def pack_inline(config: PackConfig) -> ShardFolder:
         mock.patch.object(scorer.pack, "ray", _InlineRay),
         mock.patch.object(scorer.pack, "ray_cluster", nothing),
         mock.patch.object(scorer.pack, "require_ray"),
+        mock.patch.object(scorer.pack, "wait_for_nodes"),
     ):
         return scorer.pack.pack(config)

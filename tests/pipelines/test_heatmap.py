@@ -179,6 +179,32 @@ def test_colours_of_weights(shards: Path, open_page: Open) -> None:
     assert backgrounds(page, 1)[4] == pytest.approx(mixed(1 / 5), abs=1)
 
 
+def undecided(row: dict) -> list:
+    return [None, *(t % 10 / 2 for t in range(1, len(row["input_ids"])))]
+
+
+@pytest.mark.parametrize(("scheme", "full"), [("light", (83, 184, 131)), ("dark", (31, 122, 77))])
+def test_colours_of_entropies(shards: Path, tmp_path: Path, open_page: Open, scheme: str, full: tuple) -> None:
+    """The largest of 30 values, 4.5, is there three times, so that it is the 99th percentile; with a base and without."""
+    annotate(shards.parent / "packed", tmp_path / "rl", constant, "packed", entropy=undecided)
+    annotate(tmp_path / "rl", tmp_path / "both", deltas, "packed", name="base")
+    for folder, ways in (("rl", ["log-prob", "entropy"]), ("both", ["delta", "weight", "entropy"])):
+        page = open_page("--shards", tmp_path / folder, "--row", 0, scheme=scheme)
+        assert [label.strip() for label in page.locator("fieldset label").all_inner_texts()] == ways
+        assert not page.locator(".legend.entropy").is_visible()
+        page.get_by_label("entropy").check()
+        paper = np.array(PALETTE[scheme]["paper"])
+        for t, colour in enumerate(backgrounds(page, 0)[1:], start=1):
+            step = round(20 * (t % 10 / 2) / 4.5) / 20
+            assert colour == pytest.approx(paper + step * (np.array(full) - paper), abs=1), t
+        legend = page.locator(".legend.entropy")
+        assert legend.is_visible()
+        assert page.locator(".legend:visible").count() == 1
+        assert legend.locator(".ticks span").all_inner_texts() == ["0", "1.1", "2.2", "3.4", "4.5 nat"]
+        assert hover(page, 0, 4)["entropy of rl"] == "2.0000 nat"
+        assert hover(page, 0, 0)["entropy of rl"] == "none"
+
+
 def test_what_a_token_says(shards: Path, open_page: Open, tokenizer: AutoTokenizer) -> None:
     page = open_page("--shards", shards, "--row", 1)
     row = read_rows(shards)[1]

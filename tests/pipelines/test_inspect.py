@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from annotated import annotate
 from conftest import EOS, write_corpus
 from odd_rows import write_odd_rows
 from oracles import read_rows
@@ -161,6 +162,26 @@ def test_quarantined_rows_say_so(small: Path, tmp_path: Path, remit: Remit) -> N
     first, second = re.findall("^row .*", output, re.MULTILINE)
     assert "quarantined" not in first
     assert second.endswith("quarantined: no log-probs of rl")
+
+
+def test_entropies_have_numbers_and_bars(
+    small: Path, tmp_path: Path, remit: Remit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def undecided(row: dict) -> list:
+        return [None, *(t % 7 + 0.25 for t in range(1, len(row["input_ids"])))]
+
+    monkeypatch.setenv("COLUMNS", "200")
+    shards = annotate(small, tmp_path / "rl", values, "packed", entropy=undecided)
+    code, output, error = remit("inspect", shards, "--row", 0)
+    assert code == 0, error
+    row, logprobs = read_rows(shards)[0], read_rows(shards)[0]["rl_logprobs"]
+    lines = {line.split()[0]: line for line in output.splitlines() if line.strip()}
+    assert "entropy" in output
+    for t in range(1, len(row["input_ids"])):
+        assert f" {t % 7 + 0.25:.4f} " in lines[str(t)]
+        assert lines[str(t)].count("▪") == min(12, round(-logprobs[t])) + t % 7
+    described = remit("inspect", shards)[1]
+    assert "t = 1" in next(line for line in described.splitlines() if line.startswith("rl "))
 
 
 def test_bytes_of_a_character_are_spelled_by_their_numbers() -> None:

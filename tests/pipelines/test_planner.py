@@ -348,11 +348,13 @@ def test_engines_have_room_for_their_weights() -> None:
 
 
 def test_disk_by_hand() -> None:
-    found = disk(Job(1000, 3, 10, 1), packed_bytes=2.0, logprob_bytes=1.4, topk_entry_bytes=4.0, top_k=8)
-    assert list(found.values()) == pytest.approx([2000, 1400, 32_000, 35_400, 37_400])
-    without = disk(Job(1000, 3, 10, 1), packed_bytes=2.0, logprob_bytes=1.4, topk_entry_bytes=4.0, top_k=0)
-    assert list(without.values()) == pytest.approx([2000, 1400, 3400, 5400])
-    assert not any("top-k" in name for name in without)
+    found = disk(1000, {"packed": 2.0, "log-probs": 1.4, "top-k entries": 32.0, "entropy": 4.2})
+    assert list(found.values()) == pytest.approx([2000, 1400, 32_000, 4200, 39_600, 41_600])
+    assert list(found)[4] == "scored folder (packed, log-probs, top-k, entropy)"
+    without = disk(1000, {"packed": 2.0, "log-probs": 1.4, "top-k entries": 0.0, "entropy": 0})
+    assert without == pytest.approx(
+        {"packed": 2000, "log-probs": 1400, "scored folder (packed, log-probs)": 3400, "both folders": 5400}
+    )
 
 
 @pytest.mark.parametrize(
@@ -421,7 +423,8 @@ def test_what_is_missing_is_named(remit: Remit, folder: Path, tmp_path: Path) ->
 
 
 def test_tables_show_what_json_holds(remit: Remit, folder: Path) -> None:
-    figures, output, _ = plan(remit, folder, "--top-k", 8, "--gpu", "a100", "--num-gpus", 16, "--epochs", 2)
+    stored = ("--top-k", 8, "--entropy", "--entropy-temperature", 2)
+    figures, output, _ = plan(remit, folder, *stored, "--gpu", "a100", "--num-gpus", 16, "--epochs", 2)
     for role in ("base", "reference"):
         assert f"{figures['models'][role]['parameters']:,}" in output
     for name, cost in figures["costs"].items():
@@ -440,6 +443,8 @@ def test_tables_show_what_json_holds(remit: Remit, folder: Path) -> None:
         assert f"{entry['value']:.4g}" in line
     assert figures["memory_bytes"]["in all"] == pytest.approx(sum(figures["memory_bytes"].values()) / 2)
     assert figures["disk_bytes"]["top-k entries"] == pytest.approx(1e6 * 8 * 4.3)
+    assert figures["disk_bytes"]["entropy"] == pytest.approx(1e6 * 3 * 1.4)
+    assert plan(remit, folder, "--entropy")[0]["disk_bytes"]["entropy"] == pytest.approx(1e6 * 1.4)
     assert f"--micro-batch-size {figures['proposal']['micro_batch_size']}" in output
     assert f"after {figures['break_even']['epochs']:.2f} epochs" in output
 

@@ -19,6 +19,7 @@ from oracles import load, read_rows, row_logprobs
 import scorer.forward
 from scorer.canary import CanaryFailed, Distance, Limits, canary_prompts, compare, compute, measure
 from scorer.engine import Answer
+from scorer.logits import Kept
 from shards import ShardFolder
 from shards.verify import verify_folder
 
@@ -38,34 +39,34 @@ def test_limits_by_hand() -> None:
     def off(size: float, bias: float = 0.0) -> list[Answer]:
         return answers([expected[0] + size * signs[:10] + bias, expected[1] + size * signs[10:] + bias])
 
-    figures = compare(off(0.001), expected, exact)
+    figures = compare(off(0.001), answers(expected), exact)
     assert (figures["tokens"], figures["bias"]) == (40, pytest.approx(0, abs=1e-6))
     assert figures["mean"] == pytest.approx(0.001, rel=1e-3)
     with pytest.raises(
         CanaryFailed, match=r"in the mean and 0.01 at most, expected a mean of at most 0.002 in float32"
     ):
-        compare(off(0.01), expected, exact)
+        compare(off(0.01), answers(expected), exact)
     with pytest.raises(CanaryFailed, match=r"biased: over 40 tokens they are \+0.000[67]"):
-        compare(off(0.001, bias=0.0006), expected, exact)
-    own = Limits("bfloat16", measure(off(0.04), expected))
+        compare(off(0.001, bias=0.0006), answers(expected), exact)
+    own = Limits("bfloat16", measure(off(0.04), answers(expected)))
     assert own.mean == pytest.approx(0.082, rel=1e-3)
     assert own.bias(40) == pytest.approx(0.082 / 4 + 4 * 0.04 / 40**0.5, rel=1e-3)
     assert own.bias(10**9) == pytest.approx(0.082 / 4, rel=1e-2)
-    assert compare(off(0.08), expected, own)["max"] == pytest.approx(0.08, rel=1e-3)
+    assert compare(off(0.08), answers(expected), own)["max"] == pytest.approx(0.08, rel=1e-3)
     for wrong, message in ((off(0.084), "2 times what bfloat16 costs"), (off(0.04, bias=0.047), "biased")):
         with pytest.raises(CanaryFailed, match=message):
-            compare(wrong, expected, own)
+            compare(wrong, answers(expected), own)
     # one token that the model is broken for on both sides says nothing; on one side it is a failure
     broken = [values.copy() for values in expected]
     broken[0][3] = np.nan
-    assert compare(answers(broken), broken, exact)["tokens"] == 39
+    assert compare(answers(broken), answers(broken), exact)["tokens"] == 39
     for bad in (np.nan, -np.inf):
         broken[0][3] = bad
         with pytest.raises(CanaryFailed):
-            compare(answers(broken), expected, exact)
+            compare(answers(broken), answers(expected), exact)
     nothing = [np.full(4, np.nan, np.float32)]
     with pytest.raises(CanaryFailed, match="no finite log-prob for any of 4"):
-        compare(answers(nothing), nothing, exact)
+        compare(answers(nothing), answers(nothing), exact)
 
 
 REAL = os.environ.get("REMIT_REAL_MODEL", "")
@@ -94,7 +95,7 @@ def test_noise_and_bias_of_a_bfloat16_engine_fail(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for model, vocabulary in noisy_models(tmp_path):
         prompts = [rng.integers(1, vocabulary, length) for length in (512, 256, 256, 256)]
-        forwards = compute(model, prompts, 0, ("bfloat16",), 1)
+        forwards = compute(model, prompts, Kept(), ("bfloat16",), 1)
         network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
         engine = []
         with torch.no_grad():
@@ -118,9 +119,9 @@ def test_chance_alone_is_no_bias() -> None:
     own = 0.03 * rng.standard_t(4, 20_000)
     for tokens in (60, 1000):
         want = [np.full(tokens, -3.0)]
-        limits = Limits("bfloat16", measure(answers([want[0] + own[:tokens]]), want))
+        limits = Limits("bfloat16", measure(answers([want[0] + own[:tokens]]), answers(want)))
         for _ in range(1000):
-            compare(answers([want[0] + rng.choice(own - own.mean(), tokens)]), want, limits)
+            compare(answers([want[0] + rng.choice(own - own.mean(), tokens)]), answers(want), limits)
 
 
 def test_forward_in_pieces_and_in_float16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,14 +130,16 @@ def test_forward_in_pieces_and_in_float16(tmp_path: Path, monkeypatch: pytest.Mo
     for family in ("Olmo2", "SmolLM3", "Gemma2", "Granite", "Cohere"):
         model = make_model(tmp_path / family, family, seed=4)
         prompt = rng.integers(1, 521, 61)
-        whole = scorer.forward.load_forward(model)(prompt, best=3)
+        whole = scorer.forward.load_forward(model)(prompt, best=3, temperatures=(1.0, 2.0))
         with monkeypatch.context() as patch:
             patch.setattr(scorer.forward, "LOGITS_BYTES", 4 * 521 * 7)
-            pieces = scorer.forward.load_forward(model)(prompt, best=3)
+            pieces = scorer.forward.load_forward(model)(prompt, best=3, temperatures=(1.0, 2.0))
         for one, other in zip(whole, pieces, strict=True):
             assert np.allclose(one, other, atol=1e-5), family
-        distances = compute(model, [prompt], 0, ("bfloat16", "float16"), 1).distances
+        kept = Kept(temperatures=(1.0, 2.0))
+        distances = compute(model, [prompt], kept, ("bfloat16", "float16"), 1).distances
         assert 0 < distances["float16"].mean < distances["bfloat16"].mean / 3
+        assert 0 < distances["float16"].entropy_mean < distances["bfloat16"].entropy_mean / 3
 
 
 def pieces(row: dict) -> list[list[int]]:
@@ -184,7 +187,7 @@ def test_most_probable_tokens_of_another_model_are_refused() -> None:
     """By hand: ids that transformers has far down, log-probs that are others; places that swap in 16 bit are fine."""
     wide_ids, wide = np.array([[7, 3, 9, 1, 4]]), np.array([[-0.5, -1.5, -2.5, -4.0, -5.0]], np.float32)
     one = np.zeros(1, np.float32)
-    expected = [(one, wide_ids, wide)]
+    expected = [Answer(one, wide_ids, wide)]
     limits = Limits("bfloat16", Distance(1, 0.03, 0.03, 0.03, 0.03, topk_mean=0.03))
 
     def answer(ids: list[int], logprobs: list[float]) -> Answer:
@@ -197,9 +200,9 @@ def test_most_probable_tokens_of_another_model_are_refused() -> None:
     broken = Answer(two, np.array([[7, 9]] * 2, np.int32), np.array([[-0.5, -2.5], [np.nan] * 2]))
     wide_broken = np.array([wide[0], np.full(5, np.nan)])
     ids = np.concatenate([wide_ids, wide_ids])
-    assert compare([broken], [(two, ids, wide_broken)], Limits("float32"))["topk_mean"] == 0
+    assert compare([broken], [Answer(two, ids, wide_broken)], Limits("float32"))["topk_mean"] == 0
     with pytest.raises(CanaryFailed):
-        compare([broken], [(two, ids, np.concatenate([wide, wide]))], Limits("float32"))
+        compare([broken], [Answer(two, ids, np.concatenate([wide, wide]))], Limits("float32"))
     for wrong in (answer([7, 8], [-0.5, -1.5]), answer([3, 7], [-0.5, -1.5]), answer([7, 9], [-0.5, -2.37])):
         with pytest.raises(CanaryFailed, match="most probable tokens are not the model's"):
             compare([wrong], expected, limits)
@@ -286,4 +289,4 @@ def test_an_engine_is_refused_where_nothing_tells_what_it_may_differ_by() -> Non
     """A float16 forward that overflows has no distance: any engine would be within it."""
     expected, lost = [np.full(8, -2.0, np.float32)], Distance(0, np.inf, np.inf, np.inf, np.inf)
     with pytest.raises(CanaryFailed, match="not finite"):
-        compare([Answer(np.full(8, -9.0, np.float32))], expected, Limits("float16", lost))
+        compare(answers([np.full(8, -9.0, np.float32)]), answers(expected), Limits("float16", lost))

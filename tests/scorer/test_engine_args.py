@@ -47,6 +47,11 @@ def test_values(entry: str, expected: dict[str, Any]) -> None:
         (["trust_remote_code=true"], "not to be set"),
         (["enable_prefix_caching=true"], "not to be set"),
         (["worker_extension_cls=mine.Worker"], "not to be set"),
+        (['kv_transfer_config={"kv_connector_module_path": "mine"}'], "not to be set"),
+        (["reasoning_parser_plugin=mine.py"], "not to be set"),
+        (['speculative_config={"model": "other"}'], "not to be set"),
+        (["master_addr=0.0.0.0"], "not to be set"),
+        (["prefill_context_parallel_size=2"], "not to be set"),
         (["max_num_seqs=2", "max-num-seqs=3"], "twice"),
         (["pipeline_parallel_size=0"], "at least 1"),
         (["pipeline_parallel_size=two"], "at least 1"),
@@ -126,7 +131,7 @@ def test_recorded_and_refused_when_they_differ(tmp_path: Path, packed: Path, ref
     assert again.manifest == folder.manifest
     for part in out.glob("**/*.arrow"):
         part.unlink()
-    with pytest.raises(ValueError, match=r"engine_args.max_num_seqs is 3 there, 4 asked for now"):
+    with pytest.raises(ValueError, match=r"--engine-args max_num_seqs is 3 there, 4 asked for now"):
         score_to(out, packed, reference_model, engine_args=["max_num_seqs=4"])
     with pytest.raises(ValueError, match="did you mean max_num_seqs"):
         score_to(tmp_path / "other", packed, reference_model, engine_args=["max_nun_seqs=4"])

@@ -136,3 +136,13 @@ def test_the_next_goes_on_where_the_first_was_killed(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "f" * 64
     assert log.read_text() == "xx"
+
+
+def test_one_file_under_two_names_is_two_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fingerprint has the names in it, and folders of the hub's cache link to the same blob."""
+    settle(monkeypatch)
+    first, second = model(tmp_path / "first"), tmp_path / "second"
+    second.mkdir()
+    (second / "other.safetensors").symlink_to(first / "model.safetensors")
+    assert node_weights_fingerprint(first) == weights_fingerprint(first)
+    assert node_weights_fingerprint(second) == weights_fingerprint(second) != weights_fingerprint(first)

@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import VOCABULARY, score_to, write_corpus
+from entropies import compare_entropies
 from faulty import Faulty
 from oracles import load, read_rows, row_distributions
 from processes import Command, content, part_rows, token_of_one_row
@@ -97,8 +98,12 @@ def test_full_rows_equal_transformers(exact: Path, reference_model: Path) -> Non
     ("context", "top_k", "step", "settings"),
     [
         pytest.param("packed", 1, 1 / 64, {}, marks=pytest.mark.slow),
-        ("document", VOCABULARY, 0.0, {"max_num_batched_tokens": 32}),
-        pytest.param("packed", VOCABULARY, 1 / 64, {"max_num_batched_tokens": 32}, marks=pytest.mark.slow),
+        ("document", VOCABULARY, 0.0, {"max_num_batched_tokens": 32, "entropy": True, "entropy_temperature": 2.0}),
+        pytest.param(
+            *("packed", VOCABULARY, 1 / 64),
+            {"max_num_batched_tokens": 32, "entropy": True, "entropy_temperature": 1.5},
+            marks=pytest.mark.slow,
+        ),
         pytest.param("document", 5, 0.0, {"tensor_parallel_size": 2}, marks=pytest.mark.slow),
     ],
 )
@@ -110,6 +115,8 @@ def test_short_rows_equal_transformers(
         tmp_path / "out", short, reference_model, context=context, top_k=top_k, logprob_step=step, **settings
     )
     assert compare(folder.path, reference_model, context, top_k, step) > 20 * top_k
+    temperature = settings.get("entropy_temperature")
+    assert compare_entropies(folder.path, reference_model, context, step, temperature) > 20 * (temperature is not None)
     assert verify_folder(folder).problems == []
 
 
@@ -195,11 +202,12 @@ def test_settings_that_do_not_fit(
     tmp_path: Path, packed: Path, scored_rl: Path, exact: Path, reference_model: Path, remit: Remit
 ) -> None:
     base = ("score", "--shards", packed, "--model", reference_model, "--dtype", "float32")
+    exactly = ("--out", exact, "--logprob-step", 0, "--entropy", "--entropy-temperature", 2)
     for arguments, code, message in (
         (("--out", tmp_path / "o", "--top-k", VOCABULARY + 1), 1, "--top-k is 522, expected at most 521"),
         (("--out", tmp_path / "o", "--top-k", -1), 2, "--top-k is -1, expected 0"),
         (("--out", scored_rl, "--top-k", 5), 1, "--top-k is not set there, 5 asked for now"),
-        (("--out", exact, "--top-k", 4, "--logprob-step", 0), 1, "--top-k is 5 there, 4 asked for now"),
+        ((*exactly, "--top-k", 4), 1, "--top-k is 5 there, 4 asked for now"),
         (("--shards", exact, "--out", tmp_path / "o", "--name", "rl_topk"), 1, "would give two columns one name"),
     ):
         got, _, error = remit(*base, *arguments)

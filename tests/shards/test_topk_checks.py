@@ -11,9 +11,8 @@ from conftest import VOCABULARY
 from damage import TOP, top_rows, write_folder
 
 from scorer.driver import TOPK_BYTES_PER_ENTRY
-from scorer.engine import order_topk
 from scorer.fake import hashed_logprobs, hashed_topk
-from scorer.kernel import token_logprobs
+from scorer.logits import Kept, token_scores
 from shards import ShardFolder
 from shards.topk import fault_of_topk, topk_array
 from shards.verify import verify_folder
@@ -47,7 +46,7 @@ def test_kernel_takes_the_lowest_ids_of_equal_ones(dtype: torch.dtype, vocabular
     logits[3] = 0
     logits[4, :7] = 9
     tokens = torch.randint(0, vocabulary, (60,), generator=generator)
-    ids, logprobs = token_logprobs(logits, tokens, top_k, 7 * vocabulary)
+    ids, logprobs = token_scores(logits, tokens, Kept(top_k), 7 * vocabulary)
     # equal logits are equal log-probs, so the order is that of the logits; -0.0 equals 0.0
     values = logits.double().numpy()
     want = np.lexsort((np.broadcast_to(np.arange(vocabulary), values.shape), -values), axis=-1)[:, :top_k]
@@ -56,20 +55,11 @@ def test_kernel_takes_the_lowest_ids_of_equal_ones(dtype: torch.dtype, vocabular
     assert (logprobs.double() - full.gather(-1, ids.long())).abs().max() < 1e-5
 
 
-def test_order_of_another_path_by_hand() -> None:
-    """The token, then three best as vLLM gives them: equal ones in any order, the token's own from another pass."""
-    ids = np.array([[4, 9, 7, 4], [5, 1, 3, 2]], dtype=np.int32)
-    logprobs = np.array([[-1.0, -1.0, -1.0, -1.0001], [-5, -0.5, -2, -2]], dtype=np.float32)
-    order_topk(ids, logprobs)
-    assert ids.tolist() == [[4, 4, 7, 9], [5, 1, 2, 3]]
-    assert logprobs.tolist() == [[-1, -1, -1, -1], [-5, -0.5, -2, -2]]
-
-
 @pytest.mark.parametrize("top_k", [1, 2, 5, 40])
 def test_fake_engine_gives_a_distribution(top_k: int) -> None:
     prompt = np.random.default_rng(0).integers(0, 40, 500)
     logprobs = hashed_logprobs(prompt)
-    _, ids, best = hashed_topk(prompt, logprobs, 40, top_k)
+    _, ids, best, _ = hashed_topk(prompt, logprobs, 40, top_k)
     assert ids is not None
     assert best is not None
     assert ids.shape == best.shape == (499, top_k)
