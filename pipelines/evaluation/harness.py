@@ -110,9 +110,9 @@ class EachKindOnce(logging.Handler):
 
 
 def show_warnings(about: str) -> None:
-    """Show the harness' warnings about a model's prompts from here on, each kind once and with the name of a task in front."""
+    """From here on show the harness' warnings, for instance of cut prompts: each kind once, after `about`, a task's name."""
     handler = EachKindOnce(about)
-    for name in ("lm_eval.models", "lm_eval.utils"):  # the second has that of vLLM for prompts of generated text
+    for name in ("lm_eval.models", "lm_eval.utils"):  # vLLM's for generated text come from the second
         logger = logging.getLogger(name)
         logger.setLevel(logging.WARNING)
         logger.handlers, logger.propagate = [handler], False
