@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import field, make_dataclass
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -119,6 +120,10 @@ def parse(arguments: list[str]) -> Any:
     if name in ("--version", "-V"):
         print(f"remit {version('remit')}")
         sys.exit(0)
+    if name and not name.startswith("-"):
+        near = get_close_matches(name, COMMANDS, 1)
+        hint = f"; did you mean remit {near[0]}?" if near else f", expected one of {', '.join(COMMANDS)}"
+        raise ValueError(f"{name!r} is no command{hint}")
     union: Any = None
     for name, (where, _) in COMMANDS.items():
         settings = find(where)

@@ -38,6 +38,11 @@ def resolve_model(option: str, model: str, weights: bool = True) -> LocalModel:
                 f"{option} {model}: is a run that has not finished, so it has no model yet; finish it first"
             )
         path = path / "model"  # of a run: what it made
+    run = next((folder for folder in path.absolute().parents if (folder / RUN).exists()), None)
+    if path.is_dir() and run is not None and not (path / "config.json").exists():
+        raise ValueError(
+            f"{option} {model}: holds no model; those of this run are {run / 'model'} and {run / 'exports'}/*"
+        )
     if path.is_dir():
         return LocalModel(path, *model_origin(path))
     if path.suffix.lower() == ".gguf" and path.exists():

@@ -23,7 +23,7 @@ from scorer.health import MAX_ATTEMPTS, Fault, NodeHealth, PartAttempts
 from scorer.placement import capacity
 from scorer.pool import EnginePool
 from scorer.stopping import StopGuard, Stopped
-from scorer.telemetry import ScoreLog, ScoreProgress
+from scorer.telemetry import ScoreLog, ScoreProgress, engine_line
 from scorer.watch import Watch, after_failure
 from shards.asking import tell_of_silence
 from shards.crash import crash_point
@@ -287,7 +287,7 @@ class Drive:
             facts = ready[0].description | {"dtype": self.engine.dtype} | {"resources": self.bundle}
             facts |= {"canary": self.pool.canary_result}
             self.log.write("engine", facts)
-            self.note(", ".join(f"{key} {value}" for key, value in facts.items() if key != "pid"))
+            self.note(engine_line(facts))
         self.watch.look(self.num_engines(), self.bundle)
         self.state.tokens = self.committed + self.pool.tokens_in_work()
         self.state.engines = len(ready)

@@ -170,6 +170,12 @@ def refuse_other_scoring(out: Store, manifest: Manifest, name: str) -> None:
         return
     there = ShardFolder(out)
     ours, theirs = manifest.provenance(), there.manifest.provenance()
+    others = sorted({*theirs["references"]} - {*ours["references"]})
+    if name not in theirs["references"] and others:
+        raise ValueError(
+            f"{out.url}: was scored with --name {' and '.join(others)}, --name {name} asked for now; for a column more score that "
+            f"folder (--shards {out.url}) into another --out"
+        )
     then, now = theirs["references"], ours["references"][name]
     if (
         then.get(name, {}).get("weights_sha256") == now["weights_sha256"]

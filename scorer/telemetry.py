@@ -147,3 +147,24 @@ class ScoreLog:
                 self._earlier = ""
         self._out.replace(SCORE_LOG, (self._earlier + lines).encode())
         self._earlier += lines
+
+
+def engine_line(facts: dict[str, Any]) -> str:
+    """What the first engine says of itself, and how it compares with transformers, for the output; the log has the facts."""
+    texts = [facts["engine"]]
+    if "dtype" in facts:
+        texts.append(facts["dtype"] + (f" (logits {facts['head_dtype']})" if "head_dtype" in facts else ""))
+    if "max_num_batched_tokens" in facts:
+        texts.append(f"{facts['max_num_batched_tokens']:,} tokens per step")
+    if "logprob_kernel" in facts:
+        texts.append(f"logprob_kernel {facts['logprob_kernel']}")
+    texts += [f"{count:g} {kind} each" for kind, count in facts["resources"].items()]
+    if facts.get("device_name", "cpu") != "cpu":
+        texts.append(facts["device_name"])
+    canary = facts["canary"]
+    if "mean" in canary:
+        texts.append(
+            f"compared with transformers over {canary['tokens']:,.0f} tokens: mean |difference| {canary['mean']:.2g} nat, "
+            f"largest {canary['max']:.2g}"
+        )
+    return f"engines run: {', '.join(texts)}"

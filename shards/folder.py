@@ -128,7 +128,7 @@ class ShardFolder:
             has = ", ".join(self.manifest.references) or "none"
             raise ValueError(
                 f"{self.path}: has no log-probs of a reference named {name!r} (it has: {has}); "
-                f"add them with remit score --name {name}, or choose another --reference"
+                f"add them with remit score --name {name}, or name one that it has"
             )
         return self.manifest.references[name]
 

@@ -260,6 +260,8 @@ def resume(
     session.check_lease()  # much of what follows is deleted or cut where it is made again
     for problem in problems:
         session.note(f"passed over a damaged checkpoint: {problem}")
+    if first_step:
+        session.note(f"going on after step {first_step:,}")
     tokens = keep_lines(config.out / METRICS, first_step).get("tokens", 0)
     drop_exports(config.out, first_step)
     Exported(config.out).begin(layout)

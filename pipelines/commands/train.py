@@ -76,7 +76,9 @@ def held_out_summary(out: Path) -> str:
     """One line about the evaluations of a finished run: before, after, of the exported model where rounding changed it."""
     lines = list(read_lines(out / EVALUATION, lambda damaged: None))
     if not lines:  # finished before without --eval-shards
-        return "held-out loss: none, the run finished without --eval-shards"
+        return (
+            "held-out loss: none, the run finished without --eval-shards; train it again with them into another --out"
+        )
     first, last = lines[0], lines[-1]
     text = f"held-out loss: {last['loss']:.4f} nat per token after {last['step']:,} steps"
     if first["step"] == 0:

@@ -25,5 +25,8 @@ def find_model(option: str, model: str) -> tuple[Path | dict[str, Any], str]:
     """Folder, or settings of a preset, and the model's name; ValueError as of resolve_model. Light to import."""
     if model in PRESETS and not Path(model).exists():
         return PRESETS[model], model
-    found = resolve_model(option, model, weights=False)
+    try:
+        found = resolve_model(option, model, weights=False)
+    except ValueError as error:
+        raise ValueError(f"{error}; or one of {', '.join(PRESETS)}") from None
     return found.path, found.name

@@ -18,7 +18,7 @@ def show(figures: dict[str, Any], console: Console) -> None:
     job, machine, proposal = figures["job"], figures["machine"], figures["proposal"]
     epochs = f"{job['epochs']:g} {'epoch' if job['epochs'] == 1 else 'epochs'}"
     say(
-        f"{job['tokens']:,} tokens, {epochs}, {job['steps']:,} steps of {job['global_batch_size']} rows "
+        f"{job['tokens']:,} tokens, {epochs}, {counted(job['steps'], 'step')} of {job['global_batch_size']} rows "
         f"of {job['seq_len']:,}; {machine['num_gpus']} x {machine['gpu']}, {machine['dtype']}"
     )
     lines = [
