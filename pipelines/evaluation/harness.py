@@ -75,18 +75,13 @@ def _decode(text: str) -> Any:
 
 
 def prepare_process(config: EvalConfig, model: Path) -> None:
-    """The switch for programs of a model, quiet libraries, and what vLLM reads as it is imported."""
-    os.environ.pop("HF_ALLOW_CODE_EVAL", None)  # left in a shell it is no consent
-    if config.allow_code_execution:
-        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+    """Quiet libraries, and what vLLM reads as it is imported."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["DISABLE_MULTIPROC"] = "1"  # the harness would fork this process for the error of a perplexity
     quiet_libraries()
     for name in ("lm_eval", "huggingface_hub", "datasets", "evaluate", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    of_models = logging.getLogger("lm_eval.models")
-    of_models.setLevel(logging.WARNING)
-    of_models.handlers, of_models.propagate = [EachKindOnce()], False
+    show_warnings(config.model)
     logging.getLogger("sqlitedict").setLevel(logging.CRITICAL)  # what it logs is raised as well
     if not os.isatty(2):
         library_bars_as_lines()
@@ -102,15 +97,25 @@ def prepare_process(config: EvalConfig, model: Path) -> None:
 class EachKindOnce(logging.Handler):
     """Shows the first warning from each line of code: the harness gives one for each prompt that it cuts."""
 
-    def __init__(self) -> None:
+    def __init__(self, about: str) -> None:
         super().__init__()
+        self.about = about
         self.shown: set[tuple[str, int]] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         place = (record.pathname, record.lineno)
         if place not in self.shown:
             self.shown.add(place)
-            note(record.getMessage())
+            note(f"{self.about}: {record.getMessage()}")
+
+
+def show_warnings(about: str) -> None:
+    """From here on show the harness' warnings, for instance of cut prompts: each kind once, after `about`, a task's name."""
+    handler = EachKindOnce(about)
+    for name in ("lm_eval.models", "lm_eval.utils"):  # vLLM's for generated text come from the second
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.WARNING)
+        logger.handlers, logger.propagate = [handler], False
 
 
 def _prepare_vllm(config: EvalConfig, model: Path) -> None:
@@ -135,27 +140,32 @@ def _prepare_vllm(config: EvalConfig, model: Path) -> None:
 
 
 def load_model(config: EvalConfig, folder: Path) -> Any:
-    """The harness' wrapper of the model in `folder`."""
+    """The harness' wrapper of the model in `folder`; ValueError in one line where it cannot be loaded."""
     import torch
 
     common: dict[str, Any] = {"pretrained": str(folder), "tokenizer": tokenizer_of(folder), "dtype": config.dtype}
     common |= {"trust_remote_code": False}
-    if config.backend == "vllm":
-        from lm_eval.models.vllm_causallms import VLLM
+    try:
+        if config.backend == "vllm":
+            from lm_eval.models.vllm_causallms import VLLM
 
-        return VLLM(
-            **common,
-            max_model_len=config.max_length,
-            seed=config.seed,
-            load_format="safetensors",
-            enable_prefix_caching=False,  # with it, prompt log-probs depend on the order of the requests
-            enforce_eager=not torch.cuda.is_available(),
-        )
-    from lm_eval.models.huggingface import HFLM
+            return VLLM(
+                **common,
+                max_model_len=config.max_length,
+                seed=config.seed,
+                load_format="safetensors",
+                enable_prefix_caching=False,  # with it, prompt log-probs depend on the order of the requests
+                enforce_eager=not torch.cuda.is_available(),
+            )
+        from lm_eval.models.huggingface import HFLM
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = {"batch_size": config.batch_size, "max_length": config.max_length, "use_safetensors": True}
-    return HFLM(**common, **options, device=device)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        options = {"batch_size": config.batch_size, "max_length": config.max_length, "use_safetensors": True}
+        return HFLM(**common, **options, device=device)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:500] or "no reason given"
+        line = f"{config.backend} or the harness failed, {type(error).__name__}: {reason}; --debug shows where"
+        raise ValueError(line) from error
 
 
 def tokenizer_of(model: Path) -> str | None:
@@ -179,6 +189,7 @@ def run_task(config: EvalConfig, model: Any, task: SuiteTask, loaded: Task, answ
     answers: file of this very model's, with what else decides an answer in its name. Answers that are drawn at random are
     neither taken from it nor kept: several to one question would become one.
     """
+    show_warnings(task.task)
     try:
         return evaluator.simple_evaluate(
             model=model,

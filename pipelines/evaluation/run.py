@@ -7,6 +7,7 @@ ends.
 import contextlib
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -79,7 +80,7 @@ def evaluate(config: EvalConfig, note: Note) -> tuple[Path, dict[str, Any]]:
         "asked": [{"task": task.task, "num_fewshot": task.shots, "metric": task.metric} for task in tasks],
         "tasks": {},
     }
-    with writing(folder, note) as lease:
+    with writing(folder, note) as lease, code_execution(config.allow_code_execution):
         if (before := finished(folder / "results.json", values)) is not None:
             note(f"{config.model}: was evaluated before, in {folder}")
             return folder, before
@@ -89,6 +90,20 @@ def evaluate(config: EvalConfig, note: Note) -> tuple[Path, dict[str, Any]]:
             lease.check()
             write_json(folder / "results.json", values)
     return folder, values
+
+
+@contextlib.contextmanager
+def code_execution(allowed: bool) -> Iterator[None]:
+    """The evaluate library's switch for programs of a model, for the block alone; left in a shell it is no consent."""
+    before = os.environ.pop("HF_ALLOW_CODE_EVAL", None)
+    if allowed:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop("HF_ALLOW_CODE_EVAL", None)
+        if before is not None:
+            os.environ["HF_ALLOW_CODE_EVAL"] = before
 
 
 def require_packages(config: EvalConfig) -> None:
@@ -103,6 +118,10 @@ def require_packages(config: EvalConfig) -> None:
 def require_usable(config: EvalConfig, folder: Path) -> None:
     """ValueError for a model that cannot be evaluated with these settings."""
     require_language_model(folder)
+    if config.chat_template and not has_chat_template(folder):
+        raise ValueError(
+            f"--chat-template is given and {config.model} has none; leave it out, or name a post-trained model"
+        )
     values = read_config(folder)
     positions = max_positions(values.get("text_config") or values)
     if config.max_length is not None and positions is not None and config.max_length > positions:
@@ -110,6 +129,13 @@ def require_usable(config: EvalConfig, folder: Path) -> None:
             f"--max-length is {config.max_length:,} and config.json of {config.model} has {positions:,} positions, expected no "
             "more: beyond them a model predicts what it was never trained for"
         )
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Whether the tokenizer in a model folder has a chat template."""
+    file = folder / "tokenizer_config.json"
+    inside = file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("chat_template")
+    return bool(inside) or (folder / "chat_template.jinja").is_file()
 
 
 def settings_of(config: EvalConfig, model: LocalModel) -> dict[str, Any]:
@@ -151,7 +177,7 @@ def evaluated(
 ) -> Iterator[dict[str, Any]]:
     """Each task's record. The data of all, then the model are loaded first: what is missing shows before hours pass."""
     from pipelines.evaluation import harness
-    from pipelines.evaluation.tasks import load_tasks
+    from pipelines.evaluation.tasks import load_tasks, refuse_no_room
 
     harness.prepare_process(config, model_folder)
     names = [task.task for task in tasks]
@@ -159,6 +185,8 @@ def evaluated(
     with contextlib.redirect_stdout(sys.stderr):
         loaded = load_tasks(names, config.task_dir, config.allow_code_execution)
         model = harness.load_model(config, model_folder)
+        for name in names:
+            refuse_no_room(name, loaded[name], model)
         for number, task in enumerate(tasks, 1):
             shots = "its own shots" if task.shots is None else f"{task.shots}-shot"
             note(f"{task.task} ({number} of {len(names)}), {shots}")

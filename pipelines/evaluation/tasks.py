@@ -63,5 +63,26 @@ def load_task(index: TaskManager, name: str, allow_code_execution: bool) -> Task
 
 def answers_are_drawn(loaded: Task) -> bool:
     """Whether answers to one of the tasks are drawn at random."""
-    tasks = loaded.get_all_tasks() if hasattr(loaded, "get_all_tasks") else [loaded]
-    return any(normalize_gen_kwargs(task.get_config("generation_kwargs") or {})["do_sample"] for task in tasks)
+    return any(
+        normalize_gen_kwargs(task.get_config("generation_kwargs") or {})["do_sample"] for task in tasks_of(loaded)
+    )
+
+
+def refuse_no_room(name: str, loaded: Task, model: Any) -> None:
+    """ValueError where answers may be as long as all that `model` takes: nothing of the prompts would be left.
+
+    With transformers the harness says so when the task's turn comes; with vLLM it cuts the wrong end and says nothing.
+    """
+    for task in tasks_of(loaded):
+        if task.get_config("output_type") == "generate_until":
+            settings = normalize_gen_kwargs(task.get_config("generation_kwargs") or {}, model.max_gen_toks)
+            if (longest := settings["max_gen_toks"]) >= model.max_length:
+                raise ValueError(
+                    f"{name}: answers may have {longest:,} tokens and the model takes {model.max_length:,} in all, expected "
+                    "room for a prompt; leave the task out with --skip or from --tasks"
+                )
+
+
+def tasks_of(loaded: Task) -> list[Task]:
+    """The tasks of a group, or the task itself."""
+    return loaded.get_all_tasks() if hasattr(loaded, "get_all_tasks") else [loaded]

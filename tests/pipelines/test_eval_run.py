@@ -24,6 +24,7 @@ from annotated import run
 from conftest import make_model
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import maybe_truncate
 from lm_eval.tasks import TaskManager
 from own_tasks import NEW_TOKENS, QUESTIONS, Oracle, write_tasks
 from test_tokenizer import BOS, byte_level, save
@@ -320,28 +321,50 @@ def test_groups_and_filters(tmp_path: Path, exported: Path, oracle: Oracle, task
 
 
 @pytest.mark.usefixtures("starts_processes")
-def test_what_does_not_fit_the_harness_says(
-    tmp_path: Path, exported: Path, oracle: Oracle, task_dir: Path, remit: Remit
+def test_what_does_not_fit(
+    tmp_path: Path, exported: Path, oracle: Oracle, task_dir: Path, remit: Remit, asked: list[tuple]
 ) -> None:
-    """A warning for prompts that are cut, once and not for each; an error where nothing could be left of them."""
+    """A warning for prompts that are cut, once for each task and not for each prompt; nothing is asked where nothing could be
+    left of them."""
     command = ["eval", "--model", exported, "--task-dir", task_dir, "--out", tmp_path, "--dtype", "float32"]
-    names = ["--tasks", "own_choice,own_text"]
-    warnings = ("Combined length of context", "Left truncation applied")
+    names = [
+        "--tasks",
+        "own_few,own_choice,own_text",
+    ]  # the first has some of the second's questions, which are not asked again
+    cut = "Combined length of context"
+    warnings = (f"own_few: {cut}", f"own_choice: {cut}", "own_text: Left truncation applied", cut)
     code, _, error = remit(*command, *names)
-    assert (code, [error.count(warning) for warning in warnings]) == (0, [0, 0]), error
+    assert (code, [error.count(warning) for warning in warnings]) == (0, [0, 0, 0, 0]), error
     lengths = [len(oracle.tokenizer(f" {choice}").input_ids) for _, choices, _ in QUESTIONS for choice in choices]
-    code, _, error = remit(*command, *names, "--max-length", max(lengths))
-    assert (code, [error.count(warning) for warning in warnings]) == (0, [1, 1]), error
-    code, _, error = remit(*command, "--tasks", "own_text", "--max-length", NEW_TOKENS)
-    assert (code, "requested max tokens to generate (6) must be less than model's maximum" in error) == (1, True), error
+    code, _, error = remit(*command, *names, "--num-fewshot", 1, "--max-length", max(lengths))
+    assert (code, [error.count(warning) for warning in warnings]) == (0, [1, 1, 1, 2]), error
+    asked.clear()
+    code, _, error = remit(*command, "--tasks", "own_choice,own_text", "--max-length", NEW_TOKENS)
+    line = f"own_text: answers may have {NEW_TOKENS} tokens and the model takes {NEW_TOKENS} in all"
+    assert (code, line in error, asked) == (1, True, []), error
     code, _, error = remit(*command, "--tasks", "own_choice", "--max-length", max(lengths) - 1)
     line = "own_choice: AssertionError: assert len(continuation_enc) <= self.max_length"
     assert (code, line in error) == (1, True), error
-    code, _, error = remit(*command, "--tasks", "own_text", "--chat-template")
-    assert (code, "own_text: Cannot use chat template functions because tokenizer.chat_template is" in error) == (
-        1,
-        True,
-    )
+
+
+def test_what_vllm_cuts_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The function that its wrapper in the harness cuts prompts with, once for each task."""
+    harness.prepare_process(EvalConfig("m"), tmp_path)
+    for task in ("first", "second"):
+        harness.show_warnings(task)
+        for _ in range(2):
+            assert maybe_truncate(list(range(9)), max_gen_toks=3, max_model_len=8) == ([4, 5, 6, 7, 8], 3)
+    error = capsys.readouterr().err
+    assert [error.count(f"{task}: Context length (9)") for task in ("first", "second")] == [1, 1], error
+    assert error.count("Context length") == 2
+
+
+def test_a_model_that_transformers_cannot_load_is_one_line(tmp_path: Path) -> None:
+    folder = save(byte_level(bos=True), make_model(tmp_path, "Llama"))
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"hidden_act": "none_such"}))
+    with pytest.raises(ValueError, match=r"^hf or the harness failed, KeyError: .*none_such.*; --debug shows where"):
+        harness.load_model(EvalConfig(str(folder)), folder)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])

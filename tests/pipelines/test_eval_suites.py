@@ -1,5 +1,6 @@
 """remit eval: the paper's suites in the installed harness, the guard for programs that a model writes, refusals."""
 
+import contextlib
 import os
 import shlex
 from collections.abc import Callable
@@ -11,9 +12,8 @@ import yaml
 from lm_eval.tasks import TaskManager
 
 from pipelines.cli import parse
-from pipelines.evaluation.harness import prepare_process
 from pipelines.evaluation.results import to_record
-from pipelines.evaluation.run import plan_tasks
+from pipelines.evaluation.run import code_execution, plan_tasks
 from pipelines.evaluation.settings import EvalConfig
 from pipelines.evaluation.suites import SUITES, SuiteTask
 from pipelines.evaluation.tasks import leaves, load_task
@@ -77,9 +77,15 @@ def test_code_runs_only_when_allowed(harness: TaskManager) -> None:
 
 
 def test_a_variable_left_in_a_shell_is_no_consent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor does a group hide a task of one's own that runs programs."""
+    """Nor is consent to one evaluation left behind. Nor does a group hide a task of one's own that runs programs."""
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
-    prepare_process(EvalConfig("m"), tmp_path)
+    with code_execution(False):
+        assert "HF_ALLOW_CODE_EVAL" not in os.environ
+    assert os.environ["HF_ALLOW_CODE_EVAL"] == "1"
+    monkeypatch.delenv("HF_ALLOW_CODE_EVAL")
+    with contextlib.suppress(RuntimeError), code_execution(True):
+        assert os.environ["HF_ALLOW_CODE_EVAL"] == "1"
+        raise RuntimeError
     assert "HF_ALLOW_CODE_EVAL" not in os.environ
     (tmp_path / "runs.yaml").write_text("{task: runs, unsafe_code: true, dataset_path: json}")
     (tmp_path / "both.yaml").write_text("{group: both, task: [runs], aggregate_metric_list: [{metric: acc}]}")
@@ -143,6 +149,8 @@ def test_inputs_that_are_refused(tmp_path: Path, remit: Remit, models: dict[str,
     assert (code, "old.json: has format 1, expected 3" in error) == (1, True)
     code, _, error = remit("eval", "--model", models["base"], "--compare", models["base"])
     assert (code, "a model is evaluated by a command of its own" in error) == (1, True)
+    code, _, error = remit("eval", "--model", models["base"], "--chat-template", "--out", tmp_path / "out")
+    assert (code, f"--chat-template is given and {models['base']} has none" in error) == (1, True), error
     code, _, error = remit("eval", "--model", models["base"], "--max-length", 65, "--out", tmp_path / "out")
     assert (code, "--max-length is 65 and config.json of" in error, "has 64 positions" in error) == (1, True, True)
     assert not (tmp_path / "out").exists()

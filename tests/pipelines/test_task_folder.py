@@ -1,5 +1,6 @@
 """What the task folder of an evaluation stage depends on."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -27,3 +28,20 @@ def test_what_a_task_folder_depends_on(tmp_path: Path, monkeypatch: pytest.Monke
         (tmp_path / changed).write_text("changed")
         assert task_folder_fingerprint(tasks) not in before
         before.add(task_folder_fingerprint(tasks))
+
+
+def test_two_files_with_one_name_are_refused(tmp_path: Path) -> None:
+    """The harness takes the first of them; it skips what Jupyter leaves, and what it reads only as an include."""
+    (tmp_path / "one.yaml").write_text("task: one\n")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "_one_yaml").write_text("task: one\n")
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    (tmp_path / ".ipynb_checkpoints" / "one-checkpoint.yaml").write_text("task: one\n")
+    (tmp_path / "all.yaml").write_text("group: all\ntask: [one]\n")
+    task_folder_fingerprint(tmp_path)
+    again = tmp_path / "sub" / "again.yaml"
+    for text, name, first in (("task: one\n", "one", "one"), ("group: all\ntask: [two]\n", "all", "all")):
+        again.write_text(text)
+        both = re.escape(f"{tmp_path}/{first}.yaml and {again} are both '{name}'")
+        with pytest.raises(ValueError, match=f"^--task-dir .*{both}; rename one of them"):
+            task_folder_fingerprint(tmp_path)
