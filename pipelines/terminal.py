@@ -85,6 +85,7 @@ def progress_bar(**options: Any) -> Iterator[tqdm]:
             raise
 
 
+@functools.cache  # once in a process: each call would wrap what the one before has put there
 def library_bars_as_lines() -> None:
     """Have the progress bars of libraries do in files what ours do there."""
     plain_close = tqdm.close
