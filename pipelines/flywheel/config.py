@@ -7,19 +7,23 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
-from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_type_hints
+from typing import Annotated, Any, ClassVar, get_type_hints
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 
 from pipelines.cli import COMMANDS, find
+from pipelines.flywheel.values import Text, Words, as_yaml_spells, check, known_keys, read_yaml, to_text, to_words
 from pipelines.terminal import BadUsage
 from trainer.objectives.settings import OPTIONS
 
 # options of the stages' commands, by what they mean to the loop
-DECIDED = {"compare", "corpus", "debug", "model", "name", "out", "reference", "seed", "seq_len", "shards", "tokenizer"}
+DECIDED = {
+    **dict.fromkeys(("debug", "model", "name", "out", "reference", "shards"), "the loop decides it"),
+    **{name: f"give {name} at the top" for name in ("corpus", "seed", "seq_len", "tokenizer")},
+    "compare": "use remit eval --compare afterwards",
+}
 FILES = {"data", "eval_shards", "task_dir"}  # name something that is read
 FAST = {  # change how fast or safely a stage runs, or what it logs, and not its result
     "activation_checkpointing", "checkpoint_every", "compile", "deterministic", "grace_seconds", "gradient_checkpointing",
@@ -28,6 +32,7 @@ FAST = {  # change how fast or safely a stage runs, or what it logs, and not its
 }  # fmt: skip
 RESERVED = ("score", "train", "evaluate-midtrained", "evaluate-posttrained")
 KINDS = ("sft", "dpo", "rl", "command")
+SECTIONS = ("pack", "score", "train", "evaluate", "sft", "dpo", "rl")
 EXAMPLES = {"sft": ("prompt", "completion"), "dpo": ("prompt", "chosen", "rejected"), "rl": ("prompt",)}
 NOWHERE = "/dev/null/none"  # stands for a path that the loop decides
 
@@ -49,35 +54,19 @@ def without_objective(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in theirs}
 
 
+Options = dict[str, Any]
+
+
 class Mapped(BaseModel):
-    """A mapping of the file: - and _ are alike in its keys, and what is null is left out."""
+    """A mapping of the file, as `known_keys` takes it."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
-    decided: ClassVar[set[str]] = set()
+    decided: ClassVar[dict[str, str]] = {}
 
     @model_validator(mode="before")
     @classmethod
     def known(cls, value: Any) -> Any:
-        names = [*cls.model_fields]
-        if not isinstance(value, dict):
-            raise ValueError(f"is {value!r}, expected a mapping with some of {', '.join(names)}")
-        found = {str(name).replace("-", "_"): entry for name, entry in value.items() if entry is not None}
-        for name in found:
-            if name in cls.decided:
-                raise ValueError(f"{name} cannot be given here: the loop, or a key at the top, decides it")
-            if name not in names:
-                near = get_close_matches(name, names, 1)
-                hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(names)}"
-                raise ValueError(f"{name} is no key; {hint}")
-        return found
-
-
-Text = Annotated[str, Field(min_length=1)]
-# a single one may stand without brackets
-Words = Annotated[
-    list[Text], BeforeValidator(lambda value: value if isinstance(value, list) else [value]), Field(min_length=1)
-]
-Options = dict[str, Any]
+        return known_keys([*cls.model_fields], value, cls.decided)
 
 
 class PostTrain(Mapped):
@@ -87,9 +76,9 @@ class PostTrain(Mapped):
     dpo: Options = {}
     rl: Options = {}
     command: Words = []
-    name: Annotated[str, Field(pattern="^[A-Za-z0-9_-]+$")] = ""
+    name: Annotated[str, Field(pattern="^[_-]*[A-Za-z0-9][A-Za-z0-9_-]*$")] = ""
     """Default: the kind."""
-    inputs: Words = []
+    inputs: Annotated[list[str], BeforeValidator(partial(to_words, least=0))] = []
     """Files and folders that `rl` or a command reads beyond what its options and words name."""
 
     @property
@@ -100,6 +89,8 @@ class PostTrain(Mapped):
     def one_kind(self) -> "PostTrain":
         if len(self.model_fields_set & set(KINDS)) != 1:
             raise ValueError("expected exactly one of sft, dpo, rl, command")
+        if "inputs" in self.model_fields_set and self.kind in ("sft", "dpo"):
+            raise ValueError(f"inputs is no key beside {self.kind}, expected it beside rl or command alone")
         self.name = self.name or self.kind
         return self
 
@@ -111,7 +102,7 @@ class FlywheelConfig(Mapped):
     """Base model that every round's mid-training starts from: a Hugging Face folder, or NAME or NAME@REVISION of the hub."""
     corpus: Words
     """Mid-training corpus, as --corpus of remit pack takes it."""
-    out: Path
+    out: Annotated[Path, BeforeValidator(to_text)]
     """Folder for all stages."""
     posttrain: list[PostTrain]
     """Stages of post-training, each from the model of the one before; [] scores with the mid-trained model itself."""
@@ -133,7 +124,7 @@ class FlywheelConfig(Mapped):
     """Options of remit score."""
     train: Options = {}
     """Options of remit train; round 0 takes those that are not of an objective."""
-    launch: dict[Literal["pack", "score", "train", "evaluate", "sft", "dpo", "rl"], Words] = {}
+    launch: Annotated[dict[str, Words], BeforeValidator(partial(known_keys, SECTIONS))] = {}
     """Words that start a Python module in place of `python -m`, by section: {train: [torchrun, ..., -m]}."""
     evaluate: Options | None = None
     """Options of remit eval for the mid-trained and the post-trained model of each round; default: no evaluation."""
@@ -148,6 +139,8 @@ def read_config(path: Path, out: Path | None = None) -> FlywheelConfig:
                 setattr(config, section, read_options(section, section, options, seq_len=config.seq_len))
         for number, stage in enumerate(config.posttrain, 1):
             where = f"posttrain[{number}].{stage.kind}"
+            for entry in stage.inputs:
+                require_there(f"posttrain[{number}].inputs", entry)
             if stage.command:
                 require_program(where, stage.command)
             else:
@@ -160,67 +153,28 @@ def read_config(path: Path, out: Path | None = None) -> FlywheelConfig:
     return config
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), TextLoader)
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot be read ({' '.join(str(error).split())})") from None
-    if not isinstance(values, dict):
-        raise ValueError("expected a mapping of keys to values, for instance base: path/to/model")
-    return values
-
-
-class TextLoader(yaml.SafeLoader):
-    """YAML whose values stay the texts that they are, where plain YAML makes 43200 of 12:00:00, 8 of 010 and False of off;
-    null alone is None. A key that stands twice in one mapping is refused, where plain YAML forgets the first."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in {key for key in keys if keys.count(key) > 1}:
-            raise yaml.YAMLError(f"{key!r} stands twice")
-        return super().construct_mapping(node, deep)
-
-
-TextLoader.yaml_implicit_resolvers = {
-    first: [(tag, shape) for tag, shape in resolvers if tag.endswith((":null", ":merge"))]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-TextLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"\.inf$"), ["."])
-
-
-def check(where: str, model: type[BaseModel], values: Any) -> Any:
-    """The values as `model`; ValueError with key, value and expectation. where: the key that they stand under."""
-    try:
-        return model.model_validate(values)
-    except ValidationError as failed:
-        error = failed.errors()[0]
-    key = where + "".join(
-        f"[{part + 1}]" if isinstance(part, int) else f".{part}" for part in error["loc"] if part != "[key]"
-    )
-    said = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ").partition(", unable to")[0]
-    if error["type"] == "missing":
-        said = f" is missing, expected: {model.model_fields[str(error['loc'][-1])].description or 'a value'}"
-    elif error["type"] != "value_error":
-        said = f" is {error['input']!r}, expected {said}"
-    else:
-        said = f"{' ' if said.startswith('is ') else ': ' if key else ''}{said}"
-    raise ValueError(f"{key}{said}".removeprefix("."))
-
-
 def read_options(where: str, section: str, values: Any, **beside: Any) -> Options:
     """The options of a stage by their types in its own settings, which then take all of them and those that the loop
     decides. beside: of the latter what is known; a path stands for the others."""
     settings = find(COMMANDS[command_of(section)][0])
-    hints, decided = get_type_hints(settings), DECIDED - ({"seed"} if section == "evaluate" else set())
+    hints = get_type_hints(settings)
     entries = {
-        entry.name: (hints[entry.name], ... if entry.default is entry.default_factory is MISSING else None)
+        entry.name: (
+            Annotated[hints[entry.name], BeforeValidator(partial(as_yaml_spells, hints[entry.name]))],
+            ... if entry.default is entry.default_factory is MISSING else None,
+        )
         for entry in fields(settings)
     }
+    decided = {name: DECIDED[name] for name in entries if name in DECIDED}
+    if section == "evaluate":
+        del decided["seed"]
     options_model = create_model(
-        section, __base__=Mapped, **{name: entries[name] for name in entries if name not in decided}
+        command_of(section), __base__=Mapped, **{name: entries[name] for name in entries if name not in decided}
     )  # type: ignore[call-overload]
     options_model.decided = decided
     options: Options = check(where, options_model, values).model_dump(exclude_unset=True)
+    for name in FILES & options.keys():
+        require_there(f"{where}.{name}", options[name], folder=name != "data")
     loop = {"corpus": [NOWHERE]} | beside
     needed = {name: hints[name] for name, (_, default) in entries.items() if name in decided and default is ...}
     loop |= {name: kind(NOWHERE) for name, kind in needed.items() if name not in loop}
@@ -236,15 +190,21 @@ def read_options(where: str, section: str, values: Any, **beside: Any) -> Option
     return options
 
 
+def require_there(key: str, path: str | Path, folder: bool = False) -> None:
+    if not (Path(path).is_dir() if folder else Path(path).exists()):
+        raise ValueError(f"{key} is {str(path)!r}, expected a {'' if folder else 'file or '}folder that is there")
+
+
 def require_program(where: str, words: list[str]) -> None:
     """ValueError unless a command can be started, and its script is there where its program runs one."""
     if shutil.which(words[0]) is None:
-        raise ValueError(f"{where} is {words}, expected a list of words that begins with a program that can be started")
+        remedy = "a program that can be started; a script needs bash or python in front of it"
+        if len(words) == 1 and len(words[0].split()) > 1:
+            remedy = f"a list of words, here [{', '.join(words[0].split())}]"
+        raise ValueError(f"{where} is {words[0]!r}, expected {remedy}")
     runs_script = re.fullmatch(r"python[\d.]*|bash|sh", Path(words[0]).name)
     if runs_script and words[1:] and not words[1].startswith("-") and not Path(words[1]).is_file():
-        raise ValueError(
-            f"{where} is {words}, expected a script {words[1]} that is there, seen from where remit is started"
-        )
+        raise ValueError(f"{where} is {words[1]!r}, expected a script that is there, seen from where remit is started")
 
 
 def check_together(config: FlywheelConfig) -> None:

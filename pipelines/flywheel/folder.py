@@ -75,8 +75,9 @@ class Folder:
             entries.append({"name": stage.name, "state": state, **facts})
         self.write(OVERVIEW, {"format": FORMAT, "stages": entries})
 
-    def attempt(self, stage: Stage, key: str) -> Record:
-        """Begin an attempt at a stage: when the first began, the seconds of those before, and how many there are."""
+    def attempt(self, stage: Stage, key: str, begins: bool) -> Record:
+        """When the first attempt at a stage began, the seconds of those before, and how many there are; begins: with a
+        new one."""
         file, log = self.path / "records" / f"{key}.attempt", self.place("logs", stage, key)
         try:
             known = json.loads(file.read_text(encoding="utf-8"))
@@ -84,7 +85,7 @@ class Folder:
             known["seconds"] += max(0.0, log.stat().st_mtime - known["began"])
         except (OSError, ValueError):
             known = {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "seconds": 0.0, "attempts": 0}
-        known |= {"began": time.time(), "attempts": known["attempts"] + 1}
+        known |= {"began": time.time(), "attempts": max(known["attempts"] + begins, 1)}
         self.write(f"records/{file.name}", known)
         return known
 
@@ -150,6 +151,20 @@ def code_fingerprint() -> str:
     packages = ("shards", "scorer", "trainer", "pipelines", "benchmarks/lab")
     files = [file for package in packages for file in (ROOT / package).rglob("*.py")]
     return digest_of({str(file.relative_to(ROOT)): sha256_file(file) for file in files})
+
+
+def made_by_other_code(records: Iterable[Record]) -> str:
+    """A line that counts the stages made by other code than this, '' where there are none.
+
+    The code is not in the key, since most changes of it change no result: whether one does is the user's to say.
+    """
+    codes = [record["code"] for record in records]
+    other = sum(code != code_fingerprint() for code in codes)
+    if not other:
+        return ""
+    return (
+        f"made by other code than this: {other} of the {len(codes)} stages that are done; another out makes them again"
+    )
 
 
 def write_record(found: Look, folder: Folder, output: Path, attempt: Record) -> Record:

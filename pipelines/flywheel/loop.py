@@ -7,6 +7,7 @@ round before, and trains the original base, not that of the round before, with R
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -172,7 +173,7 @@ class Loop:
     def evaluate(self, name: str, model: Stage, options: Mapping[str, Any]) -> Stage:
         inputs: dict[str, Stage | Given] = {"model": model}
         if tasks := options.get("task_dir"):
-            inputs["task_dir"] = Given(os.path.abspath(tasks), lambda: task_folder_fingerprint(tasks))
+            inputs["task_dir"] = replace(given(tasks), identity=lambda: task_folder_fingerprint(tasks))
         return self.add("evaluate", name, ("--model", At("model"), "--out", At("out")), inputs, options)
 
 

@@ -61,6 +61,8 @@ def run_stages(
     Raises ValueError for a list or an input that cannot be used and for a result that was changed, RuntimeError where
     another driver works in the folder, StageFailed where a stage fails.
     """
+    if len({stage.slug for stage in stages}) < len(stages):
+        raise ValueError(f"the stages are {[stage.name for stage in stages]}, expected different names")
     folder, done, ran = Folder(path), dict[str, Record](), list[str]()
     with writing(folder.path, note), progress_bar(desc="flywheel", unit=" stages", total=len(stages)) as bar:
         driver = Driver(folder, should_stop, stop_seconds, bar)
@@ -135,8 +137,9 @@ class Driver:
         """Run a stage's command and record its result; None where a signal stopped it."""
         stage, key, folder = found.stage, found.key, self.folder
         output, log, running = (folder.place(kind, stage, key) for kind in ("stages", "logs", "running"))
-        attempt = folder.attempt(stage, key)
-        if not stage.resumes and output.exists():  # checked and renamed by a driver that died before its record
+        made = not stage.resumes and output.exists()  # checked and renamed by a driver that died before its record
+        attempt = folder.attempt(stage, key, begins=not made)
+        if made:
             return write_record(found, folder, output, attempt)
         work = output if stage.resumes else folder.part(stage, key)
         for place in (work, log, running):
@@ -204,7 +207,7 @@ class Driver:
                 if now - shown > (1 if sys.stderr.isatty() else 60):
                     shown = now
                     self.bar.set_description(f"{stage.name}, {format_time(now - began)}", refresh=False)
-                    self.bar.set_postfix_str(log_tail(log, 1)[-1][:120])
+                    self.bar.set_postfix_str((log_tail(log, 1) or [""])[-1][:120])
                 if not asked and self.should_stop():
                     asked = now
                     process.terminate()
@@ -250,9 +253,12 @@ def sync(result: Path) -> None:
 
 
 def log_tail(log: Path, lines: int, begin: int = 0) -> list[str]:
-    """The last lines of a log from byte `begin` on; of what a progress bar wrote over itself, the last state."""
-    with open(log, "rb") as file:
-        file.seek(max(begin, log.stat().st_size - 20_000))
-        text = file.read().decode(errors="replace")
+    """The last lines of a log from byte `begin` on, none where it was deleted; of a progress bar the last state."""
+    try:
+        with open(log, "rb") as file:
+            file.seek(max(begin, log.stat().st_size - 20_000))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return []
     shown = [line.rstrip("\r").rpartition("\r")[2].rstrip() for line in text.split("\n")]
     return [line for line in shown if line][-lines:]

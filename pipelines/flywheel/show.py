@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipelines.evaluation.tables import show_values
-from pipelines.flywheel.folder import OVERVIEW, Folder, Look
+from pipelines.flywheel.folder import OVERVIEW, Folder, Look, made_by_other_code
 from pipelines.flywheel.loop import Loop
 from pipelines.flywheel.run import Outcome, format_time
 from pipelines.flywheel.stages import At, Stage
@@ -56,6 +56,8 @@ def show_plan(looks: list[Look], path: Path, console: Console) -> None:
         console.print("\n".join([stage.name, f"  {command}", *sources[:INPUTS], *more]), markup=False, soft_wrap=True)
     done = sum(state.startswith("done") for state in states)
     console.print(f"{done} of {len(looks)} stages are done; nothing was written")
+    if other := made_by_other_code(look.record for look in looks if look.record is not None and not look.change):
+        console.print(other, soft_wrap=True)
 
 
 def show_models(loop: Loop, outcome: Outcome, console: Console) -> None:
@@ -74,6 +76,8 @@ def show_models(loop: Loop, outcome: Outcome, console: Console) -> None:
     if results:
         show_values(results, console)
     records = [outcome.records[stage.name] for stage in loop.stages]
+    if other := made_by_other_code(records):
+        console.print(other, soft_wrap=True)
     seconds = format_time(sum(record["seconds"] for record in records))
     console.print(
         f"{len(records)} stages, {seconds} in all -> {outcome.folder.path / OVERVIEW}", highlight=False, soft_wrap=True

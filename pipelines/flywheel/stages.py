@@ -7,9 +7,9 @@ earlier stage that was repeated with an equal result therefore repeats nothing t
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Union
 
@@ -51,9 +51,8 @@ class Given:
 
 
 def given(path: Path | str) -> Given:
-    """A file or folder of the user, all of whose files count; ValueError where there is none."""
-    if not Path(path).exists():
-        raise ValueError(f"{path}: does not exist, expected a file or a folder")
+    """A file or folder of the user, all of whose files count; ValueError at once where `identity` would raise it."""
+    counted_files(Path(path), all_files=True)
     return Given(os.path.abspath(path), lambda: identity(Path(path), all_files=True))
 
 
@@ -94,12 +93,19 @@ class Stage:
         return (*self.launcher, *self.command, *self.more)
 
 
+def remit_version() -> str:
+    try:
+        return version("remit")
+    except PackageNotFoundError:  # run from a source tree
+        return "unknown"
+
+
 def stage_key(stage: Stage, identities: Mapping[str, str]) -> str:
     """sha256 over all that decides the result. identities: of the content of each input, by its name."""
     content = {
         "command": [[word.name, word.sub] if isinstance(word, At) else word for word in stage.command],
         "inputs": dict(identities),
-        "remit": version("remit"),
+        "remit": remit_version(),
         "result": stage.result,
         "seed": stage.seed,
         "settings": dict(stage.settings),
@@ -132,8 +138,13 @@ def identity(path: Path, all_files: bool = False) -> str:
     Of a shard folder the manifest, the tokenizer and the commit records count, which have the sha256 of each part: a
     large folder is not read. Of other folders the names and contents of their files, as `files_of` says.
     """
-    files = shard_files(path) if (path / MANIFEST).is_file() else files_of(path, all_files)
-    return digest_of_files(os.path.abspath(path), files)
+    # not the bare path, under which remit pack remembers the corpus of a shard folder
+    return digest_of_files(f"identity#{os.path.abspath(path)}", counted_files(path, all_files))
+
+
+def counted_files(path: Path, all_files: bool) -> dict[str, Path]:
+    """The files whose names and contents are the identity of a file or folder."""
+    return shard_files(path) if (path / MANIFEST).is_file() else files_of(path, all_files)
 
 
 def shard_files(path: Path) -> dict[str, Path]:
@@ -151,30 +162,37 @@ def shard_files(path: Path) -> dict[str, Path]:
 
 
 def files_of(path: Path, all_files: bool = False) -> dict[str, Path]:
-    """The files that count of a file ('') or folder, by relative path, links followed; ValueError where there is none.
+    """The files that count of a file ('') or folder, by relative path, links followed.
 
-    all_files: every one outside of caches; else those whose names, and whose folders' names, do not begin with _ or a dot.
+    all_files: every one outside of caches; else those whose names, and whose folders' names, do not begin with _ or a
+    dot. ValueError where there is none, or something that is no file; OSError where a folder cannot be listed.
     """
     if path.is_file():
         return {"": path}
-
-    def counts(name: str) -> bool:
-        return name not in CACHES if all_files else not name.startswith(("_", "."))
-
-    found: dict[str, Path] = {}
-    for where, folders, names in os.walk(path, followlinks=True):
-        above = Path(where).resolve()  # a link to a folder above would be walked for ever
-        folders[:] = [name for name in folders if counts(name) and not above.is_relative_to((above / name).resolve())]
-        found |= {
-            os.path.relpath(file, path): file
-            for name in names
-            if counts(name) and (file := Path(where, name)).is_file()
-        }
+    if not path.is_dir():
+        raise ValueError(f"{path}: {'is a pipe or a device' if path.exists() else 'does not exist'}, expected files")
+    found = dict(sorted((str(file.relative_to(path)), file) for file in walk(path, all_files, set())))
     if not found:
-        raise ValueError(
-            f"{path}: is empty, expected files" + ("" if all_files else " whose names do not begin with _ or a dot")
-        )
-    return dict(sorted(found.items()))
+        which = "" if all_files else " whose names do not begin with _ or a dot"
+        raise ValueError(f"{path}: is empty, expected files{which}")
+    return found
+
+
+def walk(folder: Path, all_files: bool, above: set[Path]) -> Iterator[Path]:
+    """The files that count under a folder. above: the real paths of the folders that it was reached through."""
+    real = folder.resolve()
+    if real in above:  # a link to a folder above would be walked for ever
+        return
+    for path in folder.iterdir():
+        if path.name in CACHES if all_files else path.name.startswith(("_", ".")):
+            continue
+        if path.is_dir():
+            yield from walk(path, all_files, above | {real})
+        elif path.is_file():
+            yield path
+        else:  # a pipe would be read for ever
+            what = "is a pipe or a device" if path.exists() else "is a link that leads nowhere"
+            raise ValueError(f"{path}: {what}, expected a file")
 
 
 def change_of(result: Path, was: str) -> str:

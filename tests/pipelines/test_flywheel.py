@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -18,9 +20,12 @@ from annotated import annotate
 from processes import alive, until
 
 from pipelines.flywheel import run as run_module
-from pipelines.flywheel.folder import code_fingerprint, survey
+from pipelines.flywheel.folder import code_fingerprint, made_by_other_code, survey
 from pipelines.flywheel.run import Outcome, StageFailed, run_stages
 from pipelines.flywheel.stages import At, Given, Stage, change_of, files_of, given, identity, stage_key
+from scorer import known
+from scorer.formats import text_of_path
+from scorer.sources import Source
 
 pytestmark = pytest.mark.usefixtures("starts_processes")
 
@@ -95,8 +100,71 @@ def test_bad_lists(tmp_path: Path) -> None:
     first = shell("a/b", "echo > $0/f")
     with pytest.raises(ValueError, match="does not stand before it"):
         run_stages([shell("c", "true", {"in": first})], tmp_path)
+    with pytest.raises(ValueError, match=r"are \['a/b', 'a-b'\], expected different names"):
+        run_stages([first, shell("a-b", "true")], tmp_path)
     with pytest.raises(ValueError, match=r"nowhere: does not exist"):
         shell("c", "true", {"in": tmp_path / "nowhere"})
+
+
+def test_key_where_remit_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    installed = stage_key(BASE, {"in": "ff"})
+    monkeypatch.setattr("pipelines.flywheel.stages.version", missing)
+    assert stage_key(BASE, {"in": "ff"}) != installed
+
+
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "f"
+    folder.mkdir()
+    (folder / "a").write_text("1")
+    (folder / "link").symlink_to(folder / "nowhere")
+    with pytest.raises(ValueError, match=r"f/link: is a link that leads nowhere, expected a file"):
+        identity(folder)
+    (folder / "link").unlink()
+    os.mkfifo(folder / "pipe")
+    for path in (folder, folder / "pipe"):
+        with pytest.raises(ValueError, match=r"f/pipe: is a pipe or a device, expected"):
+            identity(path)
+    with pytest.raises(ValueError, match=r"none: does not exist, expected files"):
+        identity(tmp_path / "none")
+
+
+def test_a_folder_that_cannot_be_listed_is_not_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_text("1")
+    (tmp_path / "closed").mkdir()
+
+    def refuse(really: Callable, path: str | Path) -> object:
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return really(path)
+
+    for name in ("listdir", "scandir"):
+        monkeypatch.setattr(os, name, partial(refuse, getattr(os, name)))
+    with pytest.raises(PermissionError, match="closed"):
+        files_of(tmp_path)
+
+
+def test_folders_that_link_to_each_other(tmp_path: Path) -> None:
+    for one, other in ("ab", "ba"):
+        (tmp_path / one).mkdir()
+        (tmp_path / one / "file").write_text(one)
+        (tmp_path / one / "link").symlink_to(tmp_path / other)
+    assert list(files_of(tmp_path)) == ["a/file", "a/link/file", "b/file", "b/link/file"]
+
+
+def test_identity_leaves_the_memory_of_pack_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REMIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(known, "RACY_SECONDS", -1)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "x").write_text("1")
+    (tmp_path / "corpus.jsonl").write_text('{"text": "a"}')
+    file = str(tmp_path / "corpus.jsonl")
+    sources = [Source(text_of_path(file), file)]
+    known.remember(str(tmp_path / "out"), sources, known.stamps(sources), ["abc"])
+    identity(tmp_path / "out")
+    assert known.remembered(str(tmp_path / "out"), sources) == ["abc"]
 
 
 def test_identity_of_a_folder(tmp_path: Path) -> None:
@@ -388,8 +456,32 @@ def test_kill_at_each_point_of_the_driver(tmp_path: Path, where: str, starts: li
     assert (tmp_path / "starts").read_text().split() == [*(starts or ["first"]), "second"]
     stages = {stage["name"]: stage for stage in json.loads((tmp_path / "f" / "flywheel.json").read_text())["stages"]}
     assert [stage["state"] for stage in stages.values()] == ["done", "done"]
+    assert stages["first"]["attempts"] == max(len(starts), 1)
     assert (tmp_path / "f" / stages["second"]["result"] / "y").read_text() == "1\n"
     assert not list((tmp_path / "f" / "stages").glob(".*"))
+
+
+@pytest.mark.parametrize("line", ["rm {folder}/logs/*", r"head -c 30000 /dev/zero | tr '\0' '\r'"])
+def test_a_log_without_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    """Deleted, or long and all of it a progress bar that is closed: the stage goes on."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)  # looks at the log each second
+    outcome, ran = run(tmp_path, shell("a", f"{line.format(folder=tmp_path)}; sleep 1.5; echo 1 > $0/x"))
+    assert ran == ["a"]
+    log = tmp_path / outcome.records["a"]["log"]
+    assert run_module.log_tail(log, 1) == []
+
+
+def test_stages_made_by_other_code_are_counted(tmp_path: Path) -> None:
+    stages = [shell(name, f"echo {name} > $0/x") for name in "ab"]
+    outcome, _ = run(tmp_path, *stages)
+    assert made_by_other_code(outcome.records.values()) == ""
+    file = tmp_path / "records" / f"{outcome.records['a']['key']}.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"code": "0"}))
+    again, ran = run(tmp_path, *stages)
+    assert ran == []
+    assert made_by_other_code(again.records.values()).startswith(
+        "made by other code than this: 1 of the 2 stages that are done"
+    )
 
 
 def test_a_full_disk_under_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

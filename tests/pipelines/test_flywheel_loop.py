@@ -1,5 +1,6 @@
 """remit flywheel with stages that are quick stand-ins (looping.py): what repeats, kills, signals."""
 
+import json
 import os
 import re
 import shutil
@@ -72,6 +73,13 @@ def test_loop_runs_and_runs_only_what_changed(
     code, output, error = remit(*arguments)
     assert (code, counts(fake_loop)) == (0, ONCE)
     assert error.count("done before") == 10
+    assert "other code" not in output
+    record = fake_loop.out / "records" / f"{fake_loop.overview()['pack']['key']}.json"
+    ours = record.read_text()
+    record.write_text(json.dumps(json.loads(ours) | {"code": "0"}))
+    for more in (["--dry-run"], []):
+        assert "made by other code than this: 1 of the 10 stages that are done" in remit(*arguments, *more)[1]
+    record.write_text(ours)
 
     # a changed word of post-training: everything before its first use stands
     (fake_loop.folder / "prompts.txt").write_text("other prompts\n")
