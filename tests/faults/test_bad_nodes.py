@@ -39,7 +39,7 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
 
 def start(nodes: Nodes, folder: Path, faulty: Faulty, *more: object, **environment: str) -> tuple[Command, Path]:
     out = folder / "out"
-    arguments = faulty.command("score", out, *more)
+    arguments = faulty.command("score", out, *more, engines=None)
     return Command(folder, *arguments, private=True, RAY_ADDRESS=nodes.address, **(faults() | environment)), out
 
 
@@ -137,7 +137,9 @@ def test_nodes_without_credentials_and_without_room_for_temporary_files(
     small.mkdir()
     nodes.add_apart(f"mount -t tmpfs -o size=4k tmpfs {small}", TMPDIR=str(small), RAY_TMPDIR="/tmp", **keys)
     out = f"s3://{BUCKET}/out"
-    words = [out if word == tmp_path / "out" else word for word in faulty.command("score", tmp_path / "out")]
+    words = [
+        out if word == tmp_path / "out" else word for word in faulty.command("score", tmp_path / "out", engines=None)
+    ]
     run = Command(tmp_path, *words, private=True, RAY_ADDRESS=nodes.address, **faults(seconds=1), **keys)
     assert run.finish() == 0, run.errors
     files = {name: data for name, data in server.files("out").items() if name != "_score.jsonl"}
@@ -207,7 +209,7 @@ def test_the_head_of_the_cluster_dies(nodes: Nodes, tmp_path: Path, faulty: Faul
         "again; the same command again goes on"
     )
     assert log_lines(out)[-1]["event"] == "failed"
-    again = Command(tmp_path, *faulty.command("score", out))
+    again = Command(tmp_path, *faulty.command("score", out, engines=None))
     assert again.finish() == 0, again.errors
     assert content(out) == faulty.undisturbed("score")
 
@@ -216,7 +218,8 @@ def test_a_signal_while_the_store_is_away(nodes: Nodes, tmp_path: Path, faulty: 
     keys = s3(server)
     nodes.add(**keys)
     words = [
-        f"s3://{BUCKET}/out" if word == tmp_path / "out" else word for word in faulty.command("score", tmp_path / "out")
+        f"s3://{BUCKET}/out" if word == tmp_path / "out" else word
+        for word in faulty.command("score", tmp_path / "out", engines=None)
     ]
     arguments = [*words, "--grace-seconds", 3]
     run = Command(tmp_path, *arguments, private=True, RAY_ADDRESS=nodes.address, **faults(seconds=1), **keys)
@@ -237,7 +240,9 @@ def test_a_signal_while_the_store_is_away(nodes: Nodes, tmp_path: Path, faulty: 
 
 def test_ray_client_is_refused(tmp_path: Path, faulty: Faulty) -> None:
     for address in ("ray://head:10001", "http://head:8265"):
-        run = Command(tmp_path, *faulty.command("score", tmp_path / "out"), private=True, RAY_ADDRESS=address)
+        run = Command(
+            tmp_path, *faulty.command("score", tmp_path / "out", engines=None), private=True, RAY_ADDRESS=address
+        )
         assert run.finish() == 1
         assert run.last_error.startswith(f"remit score: error: RAY_ADDRESS is {address}, expected host:port of the ")
     assert not os.path.exists(tmp_path / "out")
