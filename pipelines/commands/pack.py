@@ -56,4 +56,5 @@ def summary(what: str, folder: ShardFolder, out: str, seconds: float) -> str:
         line += f" ({documents['empty']:,} empty, {documents['rejected']:,} rejected)"
     left_out = sum(bool(file.left_out) for file in manifest.corpus)
     line += f", without {counted(left_out, 'bad file')}" if left_out else ""
-    return f"{line} -> {out} ({seconds:.0f} s)"
+    took = "" if what.startswith("nothing to do") else f" ({seconds:.0f} s)"  # it is not what the work took
+    return f"{line} -> {out}{took}"

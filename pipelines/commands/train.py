@@ -9,7 +9,7 @@ from typing import Any
 
 from pipelines.models import resolve_model
 from pipelines.report.runs import EVALUATION, read_lines
-from pipelines.terminal import DONE, STOPPED, ShouldStop, note, progress_bar, quiet_libraries
+from pipelines.terminal import DONE, STOPPED, ShouldStop, counted, note, progress_bar, quiet_libraries
 from shards.folder import require_shards
 from shards.modelfolder import require_base
 from trainer.config import TrainConfig
@@ -59,8 +59,10 @@ def run(config: TrainConfig, should_stop: ShouldStop) -> int:
         return STOPPED
     if rank:
         return DONE
-    what = "trained" if config.ray_workers or tokens_at_start is not None else "nothing to do, trained before:"
-    print(f"{what} {result.steps:,} steps -> {result.out / 'model'} ({monotonic() - began:.0f} s)")
+    has_trained = config.ray_workers or tokens_at_start is not None
+    what = "trained" if has_trained else "nothing to do, trained before:"
+    took = f" ({monotonic() - began:.0f} s)" if has_trained else ""
+    print(f"{what} {counted(result.steps, 'step')} -> {result.out / 'model'}{took}")
     if config.eval_shards is not None:
         print(held_out_summary(result.out))
     if clips:
