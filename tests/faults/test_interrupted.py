@@ -371,7 +371,7 @@ def half_done(faulty: Faulty, command: str, out: Path) -> dict[str, bytes]:
         (["--dtype", "bfloat16"], "--dtype is 'float32' there, 'bfloat16' asked for now"),
         (["--context", "document"], "--context is 'packed' there, 'document' asked for now"),
         (["--logprob-step", 0.5], "--logprob-step is 0.015625 there, 0.5 asked for now"),
-        (["--name", "sft"], "references.sft"),
+        (["--name", "sft"], "was scored with --name rl, --name sft asked for now"),
     ],
 )
 def test_score_with_other_options(
@@ -381,7 +381,8 @@ def test_score_with_other_options(
     before = half_done(faulty, "score", out)
     code, _, error = remit(*faulty.command("score", out, *options))
     assert code == 1
-    assert f"{out}: holds another scoring: {field}" in error.strip().splitlines()[-1]
+    what = field if field.startswith("was") else f"holds another scoring: {field}"
+    assert f"{out}: {what}" in error.strip().splitlines()[-1]
     assert content(out) == before
 
 

@@ -90,7 +90,9 @@ def cluster(
 
 
 def temporary_files(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("remit-*") if not path.name.startswith("remit-cores-")]
+    return [
+        path for path in folder.glob("remit-*") if not path.name.startswith(("remit-cores-", "remit-fingerprints-"))
+    ]
 
 
 @pytest.fixture(autouse=True)

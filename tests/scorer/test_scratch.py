@@ -16,6 +16,7 @@ from processes import Command
 pytestmark = pytest.mark.usefixtures("starts_processes")
 
 ROOT = Path(__file__).parents[2]
+STAYS = {f"remit-cores-{os.getuid()}", f"remit-fingerprints-{os.getuid()}", "ray"}
 FORGET = (
     "import os, tempfile; tempfile.tempdir = None; os.environ.pop('RAY_TMPDIR', None)"  # of the process that is forked
 )
@@ -79,7 +80,7 @@ def test_score_leaves_nothing_behind(temporary: Path, tmp_path: Path, packed: Pa
         time.sleep(0.1)
     assert run.finish() == 0, run.errors
     assert seen == {"remit-engine-"}  # else this test looks for the wrong name
-    until(lambda: {path.name for path in temporary.iterdir()} <= {f"remit-cores-{os.getuid()}", "ray"})
+    until(lambda: {path.name for path in temporary.iterdir()} <= STAYS)
     assert list((temporary / "ray").glob("session_2*")) == []
 
 

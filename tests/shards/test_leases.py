@@ -319,8 +319,10 @@ def test_an_engine_of_a_driver_that_lost_the_lease_leaves_the_side_files_alone(t
         weights_fingerprint(faulty.model), config_fingerprint(faulty.model), kind="fake",
     )  # fmt: skip
     task = ScoringTask(str(faulty.packed), str(out), lease.fence, "rl", "packed", 1 / 64, VOCABULARY)
+    actor = ScoringActor(engine, {}, 1, task)
+    actor.start()
     with pytest.raises(LeaseLost):
-        ScoringActor(engine, {}, 1, task).score_part(part)
+        actor.score_part(part)
     assert side.read_text() == "of the successor"
     assert not list(out.glob("part-*"))
     lease.release()
@@ -342,6 +344,7 @@ def test_a_part_that_an_engine_which_was_given_up_has_committed(
     )  # fmt: skip
     task = ScoringTask(str(faulty.packed), str(out), lease.fence, "rl", "packed", 1 / 64, VOCABULARY)
     actor = ScoringActor(engine, {}, 1, task)
+    actor.start()
     fill = actor._fill
 
     def fill_while_the_other_commits(*arguments: Any) -> None:
