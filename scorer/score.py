@@ -173,7 +173,7 @@ def refuse_other_scoring(out: Store, manifest: Manifest, name: str) -> None:
     others = sorted({*theirs["references"]} - {*ours["references"]})
     if name not in theirs["references"] and others:
         raise ValueError(
-            f"{out.url}: was scored with --name {' and '.join(others)}, --name {name} asked for now; for a column more score that "
+            f"{out.url}: was scored with --name {' and '.join(others)}, --name {name} asked for now; to add a column, score that "
             f"folder (--shards {out.url}) into another --out"
         )
     then, now = theirs["references"], ours["references"][name]
