@@ -269,7 +269,7 @@ class Drive:
             self.failed[part] = reason
             self.state.parts_failed += 1
             self.log.also(partial(write_failure, self.folder.store, part, f"{reason} ({engine})", count))
-            self.tell("part_failed", f"{part}: given up after {count} attempt{"s" if count > 1 else ""}: {reason}, {engine}", **facts)
+            self.tell("part_failed", f"{part}: given up after {count} attempts: {reason}, {engine}", **facts)
         else:
             self._try_again(part)
             self.tell("part_attempt", f"{part}: attempt {count} failed: {reason}, {engine}", **facts)
