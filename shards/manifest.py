@@ -22,7 +22,8 @@ from shards.schema import CONTEXTS, logprobs_column, row_schema
 from shards.store import Store, open_store
 
 FORMAT = "remit-shards"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+FORMAT_VERSIONS = (1, 2)
 MANIFEST = "_manifest.json"
 _PART_NAME = re.compile(r"part-\d{5,}\.arrow")
 
@@ -95,6 +96,7 @@ class Manifest:
     selections: by which rule rows of the packed corpus were kept, oldest first: method, rows_read, rows_unscored,
     rows_kept, source_manifest_sha256, and what else the method says (scorer/select.py).
     passed_over: files of the corpus folders that were not read, counted by suffix or what else they are.
+    format_version: 2 where commit records have the sums of what readers read, 1 where they have that of the whole part.
     """
 
     seq_len: int
@@ -106,6 +108,7 @@ class Manifest:
     references: dict[str, dict[str, Any]] = field(default_factory=dict)
     selections: tuple[dict[str, Any], ...] = ()
     passed_over: dict[str, int] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
 
     @property
     def rows(self) -> int:
@@ -137,7 +140,7 @@ class Manifest:
     def _common(self) -> dict[str, Any]:
         common = {
             "format": FORMAT,
-            "format_version": FORMAT_VERSION,
+            "format_version": self.format_version,
             "documents": self.documents,
             "num_parts": len(self.parts),
             "seq_len": self.seq_len,
@@ -208,10 +211,10 @@ class Manifest:
             raise ValueError(f"{path}: not valid JSON ({error}); restore it or write the folder again") from None
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise ValueError(f"{path}: format is not {FORMAT!r}; this is not a remit shard folder")
-        if value.get("format_version") != FORMAT_VERSION:
+        if type(value.get("format_version")) is not int or value["format_version"] not in FORMAT_VERSIONS:
             raise ValueError(
-                f"{path}: format version {value.get('format_version')!r}, this program reads {FORMAT_VERSION}; "
-                "use the release of remit that wrote the folder"
+                f"{path}: format version {value.get('format_version')!r}, this program reads "
+                f"{' and '.join(map(str, FORMAT_VERSIONS))}; use the release of remit that wrote the folder"
             )
         try:
             manifest = cls(
@@ -224,6 +227,7 @@ class Manifest:
                 references={name: dict(reference) for name, reference in value["references"].items()},
                 selections=tuple(dict(selection) for selection in value.get("selections", [])),
                 passed_over=dict(value.get("passed_over", {})),
+                format_version=value["format_version"],
             )
             manifest._check()
             if {key: value[key] for key in manifest._common()} != manifest._common():

@@ -8,7 +8,7 @@ damaged/part-00003.arrow  a part, and damaged/part-00003.json its record, that v
 import json
 from typing import Any
 
-from shards.part import encode_json, record_name
+from shards.record import SUMS, encode_json, record_name
 from shards.store import Store
 
 QUARANTINE = "_quarantine"
@@ -50,6 +50,11 @@ def read_quarantined_rows(store: Store, part: str) -> list[dict[str, Any]]:
     return rows
 
 
+def parts_with_quarantined_rows(store: Store) -> set[str]:
+    """Names of the parts that have such rows, from one listing: no record of the many others has to be read for them."""
+    return {name.replace(".json", ".arrow") for name in store.names(f"{QUARANTINE}/rows") if not name.startswith(".")}
+
+
 def write_failure(store: Store, part: str, reason: str, attempts: int) -> None:
     """Say why a part is not there."""
     store.replace(failed_name(part), encode_json({"part": part, "reason": reason, "attempts": attempts}))
@@ -75,4 +80,5 @@ def take_out(store: Store, part: str) -> None:
     for name, to in ((record_name(part), f"{_stem(part)}.json"), (part, part)):
         if store.size(name) is not None:
             store.move(name, f"{QUARANTINE}/damaged/{to}")
+    store.delete(record_name(part, SUMS))
     store.delete(rows_name(part))

@@ -106,6 +106,10 @@ class RemoteStore(Store):
             raise FileNotFoundError(f"{self.where(name)}: no such file")
         return pa.PythonFile(io.BufferedReader(_Pieces(self, name, size), READ_BYTES), mode="r")
 
+    def fill(self, name: str, pieces: list[tuple[int, memoryview]]) -> None:
+        for offset, into in pieces:
+            into[:] = self.read_piece(name, offset, offset + len(into))
+
     def read_piece(self, name: str, start: int, stop: int) -> bytes:
         """Bytes start .. stop - 1 of a file."""
 

@@ -22,7 +22,7 @@ from test_score import compare
 
 from shards import ShardFolder, row_schema
 from shards.manifest import Manifest
-from shards.part import METADATA_KEY
+from shards.record import METADATA_KEY
 from shards.zstd_bomb import _field, _follow, announced_bytes, record_batch_messages
 from trainer.data import RowReader
 
