@@ -109,7 +109,7 @@ class ShardFolder:
     def missing_parts(self) -> list[str]:
         """Planned parts that are not committed yet; lists the folder once, opens no record."""
         committed = set(self.store.names(COMMITS))
-        return [plan.name for plan in self.manifest.parts if plan.name.replace(".arrow", ".json") not in committed]
+        return [plan.name for plan in self.manifest.parts if plan.name[:-6] + ".json" not in committed]
 
     def require_complete(self) -> None:
         """ValueError unless every planned part is committed and the tokenizer's files are there, unaltered, no links."""

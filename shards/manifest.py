@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from shards.entropy import entropy_columns, is_temperature
 from shards.part import publish_json
+from shards.record import checksum_of, with_checksum
 from shards.schema import CONTEXTS, logprobs_column, row_schema
 from shards.store import Store, open_store
 
@@ -110,15 +111,15 @@ class Manifest:
     passed_over: dict[str, int] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
-    @property
+    @cached_property
     def rows(self) -> int:
         return sum(part.rows for part in self.parts)
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         return sum(part.tokens for part in self.parts)
 
-    @property
+    @cached_property
     def schema(self) -> pa.Schema:
         """Arrow schema of every part, without metadata; references in the order of their names, as JSON has them."""
         return row_schema(
@@ -154,22 +155,20 @@ class Manifest:
         common |= {"selections": list(self.selections)} if self.selections else {}
         return common | ({"passed_over": self.passed_over} if self.passed_over else {})
 
-    @cached_property
-    def _text(self) -> tuple[str, str]:
-        """sha256 of the JSON text from its second line on, and that text; corpus files and parts one a line."""
+    def _text(self) -> str:
+        """The JSON text from its second line on; corpus files and parts one a line."""
         head = json.dumps(self._common(), indent=1, ensure_ascii=False, sort_keys=True).removeprefix("{\n")
         lists = {"corpus": [file.entry() for file in self.corpus], "parts": [vars(part) for part in self.parts]}
         lines = [head.removesuffix("\n}")]
         for name, entries in lists.items():
             inner = ",\n".join("  " + json.dumps(entry, ensure_ascii=False, sort_keys=True) for entry in entries)
             lines.append(f' "{name}": [\n{inner}\n ]')
-        text = ",\n".join(lines) + "\n}\n"
-        return hashlib.sha256(text.encode()).hexdigest(), text
+        return ",\n".join(lines) + "\n}\n"
 
-    @property
+    @cached_property
     def checksum(self) -> str:
         """sha256 of the manifest file from its second line on; every part carries it."""
-        return self._text[0]
+        return hashlib.sha256(self._text().encode()).hexdigest()
 
     @cached_property
     def _first_rows(self) -> np.ndarray:
@@ -187,9 +186,7 @@ class Manifest:
 
     def write(self, folder: Store | Path | str) -> None:
         """Freeze this plan in `folder`. ValueError where another plan is frozen there already."""
-        sha256, text = self._text
-        data = f'{{\n "checksum": "{sha256}",\n{text}'.encode()
-        publish_json(open_store(folder), MANIFEST, data, "manifest")
+        publish_json(open_store(folder), MANIFEST, with_checksum(self._text()), "manifest")
 
     @classmethod
     def read(cls, folder: Store | Path | str) -> "Manifest":
@@ -230,11 +227,13 @@ class Manifest:
                 format_version=value["format_version"],
             )
             manifest._check()
-            if {key: value[key] for key in manifest._common()} != manifest._common():
+            common = manifest._common()
+            if {key: value[key] for key in common} != common:
                 raise ValueError("its counts do not agree with each other")
-            sha256, text = manifest._text
-            if data != f'{{\n "checksum": "{sha256}",\n{text}'.encode():
+            sha256 = checksum_of(data)
+            if sha256 is None or {*value} != {*common, "checksum", "corpus", "parts"}:
                 raise ValueError("its checksum does not fit its content")
+            vars(manifest)["checksum"] = sha256  # not by writing 100,000 parts down again
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path}: damaged ({error}); restore it or write the folder again") from None
         return manifest
@@ -246,10 +245,11 @@ class Manifest:
         for part in self.parts[:-1]:
             if part.rows != self.rows_per_part:
                 raise ValueError(f"{part.name} has {part.rows} rows, expected rows_per_part = {self.rows_per_part}")
-        for part in self.parts:
-            if not _PART_NAME.fullmatch(part.name):
-                raise ValueError(f"part name {part.name!r} is not of the form part-00000.arrow")
-        if len({part.name for part in self.parts}) != len(self.parts):
+        names = [part.name for part in self.parts]
+        for name in names:
+            if not _PART_NAME.fullmatch(name):
+                raise ValueError(f"part name {name!r} is not of the form part-00000.arrow")
+        if len({*names}) != len(names):
             raise ValueError("part names repeat")
         for name in self.tokenizer.get("files", {}):
             if not name or name.startswith(".") or PurePosixPath(name).name != name or "\\" in name:

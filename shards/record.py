@@ -53,6 +53,18 @@ def record_name(part: str, folder: str = COMMITS) -> str:
     return f"{folder}/{part.removesuffix('.arrow')}.json"
 
 
+def with_checksum(text: str) -> bytes:
+    """A JSON object with its checksum as the first line. text: its lines from the second on."""
+    return f'{{\n "checksum": "{hashlib.sha256(text.encode()).hexdigest()}",\n{text}'.encode()
+
+
+def checksum_of(data: bytes) -> str | None:
+    """The checksum with which a JSON object begins, None where it is not that of the lines below it."""
+    rest = data.partition(b"\n")[2].partition(b"\n")[2]
+    sha256 = hashlib.sha256(rest).hexdigest()
+    return sha256 if data[: len(data) - len(rest)] == f'{{\n "checksum": "{sha256}",\n'.encode() else None
+
+
 def encode_record(record: CommitRecord) -> bytes:
     """The bytes of a record, of format 2 where it has sums; then a checksum first, and each piece on a line of its own."""
     value = {name: getattr(record, name) for name in _FIELDS}
@@ -65,8 +77,7 @@ def encode_record(record: CommitRecord) -> bytes:
         columns = ",\n".join("   " + json.dumps(column) for column in entry.pop("columns"))
         batches.append(f'  {json.dumps(entry)[:-1]}, "columns": [\n{columns}\n  ]}}')
     lines = [head.removeprefix("{\n").removesuffix("\n}\n") + ",", ' "batches": [', ",\n".join(batches), " ]", "}", ""]
-    text = "\n".join(lines)
-    return f'{{\n "checksum": "{hashlib.sha256(text.encode()).hexdigest()}",\n{text}'.encode()
+    return with_checksum("\n".join(lines))
 
 
 def read_record(store: Store, part: str, folder: str = COMMITS) -> CommitRecord | None:
@@ -118,9 +129,9 @@ def _parse(value: Any, data: bytes, part: str) -> CommitRecord:
         if encode_json(value) != data:
             raise ValueError("other bytes")
         return CommitRecord(**value)
-    rest = data.partition(b"\n")[2].partition(b"\n")[2]
-    if not data.startswith(b'{\n "checksum": "') or hashlib.sha256(rest).hexdigest() != value.pop("checksum"):
+    if checksum_of(data) is None:
         raise ValueError("another checksum")
+    del value["checksum"]
     batches = tuple(map(BatchSums.parse, value.pop("batches")))
     if not batches or any(batch.end > value["size"] for batch in batches):
         raise ValueError("no record batch, or one beyond the end")
