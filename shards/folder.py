@@ -213,12 +213,11 @@ class ShardFolder:
 
     @cached_property
     def _summed(self) -> set[str]:
-        """Names of the records in _sums/, which a folder of format 1 has after remit upgrade."""
-        return set(self.store.names(SUMS)) if self.manifest.format_version == 1 else set()
+        """The records in _sums/, which a folder of format 1 has after remit upgrade."""
+        return {f"{SUMS}/{name}" for name in self.store.names(SUMS)} if self.manifest.format_version == 1 else set()
 
-    def record(self, part: str) -> CommitRecord:
-        """Commit record of a part, with its sums where the folder has them; ValueError where it is not committed, or not as
-        planned."""
+    def record_alone(self, part: str) -> CommitRecord:
+        """Commit record of a part; ValueError where it is not committed, or not as planned."""
         record = read_record(self.store, part)
         if record is None:
             raise ValueError(f"{self.store.where(part)}: not committed; run the command that writes this folder again")
@@ -232,7 +231,12 @@ class ShardFolder:
             raise ValueError(
                 f"{self.store.where(record_name(part))}: not of format {version} like its manifest; {REMEDY}"
             )
-        if part.replace(".arrow", ".json") in self._summed:
+        return record
+
+    def record(self, part: str) -> CommitRecord:
+        """The same with the sums where the folder has them; ValueError, too, for a record of another folder."""
+        record = self.record_alone(part)
+        if record_name(part, SUMS) in self._summed:
             record = summed_record(self.store, record)
         if record.batches and record.manifest_sha256 != self.manifest.checksum:
             raise ValueError(f"{self.store.where(part)}: its commit record is not of a part of this manifest; {REMEDY}")
@@ -242,9 +246,9 @@ class ShardFolder:
         """Check all bytes of a part against its commit record, then open it: the file where it is local, else the memory it
         is in.
 
-        columns: only these are decompressed; None reads all. Raises ValueError for missing, truncated
-        or altered bytes, for columns of another type, for a part of another folder and for buffers that
-        would decompress to more than the plan has tokens for.
+        columns: only these are decompressed; None reads all. Raises ValueError for missing, truncated or altered bytes, for
+        columns of another type, for a part of another folder and for buffers that would decompress to more than the plan
+        has tokens for.
         """
         data = checked_part(self.store, self.record(part), self.manifest, self.part_metadata(part))
         included = None if columns is None else [self.schema.get_field_index(column) for column in columns]
