@@ -18,7 +18,7 @@ from shards.record import REMEDY, CommitRecord
 from shards.store import Store
 from shards.sums import BatchSums, Piece, check_piece, metadata_size, sums_of
 from shards.whole_part import checked_part, require_size
-from shards.zstd_bomb import check_message
+from shards.zstd_bomb import check_count, check_message
 
 Fill = Callable[[list[tuple[int, memoryview]]], None]
 """Reads into each of these places in memory as many bytes as it has, from the offset in the file on."""
@@ -40,6 +40,7 @@ class BatchReader:
     ) -> None:
         self._fill, self._batches, self._manifest, self._where = fill, batches, manifest, where
         names = manifest.schema.names
+        check_count(len(batches), manifest, where)
         for number, batch in enumerate(batches):
             if [*batch.columns] != names:
                 raise ValueError(

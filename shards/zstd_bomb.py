@@ -55,17 +55,22 @@ def check_message(message: pa.ipc.Message, manifest: Manifest, where: str) -> No
         )
 
 
+def check_count(batches: int, manifest: Manifest, where: str) -> None:
+    """ValueError where there are more record batches than a part has."""
+    most = -(-manifest.rows_per_part // manifest.rows_per_batch)
+    if batches > most:
+        raise ValueError(
+            f"{where}: has more than {most} record batches, which {manifest.rows_per_part} rows of a part need; "
+            "this is no part that remit wrote"
+        )
+
+
 def check_decompressed_size(data: pa.Buffer, manifest: Manifest, where: str) -> None:
     """ValueError where `data`, an Arrow file, has more record batches than a part, or one announces more than its
     rows can need."""
-    most = -(-manifest.rows_per_part // manifest.rows_per_batch)
     try:
         for index, message in enumerate(record_batch_messages(data)):
             check_message(message, manifest, where)
-            if index >= most:
-                raise ValueError(
-                    f"{where}: has more than {most} record batches, which {manifest.rows_per_part} rows of a part need; "
-                    "this is no part that remit wrote"
-                )
+            check_count(index + 1, manifest, where)
     except (struct.error, pa.ArrowException, OSError, EOFError) as error:
         raise ValueError(f"{where}: its messages cannot be read ({error}); this is no part that remit wrote") from None
