@@ -25,9 +25,8 @@ from shards.asking import silences
 from shards.fingerprint import config_fingerprint
 from shards.folder import ShardFolder
 from shards.lease import LeaseLost, check_fence
-from shards.part import CommittedAlready, write_part
+from shards.part import CommittedAlready, read_record, record_name, write_part
 from shards.quarantine import read_quarantined_rows, write_quarantined_rows
-from shards.record import read_record, record_name
 from shards.rows import Rows
 from shards.store_errors import NoTemporarySpace, StoreSilent
 

@@ -27,8 +27,7 @@ from shards.crash import crash_point
 from shards.folder import ShardFolder
 from shards.lease import check_fence
 from shards.manifest import CorpusFile
-from shards.part import sha256_file, write_part
-from shards.record import encode_json, read_record
+from shards.part import encode_json, read_record, sha256_file, write_part
 from shards.schema import row_schema
 from shards.store import Store
 

@@ -12,7 +12,7 @@ import numpy as np
 from shards.folder import ShardFolder
 from shards.keep_ratio import keep_count
 from shards.manifest import Manifest, PartPlan, part_name
-from shards.record import REMEDY
+from shards.part import REMEDY
 from shards.schema import logprobs_column
 
 

@@ -12,7 +12,7 @@ from typing import NoReturn
 import numpy as np
 
 from shards.entropy import entropy_columns, outside
-from shards.record import REMEDY
+from shards.part import REMEDY
 from shards.rows import Rows
 from shards.schema import list_lengths, logprobs_column, topk_columns
 from shards.topk import fault_of_topk

@@ -15,9 +15,32 @@ from typing import Any
 import pyarrow as pa
 
 from shards.crash import crash_point
-from shards.record import METADATA_KEY, CommitRecord, encode_record, record_name
+from shards.record import (
+    COMMITS,
+    METADATA_KEY,
+    REMEDY,
+    CommitRecord,
+    encode_json,
+    encode_record,
+    read_record,
+    record_name,
+)
 from shards.store import Store, open_store
 from shards.sums import sums_of
+
+__all__ = [
+    "COMMITS",
+    "METADATA_KEY",
+    "REMEDY",
+    "CommitRecord",
+    "CommittedAlready",
+    "encode_json",
+    "publish_json",
+    "read_record",
+    "record_name",
+    "sha256_file",
+    "write_part",
+]
 
 
 class CommittedAlready(ValueError):

@@ -50,11 +50,6 @@ def read_quarantined_rows(store: Store, part: str) -> list[dict[str, Any]]:
     return rows
 
 
-def parts_with_quarantined_rows(store: Store) -> set[str]:
-    """Names of the parts that have such rows, from one listing: no record of the many others has to be read for them."""
-    return {name.replace(".json", ".arrow") for name in store.names(f"{QUARANTINE}/rows") if not name.startswith(".")}
-
-
 def write_failure(store: Store, part: str, reason: str, attempts: int) -> None:
     """Say why a part is not there."""
     store.replace(failed_name(part), encode_json({"part": part, "reason": reason, "attempts": attempts}))

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from shards.entropy import entropy_columns
 from shards.manifest import Manifest
-from shards.record import REMEDY
+from shards.part import REMEDY
 from shards.schema import has_predecessor, list_lengths, logprobs_column, topk_columns
 
 

@@ -28,9 +28,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from shards.lease import Lease, LeaseLost
-from shards.part import publish_json, sha256_file
+from shards.part import encode_json, publish_json, sha256_file
 from shards.publish import fsync_folder
-from shards.record import encode_json
 from shards.store import open_store, temporary_name
 from trainer.distributed import World
 

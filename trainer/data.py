@@ -11,7 +11,6 @@ import numpy as np
 
 from shards.contract import check, refuse_tokens
 from shards.folder import ShardFolder
-from shards.quarantine import parts_with_quarantined_rows
 from shards.rows import PartRows, Rows
 from shards.schema import logprobs_column, topk_columns
 from trainer.batch import Row
@@ -25,8 +24,7 @@ def unscored_rows(folder: ShardFolder) -> dict[str, set[tuple[str, int]]]:
     """Part and row of all rows that a reference could not score, by the reference's name."""
     names = list(folder.manifest.references)
     found: dict[str, set[tuple[str, int]]] = {name: set() for name in names}
-    few = parts_with_quarantined_rows(folder.store) if names else set()  # the records of all parts would be many
-    parts = [plan.name for plan in folder.manifest.parts if plan.name in few]
+    parts = [plan.name for plan in folder.manifest.parts] if names else []
     with ThreadPoolExecutor(16) as pool:  # a small file each, perhaps in an object store
         for part, record in zip(parts, pool.map(folder.record, parts)):
             for name in names:

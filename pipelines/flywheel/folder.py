@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.flywheel.stages import At, Stage, Word, change_of, digest_of, identity, stage_key
-from shards.part import sha256_file
-from shards.record import encode_json
+from shards.part import encode_json, sha256_file
 from shards.store import LocalStore
 
 FORMAT = 2

@@ -18,7 +18,7 @@ from scorer.known import hashes_now, remembered
 from scorer.sources import Source
 from shards.folder import TOKENIZER, ShardFolder
 from shards.manifest import MANIFEST
-from shards.record import read_record, record_name
+from shards.part import read_record, record_name
 
 CACHES = ("__pycache__", ".cache", ".git")  # which change when what lies beside them is used
 

@@ -25,9 +25,8 @@ from shards import lease as lease_module
 from shards import row_schema, write_part
 from shards.fingerprint import config_fingerprint, weights_fingerprint
 from shards.lease import Lease, LeaseLost, check_fence, lease_numbers
-from shards.part import CommittedAlready
+from shards.part import CommittedAlready, read_record
 from shards.quarantine import rows_name
-from shards.record import read_record
 from shards.store import open_store
 
 Remit = Callable[..., tuple[int, str, str]]

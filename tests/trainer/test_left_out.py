@@ -15,7 +15,6 @@ from oracles import load, read_rows, remit_step
 from pipelines.report.compare import differs_in
 from shards import ShardFolder, write_part
 from shards.manifest import Manifest
-from shards.quarantine import write_quarantined_rows
 from trainer.dataset import RowDataset
 
 Remit = Callable[..., tuple[int, str, str]]
@@ -42,12 +41,6 @@ def annotate_badly(shards: Path, out: Path, unscored: dict[str, list[int]] = UNS
         }
         batches = table.combine_chunks().to_batches(max_chunksize=plan.rows_per_batch)
         record = {name: places for name, places in here.items() if places}
-        side = [
-            {"reference": name, "row": place, "reason": "", "input_ids": []}
-            for name in record
-            for place in record[name]
-        ]
-        write_quarantined_rows(ShardFolder(out).store, part.name, side)
         write_part(out, part.name, plan.schema, plan.part_metadata(index), batches, record)
     return out
 
