@@ -15,6 +15,8 @@ from damage import flip
 from many_rows import write_many_rows
 
 from pipelines.cli import main
+from scorer.config import SelectConfig
+from scorer.select import select
 from shards import Manifest, ShardFolder
 from shards.output_folder import as_begun, writing
 from shards.upgrade import upgrade
@@ -173,6 +175,23 @@ def test_a_folder_is_finished_in_the_format_that_it_was_begun_in(old: Path, tmp_
     assert as_begun(store, plan).format_version == Manifest.read(store).format_version == 2
     (tmp_path / "empty").mkdir()
     assert as_begun(type(store)(tmp_path / "empty"), plan).format_version == 2
+
+
+def test_a_selection_that_an_earlier_release_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    write_many_rows(tmp_path / "corpus", num_rows=60)
+    settings = SelectConfig(str(tmp_path / "corpus"), "rl", "base", str(out), num_workers=1)
+    with monkeypatch.context() as earlier:
+        earlier.setattr("shards.output_folder.FORMAT_VERSION", 1)
+        select(settings)
+    whole = files(out)
+    assert "batches" not in json.loads(whole["_commits/part-00001.json"])
+    for name in ("part-00001.arrow", "_commits/part-00001.json"):
+        (out / name).unlink()
+    select(settings)
+    assert files(out) == whole
+    select(replace(settings, out=str(tmp_path / "new")))
+    assert Manifest.read(tmp_path / "new").format_version == 2
 
 
 def test_a_record_of_the_other_format_is_refused(old: Path, tmp_path: Path) -> None:
