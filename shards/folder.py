@@ -243,12 +243,10 @@ class ShardFolder:
         return record
 
     def open_part(self, part: str, columns: list[str] | None = None) -> pa.ipc.RecordBatchFileReader:
-        """Check all bytes of a part against its commit record, then open it: the file where it is local, else the memory it
-        is in.
+        """Open a part once all its bytes are checked: the file where it is local, else the memory it is in.
 
-        columns: only these are decompressed; None reads all. Raises ValueError for missing, truncated or altered bytes, for
-        columns of another type, for a part of another folder and for buffers that would decompress to more than the plan
-        has tokens for.
+        columns: only these are decompressed; None reads all. ValueError for missing, truncated or altered bytes, columns of
+        another type, a part of another folder, and buffers that would decompress to more than the plan has tokens for.
         """
         data = checked_part(self.store, self.record(part), self.manifest, self.part_metadata(part))
         included = None if columns is None else [self.schema.get_field_index(column) for column in columns]
@@ -264,8 +262,8 @@ class ShardFolder:
     def open_rows(self, part: str, columns: Iterable[str] | None = None) -> PartRows:
         """The rows of a part, with the columns that a check of `columns` needs too; None reads all.
 
-        Bytes are read and hashed where the rows are asked for, and only those of these columns; a part without sums is
-        hashed whole here. Any number of threads may ask. ValueError as of open_part, here or there.
+        Bytes of these columns alone are read and hashed, where rows are asked for, by any number of threads; a part without
+        sums is hashed whole here. ValueError as of open_part, here or there.
         """
         manifest, record = self.manifest, self.record(part)
         names = None if columns is None else columns_to_read(columns, manifest)

@@ -4,6 +4,7 @@ With them a reader hashes just what it reads. They stand in the commit record (s
 """
 
 import hashlib
+import struct
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -106,10 +107,10 @@ def layout(data: pa.Buffer, offset: int, schema: pa.Schema) -> tuple[int, list[t
 
 
 def metadata_size(message: memoryview) -> int:
-    """Size of a message's flatbuffer with padding, from the 8 bytes before it; ValueError where they are not its prefix."""
+    """Size of a message's flatbuffer with padding, from the 8 bytes before it; struct.error where they are no such prefix."""
     mark, size = PREFIX.unpack_from(message)
     if mark != CONTINUES or size < 0:
-        raise ValueError("a record batch does not begin as an Arrow message")
+        raise struct.error("a record batch does not begin as an Arrow message")
     return size
 
 
