@@ -4,6 +4,7 @@ In: the records of the staged corpus files. Out: the manifest.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -48,7 +49,12 @@ def plan_parts(config: PackConfig, staged: list[dict], tokenizer: dict) -> Manif
         low, high = np.searchsorted(last_row, [first, first + rows])
         missing = short_by[high - 1] - (short_by[low - 1] if low else 0) if high > low else 0
         parts.append(PartPlan(part_name(len(parts)), rows, int(rows * config.seq_len - missing)))
-    return Manifest(config.seq_len, config.rows_per_part, config.rows_per_batch, tokenizer, files, tuple(parts))
+    predict = any(file.predicted_tokens != file.tokens for file in files)
+    if not predict:
+        files = tuple(replace(file, predicted_tokens=None) for file in files)
+    return Manifest(
+        config.seq_len, config.rows_per_part, config.rows_per_batch, tokenizer, files, tuple(parts), predict=predict
+    )
 
 
 def say_what_changed(staged: list[dict], note: Callable[[str], None]) -> None:

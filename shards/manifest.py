@@ -44,6 +44,8 @@ class CorpusFile:
     documents_sampled, documents_changed: documents that were decoded again from the rows, and those of them that did not
     come back as they were.
     left_out: why nothing of the file was packed (--on-bad-file reject); "" for all others.
+    predicted_tokens: of the tokens those that are to be predicted; None where the folder has no such column, or rows were
+    selected. without_eos: documents that do not end in EOS, as they were found; None where each does.
     """
 
     path: str
@@ -60,6 +62,8 @@ class CorpusFile:
     documents_sampled: int | None = None
     documents_changed: int | None = None
     left_out: str = ""
+    predicted_tokens: int | None = None
+    without_eos: int | None = None
 
     def entry(self) -> dict[str, Any]:
         """As a JSON object, without what says nothing: left_out, or what an earlier release did not count."""
@@ -95,6 +99,7 @@ class Manifest:
     selections: by which rule rows of the packed corpus were kept, oldest first: method, rows_read, rows_unscored,
     rows_kept, source_manifest_sha256, and what else the method says (scorer/select.py).
     passed_over: files of the corpus folders that were not read, counted by suffix or what else they are.
+    predict: whether the rows have the column that says what is to be predicted; without it everything is.
     """
 
     seq_len: int
@@ -106,6 +111,7 @@ class Manifest:
     references: dict[str, dict[str, Any]] = field(default_factory=dict)
     selections: tuple[dict[str, Any], ...] = ()
     passed_over: dict[str, int] = field(default_factory=dict)
+    predict: bool = False
 
     @property
     def rows(self) -> int:
@@ -122,6 +128,7 @@ class Manifest:
             sorted(self.references),
             {name: entry.get("top_k", 0) for name, entry in self.references.items()},
             {name: entropy_columns(name, entry) for name, entry in self.references.items()},
+            self.predict,
         )
 
     @cached_property
@@ -149,6 +156,7 @@ class Manifest:
         }
         # only where there are any, so that other folders keep their bytes
         common |= {"selections": list(self.selections)} if self.selections else {}
+        common |= {"predict": True} if self.predict else {}
         return common | ({"passed_over": self.passed_over} if self.passed_over else {})
 
     @cached_property
@@ -224,6 +232,7 @@ class Manifest:
                 references={name: dict(reference) for name, reference in value["references"].items()},
                 selections=tuple(dict(selection) for selection in value.get("selections", [])),
                 passed_over=dict(value.get("passed_over", {})),
+                predict=value.get("predict", False),
             )
             manifest._check()
             if {key: value[key] for key in manifest._common()} != manifest._common():
