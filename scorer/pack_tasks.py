@@ -17,6 +17,9 @@ import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
 
+from scorer.best_fit import BestFitCutter, encode_lengths
+from scorer.chat_mask import chat_document
+from scorer.conversations import ChatTemplate, Conversation, ConversationFields, Rendered
 from scorer.corpus import BadDocument, BadFile, read_documents
 from scorer.cutter import RowCutter
 from scorer.decompress import window_of_each
@@ -28,6 +31,7 @@ from shards.crash import crash_point
 from shards.folder import ShardFolder
 from shards.lease import check_fence
 from shards.manifest import CorpusFile
+from shards.packing import Window
 from shards.part import encode_json, read_record, sha256_file, write_part
 from shards.schema import PREDICT, list_array, list_lengths
 from shards.store import Store
@@ -55,10 +59,11 @@ def _ids(encoder: Tokenizer) -> int:
     return max(encoder.get_vocab(with_added_tokens=True).values()) + 1
 
 
-def _encode(encoder: Tokenizer, texts: list[str], source: Source) -> Any:
+def _encode(encoder: Tokenizer, texts: list[str], source: Source, offsets: bool = False) -> Any:
     """Encodings of the texts; ValueError where the tokenizer has no way to spell one of them."""
+    encode = encoder.encode_batch if offsets else encoder.encode_batch_fast
     try:
-        return encoder.encode_batch_fast(texts, add_special_tokens=False)
+        return encode(texts, add_special_tokens=False)
     except Exception as error:  # the library raises no other kind
         raise ValueError(
             f"{source.where}: the tokenizer cannot encode a document ({error}); give it an unknown token, or leave out what it "
@@ -68,21 +73,35 @@ def _encode(encoder: Tokenizer, texts: list[str], source: Source) -> Any:
 
 def may_mask(settings: dict) -> bool:
     """Whether documents of a pack with these settings may say what is to be predicted."""
-    return settings.get("train_on") == "assistant"
+    chat = settings.get("chat")
+    return chat is not None and chat["train_on"] == "assistant"
 
 
 def _tokenise(
-    encoder: Tokenizer, documents: list[tuple[int, str | TokenDocument]], eos: int, source: Source
+    encoder: Tokenizer,
+    documents: list[tuple[int, str | Rendered | TokenDocument]],
+    eos: int,
+    bos: int | None,
+    source: Source,
 ) -> Iterator[tuple[int, str, TokenDocument]]:
     """The tokens of each document, with its number and its text, which is empty where it came as tokens.
 
-    EOS ends a text; one that has no tokens has none.
+    EOS ends a text; one that has no tokens has none, and a conversation has what its template gives it.
     """
-    encodings = iter(_encode(encoder, [text for _, text in documents if isinstance(text, str)], source))
+    texts = [
+        text.text if isinstance(text, Rendered) else text
+        for _, text in documents
+        if not isinstance(text, TokenDocument)
+    ]
+    offsets = any(isinstance(document, Rendered) and document.spans for _, document in documents)
+    encodings = iter(_encode(encoder, texts, source, offsets))
     for doc_id, document in documents:
         if isinstance(document, str):
             ids = next(encodings).ids
             yield doc_id, document, TokenDocument(np.array([*ids, eos] if ids else [], dtype=np.int32))
+        elif isinstance(document, Rendered):
+            chat = chat_document(document, next(encodings), bos)
+            yield doc_id, document.text, chat
         else:
             yield doc_id, "", document
 
@@ -121,8 +140,13 @@ def stage_source(
     encoder, eos = _encoder(tokenizer_json, description["special_tokens"]), description["eos_token_id"]
     bos = description.get("bos_token_id")
     masked = may_mask(settings)
-    cutter = RowCutter(settings["seq_len"], settings["rows_per_batch"], index, bos, masked)
+    chat = None if settings.get("chat") is None else ChatTemplate(settings["chat"])
+    fields = settings["text_field"] if chat is None else ConversationFields(*settings["conversation_fields"])
+    packing = settings.get("packing")
+    row_settings = (settings["seq_len"], settings["rows_per_batch"], index, bos, masked)
+    cutter = BestFitCutter(*row_settings, Window.of(packing)) if packing else RowCutter(*row_settings)
     sample = DocumentSample(index)
+    row_lengths: list[np.ndarray] = []
     occurrences_V = np.zeros(_ids(encoder), dtype=np.int64)
     counts: dict[str, Any] = dict.fromkeys(("read", "packed", "empty", "rejected"), 0)
     rejected: list[str] = []
@@ -146,15 +170,18 @@ def stage_source(
                 for batch in ready:
                     writer.write_batch(batch)
                     rows += batch.num_rows
+                    row_lengths.append(list_lengths(batch.column("input_ids")))
                     ids = batch.column("input_ids").flatten().to_numpy()
                     tokens += len(ids)
                     predicted_tokens += batch.column(PREDICT).flatten().true_count if masked else len(ids)
                     occurrences_V[:] += np.bincount(ids, minlength=len(occurrences_V))
 
-            batches = read_documents(source, settings["text_field"], window_of_each(threads))
+            batches = read_documents(source, fields, window_of_each(threads))
             for documents, position in _until_bad_file(batches, left_out) if reject_file else batches:
-                good: list[tuple[int, str | TokenDocument]] = []
+                good: list[tuple[int, str | Rendered | TokenDocument]] = []
                 for offset, document in enumerate(documents):
+                    if isinstance(document, Conversation) and chat is not None:
+                        document = chat.render(document)
                     if not isinstance(document, BadDocument):
                         good.append((counts["read"] + offset, document))
                     elif settings["on_bad_document"] == "stop":
@@ -163,7 +190,7 @@ def stage_source(
                         counts["rejected"] += 1
                         rejected.append(str(document))
                 counts["read"] += len(documents)
-                for doc_id, text, document in _tokenise(encoder, good, eos, source):
+                for doc_id, text, document in _tokenise(encoder, good, eos, bos, source):
                     if text:  # nothing comes back of an empty one
                         sample.offer(doc_id, text)
                     if not len(document.ids):
@@ -183,11 +210,12 @@ def stage_source(
             counts, rejected = dict.fromkeys(counts, 0), []
             rows = tokens = predicted_tokens = without_eos = 0
             pa.ipc.new_file(temporary, cutter.schema).close()
-            sample, cutter.bos_tokens, occurrences_V[:] = DocumentSample(index), 0, 0
+            sample, cutter.bos_tokens, occurrences_V[:], row_lengths = DocumentSample(index), 0, 0, []
         with pa.OSFile(str(temporary)) as staged:
-            changed = sample.changed(staged, encoder, bos)
+            changed = sample.changed(staged, encoder, bos, as_found=chat is not None)
         unknown = settings.get("unknown_id")
-        added = {eos: counts["packed"], bos: cutter.bos_tokens}.get(unknown, 0)  # by pack, where it is one of these
+        # by pack, where it is one of these
+        added = {eos: 0 if chat else counts["packed"], bos: cutter.bos_tokens}.get(unknown, 0)
         record = {
             "key": key,
             "settings": recorded,
@@ -209,6 +237,7 @@ def stage_source(
             ),
             "rejected": rejected,
             "changed": changed[0] if changed else None,
+            "row_lengths": encode_lengths(row_lengths) if packing else None,
             "added_tokens": {
                 token: int(occurrences_V[its])
                 for token, its in settings.get("added_tokens", {}).items()

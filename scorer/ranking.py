@@ -58,7 +58,7 @@ def part_scores(shards: ShardFolder, corpus: CorpusRows, teacher: str, small: st
             and np.array_equal(rows.lengths, corpus.lengths(first, end))
         ):
             raise ValueError(f"{rows.where()} and those after it are not the rows that the manifest plans; {REMEDY}")
-        predicted = rows.has_predecessor(context)
+        predicted = rows.trained(context)
         difference = rows.logprobs(teacher).astype(np.float64) - rows.logprobs(small)
         difference[~predicted] = 0
         starts = rows.ends - rows.lengths

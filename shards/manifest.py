@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from shards.entropy import entropy_columns, is_temperature
+from shards.packing import Window
 from shards.part import publish_json
 from shards.schema import CONTEXTS, logprobs_column, row_schema
 from shards.store import Store, open_store
@@ -99,6 +100,9 @@ class Manifest:
     selections: by which rule rows of the packed corpus were kept, oldest first: method, rows_read, rows_unscored,
     rows_kept, source_manifest_sha256, and what else the method says (scorer/select.py).
     passed_over: files of the corpus folders that were not read, counted by suffix or what else they are.
+    packing: how documents share rows, as shards/packing.py has it; empty where they are laid end to end.
+    conversations: how documents became text where they are conversations: messages_field, tools_field, train_on,
+    chat_template_sha256, chat_template_args and chat_template_date where there are any; empty for other documents.
     predict: whether the rows have the column that says what is to be predicted; without it everything is.
     """
 
@@ -112,6 +116,8 @@ class Manifest:
     selections: tuple[dict[str, Any], ...] = ()
     passed_over: dict[str, int] = field(default_factory=dict)
     predict: bool = False
+    packing: dict[str, Any] = field(default_factory=dict)
+    conversations: dict[str, Any] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -157,6 +163,8 @@ class Manifest:
         # only where there are any, so that other folders keep their bytes
         common |= {"selections": list(self.selections)} if self.selections else {}
         common |= {"predict": True} if self.predict else {}
+        common |= {"packing": self.packing} if self.packing else {}
+        common |= {"conversations": self.conversations} if self.conversations else {}
         return common | ({"passed_over": self.passed_over} if self.passed_over else {})
 
     @cached_property
@@ -233,6 +241,8 @@ class Manifest:
                 selections=tuple(dict(selection) for selection in value.get("selections", [])),
                 passed_over=dict(value.get("passed_over", {})),
                 predict=value.get("predict", False),
+                packing=dict(value.get("packing", {})),
+                conversations=dict(value.get("conversations", {})),
             )
             manifest._check()
             if {key: value[key] for key in manifest._common()} != manifest._common():
@@ -248,6 +258,10 @@ class Manifest:
         for name in ("seq_len", "rows_per_part", "rows_per_batch"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected a positive integer")
+        if not isinstance(self.predict, bool):
+            raise ValueError(f"predict is {self.predict!r}, expected true or false")
+        if self.packing:
+            Window.of(self.packing)
         for part in self.parts[:-1]:
             if part.rows != self.rows_per_part:
                 raise ValueError(f"{part.name} has {part.rows} rows, expected rows_per_part = {self.rows_per_part}")
