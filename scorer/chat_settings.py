@@ -64,7 +64,7 @@ def _require_template(config: PackConfig, name: str, template: str) -> None:
     """ValueError for what is no template, or lacks the marks that are needed."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    where = f"--chat-template {config.chat_template}" if config.chat_template else f"{config.tokenizer}"
+    where = _where(config)
     which = f"chat template ({name})" if name != "default" else "chat template"
     try:
         _compile_jinja_template(template)
@@ -77,17 +77,26 @@ def _require_template(config: PackConfig, name: str, template: str) -> None:
         )
 
 
-def template_bos(settings: dict[str, Any], tokenizer: PackTokenizer) -> bool:
-    """Whether the chat template begins a conversation with the tokenizer's BOS."""
+def template_bos(config: PackConfig, settings: dict[str, Any], tokenizer: PackTokenizer) -> bool:
+    """Whether the chat template begins a conversation with the tokenizer's BOS, by the first of PROBES that it takes.
+
+    ValueError for a template that asks for a date which the options do not name.
+    """
+    chat = ChatTemplate(settings)
+    conversations = [
+        Conversation(_where(config), [{"role": role, "content": text} for role, text in probe]) for probe in PROBES
+    ]
+    found = next((made for made in map(chat.render, conversations) if isinstance(made, Rendered)), None)
     if tokenizer.beginning_id is None:
         return False
-    token = tokenizer.encoder.id_to_token(tokenizer.beginning_id)
-    chat = ChatTemplate(settings)
-    for probe in PROBES:
-        rendered = chat.render(Conversation("", [{"role": role, "content": text} for role, text in probe]))
-        if isinstance(rendered, Rendered):
-            return rendered.text.startswith(token or "")
-    return any(re.search(r"\bbos_token\b", template) for template in settings["templates"].values())
+    if found is None:
+        return any(re.search(r"\bbos_token\b", template) for template in settings["templates"].values())
+    return found.text.startswith(tokenizer.encoder.id_to_token(tokenizer.beginning_id) or "")
+
+
+def _where(config: PackConfig) -> str:
+    """Where the template comes from, for messages."""
+    return config.tokenizer if config.chat_template is None else f"--chat-template {config.chat_template}"
 
 
 def chat_entry(config: PackConfig, settings: dict[str, Any] | None) -> dict[str, Any]:

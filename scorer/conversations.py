@@ -101,6 +101,9 @@ def _require_message(number: int, message: Any) -> None:
         )
     if not isinstance(message.get("role"), str):
         raise ValueError(f"message {number} has no role, only {', '.join(message)[:60]}; expected role and content")
+    says = {key for key, value in message.items() if value is not None}
+    if message.get("content", "") is None and says <= {"role", "name"}:  # many templates would write None
+        raise ValueError(f"message {number} has null for content, expected a text")
 
 
 def without_nulls(value: Any) -> Any:

@@ -71,7 +71,7 @@ def pack(
     if chat is not None and config.chat_template is not None:  # with the rows goes the template that made them
         template = chat["templates"]["default"].encode()
         tokenizer = replace(tokenizer, files=tokenizer.files | {"chat_template.jinja": template})
-    begins = None if chat is None else template_bos(chat, tokenizer)
+    begins = None if chat is None else template_bos(config, chat, tokenizer)
     description = describe_tokenizer(tokenizer, config.special_tokens, config.bos, begins)
     for line in filter(None, [*tokenizer.notes, other_beginning(tokenizer.encoder, description["bos_token_id"])]):
         note(line)

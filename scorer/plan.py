@@ -25,7 +25,11 @@ OPTIONS = {
     "tokens_per_shard": "--tokens-per-shard",
     "tokenizer.special_tokens": "--special-tokens",
     "packing": "--packing",
+    "conversations": "--messages-field",
     "conversations.messages_field": "--messages-field",
+    "conversations.tools_field": "--tools-field",
+    "conversations.chat_template_args": "--chat-template-args",
+    "conversations.chat_template_date": "--chat-template-date",
     "conversations.train_on": "--train-on",
     "conversations.chat_template_sha256": "--chat-template",
 }
