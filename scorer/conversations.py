@@ -24,6 +24,11 @@ class Conversation:
     messages: list[dict[str, Any]]
     tools: list[Any] | None = None
 
+    @property
+    def characters(self) -> int:
+        """Of its contents, about."""
+        return sum(len(str(message.get("content"))) for message in self.messages)
+
 
 @dataclass(frozen=True)
 class Rendered:

@@ -25,7 +25,6 @@ MAGIC_BYTES = 64
 BATCH_DOCUMENTS = 1024
 MAX_LINE_BYTES = 1 << 28
 BOMB_BYTES, BOMB_RATIO = 1 << 30, 2000
-CONVERSATION_CHARACTERS = 1 << 12  # about, of one that has no text yet
 BATCH_CHARACTERS = 1 << 20  # a token's encoding takes over 100 bytes until its ids are out
 
 
@@ -77,7 +76,7 @@ def read_documents(
         else:
             document = text_field.text_of(where, value)
         batch.append(document)
-        characters += len(document) if isinstance(document, str) else CONVERSATION_CHARACTERS
+        characters += len(document) if isinstance(document, str) else getattr(document, "characters", 0)
         if len(batch) >= BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
             yield batch, position
             batch, characters = [], 0

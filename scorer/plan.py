@@ -53,6 +53,11 @@ def plan_parts(
             + "); check --corpus and --text-field"
         )
     parts = _best_fit_parts(config, staged) if config.packing == METHOD else _full_parts(config, files)
+    if not any(file.predicted_tokens for file in files):
+        raise ValueError(
+            f"none of {sum(file.tokens for file in files):,} tokens is to be predicted; look whether the conversations have answers "
+            "of the assistant, and the chat template its {% generation %} marks around them"
+        )
     predict = any(file.predicted_tokens != file.tokens for file in files)
     if not predict:
         files = tuple(replace(file, predicted_tokens=None) for file in files)

@@ -128,6 +128,11 @@ class Manifest:
         return sum(part.tokens for part in self.parts)
 
     @property
+    def unused_positions(self) -> int:
+        """How many more tokens the rows could have."""
+        return self.rows * self.seq_len - self.tokens
+
+    @property
     def schema(self) -> pa.Schema:
         """Arrow schema of every part, without metadata; references in the order of their names, as JSON has them."""
         return row_schema(
@@ -163,7 +168,7 @@ class Manifest:
         # only where there are any, so that other folders keep their bytes
         common |= {"selections": list(self.selections)} if self.selections else {}
         common |= {"predict": True} if self.predict else {}
-        common |= {"packing": self.packing} if self.packing else {}
+        common |= {"packing": self.packing | {"unused_positions": self.unused_positions}} if self.packing else {}
         common |= {"conversations": self.conversations} if self.conversations else {}
         return common | ({"passed_over": self.passed_over} if self.passed_over else {})
 
@@ -241,7 +246,7 @@ class Manifest:
                 selections=tuple(dict(selection) for selection in value.get("selections", [])),
                 passed_over=dict(value.get("passed_over", {})),
                 predict=value.get("predict", False),
-                packing=dict(value.get("packing", {})),
+                packing={key: x for key, x in value.get("packing", {}).items() if key != "unused_positions"},
                 conversations=dict(value.get("conversations", {})),
             )
             manifest._check()
