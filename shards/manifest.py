@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from shards.entropy import entropy_columns, is_temperature
+from shards.packing import Window
 from shards.part import publish_json
 from shards.record import checksum_of, with_checksum
 from shards.schema import CONTEXTS, logprobs_column, row_schema
@@ -46,6 +47,8 @@ class CorpusFile:
     documents_sampled, documents_changed: documents that were decoded again from the rows, and those of them that did not
     come back as they were.
     left_out: why nothing of the file was packed (--on-bad-file reject); "" for all others.
+    predicted_tokens: of the tokens those that are to be predicted; None where the folder has no such column, or rows were
+    selected. without_eos: documents that do not end in EOS, as they were found; None where each does.
     """
 
     path: str
@@ -62,6 +65,8 @@ class CorpusFile:
     documents_sampled: int | None = None
     documents_changed: int | None = None
     left_out: str = ""
+    predicted_tokens: int | None = None
+    without_eos: int | None = None
 
     def entry(self) -> dict[str, Any]:
         """As a JSON object, without what says nothing: left_out, or what an earlier release did not count."""
@@ -98,6 +103,10 @@ class Manifest:
     rows_kept, source_manifest_sha256, and what else the method says (scorer/select.py).
     passed_over: files of the corpus folders that were not read, counted by suffix or what else they are.
     format_version: 2 where commit records have the sums of what readers read, 1 where they have that of the whole part.
+    packing: how documents share rows, as shards/packing.py has it; empty where they are laid end to end.
+    conversations: how documents became text where they are conversations: messages_field, tools_field, train_on,
+    chat_template_sha256, chat_template_args and chat_template_date where there are any; empty for other documents.
+    predict: whether the rows have the column that says what is to be predicted; without it everything is.
     """
 
     seq_len: int
@@ -110,6 +119,9 @@ class Manifest:
     selections: tuple[dict[str, Any], ...] = ()
     passed_over: dict[str, int] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+    predict: bool = False
+    packing: dict[str, Any] = field(default_factory=dict)
+    conversations: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def rows(self) -> int:
@@ -119,6 +131,11 @@ class Manifest:
     def tokens(self) -> int:
         return sum(part.tokens for part in self.parts)
 
+    @property
+    def unused_positions(self) -> int:
+        """How many more tokens the rows could have."""
+        return self.rows * self.seq_len - self.tokens
+
     @cached_property
     def schema(self) -> pa.Schema:
         """Arrow schema of every part, without metadata; references in the order of their names, as JSON has them."""
@@ -126,6 +143,7 @@ class Manifest:
             sorted(self.references),
             {name: entry.get("top_k", 0) for name, entry in self.references.items()},
             {name: entropy_columns(name, entry) for name, entry in self.references.items()},
+            self.predict,
         )
 
     @cached_property
@@ -153,6 +171,9 @@ class Manifest:
         }
         # only where there are any, so that other folders keep their bytes
         common |= {"selections": list(self.selections)} if self.selections else {}
+        common |= {"predict": True} if self.predict else {}
+        common |= {"packing": self.packing | {"unused_positions": self.unused_positions}} if self.packing else {}
+        common |= {"conversations": self.conversations} if self.conversations else {}
         return common | ({"passed_over": self.passed_over} if self.passed_over else {})
 
     def _text(self) -> str:
@@ -225,6 +246,9 @@ class Manifest:
                 selections=tuple(dict(selection) for selection in value.get("selections", [])),
                 passed_over=dict(value.get("passed_over", {})),
                 format_version=value["format_version"],
+                predict=value.get("predict", False),
+                packing={key: x for key, x in value.get("packing", {}).items() if key != "unused_positions"},
+                conversations=dict(value.get("conversations", {})),
             )
             manifest._check()
             common = manifest._common()
@@ -242,6 +266,10 @@ class Manifest:
         for name in ("seq_len", "rows_per_part", "rows_per_batch"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected a positive integer")
+        if not isinstance(self.predict, bool):
+            raise ValueError(f"predict is {self.predict!r}, expected true or false")
+        if self.packing:
+            Window.of(self.packing)
         for part in self.parts[:-1]:
             if part.rows != self.rows_per_part:
                 raise ValueError(f"{part.name} has {part.rows} rows, expected rows_per_part = {self.rows_per_part}")
