@@ -11,7 +11,7 @@ from pipelines.evaluation.paper import PaperTable, paper_table
 from pipelines.evaluation.results import averages, group_means, tasks_by_group
 from pipelines.terminal import counted
 
-NAME_WIDTH = 14  # of the names beside the paper's table, which then fits into 80 columns
+NUMBER_WIDTHS = 69  # columns of a terminal that the numbers of the paper's table take: with short names it has 80
 
 
 def titles(model: str, folder: Path, files: list[Path]) -> list[str]:
@@ -38,6 +38,7 @@ def show_values(results: dict[str, dict[str, Any]], console: Console) -> None:
     """One line for each task of the first results, one column for each model; of a suite by group, with its mean."""
     first = next(iter(results.values()))
     table = Table("task", "metric", "shots", box=None)
+    table.columns[0].overflow = "fold"
     for name in results:
         table.add_column(escape(name), justify="right", no_wrap=True)
     groups = tasks_by_group(first)
@@ -45,7 +46,7 @@ def show_values(results: dict[str, dict[str, Any]], console: Console) -> None:
     for group, tasks in {**groups, "": [task for task in first["tasks"] if task not in grouped]}.items():
         if group:
             cells = [mean_of_group(values, group, tasks) for values in results.values()]
-            table.add_row(group, f"mean of {counted(len(tasks), 'task')}", "", *cells, style="bold")
+            table.add_row(group, f"mean of {len(tasks)}", "", *cells, style="bold")
         for task in tasks:
             record = first["tasks"][task]
             entries = [other["tasks"].get(task) for other in results.values()]
@@ -91,25 +92,29 @@ def shots(record: dict[str, Any]) -> str:
 
 def show_paper(suite: str, paper: PaperTable, results: dict[str, dict[str, Any]], console: Console) -> None:
     """The paper's values of each task for its families and stages, ours above them."""
-    table = Table("", box=None, padding=(0, 1, 0, 0), title=f"per cent; {paper.source}", title_justify="left")
-    for column in (*paper.columns, "mean"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.columns[0].max_width = NAME_WIDTH
-    table.columns[0].overflow = "fold"
-    partly = []
-    for name, values in results.items():
-        by_label = {record["label"]: record for record in values["tasks"].values()}
-        if (average := averages(values).get(suite)) is None:
-            continue
-        cells = [f"{100 * by_label[task]['value']:.2f}" if task in by_label else "-" for task in paper.tasks]
-        table.add_row(escape(name), *cells, f"{100 * average['value']:.2f}" if average["whole"] else "-", style="bold")
-        partly += [] if average["whole"] else [(name, average)]
-    title = None
-    for row in paper.rows:
-        if row.title != title:
-            table.add_row(title := row.title, style="italic")
-        table.add_row(row.method, *(f"{value:.2f}" for value in row.values), f"{row.average:.2f}")
-    console.print(table)
+    ours = {name: own for name, values in results.items() if (own := averages(values).get(suite)) is not None}
+    widest = max(map(len, [*ours, *(row.method for row in paper.rows)]))
+    width = max(11, min(widest, console.width - NUMBER_WIDTHS))
+
+    def print_rows(title: str, rows: list[tuple[str, list[str]]], header: bool = False) -> None:
+        table = Table(box=None, padding=(0, 1, 0, 0), show_header=header, title=escape(title), title_justify="left")
+        table.add_column("", width=width, overflow="fold")
+        for column in (*paper.columns, "mean"):
+            table.add_column(column, justify="right", width=max(5, len(column)))
+        for name, cells in rows:
+            table.add_row(escape(name), *cells)
+        console.print(table)
+
+    own_rows = []
+    for name, average in ours.items():
+        by_label = {record["label"]: record["value"] for record in results[name]["tasks"].values()}
+        values = [by_label.get(task) for task in paper.tasks] + [average["value"] if average["whole"] else None]
+        own_rows.append((name, ["-" if value is None else f"{100 * value:.2f}"[:5] for value in values]))
+    print_rows(f"per cent; below ours the paper's, {paper.source}", own_rows, header=True)
+    for title in dict.fromkeys(row.title for row in paper.rows):
+        rows = [row for row in paper.rows if row.title == title]
+        print_rows(title, [(row.method, [f"{value:.2f}" for value in (*row.values, row.average)]) for row in rows])
+    partly = [(name, average) for name, average in ours.items() if not average["whole"]]
     for name, average in partly:
         tasks = counted(average["num_tasks"], "task")
         print_line(

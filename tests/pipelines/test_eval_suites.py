@@ -181,7 +181,7 @@ def test_commands_of_the_documentation_parse(tmp_path: Path, monkeypatch: pytest
     """Those that need the hub stand in blocks that are not run with the other pages."""
     page = Path(__file__).parents[2] / "docs" / "evaluation.md"
     lines = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("remit eval")]
-    assert len(lines) == 7
+    assert len(lines) == 8
     monkeypatch.chdir(tmp_path)
     for line in lines:
         assert isinstance(parse(shlex.split(line)[1:]), EvalConfig)
