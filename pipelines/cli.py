@@ -35,6 +35,7 @@ COMMANDS = {
     "train": ("trainer.config:TrainConfig", "pipelines.commands.train:run"),
     "verify": ("pipelines.commands.verify:VerifyConfig", "pipelines.commands.verify:run"),
     "inspect": ("pipelines.inspect.settings:InspectConfig", "pipelines.commands.inspect:run"),
+    "distribution": ("pipelines.distribution.settings:DistributionConfig", "pipelines.commands.distribution:run"),
     "weights": ("pipelines.weights.settings:WeightsConfig", "pipelines.commands.weights:run"),
     "plan": ("pipelines.plan.settings:PlanConfig", "pipelines.commands.plan:run"),
     "compare": ("pipelines.report.compare:CompareConfig", "pipelines.commands.compare:run"),

@@ -4,15 +4,13 @@ In: folders of remit train. Out: a page with plotly and the thinned figures insi
 those that plotly made, and a content security policy keeps the page from loading anything.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import jinja2
 from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
-from pipelines.pages import content_hash, write_page
+from pipelines.pages import write_page
+from pipelines.plot_pages import render_plots
 from pipelines.report.curves import Run, read_run, thin
 from pipelines.report.figures import (
     BANDS,
@@ -57,15 +55,10 @@ def render(runs: Sequence[Run]) -> str:
         )
         for number, (title, notes, stacks) in enumerate(sections)
     ]
-    # what stands in their script elements; their data have no `<`
-    figures = "".join(html for *_, own in parts for _, html in own)
-    scripts = re.findall("<script[^>]*>(.*?)</script>", figures, re.DOTALL)
     settings = [run.settings for run in runs]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    return environment.get_template("report.html").render(
+    return render_plots(
+        Path(__file__).with_name("report.html"),
+        [html for *_, own in parts for _, html in own],
         runs=runs,
         colors=RUN_COLORS,
         totals=totals_rows(runs),
@@ -73,8 +66,6 @@ def render(runs: Sequence[Run]) -> str:
         sections=parts,
         thinned=[(run, len(own.steps), own.window) for run, own in zip(runs, points) if own.window > 1],
         left_out=left_out,
-        plotly=Markup(get_plotlyjs()),
-        script_hashes=[content_hash(script) for script in (get_plotlyjs(), *scripts)],
     )
 
 
