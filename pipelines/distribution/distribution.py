@@ -14,7 +14,8 @@ LIMIT = 64
 """Nats: what is beyond stands in the last bin on its side. A log-prob of -64 is a probability of 1.6e-28."""
 SHARES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 CENTRES = np.arange(-LIMIT * 64, LIMIT * 64 + 1) * STEP
-MOST_BARS = 200  # of the histogram that is kept
+MOST_BARS = 128  # of the histogram that is kept
+LEAST_IN_A_BAR = 30  # numbers, on average: fewer make a curve of noise
 IN_THE_TAILS = 5e-4  # of the numbers, on each side, that the histogram need not show
 
 
@@ -68,7 +69,8 @@ class Distribution:
         Of as many bins as show all but the tails; those are in `below` and `above`.
         """
         first, last = (self._place(share) for share in (IN_THE_TAILS, 1 - IN_THE_TAILS))
-        size = 2 ** max(0, math.ceil(math.log2((last - first + 1) / MOST_BARS)))
+        num_bars = min(MOST_BARS, max(8, self.count // LEAST_IN_A_BAR))
+        size = 2 ** max(0, math.ceil(math.log2((last - first + 1) / num_bars)))
         first -= first % size  # 0 is where a bin begins, whatever the numbers are
         num_bins = (last - first) // size + 1
         inside = self.counts[first : first + num_bins * size]

@@ -42,7 +42,7 @@ def check(found: dict, values: np.ndarray, step: float) -> None:
     rounded = np.rint(values * 64) / 64  # what is between two bins is nearer to one of their multiples of 1/64
     counts = np.histogram(rounded, edges)[0]
     assert np.allclose(histogram["shares"], counts / len(values), atol=1e-12)
-    assert len(counts) <= 201
+    assert len(counts) <= 129
     assert histogram["below"] == pytest.approx((rounded < edges[0]).mean())
     assert histogram["above"] == pytest.approx((rounded > edges[-1]).mean())
     assert histogram["below"] + histogram["above"] < 2e-3 + 2 / len(values)

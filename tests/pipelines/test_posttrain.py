@@ -18,6 +18,7 @@ import torch
 import transformers
 from conftest import EOS, make_model, make_tokenizer
 from safetensors.torch import load_file
+from test_report import panels
 
 from pipelines.cli import main
 from pipelines.posttrain.dpo import dpo
@@ -227,6 +228,13 @@ def test_rl_raises_the_reward(tmp_path: Path, speaker: Path) -> None:
     out = tmp_path / "out"
     assert rl(rl_config(speaker, data, out), never) == DONE
     rewards = [entry["reward"] for entry in metrics(out)]
+    assert main_code(["report", "--run", str(out), "--out", str(tmp_path / "page.html")]) == 0
+    found = panels(tmp_path / "page.html")
+    for title, name in (
+        ("Reward", "reward"), ("Correct rate", "reward"), ("Length of the completions", "completions/mean_length"),
+        ("Entropy of the policy", "entropy"), ("Gradient norm", "grad_norm"),
+    ):  # fmt: skip
+        assert found[title][0]["y"] == pytest.approx([entry[name] for entry in metrics(out)], rel=1e-6), title
     assert [entry["step"] for entry in metrics(out)] == list(range(1, 13))
     assert rewards[0] < 0.5
     assert sum(rewards[-3:]) / 3 > 0.9
@@ -295,6 +303,12 @@ def test_reward_of_ones_own(tmp_path: Path, speaker: Path, monkeypatch: pytest.M
     for name, message in (("own_reward:number", "has no function number"), ("no_such:f", "No module named 'no_such'")):
         with pytest.raises(ValueError, match=message):
             load_reward(name)
+
+
+def main_code(arguments: list[str]) -> int:
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    return int(left.value.code or 0)
 
 
 def without_times(out: Path) -> list[dict]:
