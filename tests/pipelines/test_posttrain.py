@@ -278,7 +278,8 @@ def test_less_memory_gives_the_same_step(tmp_path: Path, start: Path, speaker: P
 
 def test_reward_of_ones_own(tmp_path: Path, speaker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_reward.py").write_text(
-        "def digit(completions, colour, **_):\n"
+        "def digit(completions, colour, log_metric, **_):\n"
+        "    log_metric('correct_rate', 0.375)\n"
         "    assert set(colour) == {'red'}\n"
         "    return [float('3' in text) for text in completions]\n"
         "def few(completions, **_):\n    return [1.0]\n"
@@ -290,6 +291,7 @@ def test_reward_of_ones_own(tmp_path: Path, speaker: Path, monkeypatch: pytest.M
     data = write(tmp_path / "data.jsonl", [{"prompt": "Which digit?\n", "colour": "red"}] * 8)
     assert rl(rl_config(speaker, data, tmp_path / "out", reward="own_reward:digit", max_steps=2), never) == DONE
     assert 0 <= metrics(tmp_path / "out")[0]["rewards/digit/mean"] < 0.7
+    assert metrics(tmp_path / "out")[0]["correct_rate"] == 0.375
     with open(tmp_path / "own_reward.py", "a") as file:
         file.write("# a reward of another kind\n")
     with pytest.raises(ValueError, match="holds another run: reward_sha256"):

@@ -79,7 +79,8 @@ def figures(step: int, **changes: object) -> dict:
 
 def write_run(out: Path, steps: list[dict], held_out: list[dict] | None = None, **settings: object) -> Path:
     out.mkdir(parents=True)
-    (out / "run.json").write_text(json.dumps({"objective": "remit", "seed": 0} | settings), encoding="utf-8")
+    of_training = {} if "stage" in settings else {"objective": "remit"}
+    (out / "run.json").write_text(json.dumps(of_training | {"seed": 0} | settings), encoding="utf-8")
     for name, lines in (("metrics", steps), ("evaluation", held_out)):
         if lines is not None:
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
