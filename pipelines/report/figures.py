@@ -151,7 +151,9 @@ def says_something(tables: Sequence[pd.DataFrame], panel: Panel) -> bool:
 
 def shared(runs: Sequence[Run], panels: Sequence[Panel]) -> Stack:
     """All runs over each other."""
-    last = max(step for run in runs for step in (0, *run.steps.index[-1:]))
+    figures = [figure for panel in panels for figure in panel.figures]
+    have_some = [run for run in runs if HELD_OUT in panels or any(figure in run.steps for figure in figures)]
+    last = max(step for run in have_some for step in (0, *run.steps.index[-1:]))
     stack = Stack(panels, last, [label(run.name) for run in runs] if len(runs) > 1 else [])
     for number, run in enumerate(runs):
         in_legend = True
