@@ -125,8 +125,10 @@ OF_STAGES = {  # what post-training came to; a single step says little
 
 def _late(run: "Run", name: str, format_: str) -> str:
     """The mean of a figure over the last tenth of the lines that have it, one at least."""
-    values = run.steps[name].dropna() if name in run.steps else []
-    return _figure(values.iloc[-max(1, len(values) // 10) :].mean(), format_) if len(values) else ABSENT
+    if name not in run.steps:
+        return ABSENT
+    values = run.steps[name].dropna()
+    return _figure(values.iloc[-max(1, len(values) // 10) :].mean(), format_)
 
 
 def _figure(value: float | None, format_: str, unit: str = "") -> str:
