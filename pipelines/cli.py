@@ -36,6 +36,7 @@ COMMANDS = {
     "verify": ("pipelines.commands.verify:VerifyConfig", "pipelines.commands.verify:run"),
     "upgrade": ("pipelines.commands.upgrade:UpgradeConfig", "pipelines.commands.upgrade:run"),
     "inspect": ("pipelines.inspect.settings:InspectConfig", "pipelines.commands.inspect:run"),
+    "distribution": ("pipelines.distribution.settings:DistributionConfig", "pipelines.commands.distribution:run"),
     "weights": ("pipelines.weights.settings:WeightsConfig", "pipelines.commands.weights:run"),
     "plan": ("pipelines.plan.settings:PlanConfig", "pipelines.commands.plan:run"),
     "compare": ("pipelines.report.compare:CompareConfig", "pipelines.commands.compare:run"),
