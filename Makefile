@@ -37,7 +37,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
 .PHONY: help install sample score train verify inspect test test-fast test-slow test-real docs lint clean bench bench-score bench-pack \
-	bench-scale bench-train bench-head bench-topk gpu-check gpu-score-check lab
+	bench-scale bench-train bench-head bench-topk gpu-check gpu-score-check lab rmt
 
 help: ## list targets and variables
 	@echo "targets:"
@@ -114,6 +114,28 @@ train: install $(SAMPLE)/reference
 	$(TRAIN) --objective ntp --out $(OUT)-ntp $(SAMPLE_TRAIN)
 	$(TRAIN) --objective remit --reference $(NAME) --out $(OUT) $(SAMPLE_TRAIN)
 	@$(BIN)/remit compare $(OUT)-ntp $(OUT)
+endif
+
+# Reinforcement mid-training needs the reference's entropy. The sample's base learns the format of a rollout first.
+RMT_SHARDS ?= $(WORK)/scored-entropy
+RMT_OUT    ?= $(WORK)/rmt
+RMT_ARGS   ?=
+ifdef BASE
+rmt: install ## reinforcement mid-training of BASE on RMT_SHARDS, which were scored with --entropy
+	$(BIN)/remit rmt --shards $(RMT_SHARDS) --model $(BASE) --reference $(NAME) --out $(RMT_OUT) $(RMT_ARGS)
+else
+SAMPLE_RMT = --first-budget 16 --budget-decay 0.25 --positions-per-step 16 --max-steps 60 --format-steps 120 \
+	--learning-rate 2e-4 --format-learning-rate 5e-4 --micro-batch-size 32 --checkpoint-every 20 --eval-positions 64
+
+rmt: install $(SAMPLE)/reference
+	$(BIN)/remit pack --corpus $(SAMPLE)/corpus --tokenizer $(SAMPLE)/tokenizer --out $(WORK)/packed --seq-len 256 \
+		--tokens-per-shard 131072
+	$(BIN)/remit pack --corpus $(SAMPLE)/heldout --tokenizer $(SAMPLE)/tokenizer --out $(WORK)/heldout --seq-len 256
+	$(BIN)/remit score --shards $(WORK)/packed --model $(SAMPLE)/reference --name $(NAME) --out $(RMT_SHARDS) --entropy
+	$(BIN)/remit score --shards $(WORK)/heldout --model $(SAMPLE)/reference --name $(NAME) --out $(WORK)/heldout-entropy \
+		--entropy
+	$(BIN)/remit rmt --shards $(RMT_SHARDS) --model $(SAMPLE)/base --reference $(NAME) --out $(RMT_OUT) \
+		--eval-shards $(WORK)/heldout-entropy $(SAMPLE_RMT) $(RMT_ARGS)
 endif
 
 # The laboratory: seeds may be run one after the other into the same folder.

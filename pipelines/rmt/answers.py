@@ -63,7 +63,7 @@ def prefix_reward(answer: bytes | None, continuation: Sequence[bytes]) -> float:
 
     continuation: bytes of each token of the true text from the position on.
     """
-    return float(bool(answer) and answer in accumulate(continuation))
+    return float(answer is not None and answer != b"" and answer in set(accumulate(continuation)))
 
 
 def information_gain(logprob: float, baseline: float) -> float:

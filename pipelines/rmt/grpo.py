@@ -65,7 +65,7 @@ class Grpo:
             per_device_train_batch_size=self.micro_batch_size,
             gradient_accumulation_steps=self._micro_batches,
             num_generations=config.num_generations,
-            max_completion_length=config.most_thought + config.max_answer,
+            max_completion_length=config.most_thought + config.most_answer,
             temperature=config.temperature,
             epsilon=config.clip,
             beta=config.kl,
@@ -83,7 +83,8 @@ class Grpo:
             logging_nan_inf_filter=False,
         )
         random = torch.get_rng_state()  # TRL seeds it, and a run that goes on has its own by then
-        self._trainer: Any = GRPOTrainer(
+        make: Any = GRPOTrainer
+        self._trainer: Any = make(
             model,
             reward_funcs=parts,
             args=arguments,
@@ -95,7 +96,8 @@ class Grpo:
         # The rollouts come from vLLM, so TRL is to weigh them by what the model says of them now: that covers both the
         # engine's rounding and weights that are some steps old. It is not to start an engine of its own, though.
         self._trainer.use_vllm = True
-        self._trainer.vllm_generation = _NothingToSync()
+        nothing: Any = _NothingToSync()
+        self._trainer.vllm_generation = nothing
         self._trainer._last_loaded_step = 0
         self._trainer.current_gradient_accumulation_steps = self._micro_batches
         self.called, self._trainer.model_wrapped = called, called

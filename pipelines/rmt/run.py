@@ -91,7 +91,7 @@ def engines(run: Run, session: Session) -> Iterator[Engines | None]:
     with ray_cluster(config.debug, session.note), ray_errors(session.should_stop):
         cpus = max(int(node.resources.get("CPU", 1)) for node in alive_nodes().values())
         longest = (
-            prompter.max_prefix + prompter.overhead + len(prompter.close_ids) + config.most_thought + config.max_answer
+            prompter.max_prefix + prompter.overhead + len(prompter.close_ids) + config.most_thought + config.most_answer
         )
         positions = run.base.max_position
         rollouts = config.positions_per_step * config.num_generations

@@ -170,6 +170,11 @@ class RmtConfig:
                 f"--checkpoint-every is {self.checkpoint_every}, expected a multiple of --sync-every ({self.sync_every}): a run "
                 "goes on where the engines get new weights"
             )
+        if self.eval_every % self.sync_every:
+            raise ValueError(
+                f"--eval-every is {self.eval_every}, expected a multiple of --sync-every ({self.sync_every}): an evaluation gives "
+                "the engines new weights"
+            )
         self.train_config()
 
     @property
@@ -182,6 +187,11 @@ class RmtConfig:
     def most_thought(self) -> int:
         """Most tokens of a thought in any step: twice the first budget, beyond which the length earns nothing."""
         return 2 * self.first_budget
+
+    @property
+    def most_answer(self) -> int:
+        """Most tokens after the thought."""
+        return self.max_answer if self.answer == "boxed" else 1
 
     @property
     def num_steps(self) -> int:

@@ -220,7 +220,7 @@ def make_prompter(config: RmtConfig, tokenizer: Any, max_position: int | None) -
     prompter = Prompter(
         tokenizer, config.prompt == "chat" or (config.prompt == "auto" and has_template), config.answer, 1
     )
-    needed = prompter.overhead + len(prompter.close_ids) + config.most_thought + config.max_answer
+    needed = prompter.overhead + len(prompter.close_ids) + config.most_thought + config.most_answer
     room = MOST_PREFIX if max_position is None else max_position - needed
     if room < LEAST_PREFIX or (config.max_prefix or 0) > room:
         asked = f"--max-prefix is {config.max_prefix}" if config.max_prefix else "no text before it"

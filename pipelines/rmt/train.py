@@ -44,6 +44,8 @@ from trainer.session import Session
 from trainer.statistics import StepStatistics
 from trainer.train import is_due
 
+FORMAT_NTP_WEIGHT = 1.0
+
 
 def train_steps(run: Run, session: Session, engines: Engines | None) -> bool:
     """Train to the last step and export; False where the caller asked to stop before it, after a checkpoint.
@@ -72,7 +74,9 @@ def train_steps(run: Run, session: Session, engines: Engines | None) -> bool:
                 rl_loss, figures = learn_format(run, session, policy, step, positions)
             else:
                 rl_loss, figures = learn_policy(run, session, policy, step, positions)
-            ntp = learn_others(run, session, rows, statistics) if config.ntp_weight else {}
+            # the warm-up is to teach a format, and what the base knows besides weighs as much meanwhile
+            ntp_weight = FORMAT_NTP_WEIGHT if is_format else config.ntp_weight
+            ntp = learn_others(run, session, rows, ntp_weight, statistics) if ntp_weight else {}
             grad_norm = scalar(torch.nn.utils.clip_grad_norm_(run.loss_model.parameters(), config.max_grad_norm))
             ntp_loss = ntp.get("loss", 0.0)
             require_finite(step, rl_loss, ntp_loss, grad_norm)
@@ -80,11 +84,11 @@ def train_steps(run: Run, session: Session, engines: Engines | None) -> bool:
             run.optimizer.zero_grad(set_to_none=True)
 
             seconds = perf_counter() - began
-            step_tokens = sum(len(row.input_ids) for row in rows) if config.ntp_weight else 0
+            step_tokens = sum(len(row.input_ids) for row in rows) if ntp_weight else 0
             step_tokens += int(figures["prompt_tokens"]) + int(figures["rollout_tokens"])
             tokens += step_tokens
-            metrics = {"step": step, "phase": "format" if is_format else "policy", "tokens": tokens}
-            metrics |= {**ntp, "ntp_loss": ntp_loss, "loss": rl_loss + config.ntp_weight * ntp_loss, "rl_loss": rl_loss}
+            metrics: dict[str, Any] = {"step": step, "phase": "format" if is_format else "policy", "tokens": tokens}
+            metrics |= {**ntp, "ntp_loss": ntp_loss, "loss": rl_loss + ntp_weight * ntp_loss, "rl_loss": rl_loss}
             metrics |= {"sources": ntp.get("sources", {}), **figures, "grad_norm": grad_norm, "lr": learning_rate}
             metrics |= {
                 "tokens_per_second": step_tokens / seconds,
@@ -289,8 +293,8 @@ def learn_format(
     batches = GlobalBatch(rows[world.rank :: world.size], len(rows), 0.0).micro_batches(
         config.micro_batch_size, world.size
     )
-    for index, batch in enumerate(batches):
-        with exchanged(run, index == len(batches) - 1 and not config.ntp_weight):
+    for batch in batches:
+        with exchanged(run, is_last=False):  # those of the other positions come after
             run.called(collate(batch, "packed", world.device), NTP, predicted, world.size, statistics).backward()
     world.sum(statistics.table)
     prompt_tokens = sum(len(row.input_ids) for row in rows) - predicted
@@ -298,15 +302,17 @@ def learn_format(
     return statistics.sums["loss"] / predicted, figures
 
 
-def learn_others(run: Run, session: Session, rows: Sequence[Row], statistics: StepStatistics) -> dict[str, Any]:
-    """Gradients of lambda * L_NTP over the rows, of which the step's positions are not predicted; its figures."""
+def learn_others(
+    run: Run, session: Session, rows: Sequence[Row], weight: float, statistics: StepStatistics
+) -> dict[str, Any]:
+    """Gradients of weight * L_NTP over the rows, of which the step's positions are not predicted; its figures."""
     config, world = run.config, session.world
     predicted = sum(int(row.predicted.sum()) for row in rows)
     batches = GlobalBatch(list(rows[world.rank :: world.size]), len(rows), 0.0)
     micro_batches = batches.micro_batches(config.micro_batch_size, world.size)
     for index, batch in enumerate(micro_batches):
         with exchanged(run, index == len(micro_batches) - 1):
-            scale = world.size * config.ntp_weight  # DDP averages over the processes, which the factor makes a sum
+            scale = world.size * weight  # DDP averages over the processes, which the factor makes a sum
             run.called(run.collate(batch), NTP, max(1, predicted), scale, statistics).backward()
     world.sum(statistics.table)
     if not predicted:
@@ -325,7 +331,8 @@ def exchanged(run: Run, is_last: bool) -> Any:
 def rate_at(step: int, config: RmtConfig) -> float:
     """Learning rate of a step: that of the warm-up of the format, then the schedule over the steps after it."""
     if step <= config.format_steps:
-        return config.format_learning_rate
+        # AdamW's first steps are as long as any, whatever the gradients say
+        return config.format_learning_rate * min(1.0, step / max(1, config.format_steps // 10))
     return learning_rate_at(step - config.format_steps, config.train_config(), config.max_steps)
 
 
