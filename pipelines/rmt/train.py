@@ -282,9 +282,10 @@ def learn_format(
     """Gradients of the next-token loss of the warm-up's rows; its value and figures. All processes take part."""
     config, world = run.config, session.world
     began = perf_counter()
-    budgets = format_budgets(config, step, len(positions))
+    several = [position for position in positions for _ in range(config.num_generations)]  # as much as in other steps
+    budgets = format_budgets(config, step, len(several))
     rows = format_rows(
-        policy.sample, positions, budgets, run.prompter, config.budget == "on", config.temperature,
+        policy.sample, several, budgets, run.prompter, config.budget == "on", config.temperature,
         (config.seed * 1_000_003 + step) % (1 << 40),
     )  # fmt: skip
     sampled = perf_counter() - began
