@@ -81,5 +81,5 @@ def test_the_index_is_made_once_and_again_where_it_is_damaged(shards: Path, tmp_
 
 
 def test_shards_without_entropy_are_refused_with_the_remedy(annotated: dict[str, Path]) -> None:
-    with pytest.raises(ValueError, match="has no entropy of the reference 'rl'.*--entropy"):
+    with pytest.raises(ValueError, match=r"has no entropy of the reference 'rl'.*--entropy"):
         count_tiers(ShardFolder(annotated["packed"]), "rl", THRESHOLDS)

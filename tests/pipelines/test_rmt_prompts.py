@@ -13,9 +13,7 @@ from pipelines.rmt.prompts import Prompter
 from pipelines.rmt.rollouts import Shape, outcome, sample_rollouts
 from pipelines.rmt.warmup import format_rows
 
-TEMPLATE = (
-    "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
-)
+TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
 
 
 @pytest.fixture
