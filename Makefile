@@ -124,8 +124,8 @@ ifdef BASE
 rmt: install ## reinforcement mid-training of BASE on RMT_SHARDS, which were scored with --entropy
 	$(BIN)/remit rmt --shards $(RMT_SHARDS) --model $(BASE) --reference $(NAME) --out $(RMT_OUT) $(RMT_ARGS)
 else
-SAMPLE_RMT = --first-budget 16 --budget-decay 0.25 --positions-per-step 16 --max-steps 60 --format-steps 120 \
-	--learning-rate 2e-4 --format-learning-rate 5e-4 --micro-batch-size 32 --checkpoint-every 20 --eval-positions 64
+SAMPLE_RMT = --first-budget 16 --budget-decay 0.25 --positions-per-step 16 --max-steps 60 --format-steps 80 \
+	--learning-rate 2e-4 --format-learning-rate 1e-3 --micro-batch-size 32 --checkpoint-every 20 --eval-positions 64
 
 rmt: install $(SAMPLE)/reference
 	$(BIN)/remit pack --corpus $(SAMPLE)/corpus --tokenizer $(SAMPLE)/tokenizer --out $(WORK)/packed --seq-len 256 \
