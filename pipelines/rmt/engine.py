@@ -22,7 +22,8 @@ KV_SHARE = 4
 
 @dataclass(frozen=True)
 class RolloutEngine:
-    """What an engine needs to know. dtype is resolved; longest: prompt and completion, in tokens; num_sequences: at once."""
+    """What an engine needs to know. dtype is resolved; longest: prompt and completion, in tokens; num_sequences: at once;
+    memory: share of a GPU's."""
 
     model: Path
     tokenizer: Path
@@ -32,6 +33,7 @@ class RolloutEngine:
     device: str
     cores: int
     tensor_parallel_size: int
+    memory: float
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class RolloutActor:
             tensor_parallel_size=config.tensor_parallel_size,
             distributed_executor_backend="mp" if config.tensor_parallel_size > 1 else None,
             enforce_eager=config.device == "cpu",
+            gpu_memory_utilization=config.memory if config.device == "cuda" else 0.8,
             enable_prefix_caching=True,  # the second half of a rollout begins with the first
             logprobs_mode="processed_logprobs",  # at the temperature, as TRL compares them
             trust_remote_code=False,

@@ -104,6 +104,7 @@ def engines(run: Run, session: Session) -> Iterator[Engines | None]:
             device=session.world.device.type,
             cores=max(1, cpus // config.num_engines),
             tensor_parallel_size=config.tensor_parallel_size,
+            memory=config.engine_memory,
         )
         started = Engines(settings, config.num_engines, config.timeout_seconds)
         started.start()

@@ -77,6 +77,8 @@ class RmtConfig:
     """vLLM engines that sample; each has --tensor-parallel-size GPUs, or its share of the cores."""
     tensor_parallel_size: int = 1
     """GPUs of one engine."""
+    engine_memory: float = 0.4
+    """Share of a GPU's memory that an engine takes, since the training may be on the same one."""
     clip: float = 0.2
     """GRPO clips the ratio of probabilities to 1 - clip .. 1 + clip."""
     kl: float = 0.0
@@ -144,7 +146,7 @@ class RmtConfig:
         require_not_negative(self, "seed", "checkpoint_every", "eval_every")
         require(self, lambda share: 0 < share <= 1, "a factor above 0, up to 1", "budget_decay")
         require(self, lambda share: 0 <= share < 1, "a weight from 0, below 1", "length_weight")
-        require(self, lambda share: 0 < share < 1, "a share above 0, below 1", "clip")
+        require(self, lambda share: 0 < share < 1, "a share above 0, below 1", "clip", "engine_memory")
         rising = 0 < self.thresholds[0] < self.thresholds[1] < self.thresholds[2]
         if not rising:
             raise ValueError(

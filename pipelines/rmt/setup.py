@@ -40,7 +40,7 @@ MOST_PREFIX = 4096
 LEAST_PREFIX = 8
 NOT_SETTINGS = (
     *("out", "debug", "shards", "model", "eval_shards", "eval_every", "eval_positions", "checkpoint_every"),
-    *("keep_checkpoints", "timeout_seconds", "export_dtype", "wandb_project"),
+    *("keep_checkpoints", "timeout_seconds", "export_dtype", "wandb_project", "engine_memory"),
     # these change the machine's work and the last digits, not what is computed
     *("micro_batch_size", "activation_checkpointing"),
 )
