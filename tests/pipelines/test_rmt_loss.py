@@ -17,12 +17,12 @@ from torch import nn
 from pipelines.rmt.answers import Completion
 from pipelines.rmt.curriculum import Draw
 from pipelines.rmt.grpo import Grpo, Scored
+from pipelines.rmt.losses import learn_others
 from pipelines.rmt.model import RmtModel, target_logprobs
 from pipelines.rmt.positions import PositionReader, rows_without
 from pipelines.rmt.rollouts import Rollout
 from pipelines.rmt.settings import RmtConfig
 from pipelines.rmt.tier_index import count_tiers
-from pipelines.rmt.train import learn_others
 from shards import ShardFolder
 from trainer.batch import collate
 from trainer.distributed import World
