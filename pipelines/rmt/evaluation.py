@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipelines.rmt.budget import budget_at
 from pipelines.rmt.curriculum import HELD_OUT, Draw, draw
 from pipelines.rmt.engine import Sampler, Sampling
@@ -29,18 +31,13 @@ def held_out_positions(config: RmtConfig, base: Base) -> list[Position]:
     context = shards.require_reference(config.reference)["context"]
     index = count_tiers(shards, config.reference, config.thresholds)
     reader = PositionReader(shards, index, config.reference, config.thresholds, context, base.num_embeddings)
-    found = []
+    found: list[Draw] = []
     for tier in range(1, len(TIERS)):
         only = [float(other == tier) for other in range(len(TIERS))]
         size = min(config.eval_positions, index.counts[tier])
-        found += sorted(_draws(only, index.counts, size), key=lambda each: each.ordinal)
+        drawn = draw(0, 0, np.array(only), index.counts, size, HELD_OUT) if size else []
+        found += sorted(drawn, key=lambda each: each.ordinal)
     return [reader.position(each) for each in found]
-
-
-def _draws(only: list[float], counts: Sequence[int], size: int) -> list[Draw]:
-    import numpy as np
-
-    return draw(0, 0, np.array(only), counts, size, HELD_OUT) if size else []
 
 
 def measure_accuracy(

@@ -44,10 +44,11 @@ def length(completions: list[Any], length: list[float], **_: Any) -> list[float]
 
 class Grpo:
     """TRL's GRPOTrainer around a model. model: a PreTrainedModel; called: what its forward goes through, the same or a
-    module that is spread over processes; num_rollouts: of this process and step; processes: all there are."""
+    module that is spread over processes; num_rollouts: of this process and step; scratch: a folder for
+    TRL, which writes nothing."""
 
     def __init__(
-        self, config: RmtConfig, model: Any, called: nn.Module, tokenizer: Any, num_rollouts: int, processes: int,
+        self, config: RmtConfig, model: Any, called: nn.Module, tokenizer: Any, num_rollouts: int,
         dtype: torch.dtype, scratch: Path,
     ) -> None:  # fmt: skip
         import datasets

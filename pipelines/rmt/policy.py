@@ -31,7 +31,7 @@ class Policy:
             run, config, world = self._run, self._run.config, self._session.world
             share = config.positions_per_step // world.size * config.num_generations
             self._grpo = Grpo(
-                config, run.base.model, run.called, run.prompter.tokenizer, share, world.size, run.base.dtype,
+                config, run.base.model, run.called, run.prompter.tokenizer, share, run.base.dtype,
                 config.out / "trl",
             )  # fmt: skip
         return self._grpo

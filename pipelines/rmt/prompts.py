@@ -35,6 +35,13 @@ class Prompter:
     def prompt(self, prefix_ids: Sequence[int], budget: int | None) -> list[int]:
         """Token ids up to the beginning of the thought. prefix_ids: the document's tokens before the position."""
         prefix = list(prefix_ids[-self.max_prefix :])
+        ids, most = self._render(prefix, budget), self.max_prefix + self.overhead
+        while len(ids) > most:  # in a chat the text is encoded again, by other tokens perhaps
+            prefix = prefix[len(ids) - most :]
+            ids = self._render(prefix, budget)
+        return ids
+
+    def _render(self, prefix: list[int], budget: int | None) -> list[int]:
         if not self.chat:
             return prefix + self.encode(OPEN if budget is None else f"<{budget}>{OPEN}")
         asked = "" if budget is None else BUDGET.format(tokens=budget)
@@ -56,11 +63,10 @@ class Prompter:
     def close_ids(self) -> list[int]:
         return self.encode(CLOSE)
 
-    @property
+    @cached_property
     def overhead(self) -> int:
         """Most tokens of a prompt beside those of the prefix."""
-        marker = [self.tokenizer.eos_token_id]
-        return max(len(self.prompt(marker, 99_999)), len(self.prompt([], 99_999)) + 1)
+        return len(self._render([], 99_999)) + 1
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)

@@ -6,12 +6,10 @@ In: prompts. Out: completions with the log-prob of each token, all of them sampl
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipelines.rmt.answers import BOX, Completion, boxed, match_reward, prefix_reward, read_completion
+from pipelines.rmt.answers import Completion, boxed, match_reward, prefix_reward, read_completion
 from pipelines.rmt.engine import Sampled, Sampler, Sampling
 from pipelines.rmt.positions import Position
 from pipelines.rmt.prompts import CLOSE, Answer
-
-assert BOX  # the form that prompts.py asks for
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,10 @@ def sample_rollouts(
     """`shape.count` rollouts of each prompt."""
     thinking = Sampling(shape.count, shape.most_thought, shape.temperature, CLOSE)
     thoughts = sample([list(prompt) for prompt in prompts], [thinking] * len(prompts), 2 * seed)
-    parts = [[(thought, read_completion(thought.token_ids, token_bytes, CLOSE.encode())) for thought in group] for group in thoughts]  # fmt: skip
+    parts = [
+        [(thought, read_completion(thought.token_ids, token_bytes, CLOSE.encode())) for thought in group]
+        for group in thoughts
+    ]
     # a tag that ends inside a token leaves no place for an answer that begins with one
     asked = [
         (number, index, [*prompts[number], *thought.token_ids])

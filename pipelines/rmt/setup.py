@@ -24,7 +24,6 @@ from shards.folder import ShardFolder
 from shards.output_folder import MODEL, read_record, refuse_other
 from trainer.batch import MicroBatch, Row, collate
 from trainer.checkpoint import Checkpoints
-from trainer.config import TrainConfig
 from trainer.distributed import spread
 from trainer.layout import Layout, read_layout
 from trainer.loggers import require_wandb
@@ -255,8 +254,3 @@ def refuse_other_settings(out: Path, settings: dict[str, Any]) -> None:
     ours, theirs = ({key: run[key] for key in run if key not in RECORDED} for run in (settings, before))
     options = {field.name: f"--{field.name.replace('_', '-')}" for field in fields(RmtConfig)}
     refuse_other(str(out), "run", ours, theirs, "choose another --out, or delete that run to start over", options)
-
-
-def learning_rate_config(config: RmtConfig) -> TrainConfig:
-    """What `learning_rate_at` of remit train asks for."""
-    return config.train_config()

@@ -34,6 +34,8 @@ from trainer.statistics import StepStatistics
 from trainer.train import is_due
 
 FORMAT_NTP_WEIGHT = 1.0
+DIFFERENCE_THAT_COUNTS = 0.1
+"""Nats, between what engine and model say of a sampled token: bfloat16 makes up to half of it."""
 
 
 def train_steps(run: Run, session: Session, engines: Engines | None) -> bool:
@@ -100,11 +102,31 @@ def train_steps(run: Run, session: Session, engines: Engines | None) -> bool:
                 if log:
                     log.flush()
                 run.checkpoints.save(step, step * config.positions_per_step)
+            if step == max(run.first_step, config.format_steps) + 1:
+                for line in doubts(metrics):
+                    session.note(line)
             session.progress(step, config.num_steps, metrics)
             if stopping:
                 return False
     export_last(run, session, evaluation)
     return True
+
+
+def doubts(metrics: dict[str, Any]) -> list[str]:
+    """What the first step with rollouts shows that a user should know of."""
+    found = []
+    if metrics["closed"] == 0:
+        found.append(
+            f"no thought of step {metrics['step']} ended, so that no rollout was rewarded: the model may not know the format; "
+            "--format-steps teaches it"
+        )
+    difference = metrics.get("engine_difference", 0.0)
+    if difference > DIFFERENCE_THAT_COUNTS:
+        found.append(
+            f"the engine's log-probs are {difference:.2f} nat from the model's, expected less than {DIFFERENCE_THAT_COUNTS}: TRL "
+            "weighs for it, but the gradients are noisy; --dtype float32 may help"
+        )
+    return found
 
 
 def rate_at(step: int, config: RmtConfig) -> float:
