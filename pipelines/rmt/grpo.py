@@ -5,9 +5,9 @@ the rollouts in place of its own generation (rollout_func), and its compute_loss
 """
 
 import math
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -44,13 +44,11 @@ def length(completions: list[Any], length: list[float], **_: Any) -> list[float]
 
 class Grpo:
     """TRL's GRPOTrainer around a model. model: a PreTrainedModel; called: what its forward goes through, the same or a
-    module that is spread over processes; num_rollouts: of this process and step; scratch: a folder for
-    TRL, which writes nothing."""
+    module that is spread over processes; num_rollouts: of this process and step."""
 
     def __init__(
-        self, config: RmtConfig, model: Any, called: nn.Module, tokenizer: Any, num_rollouts: int,
-        dtype: torch.dtype, scratch: Path,
-    ) -> None:  # fmt: skip
+        self, config: RmtConfig, model: Any, called: nn.Module, tokenizer: Any, num_rollouts: int, dtype: torch.dtype
+    ) -> None:
         import datasets
 
         # TRL imports vLLM wherever it is installed, which takes seconds and changes transformers' classes
@@ -61,8 +59,9 @@ class Grpo:
         self._micro_batches = num_rollouts // self.micro_batch_size
         weight = config.length_weight if config.budget == "on" else 0.0
         parts: list[Any] = [outcome, length] if weight else [outcome]
+        scratch = tempfile.TemporaryDirectory(prefix="remit-trl-")  # TRL makes it, and puts nothing in
         arguments = GRPOConfig(
-            output_dir=str(scratch),
+            output_dir=scratch.name,
             per_device_train_batch_size=self.micro_batch_size,
             gradient_accumulation_steps=self._micro_batches,
             num_generations=config.num_generations,
@@ -94,6 +93,7 @@ class Grpo:
             rollout_func=self._roll_out,
         )
         torch.set_rng_state(random)
+        scratch.cleanup()
         # The rollouts come from vLLM, so TRL is to weigh them by what the model says of them now: that covers both the
         # engine's rounding and weights that are some steps old. It is not to start an engine of its own, though.
         self._trainer.use_vllm = True

@@ -30,10 +30,7 @@ class Policy:
         if self._grpo is None:
             run, config, world = self._run, self._run.config, self._session.world
             share = config.positions_per_step // world.size * config.num_generations
-            self._grpo = Grpo(
-                config, run.base.model, run.called, run.prompter.tokenizer, share, run.base.dtype,
-                config.out / "trl",
-            )  # fmt: skip
+            self._grpo = Grpo(config, run.base.model, run.called, run.prompter.tokenizer, share, run.base.dtype)
         return self._grpo
 
     def draw(self, step: int) -> list[Position]:

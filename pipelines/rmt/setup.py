@@ -35,6 +35,7 @@ from trainer.statistics import Sources
 from trainer.tokenizer import check_tokenizer, replaced_components
 
 POSITIONS = "positions.jsonl"
+RESOLVED = "resolved"  # in run.json: what was chosen where the settings leave it to the model and the shards
 MOST_PREFIX = 4096
 LEAST_PREFIX = 8
 NOT_SETTINGS = (
@@ -108,6 +109,12 @@ def prepare(config: RmtConfig, session: Session, count: Callable[[ShardFolder, i
     reader = PositionReader(
         shards, index, config.reference, thresholds(config), context, base.num_embeddings, config.baseline
     )
+
+    settings[RESOLVED] = {
+        "prompt": "chat" if prompter.chat else "plain",
+        "max_prefix": prompter.max_prefix,
+        "tiers": dict(zip(tier_names(config), index.counts, strict=True)),
+    }
 
     base.prepare(config.activation_checkpointing, "off")
     loss_model = RmtModel(base)
@@ -251,6 +258,6 @@ def refuse_other_settings(out: Path, settings: dict[str, Any]) -> None:
     before = read_record(out)
     if before is None:
         return
-    ours, theirs = ({key: run[key] for key in run if key not in RECORDED} for run in (settings, before))
+    ours, theirs = ({key: run[key] for key in run if key not in (*RECORDED, RESOLVED)} for run in (settings, before))
     options = {field.name: f"--{field.name.replace('_', '-')}" for field in fields(RmtConfig)}
     refuse_other(str(out), "run", ours, theirs, "choose another --out, or delete that run to start over", options)

@@ -141,7 +141,7 @@ def ours(
     base = load_base(model, "float32", CPU)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
     settings = {"temperature": 0.7, "length_weight": 0.3, **settings}
-    grpo = Grpo(config(out, **settings), base.model, RmtModel(base), tokenizer, len(scored), torch.float32, out / "trl")
+    grpo = Grpo(config(out, **settings), base.model, RmtModel(base), tokenizer, len(scored), torch.float32)
     batches = grpo.batches(scored)
     assert len(batches) == 6
     for batch in batches:

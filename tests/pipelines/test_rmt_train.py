@@ -78,8 +78,11 @@ def test_a_run_writes_what_it_did_and_a_model(
         assert all((row, place) in places[tier] for row, place, tier in line["positions"])
     record = json.loads((out / "run.json").read_text())
     open_in_the_paper = ("first_distribution", "last_distribution", "length_weight", "length_most", "thresholds")
-    open_in_the_paper += ("positions_per_step", "clip", "kl", "temperature", "max_prefix")
+    open_in_the_paper += ("positions_per_step", "clip", "kl", "temperature")
     assert {*open_in_the_paper} <= record.keys()
+    assert record["resolved"]["max_prefix"] + 12 < 64
+    names = ("below", "easy", "medium", "hard")
+    assert record["resolved"]["tiers"] == {name: len(tier) for name, tier in zip(names, places, strict=True)}
     assert any("0.6/0.3/0.1 until 30 %" in line for line in noted)
     assert any("2 steps of supervised learning" in line for line in noted)
     evaluations = lines(out / "evaluation.jsonl")
