@@ -91,9 +91,7 @@ def step_groups(metrics: dict[str, Any]) -> Iterator[Group]:
 
 
 def _group(name: str, metrics: dict[str, Any], has_details: bool) -> Group:
-    scalars = {
-        key: value for key, value in metrics.items() if key not in NOT_SHOWN and isinstance(value, int | float)
-    }
+    scalars = {key: value for key, value in metrics.items() if key not in NOT_SHOWN and isinstance(value, int | float)}
     if not has_details or not metrics.get("weight_histogram"):  # steps of remit rmt have no weights
         return Group(name, scalars, None)
     quantiles = metrics["delta_quantiles"] or {}
