@@ -21,10 +21,12 @@ from pipelines.rmt.settings import TIERS, RmtConfig
 from pipelines.rmt.tier_index import TierIndex, count_tiers, entropy_column, load_or_count
 from shards.fingerprint import model_origin, weights_fingerprint
 from shards.folder import ShardFolder
+from shards.modelfolder import read_config
 from shards.output_folder import MODEL, read_record, refuse_other
 from trainer.batch import MicroBatch, Row, collate
 from trainer.checkpoint import Checkpoints
 from trainer.distributed import spread
+from trainer.experts import num_experts
 from trainer.layout import Layout, read_layout
 from trainer.loggers import require_wandb
 from trainer.model import Base
@@ -84,9 +86,16 @@ def prepare(config: RmtConfig, session: Session, count: Callable[[ShardFolder, i
         raise ValueError(
             f"--positions-per-step is {config.positions_per_step}, expected a multiple of {world.size}, the processes"
         )
+    if num_experts(read_config(Path(config.model))):
+        raise ValueError(
+            f"--model {config.model}: has experts, expected a base without: remit rmt has no loss that balances them; remit train "
+            "has"
+        )
     shards = ShardFolder(config.shards)
     shards.require_complete()
     entropy_column(shards, config.reference)
+    if config.eval_shards is not None:  # here, and not after minutes
+        entropy_column(ShardFolder(config.eval_shards), config.reference)
     context = choose_context(shared, shards, config.reference)
     others = [] if config.baseline is None else [config.baseline]
     for name in others:

@@ -188,6 +188,14 @@ def test_what_does_not_fit_is_refused_before_a_step(
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_held_out_rows_without_entropy_are_refused(
+    tmp_path: Path, settings: dict, started: list[FakeEngines], annotated: dict[str, Path]
+) -> None:
+    with pytest.raises(ValueError, match="has no entropy of the reference 'rl'"):
+        running.rmt(RmtConfig(out=tmp_path / "run", **settings, eval_shards=str(annotated["packed"])))
+    assert not started
+
+
 def test_other_settings_are_refused_by_name(tmp_path: Path, settings: dict, started: list[FakeEngines]) -> None:
     short = settings | {"max_steps": 1, "format_steps": 0}
     running.rmt(RmtConfig(out=tmp_path / "run", **short))
