@@ -39,8 +39,7 @@ def draw(
 ) -> list[Draw]:
     """`size` different positions: a tier by `distribution`, then a position of it, all of them equally probable.
 
-    counts: positions of each tier. A tier that is drawn more often than it has positions counts as an error: see
-    require_enough.
+    counts: positions of each tier, at least `size` where it can be drawn at all: see require_enough.
     """
     random = np.random.default_rng([seed, step, stream])
     tiers = random.choice(len(distribution), size=size, p=distribution / distribution.sum())
@@ -62,6 +61,7 @@ def require_enough(
         if any(distribution[tier] > 0 for distribution in distributions) and count < size:
             found = ", ".join(f"{name} {number:,}" for name, number in zip(names, counts, strict=True))
             raise ValueError(
-                f"{where}: has {count:,} positions of the tier {names[tier]!r} ({found}), expected at least {size:,}, the "
-                "positions of a step; change --thresholds, take fewer --positions-per-step, or give the tier probability 0"
+                f"{where}: has {count:,} positions of the tier {names[tier]!r} ({found}), expected at least {size:,}, "
+                "as many as a step may ask it for; change --thresholds, take fewer --positions-per-step, or give the tier "
+                "probability 0"
             )

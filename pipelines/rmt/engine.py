@@ -155,7 +155,7 @@ class Engines:
         """Completions of each prompt. What is sampled follows from the weights, the seed and the number of engines."""
         size = -(-len(prompts) // len(self._actors)) if prompts else 1
         calls = [
-            actor.sample.remote(prompts[first : first + size], samplings[first : first + size], seed + number)
+            actor.sample.remote(prompts[first : first + size], samplings[first : first + size], 1024 * seed + number)
             for number, (actor, first) in enumerate(zip(self._actors, range(0, len(prompts), size), strict=False))
         ]
         return [completions for share in self._all(calls) for completions in share]

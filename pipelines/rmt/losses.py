@@ -45,7 +45,7 @@ def learn_policy(
         config.temperature,
     )  # fmt: skip
     began = perf_counter()
-    seed = (config.seed * 1_000_003 + step) % (1 << 40)
+    seed = (config.seed * 1_000_003 + step) % (1 << 32)
     groups = sample_rollouts(policy.sample, prompts, shape, run.token_bytes, seed)
     sampled = perf_counter() - began
     scored = score(run, world, positions, groups, budget)
@@ -121,7 +121,7 @@ def learn_format(
     budgets = format_budgets(config, step, len(several))
     rows = format_rows(
         policy.sample, several, budgets, run.prompter, config.budget == "on", config.temperature,
-        (config.seed * 1_000_003 + step) % (1 << 40),
+        (config.seed * 1_000_003 + step) % (1 << 32),
     )  # fmt: skip
     sampled = perf_counter() - began
     predicted = sum(int(row.predicted.sum()) for row in rows)
