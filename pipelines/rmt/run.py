@@ -14,6 +14,7 @@ from pipelines.rmt.train import train_steps
 from scorer.cluster import ray_cluster, ray_errors
 from scorer.installed import installed_vllm
 from scorer.placement import alive_nodes
+from scorer.stopping import Stopped
 from shards.folder import ShardFolder
 from shards.output_folder import MODEL, writing_run
 from trainer.distributed import connect
@@ -61,7 +62,8 @@ def rmt(
             for line in described(run):
                 note(line)
             phase("start engines")
-            with engines(run, session) as started:
+            # a signal may have gone to Ray's processes too: the run goes on from its newest checkpoint then
+            with contextlib.suppress(Stopped), engines(run, session) as started:
                 phase("train")
                 train_steps(run, session, started)
         return world.from_first(result(config.out) if world.first else None)
