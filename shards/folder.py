@@ -161,6 +161,19 @@ class ShardFolder:
                 )
         return contexts[first]
 
+    def require_columns(self, name: str, columns: Iterable[str]) -> None:
+        """ValueError unless these columns of the reference `name`, given without its name, are stored."""
+        for column in columns:
+            if column.startswith("topk_"):
+                self.require_top_k(name)
+            elif f"{name}_{column}" not in self.schema.names:
+                temperature = column.rpartition("_t")[2].replace("p", ".")
+                option = f" --entropy-temperature {temperature}" if column != "entropy" else ""
+                raise ValueError(
+                    f"{self.path}: has log-probs of {name!r}, but no column {name}_{column}; score with --entropy{option}, or "
+                    f"train at a --temperature that is stored"
+                )
+
     def require_top_k(self, name: str) -> None:
         """ValueError unless the most probable tokens of the reference `name` are stored."""
         if not self.require_reference(name).get("top_k"):

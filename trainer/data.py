@@ -12,7 +12,6 @@ import numpy as np
 from shards.contract import check, refuse_tokens
 from shards.folder import ShardFolder
 from shards.rows import PartRows, Rows
-from shards.schema import logprobs_column, topk_columns
 from trainer.batch import Row
 from trainer.order import WINDOW_BLOCKS, RowOrder
 
@@ -36,8 +35,8 @@ class RowReader:
     """Rows of a complete shard folder by block and place, where a block is a record batch of a part.
 
     context: "packed" or "document", which decides what is predicted. reference: name of the reference whose columns
-    are read (ShardFolder.require_scored says whether they can be), or None. columns: which of them: "logprobs",
-    "topk_ids", "topk_logprobs". num_embeddings: token ids must be below it. left_out: names of references whose unscored
+    are read (ShardFolder.require_scored says whether they can be), or None. columns: which of them, without its name:
+    "logprobs", "topk_ids", "topk_logprobs", "entropy_t2" and so on. num_embeddings: token ids must be below it. left_out: names of references whose unscored
     rows predict nothing; default: the reference alone. A part is hashed against its commit record before the first of
     its rows is read. ValueError for a row that breaks the contract (shards/contract.py) or does not fit the model.
     """
@@ -56,11 +55,8 @@ class RowReader:
         self._names: dict[str, str] = {}  # of the columns in the folder
         if reference is not None:
             assert folder.require_reference(reference)["context"] == context, "ask folder.require_scored before"
-            top_ids, top_logprobs = topk_columns(reference)
-            known = {"logprobs": logprobs_column(reference), "topk_ids": top_ids, "topk_logprobs": top_logprobs}
-            self._names = {column: known[column] for column in columns}
-            if "topk_ids" in columns:
-                folder.require_top_k(reference)
+            folder.require_columns(reference, columns)
+            self._names = {column: f"{reference}_{column}" for column in columns}
         self.folder, self.context, self.reference, self.num_embeddings, self.columns = (
             folder,
             context,

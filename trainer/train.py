@@ -83,7 +83,7 @@ def train_steps(run: Run, session: Session) -> bool:
             learning_rate = learning_rate_at(step, config, run.num_steps)
             for group in run.optimizer.param_groups:
                 group["lr"] = learning_rate
-            statistics = StepStatistics(world.device, run.sources.group, run.objective.figures)
+            statistics = StepStatistics(world.device, run.sources.group, run.objective.figures, run.objective.per)
             # Eq. 6 divides by the predicted tokens of the whole global batch, so micro-batches and ranks just add up
             predicted, step_tokens = count_tokens(step, batch, world)
             balancing = run.balance and Balancing(run.balance, config.router_aux_loss or 0.0, step_tokens)

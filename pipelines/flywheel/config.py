@@ -44,7 +44,8 @@ def command_of(section: str) -> str:
 
 def fast_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that may change without a repetition."""
-    decides = options.get("objective") == "rho1" and options.get("scope") == "micro"  # which tokens are ranked together
+    scoped = "scope" in OPTIONS.get(options.get("objective", ""), ())
+    decides = scoped and options.get("scope") == "micro"  # which tokens are ranked together
     return {name: options[name] for name in options if name in FAST and not (decides and name == "micro_batch_size")}
 
 
