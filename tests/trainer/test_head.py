@@ -1,5 +1,7 @@
 """The loss head against float64 autograd through full logits, written from the equations."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from oracles import kd_token, rkl_token
@@ -252,7 +254,7 @@ def test_gated_tokens_have_a_loss_of_their_own(budget: int) -> None:
     top = torch.randn(*ids.shape, 101, generator=g).log_softmax(-1).topk(7)
     columns = {"topk_ids": top.indices, "topk_logprobs": top.values, "weight": torch.rand(ids.shape, generator=g) + 0.5}
     columns |= {"gate_entropy": torch.full(ids.shape, 1.5), "gate_without_topk": torch.zeros(ids.shape)}
-    switch = make_objective(ObjectiveSettings(objective="switch", temperature=1.0))
+    switch = replace(make_objective(ObjectiveSettings(objective="switch", temperature=1.0)), scope="row")
     leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
     statistics = StepStatistics(figures=switch.figures, per=switch.per)
     batch = MicroBatch(ids, predicted, columns, gated_BT=gated)
