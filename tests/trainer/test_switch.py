@@ -16,7 +16,9 @@ from processes import Ranks
 from test_distributed import finish, metrics_of
 from test_objectives_train import gradient_norm
 
+from shards import Manifest
 from trainer.batch import Row
+from trainer.config import TrainConfig
 from trainer.gate import gate_rows, quantile
 from trainer.objectives import ObjectiveSettings, make_objective
 
@@ -69,6 +71,10 @@ def test_rkl(
     settings: dict = {"objective": "rkl", "kd_weight": kd_weight, "temperature": temperature, "seed": 4}
     metrics = run(tmp_path / "out", shards, models["base"], **settings)[0]
     base, rows = load(models["base"]), rows_of_step(shards, 0, 8, seed=4)
+    note = make_objective(
+        TrainConfig(str(shards), "m", tmp_path, **settings), Manifest.read(shards).references["rl"]
+    ).note
+    assert ("log partition sum at temperature 8 is not stored" in note) == (temperature == 8)
     check(metrics, rkl_step(base, rows, context, kd_weight, temperature, LEAST[STEP]), base)
     assert 0 < metrics["missing_mass"] < 1
 

@@ -81,7 +81,7 @@ class Objective:
     """One of weigh and loss is given. columns: stored columns of the reference that are read. scope: the tokens that
     weigh, or the gate, sees at once: those of a "row", of one forward pass ("micro"), of the optimizer step ("global").
     gate: with it loss is of the gated tokens and ungated_loss of the others. figures: names of the figures of loss; a mean is
-    over all predicted tokens, or over those that another figure counts, which `per` names."""
+    over all predicted tokens, or over those that another figure counts, which `per` names. note: what its user should know."""
 
     weigh: Weigh | None = None
     loss: LogitLoss | None = None
@@ -91,6 +91,7 @@ class Objective:
     gate: Gate | None = None
     ungated_loss: LogitLoss | None = None
     per: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
 
     def __post_init__(self) -> None:
         assert (self.weigh is None) != (self.loss is None)

@@ -158,7 +158,15 @@ def fit(settings: ObjectiveSettings, reference: Mapping[str, Any]) -> Objective:
         losses_N = (1 - weight) * ntp_N + weight * temperature**2 * kl_N
         return TokenLosses(losses_N, ntp_N, {"kd_loss": kl_N, "missing_mass": missing_N})
 
-    return Objective(loss=loss, columns=stored_columns(reference, temperature), figures=("kd_loss", "missing_mass"))
+    columns = stored_columns(reference, temperature)
+    label, all_stored = temperature_label(temperature), reference.get("top_k") == reference.get("vocab_size")
+    note = (
+        f"the log partition sum at temperature {temperature:g} is not stored, so the k + 1 outcomes are softened and not the "
+        f"vocabulary, which is far from it; remit score --entropy --entropy-temperature {temperature:g} stores it"
+    )
+    softened = temperature != 1 and f"log_partition_{label}" not in columns and not all_stored
+    figures = ("kd_loss", "missing_mass")
+    return Objective(loss=loss, columns=columns, figures=figures, note=note if softened else "")
 
 
 def make(settings: ObjectiveSettings) -> Objective:
