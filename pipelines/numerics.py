@@ -221,12 +221,14 @@ def _top_row(row: Rows, name: str, forward: Callable, own_forward: Callable) -> 
     ids_TK, stored_TK = row.topk(name)
     for start, end in _scored_spans(row, name):
         prompt, ids_NK = row.ids[start:end], ids_TK[start + 1 : end]
+        kept_N = ids_NK[:, 0] >= 0  # not all places have any with --top-k-below-entropy
+        ids_NK = np.where(kept_N[:, None], ids_NK, 0)
         again_NK = forward(prompt, ids_NK=ids_NK)[1]
-        found.append(np.abs(stored_TK[start + 1 : end].astype(np.float64) - again_NK).ravel())
+        found.append(np.abs(stored_TK[start + 1 : end].astype(np.float64) - again_NK)[kept_N].ravel())
         if own_forward is not forward:
-            own.append(np.abs(own_forward(prompt, ids_NK=ids_NK)[1] - again_NK).ravel())
+            own.append(np.abs(own_forward(prompt, ids_NK=ids_NK)[1] - again_NK)[kept_N].ravel())
         else:
-            own.append(np.zeros(again_NK.size))
+            own.append(np.zeros(again_NK[kept_N].size))
     return np.concatenate(found), np.concatenate(own)
 
 

@@ -27,7 +27,7 @@ from scorer.telemetry import ScoreLog, ScoreProgress, engine_line
 from scorer.watch import Watch, after_failure
 from shards.asking import tell_of_silence
 from shards.crash import crash_point
-from shards.entropy import entropy_columns
+from shards.entropy import entropy_columns, topk_limit
 from shards.folder import ShardFolder
 from shards.lease import Lease, LeaseLost
 from shards.quarantine import write_failure
@@ -85,6 +85,7 @@ class Drive:
         task = ScoringTask(
             config.shards, config.out, lease.fence, config.name, config.context, config.logprob_step,
             engine.vocab_size, config.top_k, entropy_columns(config.name, folder.manifest.references[config.name]),
+            topk_limit(config.name, folder.manifest.references[config.name]),
         )  # fmt: skip
         cores = int(self.bundle.get("CPU", 1))
         self.pool = EnginePool(
@@ -191,7 +192,8 @@ class Drive:
         rounded = self.config.logprob_step > 0
         per_token = bytes_ / max(1, tokens) + COLUMN_BYTES_PER_TOKEN[rounded]
         per_token += self.engine.kept.num_entropies * COLUMN_BYTES_PER_TOKEN[rounded]
-        per_token += self.config.top_k * TOPK_BYTES_PER_ENTRY[rounded]
+        record = self.folder.manifest.references[self.config.name].get("top_k_quantile") or {}
+        per_token += self.config.top_k * TOPK_BYTES_PER_ENTRY[rounded] * record.get("share", 1.0)
         return per_token * self.folder.manifest.tokens
 
     def _assign(self) -> None:

@@ -32,8 +32,10 @@ class ScoredRows:
         num_embeddings: int,
         top_k: int,
         entropies: dict[str, tuple[float, float]],
+        topk_limit: tuple[str, float] | None = None,
     ) -> None:
-        """entropies: columns of the reference's entropy, and the range of each column's values; empty for none."""
+        """entropies: columns of the reference's entropy, and the range of each column's values; empty for none. topk_limit: the
+        one above whose value no most probable tokens are kept; None: they are kept everywhere."""
         check_documents(rows)
         self.rows, self.num_embeddings = rows, num_embeddings
         self.present, self.spans = rows.has_predecessor(context), rows.spans(context)
@@ -41,7 +43,7 @@ class ScoredRows:
         # memory that is touched only as the answers come in
         self.topk_ids = np.zeros((len(rows.ids), top_k), np.int32) if top_k else None
         self.topk_logprobs = np.zeros((len(rows.ids), top_k), np.float32) if top_k else None
-        self.entropy_columns = entropies
+        self.entropy_columns, self.topk_limit = entropies, topk_limit
         self.entropies = np.zeros((len(entropies), len(rows.ids)), np.float32)
         faults = {row: fault_of_ids(rows.ids[rows.place(row)], num_embeddings) for row in range(len(rows))}
         self.faults = {row: fault for row, fault in faults.items() if fault}
@@ -89,15 +91,21 @@ class ScoredRows:
             raise EngineDied("the engine left out tokens that have a predecessor")
         values = pa.array(round_logprobs(self.logprobs, step), mask=~present)
         columns = {logprobs_column(name): list_array(values, self.rows.lengths)}
+        entropies, kept = {}, present
+        for (column, (least, largest)), values in zip(self.entropy_columns.items(), self.entropies):
+            # what is beyond by the last bits of a float32 sum
+            clipped = np.where(present, np.clip(values, np.float32(least), np.float32(largest)), np.float32(0))
+            rounded = round_nats(clipped, step)
+            if self.topk_limit is not None and column == self.topk_limit[0]:
+                kept = present & (
+                    rounded <= np.float32(self.topk_limit[1])
+                )  # as it is stored, so that readers can tell
+            entropies[column] = list_array(pa.array(rounded, mask=~present), self.rows.lengths)
         if self.topk_ids is not None and self.topk_logprobs is not None:
             topk_ids, topk_logprobs = topk_columns(name)
             rounded = round_logprobs(self.topk_logprobs, step)
             self.topk_logprobs = None
-            columns[topk_ids] = list_array(topk_array(self.topk_ids, present), self.rows.lengths)
-            columns[topk_logprobs] = list_array(topk_array(rounded, present), self.rows.lengths)
+            columns[topk_ids] = list_array(topk_array(self.topk_ids, kept), self.rows.lengths)
+            columns[topk_logprobs] = list_array(topk_array(rounded, kept), self.rows.lengths)
             self.topk_ids = None
-        for (column, (least, largest)), values in zip(self.entropy_columns.items(), self.entropies):
-            # what is beyond by the last bits of a float32 sum
-            clipped = np.where(present, np.clip(values, np.float32(least), np.float32(largest)), np.float32(0))
-            columns[column] = list_array(pa.array(round_nats(clipped, step), mask=~present), self.rows.lengths)
-        return columns
+        return columns | entropies

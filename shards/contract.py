@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from shards.entropy import entropy_columns, outside
+from shards.entropy import entropy_columns, outside, topk_limit
 from shards.part import REMEDY
 from shards.rows import Rows
 from shards.schema import list_lengths, logprobs_column, topk_columns
@@ -101,9 +101,12 @@ def _check_values(rows: Rows, name: str, column: str, valid_T: np.ndarray, reaso
 
 def _check_topk(rows: Rows, name: str) -> None:
     reference, predicted_T, columns = rows.part.manifest.references[name], rows.predicted(name), topk_columns(name)
+    limit = topk_limit(name, reference)
+    if limit is not None:
+        predicted_T = predicted_T & (rows.values(limit[0]) <= np.float32(limit[1]))
     for column in columns:
         _check_length(rows, column)
-        _check_null(rows, column, predicted_T)
+        _check_null(rows, column, predicted_T, "" if limit is None else f", above an entropy of {limit[1]:g}")
         entries = rows.batch.column(column).flatten()
         if entries.values.null_count and entries.flatten().null_count:  # flatten leaves out null entries
             row = next(row for row in range(len(rows)) if rows.batch.column(column)[row].values.flatten().null_count)
@@ -134,12 +137,12 @@ def _check_length(rows: Rows, column: str) -> None:
     )  # fmt: skip
 
 
-def _check_null(rows: Rows, column: str, predicted_T: np.ndarray) -> None:
+def _check_null(rows: Rows, column: str, predicted_T: np.ndarray, also: str = "") -> None:
     present_T = rows.batch.column(column).flatten().is_valid().to_numpy(zero_copy_only=False)
     refuse_tokens(
         rows, present_T != predicted_T,
         lambda token: f"{column} is {'null' if predicted_T[token] else 'not null'}, expected null exactly where nothing "
-        "precedes, and in quarantined rows",
+        f"precedes{also}, and in quarantined rows",
     )  # fmt: skip
 
 

@@ -42,6 +42,16 @@ def entropy_columns(name: str, reference: Mapping[str, Any]) -> dict[str, tuple[
     return columns
 
 
+def topk_limit(name: str, reference: Mapping[str, Any]) -> tuple[str, float] | None:
+    """Column of the entropy above which no most probable tokens of the reference `name` are stored, and the threshold in
+    nats, at which they are; None where they are stored everywhere. The column is that at the last temperature."""
+    threshold = reference.get("top_k_below_entropy")
+    if not reference.get("top_k") or threshold is None:
+        return None
+    columns = [column for column in entropy_columns(name, reference) if "_log_partition_" not in column]
+    return columns[-1], threshold
+
+
 def is_temperature(temperature: float) -> bool:
     """Whether the entropy can be stored at this temperature beside that at 1."""
     return LEAST_TEMPERATURE <= temperature <= LARGEST_TEMPERATURE and temperature != 1
