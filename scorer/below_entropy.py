@@ -57,7 +57,9 @@ def threshold_of(
     entropies: float32 [tokens - 1] of each prompt. share_error: standard error of the share of the corpus at or below the
     threshold, with rows as what is independent.
     """
-    values = [round_nats(np.maximum(one, np.float32(0)), step)[np.isfinite(one)] for one in entropies]
+    values = [
+        round_nats(np.maximum(one, np.float32(0)), step)[np.isfinite(one)].astype(np.float64) for one in entropies
+    ]
     all_ = np.concatenate(values)
     if not len(all_):
         raise ValueError(
@@ -67,7 +69,7 @@ def threshold_of(
     threshold = float(np.partition(all_, rank)[rank])
     below, total = np.zeros(max(sample.row_of) + 1), np.zeros(max(sample.row_of) + 1)
     for row, own in zip(sample.row_of, values):
-        below[row] += (own <= np.float32(threshold)).sum()
+        below[row] += (own <= threshold).sum()
         total[row] += len(own)
     share = below.sum() / total.sum()
     error = float(np.sqrt(np.square(below - share * total).sum()) / total.sum())

@@ -103,7 +103,7 @@ def _check_topk(rows: Rows, name: str) -> None:
     reference, predicted_T, columns = rows.part.manifest.references[name], rows.predicted(name), topk_columns(name)
     limit = topk_limit(name, reference)
     if limit is not None:
-        predicted_T = predicted_T & (rows.values(limit[0]) <= np.float32(limit[1]))
+        predicted_T = predicted_T & (rows.values(limit[0]).astype(np.float64) <= limit[1])
     for column in columns:
         _check_length(rows, column)
         _check_null(rows, column, predicted_T, "" if limit is None else f", above an entropy of {limit[1]:g}")

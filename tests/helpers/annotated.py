@@ -31,6 +31,7 @@ def annotate(
     entropy: Callable[[dict], list] | None = None,
     temperature: float | None = None,
     unscored: Collection[int] = (),
+    below: float | None = None,
     **provenance: object,
 ) -> Path:
     """Write `shards` again with a column NAME_logprobs that `values` gives for each row: scoring without an engine.
@@ -38,6 +39,7 @@ def annotate(
     top: for each row a pair (ids, log-probs) for each token, or None, for the columns of the most probable tokens.
     entropy: for each row the entropy for each token, or None; with a temperature a tuple with those and the log partition
     sum at that temperature behind it. unscored: rows, counted over all parts, of which nothing is known.
+    below: the most probable tokens are kept where the entropy, that at the temperature if there is one, is at most this.
     """
     old = Manifest.read(shards)
     reference = {"context": context, "logprob_step": step, "model": "oracle", **provenance}
@@ -49,6 +51,8 @@ def annotate(
         reference |= {"entropy": True, "vocab_size": 1000}
     if temperature:
         reference["entropy_temperature"] = temperature
+    if below is not None:
+        reference["top_k_below_entropy"] = below
     plan = replace(old, references=old.references | {name: reference})
     shutil.copytree(shards / "_tokenizer", out / "_tokenizer")
     plan.write(out)
@@ -62,6 +66,11 @@ def annotate(
                 columns[column] = pa.array(own, pa.list_(pa.float32()))
         for place, column in enumerate((f"{name}_topk_ids", f"{name}_topk_logprobs") if top else ()):
             entries = [[None if pair is None else pair[place] for pair in row] for row in tops[part]]
+            if below is not None:
+                gates = columns[f"{name}_entropy" + (f"_t{temperature:g}" if temperature else "")].to_pylist()
+                entries = [
+                    [None if e is None or e > below else one for e, one in zip(*pair)] for pair in zip(gates, entries)
+                ]
             columns[column] = pa.array(entries, plan.schema.field(column).type)
         first = index * old.rows_per_part
         bad = [number - first for number in unscored if 0 <= number - first < len(table)]

@@ -21,6 +21,7 @@ from trainer.batch import Row
 from trainer.config import TrainConfig
 from trainer.gate import gate_rows, quantile
 from trainer.objectives import ObjectiveSettings, make_objective
+from trainer.train import train
 
 Remit = Callable[..., tuple[int, str, str]]
 K, STEP = 6, 1 / 64
@@ -136,6 +137,39 @@ def test_the_whole_vocabulary_is_dense(
         assert metrics[key] == pytest.approx(float(want[key]), abs=1e-5), key
     want["loss"].backward()
     assert metrics["grad_norm"] == pytest.approx(gradient_norm(base), rel=1e-4)
+
+
+def test_a_store_with_top_k_for_sure_tokens_alone(
+    tmp_path: Path, small: Path, folders: Callable, models: dict[str, Path]
+) -> None:
+    """Enough for the gate: what the full store gives. Too little: the tokens without train on next-token loss, counted."""
+    whole = folders("packed", 2.0, 0.0)
+    settings: dict = {"objective": "switch", "seed": 4, "gate_quantile": 0.3}
+    want = run(tmp_path / "whole", whole, models["base"], **settings)[0]
+    bad = [number for number, row in enumerate(read_rows(whole)) if row["rl_logprobs"][1:2] == [None]]
+    for name, below in (("enough", want["gate_entropy"] + 1e-4), ("little", want["gate_entropy"] - 0.01)):
+        shards = stored(small, tmp_path / name, models["reference"], "packed", 2.0, step=0.0, below=below, unscored=bad)
+        notes: list[str] = []
+        config = TrainConfig(
+            str(shards), str(models["base"]), tmp_path / f"run-{name}", max_steps=1, global_batch_size=8, dtype="float32",
+            micro_batch_size=3, checkpoint_every=0, **settings,
+        )  # fmt: skip
+        train(config, note=notes.append)
+        (metrics,) = metrics_of(tmp_path / f"run-{name}")
+        if name == "enough":
+            for key in ("loss", "kd_loss", "gated", "gate_entropy", "gate_without_topk", "grad_norm"):
+                assert metrics[key] == want[key], key
+            assert not any("tokens stored" in note for note in notes)
+            continue
+        base, rows = load(models["base"]), rows_of_step(shards, 0, 8, seed=4)
+        oracle = switch_step(base, rows, "packed", [list(range(8))], 0.3, 2.0, LEAST[0.0])
+        check(metrics, oracle, base)
+        lacking = round((want["gated"] - metrics["gated"]) * metrics["predicted_tokens"])
+        assert lacking > 0
+        assert metrics["gate_without_topk"] == pytest.approx(lacking / metrics["predicted_tokens"])
+        assert any(f"step 1: {lacking} of {metrics['predicted_tokens']} tokens at or below" in note for note in notes)
+    with pytest.raises(ValueError, match=r"only where rl_entropy_t2 is at most .*score without --top-k-below-entropy"):
+        run(tmp_path / "rkl", tmp_path / "enough", models["base"], objective="rkl", seed=4)
 
 
 # --- the gate ---------------------------------------------------------------------------------------------
