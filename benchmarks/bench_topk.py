@@ -19,6 +19,7 @@ import torch
 import transformers
 import zstandard
 
+from benchmarks.bench_bucket import text
 from benchmarks.common import Claim, claim, make_shards, report
 from scorer.rowcheck import round_logprobs
 from shards import ShardFolder, write_part
@@ -82,15 +83,48 @@ def size_of(columns: dict[str, pa.Array], folder: Path, k: int, length: int, row
     return (sizes[1] - sizes[0]) / (rows * length)
 
 
-def measured(top_ids: np.ndarray, logprobs: np.ndarray, length: int = 256) -> float:
-    """Bytes per token of ids and log-probs [rows * (length - 1), k]; a row's first token has none."""
+@torch.no_grad()
+def top_of_real(folder: Path, rows: int, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids and log-probs [rows * 255, k] of a model on this project's pages and sources, and its entropies at temperature 2."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.tensor(tokenizer(text()).input_ids)
+    rows = min(rows, len(ids) // 256)
+    found = []
+    for row in ids[: rows * 256].reshape(rows, 256):
+        logprobs = model(input_ids=row[None]).logits[0, :-1].log_softmax(-1)
+        top = logprobs.topk(k)
+        found.append((top.indices, top.values, torch.special.entr((logprobs / 2).softmax(-1)).sum(-1)))
+    top_ids, values, entropies = (torch.cat(parts).numpy() for parts in zip(*found))
+    return top_ids.astype(np.int32), round_logprobs(values, STEP), entropies
+
+
+def real_claims(folder: Path, rows: int, counts: list[int]) -> list[Claim]:
+    """All tokens against those whose entropy is lowest, of a real model."""
+    claims = []
+    top_ids, logprobs, entropies = top_of_real(folder, rows, max(counts))
+    for k in counts:
+        own = np.ascontiguousarray(top_ids[:, :k]), np.ascontiguousarray(logprobs[:, :k])
+        for share in (1.0, 0.3, 0.25, 0.2):
+            kept = entropies <= np.quantile(entropies, share)
+            what = "all tokens" if share == 1 else f"the {share:.0%} of lowest entropy"
+            claims.append(claim(f"top {k}, {folder.name}, {what}: bytes per token", [measured(*own, kept=kept)]))
+    return claims
+
+
+def measured(top_ids: np.ndarray, logprobs: np.ndarray, length: int = 256, kept: np.ndarray | None = None) -> float:
+    """Bytes per token of ids and log-probs [rows * (length - 1), k]; a row's first token has none, and none has one where `kept`
+    is False."""
     k, rows = top_ids.shape[1], len(top_ids) // (length - 1)
     present = np.tile(np.arange(length) > 0, rows)
+    shown = present.copy()
+    if kept is not None:
+        shown[present] = kept[: int(present.sum())]
     columns = {}
     for name, values in (("ids", top_ids), ("logprobs", logprobs)):
         filled = np.zeros((rows * length, k), values.dtype)
         filled[present] = values[: rows * (length - 1)]
-        columns[name] = list_array(topk_array(filled, present), np.full(rows, length))
+        columns[name] = list_array(topk_array(filled, shown), np.full(rows, length))
     with TemporaryDirectory() as folder:
         return size_of(columns, Path(folder), k, length, rows)
 
@@ -100,9 +134,12 @@ def main() -> int:
     parser.add_argument("--sample", type=Path, default=Path(".cache/sample"))
     parser.add_argument("--rows", type=int, default=120)
     parser.add_argument("--top-k", type=int, nargs="+", default=[8, 32, 64])
+    parser.add_argument(
+        "--real", type=Path, help="also of this model, as .cache/real/smollm2: all tokens and the surest"
+    )
     options = parser.parse_args()
-    claims: list[Claim] = []
-    for k in options.top_k:
+    claims: list[Claim] = real_claims(options.real, options.rows, options.top_k) if options.real else []
+    for k in options.top_k if options.sample.exists() else ():
         top_ids, logprobs = top_of_sample(options.sample, options.rows, k)
         small, large = measured(top_ids, logprobs), measured(zipf_ids(len(logprobs), k), logprobs)
         claims.append(claim(f"top {k}, the sample's reference: bytes per token", [small]))
