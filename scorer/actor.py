@@ -46,6 +46,7 @@ class ScoringTask:
     top_k: int = 0
     entropies: dict[str, tuple[float, float]] = field(default_factory=dict)
     topk_limit: tuple[str, float] | None = None
+    sample_k: int = 0
 
 
 class ScoringActor:
@@ -147,7 +148,9 @@ class ScoringActor:
     def _submit(self, job: Job, rows: Rows) -> ScoredRows:
         """Send the prompts of a record batch to the engine."""
         task = self._task
-        scored = ScoredRows(rows, task.context, task.num_embeddings, task.top_k, task.entropies, task.topk_limit)
+        scored = ScoredRows(
+            rows, task.context, task.num_embeddings, task.top_k, task.entropies, task.topk_limit, task.sample_k
+        )  # fmt: skip
         for start, end, row in scored.spans:
             if row not in scored.faults:
                 self._loop.submit(job, job.asked, rows.ids[start:end])

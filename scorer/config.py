@@ -128,6 +128,9 @@ class ScoreConfig:
     """With --top-k and --entropy: keep the most probable tokens only where the entropy (that at --entropy-temperature, if given)
     is at most so many nats, null elsewhere; or quantile:0.2, for the share of the tokens with the lowest: the threshold is
     estimated on a sample first, for that share and a margin of 0.05 (quantile:0.2+0.05)."""
+    sample_k: int = 0
+    """Also store this many tokens at every place that are drawn from the reference's whole distribution, in column
+    NAME_sample_ids, for --objective sampled; 0: none."""
     entropy: bool = False
     """Also store the entropy of the reference's prediction at every place, in column NAME_entropy."""
     entropy_temperature: float | None = None
@@ -162,6 +165,7 @@ class ScoreConfig:
                 f"--logprob-step is {self.logprob_step}, expected a power of two so that multiples are exact in float32"
             )
         require_not_negative(self, "top_k", expected="0 (store none) or more, for instance 8")
+        require(self, lambda draws: 0 <= draws <= 4096, "0 (store none) to 4096, for instance 50", "sample_k")
         require_entropy(self)
         if self.below_entropy is not None and not (self.top_k and self.entropy):
             missing = "--top-k" if not self.top_k else "--entropy"

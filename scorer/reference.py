@@ -141,6 +141,8 @@ def provenance(
     if config.top_k:
         entry |= {"top_k": config.top_k, "vocab_size": engine.vocab_size}
     entry |= kept
+    if config.sample_k:
+        entry |= {"sample_k": config.sample_k, "vocab_size": engine.vocab_size}
     if config.entropy:
         entry |= {"entropy": True, "vocab_size": engine.vocab_size}
     if config.entropy_temperature is not None:

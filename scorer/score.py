@@ -39,7 +39,7 @@ from shards.store import Store, absolute, open_store
 __all__ = ["PartsFailed", "score"]
 
 OPTIONS = (
-    *("dtype", "context", "logprob_step", "top_k", "entropy", "entropy_temperature", "top_k_below_entropy"),
+    *("dtype", "context", "logprob_step", "top_k", "entropy", "entropy_temperature", "top_k_below_entropy", "sample_k"),
     *("tensor_parallel_size", "engine", "engine_args"),
 )
 """Fields of a reference that options decide."""
@@ -100,6 +100,7 @@ def score(
             text_alone=model_config["text_alone"],
             temperatures=config.temperatures,
             arguments=engine_args,
+            sample_k=config.sample_k,
         )
         recorded = {} if out.size(MANIFEST) is None else Manifest.read(out).references.get(config.name, {})
         kept = kept_entry(config, recorded)

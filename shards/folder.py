@@ -169,6 +169,11 @@ class ShardFolder:
         for column in columns:
             if column.startswith("topk_"):
                 self.require_top_k(name, everywhere=not gated)
+            elif column == "sample_ids" and not self.require_reference(name).get("sample_k"):
+                raise ValueError(
+                    f"{self.path}: has log-probs of {name!r}, but no tokens drawn from it ({name}_sample_ids); score with --sample-k 50, "
+                    "for instance"
+                )
             elif f"{name}_{column}" not in self.schema.names:
                 temperature = column.rpartition("_t")[2].replace("p", ".")
                 option = f" --entropy-temperature {temperature}" if column != "entropy" else ""

@@ -13,7 +13,7 @@ import pyarrow as pa
 from shards.entropy import entropy_columns, topk_limit
 from shards.manifest import Manifest
 from shards.part import REMEDY
-from shards.schema import has_predecessor, list_lengths, logprobs_column, topk_columns
+from shards.schema import has_predecessor, list_lengths, logprobs_column, sample_column, topk_columns
 
 
 class PartRows:
@@ -190,5 +190,6 @@ def columns_to_read(columns: Iterable[str], manifest: Manifest) -> list[str]:
         if reference.get("top_k") and wanted & {*topk_columns(name)}:
             limit = topk_limit(name, reference)
             wanted |= {*topk_columns(name), logprobs_column(name), *([limit[0]] if limit else [])}
+        wanted |= {"input_ids"} if reference.get("sample_k") and sample_column(name) in wanted else set()
         wanted |= {"input_ids"} if wanted & {logprobs_column(name), *entropy_columns(name, reference)} else set()
     return [field.name for field in manifest.schema if field.name in wanted]

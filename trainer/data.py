@@ -72,7 +72,7 @@ class RowReader:
             self.block_rows[last] = (plan.rows - 1) % manifest.rows_per_batch + 1
         # an embedding may have more rows than the tokenizer has tokens, and the reference's more than the base's
         self.reference_rows = 0
-        if reference is not None and "topk_ids" in columns:
+        if reference is not None and {"topk_ids", "sample_ids"} & {*columns}:
             self.reference_rows = folder.require_reference(reference).get("vocab_size", 0)
         self._parts: OrderedDict[int, PartRows] = OrderedDict()
         self._blocks: OrderedDict[int, list[Row]] = OrderedDict()
@@ -130,7 +130,8 @@ class RowReader:
         if not scored_R.all():
             predicted_T &= np.repeat(scored_R, rows.lengths)
         columns = {column: rows.values(name) for column, name in self._names.items()}
-        self._require_model_fits(rows, columns.get("topk_ids"))
+        for column in ("topk_ids", "sample_ids"):
+            self._require_model_fits(rows, column, columns.get(column))
         for column, values in columns.items():
             columns[column] = values.copy()
             columns[column][~predicted_T] = 0
@@ -147,8 +148,8 @@ class RowReader:
             for row in range(len(rows))
         ]
 
-    def _require_model_fits(self, rows: Rows, topk_ids_TK: np.ndarray | None) -> None:
-        """ValueError where the model has no embedding for a token of the rows, or for one of the most probable ones."""
+    def _require_model_fits(self, rows: Rows, column: str, topk_ids_TK: np.ndarray | None) -> None:
+        """ValueError where the model has no embedding for a token of the rows, or for one of the most probable or drawn ones."""
         bound = self.num_embeddings
         if rows.ids.max() >= bound:
             refuse_tokens(
@@ -161,7 +162,7 @@ class RowReader:
             refuse_tokens(
                 rows, most_T >= bound,
                 lambda token: (
-                    f"{self._names['topk_ids']} has token {most_T[token]}, and the base has {bound} embedding rows, the "
+                    f"{self._names[column]} has token {most_T[token]}, and the base has {bound} embedding rows, the "
                     f"reference {self.reference!r} {self.reference_rows or 'more'}: the reference holds one of its padding rows "
                     "probable there"
                 ),

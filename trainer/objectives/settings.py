@@ -6,7 +6,7 @@ from typing import Literal
 
 from shards.ranges import require, require_one_of
 
-Name = Literal["remit", "ntp", "rho1", "kd", "rkl", "switch"]
+Name = Literal["remit", "ntp", "rho1", "kd", "rkl", "switch", "sampled"]
 """Each is a module of this package with a function make(settings) -> Objective."""
 
 OPTIONS: dict[str, tuple[str, ...]] = {
@@ -16,6 +16,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "kd": ("kd_weight", "temperature", "missing_mass"),
     "rkl": ("kd_weight", "temperature"),
     "switch": ("gate_quantile", "temperature", "scope"),
+    "sampled": ("kd_weight",),
 }
 """The settings that each objective reads."""
 
@@ -38,7 +39,8 @@ class ObjectiveSettings:
     objective: Name = "remit"
     """remit weights each token by how much better the reference predicts it; ntp is plain next-token prediction; rho1
     trains on the tokens whose loss exceeds the reference's most; kd learns the reference's most probable tokens, rkl
-    likewise by the reverse KL, and switch does so where the reference is sure, with next-token prediction elsewhere."""
+    likewise by the reverse KL, and switch does so where the reference is sure, with next-token prediction elsewhere; sampled
+    learns tokens that were drawn from the reference."""
     epsilon: float = 0.2
     """remit: weights are clipped to 1 - epsilon .. 1 + epsilon (Eq. 5); inf: no clip."""
     centring: Literal["row", "document", "none"] = "row"
@@ -54,7 +56,7 @@ class ObjectiveSettings:
     global or micro; entropies are stored, so global costs nothing."""
     kd_weight: float = 0.5
     """kd, rkl: loss = (1 - kd_weight) * next-token loss + kd_weight * temperature^2 * KL, which is KL(reference || base) for
-    kd and KL(base || reference) for rkl."""
+    kd and KL(base || reference) for rkl. sampled: the cross entropy to the drawn tokens in the place of the KL."""
     temperature: float | None = None
     """kd, rkl, switch: both distributions are raised to 1 / temperature and normalised again; default 1, for switch 2, where
     the entropies and log partition sums at that temperature must be stored."""
