@@ -82,7 +82,7 @@ def hashed_samples(prompt: np.ndarray, logprobs: np.ndarray, vocab_size: int, dr
     assert found.topk_logprobs is not None
     whole = np.zeros((len(logprobs), vocab_size))
     np.put_along_axis(whole, found.topk_ids.astype(np.int64), np.exp(found.topk_logprobs.astype(np.float64)), axis=1)
-    return draw(whole, np.abs(logprobs.astype(np.float64) * 1001) % 1, draws)
+    return draw(whole, np.abs(logprobs.astype(np.float64)) * 618.034 % 1, draws)
 
 
 class FakeEngine:
