@@ -52,7 +52,7 @@ def assume(config: PlanConfig) -> list[dict[str, Any]]:
         ("packed_bytes", 2.1, "B per token", "zstd of Zipf-distributed ids, V = 100,000"),
         ("logprob_bytes", 1.4, "B per token", "measured by this project, steps of 1/64 nat; exact ones take 3.8"),
         ("topk_entry_bytes", 4.3 if config.top_k else None, "B per entry", "make bench-topk"),
-        ("top_k_share", config.top_k_share if config.top_k else None, "of the tokens have top k", "--top-k-below-entropy"),
+        ("top_k_share", 1.0 if config.top_k else None, "of the tokens have top k", "--top-k-below-entropy"),
         ("sample_bytes", SAMPLE_BYTES if config.sample_k else None, "B per drawn token", "make bench-topk"),
         ("entropy_bytes", 1.4 if config.entropy else None, "B per token and column", "the sample project: 0.8 to 1.4"),
     ):  # fmt: skip
@@ -138,7 +138,7 @@ def plan_costs(config: PlanConfig, base: ModelShape, reference: ModelShape) -> d
             {
                 "packed": value["packed_bytes"],
                 "log-probs": value["logprob_bytes"],
-                "top-k entries": config.top_k * value.get("topk_entry_bytes", 0) * config.top_k_share,
+                "top-k entries": config.top_k * value.get("topk_entry_bytes", 0) * value.get("top_k_share", 1.0),
                 "drawn tokens": config.sample_k * value.get("sample_bytes", 0),
                 "entropy": config.num_entropies * value.get("entropy_bytes", 0),
             },

@@ -49,8 +49,8 @@ class PlanConfig:
     """auto: only where training does not fit without."""
     top_k: int = 0
     """As for remit score: entries stored per token."""
-    top_k_share: float = 1.0
-    """Share of the tokens with top k (--top-k-below-entropy of remit score): 0.25 for quantile:0.2 with its margin of 0.05."""
+    top_k_share: float | None = None
+    """Share of the tokens with top k, default all; 0.25 for --top-k-below-entropy quantile:0.2 of remit score with its margin."""
     sample_k: int = 0
     """As for remit score: drawn tokens stored per token."""
     entropy: bool = False
