@@ -165,7 +165,7 @@ class ScoreConfig:
                 f"--logprob-step is {self.logprob_step}, expected a power of two so that multiples are exact in float32"
             )
         require_not_negative(self, "top_k", expected="0 (store none) or more, for instance 8")
-        require(self, lambda draws: 0 <= draws <= 4096, "0 (store none) to 4096, for instance 50", "sample_k")
+        require(self, lambda draws: 0 <= draws <= 4096, "0 (store none) to 4096, for instance 25", "sample_k")
         require_entropy(self)
         if self.below_entropy is not None and not (self.top_k and self.entropy):
             missing = "--top-k" if not self.top_k else "--entropy"

@@ -171,7 +171,7 @@ class ShardFolder:
                 self.require_top_k(name, everywhere=not gated)
             elif column == "sample_ids" and not self.require_reference(name).get("sample_k"):
                 raise ValueError(
-                    f"{self.path}: has log-probs of {name!r}, but no tokens drawn from it ({name}_sample_ids); score with --sample-k 50, "
+                    f"{self.path}: has log-probs of {name!r}, but no tokens drawn from it ({name}_sample_ids); score with --sample-k 25, "
                     "for instance"
                 )
             elif f"{name}_{column}" not in self.schema.names:

@@ -14,7 +14,7 @@ from pipelines.plan.settings import PlanConfig
 from pipelines.terminal import counted
 
 RUNS = (1, 2, 3, 5, 10)
-SAMPLE_BYTES = 0.6
+SAMPLE_BYTES = 1.1
 NETWORK = (
     "400 Gb/s for each GPU between machines; replicas exchange beside the backward of their last micro-batch, sharded weights "
     "beside everything"

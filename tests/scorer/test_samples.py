@@ -118,7 +118,7 @@ def test_sound_rows(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="rl_sample_ids has token 119, and the base has 100 embedding rows"):
         read_to_train(folder.path, tmp_path, ("logprobs", "sample_ids"))
     plain = write_folder(tmp_path / "b", rows())
-    with pytest.raises(ValueError, match=r"no tokens drawn from it \(rl_sample_ids\); score with --sample-k 50"):
+    with pytest.raises(ValueError, match=r"no tokens drawn from it \(rl_sample_ids\); score with --sample-k 25"):
         read_to_train(plain.path, tmp_path, ("logprobs", "sample_ids"))
 
 
