@@ -176,7 +176,7 @@ def test_other_libraries_read_the_nulls(tmp_path: Path) -> None:
 
 def test_killed_and_damaged_runs_end_alike(faulty: Faulty, tmp_path: Path, remit: Remit) -> None:
     """With the fake engine: the estimate is frozen, a killed run goes on with it, another one is refused."""
-    options = ("--top-k", 3, "--entropy", "--entropy-temperature", 2, "--top-k-below-entropy")
+    options = ("--top-k", 3, "--entropy", "--top-k-below-entropy")
     sound, killed = tmp_path / "sound", tmp_path / "killed"
     run = Command(tmp_path, *faulty.command("score", sound, *options, "quantile:0.3"))
     assert run.finish() == 0, run.errors
@@ -187,7 +187,7 @@ def test_killed_and_damaged_runs_end_alike(faulty: Faulty, tmp_path: Path, remit
     assert (record["quantile"], record["margin"]) == (0.3, 0.05)
     assert 0.35 <= record["share"] < 0.45
     rows = read_rows(sound)
-    places = [(e, i) for row in rows for e, i in zip(row["rl_entropy_t2"], row["rl_topk_ids"]) if e is not None]
+    places = [(e, i) for row in rows for e, i in zip(row["rl_entropy"], row["rl_topk_ids"]) if e is not None]
     assert all((entropy <= threshold) == (ids is not None) for entropy, ids in places)
     assert sum(ids is not None for _, ids in places) / len(places) == pytest.approx(record["share"], abs=0.05)
 
