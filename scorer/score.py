@@ -32,7 +32,7 @@ from shards.crash import crash_point
 from shards.fingerprint import config_fingerprint
 from shards.folder import ShardFolder
 from shards.manifest import MANIFEST, Manifest
-from shards.output_folder import SHARD_FOLDERS, begin_shards, instead_of, refuse_other, require_empty, writing
+from shards.output_folder import SHARD_FOLDERS, as_begun, begin_shards, instead_of, refuse_other, require_empty, writing
 from shards.quarantine import clear_failures
 from shards.store import Store, absolute, open_store
 
@@ -102,9 +102,10 @@ def score(
             arguments=engine_args,
             sample_k=config.sample_k,
         )
+        source = as_begun(out, shards.manifest)
         recorded = {} if out.size(MANIFEST) is None else Manifest.read(out).references.get(config.name, {})
         kept = kept_entry(config, recorded)
-        manifest = with_reference(shards.manifest, config, reference, engine, tokenizer_differences, kept)
+        manifest = with_reference(source, config, reference, engine, tokenizer_differences, kept)
         names = manifest.schema.names
         if len(set(names)) < len(names):  # rl with --top-k beside a reference called rl_topk
             raise ValueError(f"{config.shards}: --name {config.name} would give two columns one name; choose another")
@@ -115,7 +116,7 @@ def score(
             engine, forwards = choose_dtype(config, shards, engine, should_stop, note)
         if config.below_entropy is not None and "top_k_below_entropy" not in kept:
             kept = estimate(config, shards, engine, model_config, bundle, should_stop, note)
-        manifest = with_reference(shards.manifest, config, reference, engine, tokenizer_differences, kept)
+        manifest = with_reference(source, config, reference, engine, tokenizer_differences, kept)
         with writing(out, note, SHARD_FOLDERS) as lease:
             refuse_other_scoring(out, manifest, config.name)  # another driver may have had the lease since we looked
             folder = begin_shards(shards, out, manifest, lease)
