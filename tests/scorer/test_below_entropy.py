@@ -158,7 +158,7 @@ def test_other_libraries_read_the_nulls(tmp_path: Path) -> None:
     assert pc.list_flatten(table["rl_topk_ids"]).null_count == 6
     want = table["rl_topk_logprobs"].to_pylist()
     assert want[0] == [None, None, None, [0.0, -2.0]]
-    frame = polars.read_ipc(part, memory_map=False)
+    frame = polars.read_ipc(part)
     assert frame["rl_topk_logprobs"].to_list() == want
     assert frame.explode("rl_topk_ids")["rl_topk_ids"].null_count() == 6
     kept = duckdb.sql("select sum(list_count(rl_topk_ids)) from table").fetchone()
