@@ -154,15 +154,15 @@ def test_manifest_is_checked(tmp_path: Path, change: dict) -> None:
 def test_other_libraries_read_the_nulls(tmp_path: Path) -> None:
     write_folder(tmp_path / "a", gated_rows(), references=LIMIT)
     part = tmp_path / "a/part-00000.arrow"
-    table = pa.ipc.open_file(part).read_all()
-    assert pc.list_flatten(table["rl_topk_ids"]).null_count == 6
-    want = table["rl_topk_logprobs"].to_pylist()
+    read_table = pa.ipc.open_file(part).read_all()
+    assert pc.list_flatten(read_table["rl_topk_ids"]).null_count == 6
+    want = read_table["rl_topk_logprobs"].to_pylist()
     assert want[0] == [None, None, None, [0.0, -2.0]]
     frame = polars.read_ipc(part)
     assert frame["rl_topk_logprobs"].to_list() == want
     assert frame.explode("rl_topk_ids")["rl_topk_ids"].null_count() == 6
-    kept = duckdb.sql("select sum(list_count(rl_topk_ids)) from table").fetchone()
-    assert kept == (2,)
+    kept = duckdb.sql("select sum(list_aggregate(rl_topk_ids, 'count')) from read_table").fetchall()
+    assert kept == [(2,)]
     code = (
         f"import datasets; d = datasets.load_dataset('arrow', data_files={str(part)!r}, split='train'); "
         "import json; print(json.dumps(d['rl_topk_logprobs'][:]))"
