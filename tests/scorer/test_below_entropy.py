@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -151,6 +152,7 @@ def test_manifest_is_checked(tmp_path: Path, change: dict) -> None:
         ShardFolder(tmp_path / "b")
 
 
+@pytest.mark.usefixtures("starts_processes")
 def test_other_libraries_read_the_nulls(tmp_path: Path) -> None:
     write_folder(tmp_path / "a", gated_rows(), references=LIMIT)
     part = tmp_path / "a/part-00000.arrow"
@@ -167,7 +169,9 @@ def test_other_libraries_read_the_nulls(tmp_path: Path) -> None:
         f"import datasets; d = datasets.load_dataset('arrow', data_files={str(part)!r}, split='train'); "
         "import json; print(json.dumps(d['rl_topk_logprobs'][:]))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"HF_HOME": str(tmp_path)})
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"HF_HOME": str(tmp_path)}
+    )
     assert json.loads(done.stdout.splitlines()[-1]) == want, done.stderr
 
 
