@@ -12,6 +12,7 @@ from shards.output_folder import require_new_folder
 from shards.ranges import require, require_at_least, require_not_negative
 from shards.schema import logprobs_column
 
+MARGIN = 0.05  # of a quantile: a step's own moves around that of the corpus
 OF_THE_TEMPLATE = (
     "messages",
     "tools",
@@ -155,6 +156,34 @@ class PackConfig:
 
 
 @dataclass(frozen=True)
+class BelowEntropy:
+    """A threshold in nats, or a quantile of the corpus with the margin that is added to it."""
+
+    threshold: float | None = None
+    quantile: float | None = None
+    margin: float = 0.0
+
+
+def parse_below(text: str) -> BelowEntropy:
+    """The value of --top-k-below-entropy; ValueError where it is none."""
+    expected = "nats, for instance 1.5, or quantile:0.2, a share of the tokens, with a margin as in quantile:0.2+0.05"
+    word, colon, value = text.partition(":")
+    try:
+        if not colon:
+            found = BelowEntropy(threshold=float(word))
+            if 0 <= float(word) < math.inf:
+                return found
+        elif word == "quantile":
+            share, _, margin = value.partition("+")
+            found = BelowEntropy(quantile=float(share), margin=float(margin or MARGIN))
+            if float(share) > 0 and found.margin >= 0 and float(share) + found.margin < 1:
+                return found
+    except ValueError:
+        pass
+    raise ValueError(f"--top-k-below-entropy is {text}, expected {expected}")
+
+
+@dataclass(frozen=True)
 class ScoreConfig:
     """Add a reference's log-prob of every token to a shard folder."""
 
@@ -176,6 +205,13 @@ class ScoreConfig:
     top_k: int = 0
     """Also store the reference's most probable tokens at every place, this many, in columns NAME_topk_ids and
     NAME_topk_logprobs; 0: none."""
+    top_k_below_entropy: str | None = None
+    """With --top-k and --entropy: keep the most probable tokens only where the entropy (that at --entropy-temperature, if given)
+    is at most so many nats, null elsewhere; or quantile:0.2, for the share of the tokens with the lowest: the threshold is
+    estimated on a sample first, for that share and a margin of 0.05 (quantile:0.2+0.05)."""
+    sample_k: int = 0
+    """Also store this many tokens at every place that are drawn from the reference's whole distribution, in column
+    NAME_sample_ids, for --objective sampled; 0: none."""
     entropy: bool = False
     """Also store the entropy of the reference's prediction at every place, in column NAME_entropy."""
     entropy_temperature: float | None = None
@@ -210,10 +246,21 @@ class ScoreConfig:
                 f"--logprob-step is {self.logprob_step}, expected a power of two so that multiples are exact in float32"
             )
         require_not_negative(self, "top_k", expected="0 (store none) or more, for instance 8")
+        require(self, lambda draws: 0 <= draws <= 4096, "0 (store none) to 4096, for instance 25", "sample_k")
         require_entropy(self)
+        if self.below_entropy is not None and not (self.top_k and self.entropy):
+            missing = "--top-k" if not self.top_k else "--entropy"
+            raise ValueError(
+                f"--top-k-below-entropy is {self.top_k_below_entropy} without {missing}, expected all three"
+            )
         if self.grace_seconds < 0 or self.progress_timeout_seconds <= 0:
             raise ValueError("--grace-seconds and --progress-timeout-seconds must be positive")
         require_at_least(self, 1, "num_engines", "tensor_parallel_size", "max_num_batched_tokens")
+
+    @property
+    def below_entropy(self) -> "BelowEntropy | None":
+        """What --top-k-below-entropy says."""
+        return None if self.top_k_below_entropy is None else parse_below(self.top_k_below_entropy)
 
     @property
     def temperatures(self) -> tuple[float, ...]:

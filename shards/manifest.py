@@ -97,7 +97,8 @@ class Manifest:
     was put there; files: sha256 of each file in _tokenizer/; added_tokens: how often each of
     those that occur does; model and revision where it came from the hub. Folders of earlier releases have fingerprint, eos_token_id, vocab_size, special_tokens.
     references: per name its model name, revision, weights_sha256, dtype, engine, engine_version,
-    engine_distribution, device, head_dtype (these three are missing in older ones), tensor_parallel_size, context, logprob_step, top_k where its most probable tokens are stored, and
+    engine_distribution, device, head_dtype (these three are missing in older ones), tensor_parallel_size, context, logprob_step, top_k where its most probable tokens are stored, sample_k where tokens drawn from it are,
+    top_k_below_entropy where they are only at an entropy of at most so many nats (top_k_quantile: how that was estimated), and
     entropy (true) where its entropy is, with entropy_temperature where it is at another temperature too.
     selections: by which rule rows of the packed corpus were kept, oldest first: method, rows_read, rows_unscored,
     rows_kept, source_manifest_sha256, and what else the method says (scorer/select.py).
@@ -144,6 +145,7 @@ class Manifest:
             {name: entry.get("top_k", 0) for name, entry in self.references.items()},
             {name: entropy_columns(name, entry) for name, entry in self.references.items()},
             self.predict,
+            {name: entry.get("sample_k", 0) for name, entry in self.references.items()},
         )
 
     @cached_property
@@ -296,11 +298,14 @@ class Manifest:
             logprobs_column(name)
             if reference.get("context") not in CONTEXTS:
                 raise ValueError(f"reference {name}: context is {reference.get('context')!r}")
-            for key in ("top_k", "vocab_size"):
+            for key in ("top_k", "sample_k", "vocab_size"):
                 value = reference.get(key, 0)
                 if not isinstance(value, int) or not 0 <= value < 1 << 31:  # the size of an Arrow list is an int32
                     raise ValueError(f"reference {name}: {key} is {value!r}")
+            if reference.get("sample_k") and not reference.get("vocab_size"):
+                raise ValueError(f"reference {name}: sample_k is {reference['sample_k']!r} without a vocab_size")
             _check_entropy(name, reference)
+            _check_below_entropy(name, reference)
         twice = [name for name in self.schema.names if self.schema.names.count(name) > 1]
         if twice:
             raise ValueError(f"two references have a column {twice[0]}")
@@ -317,3 +322,10 @@ def _check_entropy(name: str, reference: dict[str, Any]) -> None:
     is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
     if temperature is not None and not (entropy and is_number and is_temperature(temperature)):
         raise ValueError(f"reference {name}: entropy_temperature is {temperature!r}")
+
+
+def _check_below_entropy(name: str, reference: dict[str, Any]) -> None:
+    threshold = reference.get("top_k_below_entropy")
+    is_number = isinstance(threshold, int | float) and not isinstance(threshold, bool) and threshold >= 0
+    if threshold is not None and not (is_number and reference.get("entropy") and reference.get("top_k")):
+        raise ValueError(f"reference {name}: top_k_below_entropy is {threshold!r}")

@@ -92,6 +92,11 @@ def prepare(config: TrainConfig, session: Session) -> Run | None:
     objective = make_objective(config)
     reference = config.reference if objective.columns else None
     context = choose_context(config, shards, reference)
+    if reference is not None:
+        objective = make_objective(config, shards.require_reference(reference))
+        shards.require_columns(reference, objective.columns)
+        if objective.note:
+            session.note(objective.note)
     settings = check_settings(config, session, shards, context)
     if world.from_first(session.lease is None or (config.out / MODEL).exists()):
         return None
