@@ -9,6 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
+from scorer.fields import Fields
 from scorer.listing import absolute
 
 HUB = "hf://"
@@ -132,35 +135,60 @@ def json_files(shard: Shard) -> list[str] | None:
     return stream.of_shard(shard) if isinstance(stream, JsonFiles) else None
 
 
-def read_rows(shard: Shard, text_field: str, file: str | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a shard, with `text_field` where they have it; ValueError where they cannot be read to the end.
+def read_rows(shard: Shard, fields: Fields, file: str | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a shard, with the fields that they have of those wanted; ValueError where they cannot be read to the end.
 
     file: the one to read, of a shard of JSON files.
     """
-    import pyarrow.dataset
-
     number = 0
     try:
-        builder, stream = open_stream(shard)
-        if file is not None:
-            builder.config.data_files = {shard.split: [file]}
-            stream = builder.as_streaming_dataset(split=shard.split)
-        columns = list(stream.features or [text_field])
-        if text_field in columns and builder.name == "parquet":
-            # as it comes, a whole file is asked for at once, with all its columns
-            builder.config.columns, builder.config.batch_size = [text_field], ROWS_AT_ONCE
-            options = pyarrow.dataset.ParquetFragmentScanOptions(pre_buffer=False, use_buffered_stream=True)
-            builder.config.fragment_scan_options = options
-            stream = builder.as_streaming_dataset(split=shard.split)
-        if shard.count > 1 and file is None:
-            stream = stream.shard(num_shards=shard.count, index=shard.index)
-        if text_field in columns:
+        stream, columns = _open_rows(shard, fields, file)
+        missing = fields.missing(columns)
+        if not missing:
             for row in stream:
                 yield row
                 number += 1
     except Exception as error:
         raise ValueError(f"{shard.name}: cannot be read beyond row {number} ({_reason(error)}); {REMEDY}") from None
-    if text_field not in columns:
-        raise ValueError(
-            f"{shard.name}: has no column {text_field!r}, only {', '.join(columns)[:80]}; set --text-field"
-        )
+    _require_columns(shard, missing, columns, fields)
+
+
+def read_columns(shard: Shard, fields: Fields, rows: int) -> Iterator[pa.Table]:
+    """The rows of a shard as tables of up to `rows` rows, with the columns that are wanted; errors as of read_rows."""
+    number = 0
+    try:
+        stream, columns = _open_rows(shard, fields, None)
+        missing = fields.missing(columns)
+        if not missing:
+            for table in stream.with_format("arrow").iter(batch_size=rows):
+                yield table.select(fields.columns(columns))
+                number += len(table)
+    except Exception as error:
+        raise ValueError(f"{shard.name}: cannot be read beyond row {number} ({_reason(error)}); {REMEDY}") from None
+    _require_columns(shard, missing, columns, fields)
+
+
+def _open_rows(shard: Shard, fields: Fields, file: str | None) -> tuple[Any, list[str]]:
+    """The stream of a shard's rows, and the names of its columns."""
+    import pyarrow.dataset
+
+    builder, stream = open_stream(shard)
+    if file is not None:
+        builder.config.data_files = {shard.split: [file]}
+        stream = builder.as_streaming_dataset(split=shard.split)
+    columns = list(stream.features or fields.columns(()))
+    if builder.name == "parquet" and not fields.missing(columns):
+        # as it comes, a whole file is asked for at once, with all its columns
+        builder.config.columns, builder.config.batch_size = fields.columns(columns), ROWS_AT_ONCE
+        options = pyarrow.dataset.ParquetFragmentScanOptions(pre_buffer=False, use_buffered_stream=True)
+        builder.config.fragment_scan_options = options
+        stream = builder.as_streaming_dataset(split=shard.split)
+    if shard.count > 1 and file is None:
+        stream = stream.shard(num_shards=shard.count, index=shard.index)
+    return stream, columns
+
+
+def _require_columns(shard: Shard, missing: list[str], columns: list[str], fields: Fields) -> None:
+    if missing:
+        option = "--keep-fields" if missing[0] not in fields.names else fields.option
+        raise ValueError(f"{shard.name}: has no column {missing[0]!r}, only {', '.join(columns)[:80]}; set {option}")

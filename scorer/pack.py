@@ -20,13 +20,16 @@ import ray
 from scorer.cluster import cause, ray_cluster, ray_errors, require_ray
 from scorer.config import PackConfig
 from scorer.corpus import require_kind
+from scorer.kept_fields import field_types, write_table
 from scorer.known import remember, stamps
 from scorer.pack_tasks import stage_source, write_part_from_staging
 from scorer.placement import wait_for_nodes
-from scorer.plan import plan_parts, refuse_other_plan, say_what_changed
+from scorer.plan import plan_parts, reading, refuse_other_plan, say_what_changed, say_what_was_added
 from scorer.sources import Corpus, Source, find_corpus, staged_estimate
 from scorer.stopping import StopGuard
 from scorer.tokenizer import PackTokenizer, describe_tokenizer, load_tokenizer
+from scorer.tokens.bos import bos_of_corpus, own_bos
+from scorer.tokens.read import is_token_file, require_side_files
 from scorer.vocabulary import Vocabulary, hashes
 from shards.crash import crash_point
 from shards.fingerprint import model_origin
@@ -34,6 +37,7 @@ from shards.folder import TOKEN_IDS, TOKENIZER, ShardFolder
 from shards.lease import LEASE, Lease, LeaseLost
 from shards.manifest import MANIFEST, PartPlan
 from shards.output_folder import SHARD_FOLDERS, instead_of, require_empty, writing
+from shards.side_table import FIELDS
 from shards.store import Store, absolute, open_store
 from shards.tokens import added_tokens, other_beginning
 
@@ -63,10 +67,10 @@ def pack(
     if parent.endswith(":/"):
         raise ValueError(f"{config.out.rstrip('/')}: is a whole bucket; name a folder in it")
     stages = f"{parent}/.{last}.staging"
-    corpus = find_corpus(config.corpus, config.text_field, own=(config.out, stages))
+    corpus = find_corpus(config.corpus, config.fields.names[0].partition(".")[0], own=(config.out, stages))
     sources = corpus.sources
     tokenizer = load_tokenizer(config.tokenizer)
-    description = describe_tokenizer(tokenizer, config.special_tokens, config.bos)
+    description = describe_tokenizer(tokenizer, config.special_tokens, bos_of_corpus(config, sources, tokenizer))
     for line in filter(None, [*tokenizer.notes, other_beginning(tokenizer.encoder, description["bos_token_id"])]):
         note(line)
     model, revision = model_origin(Path(config.tokenizer))
@@ -75,6 +79,13 @@ def pack(
         "seq_len": config.seq_len,
         "tokenizer": description,
         "text_field": config.text_field,
+        "template": config.template,
+        "tokens_field": config.tokens_field,
+        "tokens_dtype": config.tokens_dtype,
+        "on_missing_eos": config.on_missing_eos,
+        "keep_fields": list(config.kept_fields),
+        "bos": config.bos,
+        "own_bos": own_bos(tokenizer),
         "rows_per_batch": config.rows_per_batch,
         "on_bad_document": config.on_bad_document,
         "on_bad_file": config.on_bad_file,
@@ -97,8 +108,15 @@ def pack(
     require_empty(out, MANIFEST, "a shard folder")
     if corpus.note:
         note(corpus.note)
+    for source in sources:
+        if is_token_file(source) and config.kept_fields:
+            raise ValueError(
+                f"{source.where}: has no fields that --keep-fields could keep; leave it out, or pack it alone"
+            )
     for source in sources if config.on_bad_file == "stop" else []:
         require_kind(source)
+        if is_token_file(source):
+            require_side_files(source)
     out.require_free(int(2 * staged_estimate(sources)), "packing this corpus")
     with writing(out, note, SHARD_FOLDERS) as lease:
         before = stamps(sources)
@@ -112,7 +130,9 @@ def pack(
                 staged = _stage_all(config, sources, staging, raw, settings, out, lease, progress, stop, vocabulary)
                 crash_point("staging.done")
                 say_what_changed(staged, note)
-                folder = _begin(config, corpus, staged, vocabulary, tokenizer, description | origin, out, lease)
+                say_what_was_added(staged, note)
+                types = _write_tables(config, staging, staged, out, lease)
+                folder = _begin(config, corpus, staged, vocabulary, tokenizer, description | origin, types, out, lease)
                 out.require_free(staging.used_bytes(), "writing the parts")
                 _write_parts(folder, staging, staged, lease, progress, stop)
             files = folder.manifest.corpus
@@ -133,6 +153,7 @@ def pack(
             if out.size(MANIFEST) is None:
                 out.delete(REJECTED)
                 out.remove(TOKENIZER)
+                out.remove(FIELDS)
             raise
     return folder
 
@@ -144,6 +165,7 @@ def _begin(
     vocabulary: Vocabulary,
     tokenizer: PackTokenizer,
     description: dict[str, Any],
+    kept_fields: dict[str, str],
     out: Store,
     lease: Lease,
 ) -> ShardFolder:
@@ -155,7 +177,12 @@ def _begin(
         decisive = {name: known[name] for name in ("tokenizer.json", TOKEN_IDS)}
         known = begun.manifest.tokenizer.get("files", {}) | decisive
     tokens = {"added_tokens": vocabulary.added_tokens(), "files": known}
-    manifest = replace(plan_parts(config, staged, description | tokens), passed_over=corpus.passed_over)
+    manifest = replace(
+        plan_parts(config, staged, description | tokens),
+        passed_over=corpus.passed_over,
+        reading=reading(config),
+        kept_fields=kept_fields,
+    )
     lease.check()
     if begun is None:  # what is there may be half a tokenizer, of a run that died
         out.remove(TOKENIZER)
@@ -174,6 +201,30 @@ def _begin(
     manifest.write(out)
     crash_point("driver.planned")
     return ShardFolder(out)
+
+
+def _write_tables(config: PackConfig, staging: Store, staged: list[dict], out: Store, lease: Lease) -> dict[str, str]:
+    """Write the tables of the kept fields, a task for each corpus file, and note their hashes; returns the fields' types."""
+    if not config.kept_fields:
+        return {}
+    types = field_types(config.kept_fields, [record["field_kinds"] for record in staged])
+    task: Any = ray.remote(write_table).options(max_retries=2)
+    todo = deque(index for index, record in enumerate(staged) if record["file"]["documents_packed"])
+    running: dict[Any, int] = {}
+    limit = 2 * int(ray.cluster_resources().get("CPU", 1))
+    while todo or running:
+        lease.check()
+        while todo and len(running) < limit:
+            index = todo.popleft()
+            running[task.remote(staging, out, index, types)] = index
+        ready, _ = ray.wait(list(running), num_returns=1)
+        for reference in ready:
+            try:
+                sha256 = ray.get(reference)
+            except Exception as error:
+                raise cause(error) from None
+            staged[running.pop(reference)]["file"]["fields_sha256"] = sha256
+    return types
 
 
 def _save_rejected(staged: list[dict], out: Store) -> None:

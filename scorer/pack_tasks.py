@@ -20,8 +20,12 @@ from tokenizers import Tokenizer
 from scorer.corpus import BadDocument, BadFile, read_documents
 from scorer.cutter import RowCutter
 from scorer.decompress import window_of_each
+from scorer.fields import Fields
+from scorer.kept_fields import KeptFields, staged_name
 from scorer.roundtrip import DocumentSample
 from scorer.sources import Source
+from scorer.tokens.documents import Found, Ready, Rules, make_ready
+from scorer.tokens.read import Reading, holds_tokens, is_token_file, marks_ends, read_tokens
 from scorer.vocabulary import pack_bits
 from shards.crash import crash_point
 from shards.folder import ShardFolder
@@ -65,6 +69,32 @@ def _encode(encoder: Tokenizer, texts: list[str], source: Source) -> Any:
         ) from None
 
 
+def fields_of(settings: dict) -> Fields:
+    """What is read of a record."""
+    name = settings.get("tokens_field") or settings["text_field"]
+    return Fields(name, settings.get("template"), tuple(settings.get("keep_fields", ())))
+
+
+def _ready(
+    source: Source, settings: dict, encoder: Tokenizer, found: Found, window: int
+) -> Iterator[tuple[Ready, int]]:
+    """The documents of a source of token ids that are packed, and how many bytes of it were read."""
+    description = settings["tokenizer"]
+    ids = np.array(sorted(encoder.get_vocab(with_added_tokens=True).values()))
+    vocabulary, unknown = int(ids[-1]) + 1, np.setdiff1d(np.arange(ids[-1]), ids)
+    eos, bos = description["eos_token_id"], description["bos_token_id"]
+    rules = Rules(
+        source.where, vocabulary, unknown, eos, bos, settings["own_bos"], settings["bos"],
+        settings["on_missing_eos"] if settings["on_missing_eos"] != "auto" else "append" if marks_ends(source) else "stop",
+        settings["on_bad_document"], is_token_file(source),
+    )  # fmt: skip
+    reading = Reading(
+        settings.get("tokens_field"), settings["tokens_dtype"], vocabulary, eos, tuple(settings.get("keep_fields", ()))
+    )
+    for block in read_tokens(source, reading, window):
+        yield make_ready(block, rules, found), block.position
+
+
 def stage_source(
     source: Source,
     index: int,
@@ -82,14 +112,18 @@ def stage_source(
     """
     os.environ["RAYON_NUM_THREADS"] = str(threads)  # the tokenizer's, read when it first encodes
     final, record_name = f"source-{index:05d}.arrow", f"source-{index:05d}.json"
-    size, version, sha256 = source.size(), source.version(), source.sha256()
+    size, version, sha256, beside = source.size(), source.version(), source.sha256(), source.sha256_beside()
     key: dict[str, Any] = {"path": source.name, "size": size, "sha256": sha256}
+    key |= {"beside": beside} if beside else {}
     recorded = {
         name: value for name, value in settings.items() if name != "added_tokens"
     }  # of the tokenizer that it names
     if staging.size(record_name) is not None:
         record = json.loads(staging.read(record_name))
         same = record["key"] == key and record["settings"] == recorded and staging.size(final) is not None
+        fields_sha256, fields_name = record.get("fields_sha256"), staged_name(index)
+        if fields_sha256 and same:
+            same = staging.size(fields_name) is not None and staging.sha256(fields_name) == fields_sha256
         if same and staging.sha256(final) == record["staged_sha256"]:
             yield {"bytes": size or 0, "tokens": record["file"]["tokens"], "record": record}
             return
@@ -99,6 +133,8 @@ def stage_source(
     encoder, eos = _encoder(tokenizer_json, description["special_tokens"]), description["eos_token_id"]
     bos = description.get("bos_token_id")
     cutter = RowCutter(settings["seq_len"], settings["rows_per_batch"], index, bos)
+    fields, has_tokens = fields_of(settings), holds_tokens(source, settings.get("tokens_field"))
+    found, window = Found(), window_of_each(threads)
     sample = DocumentSample(index)
     occurrences_V = np.zeros(_ids(encoder), dtype=np.int64)
     counts: dict[str, Any] = dict.fromkeys(("read", "packed", "empty", "rejected"), 0)
@@ -112,6 +148,7 @@ def stage_source(
         if out is not None:
             check_fence(out, *lease)
 
+    side = KeptFields(staging.temporary(staged_name(index)), fields.kept)
     try:
         with (
             staging.space_errors(final, 4 * (size or 0)),
@@ -127,7 +164,16 @@ def stage_source(
                     tokens += len(ids)
                     occurrences_V[:] += np.bincount(ids, minlength=len(occurrences_V))
 
-            batches = read_documents(source, settings["text_field"], window_of_each(threads))
+            blocks = _ready(source, settings, encoder, found, window) if has_tokens else iter(())
+            for block, position in _until_bad_file(blocks, left_out) if reject_file else blocks:
+                write(cutter.add_many(block.doc_ids, block.ids, block.lengths))
+                side.add(block.doc_ids.tolist(), block.fields or [])
+                counts, rejected = found.counts(), found.rejected
+                if monotonic() - checked > 1:
+                    may_go_on()
+                    checked = monotonic()
+                yield {"bytes": position, "tokens": tokens}
+            batches = iter(()) if has_tokens else read_documents(source, fields, window)
             for documents, position in _until_bad_file(batches, left_out) if reject_file else batches:
                 good: list[tuple[int, str]] = []
                 for offset, document in enumerate(documents):
@@ -138,6 +184,7 @@ def stage_source(
                     else:
                         counts["rejected"] += 1
                         rejected.append(str(document))
+                first = counts["read"]
                 counts["read"] += len(documents)
                 encodings = _encode(encoder, [text for _, text in good], source)
                 for (doc_id, text), encoding in zip(good, encodings):
@@ -148,26 +195,32 @@ def stage_source(
                         counts["empty"] += 1
                         continue
                     counts["packed"] += 1
+                    side.add([doc_id], [documents.kept[doc_id - first]])
                     write(cutter.add(doc_id, np.array([*ids, eos], dtype=np.int32)))
                 if monotonic() - checked > 1:
                     may_go_on()
                     checked = monotonic()
                 yield {"bytes": position, "tokens": tokens}
             write(cutter.finish())
-        if source.version() != version or (not version and source.sha256() != sha256):
+        changed_beside = beside and source.sha256_beside() != beside
+        if changed_beside or source.version() != version or (not version and source.sha256() != sha256):
             raise ValueError(f"{source.where}: changed while it was read; run again when nothing writes to it")
         if left_out:  # what came before the fault goes too
-            counts, rejected, rows, tokens = dict.fromkeys(counts, 0), [], 0, 0
+            counts, rejected, rows, tokens, found = dict.fromkeys(counts, 0), [], 0, 0, Found()
+            side.clear()
             pa.ipc.new_file(temporary, row_schema()).close()
             sample, cutter.bos_tokens, occurrences_V[:] = DocumentSample(index), 0, 0
         with pa.OSFile(str(temporary)) as staged:
             changed = sample.changed(staged, encoder, bos)
+        kinds = side.close()
         unknown = settings.get("unknown_id")
         added = {eos: counts["packed"], bos: cutter.bos_tokens}.get(unknown, 0)  # by pack, where it is one of these
         record = {
             "key": key,
             "settings": recorded,
             "staged_sha256": sha256_file(temporary),
+            "fields_sha256": sha256_file(side.path) if fields.kept else None,
+            "field_kinds": kinds,
             "file": asdict(
                 CorpusFile(
                     **key,
@@ -179,6 +232,8 @@ def stage_source(
                     documents_sampled=len(sample.texts),
                     documents_changed=len(changed),
                     left_out="".join(left_out),
+                    documents_with_bos=found.with_bos if has_tokens else None,
+                    eos_added=found.eos_added if has_tokens else None,
                 )
             ),
             "rejected": rejected,
@@ -192,9 +247,12 @@ def stage_source(
         }
         crash_point("staging.written")
         may_go_on()
+        if fields.kept:
+            staging.put(side.path, staged_name(index))
         staging.put(temporary, final)
     except BaseException:
         temporary.unlink(missing_ok=True)
+        side.path.unlink(missing_ok=True)
         raise
     staging.replace(record_name, encode_json(record))
     yield {"bytes": size or 0, "tokens": tokens, "record": record}

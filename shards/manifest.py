@@ -19,6 +19,7 @@ import pyarrow as pa
 from shards.entropy import entropy_columns, is_temperature
 from shards.part import publish_json
 from shards.schema import CONTEXTS, logprobs_column, row_schema
+from shards.side_table import TYPES
 from shards.store import Store, open_store
 
 FORMAT = "remit-shards"
@@ -44,6 +45,9 @@ class CorpusFile:
     documents_sampled, documents_changed: documents that were decoded again from the rows, and those of them that did not
     come back as they were.
     left_out: why nothing of the file was packed (--on-bad-file reject); "" for all others.
+    Of token ids alone: documents_with_bos: those that began with BOS; eos_added: those that pack ended with EOS; beside: sha256
+    of the files beside it (an index, a mask), by name.
+    fields_sha256: of the table with the fields that are kept of its documents (shards/side_table.py), None without one.
     """
 
     path: str
@@ -60,6 +64,10 @@ class CorpusFile:
     documents_sampled: int | None = None
     documents_changed: int | None = None
     left_out: str = ""
+    documents_with_bos: int | None = None
+    eos_added: int | None = None
+    beside: dict[str, str] | None = None
+    fields_sha256: str | None = None
 
     def entry(self) -> dict[str, Any]:
         """As a JSON object, without what says nothing: left_out, or what an earlier release did not count."""
@@ -95,6 +103,8 @@ class Manifest:
     selections: by which rule rows of the packed corpus were kept, oldest first: method, rows_read, rows_unscored,
     rows_kept, source_manifest_sha256, and what else the method says (scorer/select.py).
     passed_over: files of the corpus folders that were not read, counted by suffix or what else they are.
+    reading: what of a record was packed where it is not one field of text: template, or tokens_field; tokens_dtype.
+    kept_fields: names and kinds of the fields that are kept beside the rows.
     """
 
     seq_len: int
@@ -106,6 +116,8 @@ class Manifest:
     references: dict[str, dict[str, Any]] = field(default_factory=dict)
     selections: tuple[dict[str, Any], ...] = ()
     passed_over: dict[str, int] = field(default_factory=dict)
+    reading: dict[str, str] = field(default_factory=dict)
+    kept_fields: dict[str, str] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -149,7 +161,8 @@ class Manifest:
         }
         # only where there are any, so that other folders keep their bytes
         common |= {"selections": list(self.selections)} if self.selections else {}
-        return common | ({"passed_over": self.passed_over} if self.passed_over else {})
+        optional = {name: getattr(self, name) for name in ("passed_over", "reading", "kept_fields")}
+        return common | {name: value for name, value in optional.items() if value}
 
     @cached_property
     def _text(self) -> tuple[str, str]:
@@ -224,6 +237,8 @@ class Manifest:
                 references={name: dict(reference) for name, reference in value["references"].items()},
                 selections=tuple(dict(selection) for selection in value.get("selections", [])),
                 passed_over=dict(value.get("passed_over", {})),
+                reading=dict(value.get("reading", {})),
+                kept_fields=dict(value.get("kept_fields", {})),
             )
             manifest._check()
             if {key: value[key] for key in manifest._common()} != manifest._common():
@@ -272,6 +287,8 @@ class Manifest:
         twice = [name for name in self.schema.names if self.schema.names.count(name) > 1]
         if twice:
             raise ValueError(f"two references have a column {twice[0]}")
+        if unknown := sorted(set(self.kept_fields.values()) - set(TYPES)):
+            raise ValueError(f"a kept field is of kind {unknown[0]!r}, expected one of {', '.join(TYPES)}")
         kept = [selection["rows_kept"] for selection in self.selections]
         read = [selection["rows_read"] for selection in self.selections]
         if kept != [*read[1:], self.rows][: len(kept)]:

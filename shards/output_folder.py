@@ -22,11 +22,12 @@ from shards.lease import LEASE, Lease, LeaseLost
 from shards.manifest import MANIFEST, Manifest
 from shards.part import COMMITS, encode_json, publish_json
 from shards.quarantine import QUARANTINE
+from shards.side_table import FIELDS, copy_tables
 from shards.store import Store, is_remote, open_store
 
 MODEL = "model"
 """The last thing that a run writes into its folder."""
-SHARD_FOLDERS = ("", COMMITS, LEASE, TOKENIZER, f"{QUARANTINE}/rows", f"{QUARANTINE}/failed")
+SHARD_FOLDERS = ("", COMMITS, LEASE, TOKENIZER, FIELDS, f"{QUARANTINE}/rows", f"{QUARANTINE}/failed")
 """Where the writers of a shard folder have temporary files."""
 ALIASES = {"s3a": "s3", "gcs": "gs"}  # two names of one protocol
 NAMED_DIFFERENCES = 3
@@ -89,6 +90,7 @@ def begin_shards(shards: ShardFolder, out: Store, manifest: Manifest, lease: Lea
         lease.check()
         out.remove(TOKENIZER)  # of a run that died while it copied one
         shards.copy_tokenizer_to(out)
+        copy_tables(shards, out)
         crash_point("output.begun")
         lease.check()
         manifest.write(out)

@@ -18,6 +18,7 @@ from shards.manifest import CorpusFile, PartPlan
 from shards.part import METADATA_KEY
 from shards.quarantine import failure_reason, read_quarantined_rows, rows_name
 from shards.rows import Rows
+from shards.side_table import table_problems
 from shards.verify_tokenizer import VocabularyCount, tokenizer_problems
 
 
@@ -56,7 +57,7 @@ def verify_folder(folder: ShardFolder, on_part: Callable[[PartPlan], object] = l
     report = Report(logprobs=dict.fromkeys(names, 0), quarantined=dict.fromkeys(names, 0))
     counts = [_SourceCount() for _ in folder.manifest.corpus]
     vocabulary = VocabularyCount(folder)
-    report.problems += tokenizer_problems(folder)
+    report.problems += tokenizer_problems(folder) + table_problems(folder)
     for plan in folder.manifest.parts:
         try:
             _verify_part(folder, plan, counts, vocabulary, report)
