@@ -11,12 +11,12 @@ import pyarrow as pa
 
 from scorer.corpus import records
 from scorer.faults import BadDocument, BadFile
-from scorer.fields import REMEDY, Fields, find
+from scorer.fields import MISSING, REMEDY, Fields, find
 from scorer.formats import TABLES
 from scorer.hf_datasets import json_files, read_columns
 from scorer.sources import Source
 from scorer.tables import table_batches
-from scorer.tokens.blocks import BLOCK_TOKENS, MAX_DOCUMENT_TOKENS, TokenBlock, require_length
+from scorer.tokens.blocks import BLOCK_TOKENS, TokenBlock, require_length
 
 MOST_ROWS = 4096  # that are read at once
 DATASET_ROWS = 256
@@ -173,14 +173,17 @@ def _record_blocks(source: Source, fields: Fields, max_window: int) -> Iterator[
         value = record if isinstance(record, BadDocument) else find(record, fields.text)
         kept = [(None,) * len(fields.kept) if isinstance(record, BadDocument) else fields.kept_of(record)]
         ids: Any = value
-        if not isinstance(value, BadDocument):
-            if not isinstance(value, list) or not all(type(token) is int for token in value):
-                ids = BadDocument(
-                    f"{where}: field {fields.text!r} is {str(value)[:40] if isinstance(value, list) else type(value).__name__}, "
-                    f"expected a list of integers; set --tokens-field, correct the line, or {REMEDY}"
-                )
-            elif len(value) > MAX_DOCUMENT_TOKENS:
-                require_length(source.where, number, len(value))
+        if value is MISSING:
+            names = ", ".join(map(str, record))[:80]
+            ids = BadDocument(f"{where}: has no field {fields.text!r}, only {names}; set --tokens-field, or {REMEDY}")
+        elif isinstance(value, list) and all(type(token) is int for token in value):
+            require_length(source.where, number, len(value))
+        elif not isinstance(value, BadDocument):
+            what = str(value)[:40] if isinstance(value, list) else f"{type(value).__name__} {str(value)[:40]!r}"
+            ids = BadDocument(
+                f"{where}: field {fields.text!r} is {what}, expected a list of integers; set --tokens-field, correct the line, "
+                f"or {REMEDY}"
+            )
         if isinstance(ids, BadDocument):
             yield TokenBlock(np.zeros(0, np.int64), np.zeros(1, np.int64), position, bad={0: ids}, fields=kept or None)
             continue
