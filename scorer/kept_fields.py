@@ -113,7 +113,7 @@ def field_types(names: tuple[str, ...], kinds_of_sources: list[list[list[str]]])
         if kind == "null":
             raise ValueError(f"--keep-fields: no document of the corpus has a field {name!r}; check its name")
         types[name] = kind
-    return types
+    return dict(sorted(types.items()))  # as the manifest has them
 
 
 def write_table(staging: Store, out: Store, source: int, types: dict[str, str]) -> str:

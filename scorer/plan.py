@@ -126,7 +126,7 @@ def refuse_other_plan(
         {
             **ours,
             **ours_read,
-            "keep_fields": list(config.kept_fields),
+            "keep_fields": sorted(config.kept_fields),
             "tokenizer": description,
             "corpus": asked,
             "references": [],
@@ -134,7 +134,7 @@ def refuse_other_plan(
         {
             **theirs,
             **theirs_read,
-            "keep_fields": list(manifest.kept_fields),
+            "keep_fields": sorted(manifest.kept_fields),
             "tokenizer": packed,
             "corpus": corpus,
             "references": sorted(manifest.references),
