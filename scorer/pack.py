@@ -205,6 +205,8 @@ def _begin(
 
 def _write_tables(config: PackConfig, staging: Store, staged: list[dict], out: Store, lease: Lease) -> dict[str, str]:
     """Write the tables of the kept fields, a task for each corpus file, and note their hashes; returns the fields' types."""
+    if out.size(MANIFEST) is None:
+        out.remove(FIELDS)  # of a run that died, perhaps with other fields
     if not config.kept_fields:
         return {}
     types = field_types(config.kept_fields, [record["field_kinds"] for record in staged])

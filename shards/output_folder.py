@@ -90,6 +90,7 @@ def begin_shards(shards: ShardFolder, out: Store, manifest: Manifest, lease: Lea
         lease.check()
         out.remove(TOKENIZER)  # of a run that died while it copied one
         shards.copy_tokenizer_to(out)
+        out.remove(FIELDS)
         copy_tables(shards, out)
         crash_point("output.begun")
         lease.check()
