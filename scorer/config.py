@@ -1,8 +1,10 @@
 """Settings of remit pack, remit score and remit select, checked once. Light to import, so that --help answers at once."""
 
+import json
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from datetime import date
+from typing import Any, Literal
 
 from scorer.engine_args import parse_engine_args
 from scorer.fields import Fields
@@ -11,7 +13,35 @@ from shards.output_folder import require_new_folder
 from shards.ranges import require, require_at_least, require_not_negative
 from shards.schema import logprobs_column
 
+OF_THE_TEMPLATE = (
+    "messages",
+    "tools",
+    "documents",
+    "add_generation_prompt",
+    "strftime_now",
+    "conversations",
+    "chat_template",
+)
 TOKENS_PER_BATCH = 1 << 18  # of an Arrow record batch: what a reader decompresses at once
+
+
+def parse_template_args(entries: list[str]) -> dict[str, Any]:
+    """{key: value} of KEY=VALUE entries; a value is JSON where it can be read as such, else a string."""
+    found: dict[str, Any] = {}
+    for entry in entries:
+        key, equals, text = entry.partition("=")
+        if not (key.isidentifier() and equals):
+            raise ValueError(
+                f"--chat-template-args has {entry!r}, expected KEY=VALUE, for instance enable_thinking=false"
+            )
+        if key in found or key in OF_THE_TEMPLATE or key.startswith(("return_", "continue_")):
+            what = "twice, expected each key once" if key in found else "which is not to be set"
+            raise ValueError(f"--chat-template-args has {key} {what}")
+        try:
+            found[key] = json.loads(text)
+        except ValueError:
+            found[key] = {"True": True, "False": False, "None": None}.get(text, text)
+    return found
 
 
 @dataclass(frozen=True)
@@ -44,6 +74,24 @@ class PackConfig:
     says where documents end (.npy without .csv.gz)."""
     keep_fields: str | None = None
     """Fields or columns to keep beside the rows, by document: url,score. remit inspect shows them."""
+    messages_field: str | None = None
+    """Field or column that holds a conversation, as a list of messages with role and content, in the place of a text; the
+    tokenizer's chat template makes its text."""
+    tools_field: str = "tools"
+    """With --messages-field: field or column with the tools of a conversation, where it has any."""
+    train_on: Literal["all", "assistant"] = "all"
+    """With --messages-field: what training predicts of a conversation; assistant: what the chat template puts between
+    {% generation %} and {% endgeneration %}."""
+    chat_template: str | None = None
+    """With --messages-field: file with a chat template in the place of the tokenizer's own, or the name of one of several
+    that it has."""
+    chat_template_args: list[str] = field(default_factory=list)
+    """KEY=VALUE pairs that the chat template gets beside the messages, for instance enable_thinking=false."""
+    chat_template_date: str | None = None
+    """Day, as 2025-01-31, for a chat template that puts today's date into the text."""
+    packing: Literal["concat", "best-fit"] = "concat"
+    """concat: documents end to end, cut wherever a row is full. best-fit: each row begins with a document, documents that
+    fit into a row are not cut, and rows may be short."""
     tokens_per_shard: int = 1 << 22
     """Tokens per part; a part is what is lost at most when a scoring engine dies."""
     num_workers: int | None = None
@@ -93,6 +141,44 @@ class PackConfig:
             raise ValueError("--corpus is empty, expected at least one file, folder or dataset name")
         for entry in self.corpus:
             require_new_folder(self.out, "remit pack", corpus=entry)
+        self._check_conversations()
+
+    def _check_conversations(self) -> None:
+        if self.messages_field is None:
+            for name in ("tools_field", "train_on", "chat_template", "chat_template_args", "chat_template_date"):
+                if getattr(self, name) not in ("tools", "all", None, []):
+                    option = f"--{name.replace('_', '-')}"
+                    raise ValueError(
+                        f"{option}: is about conversations; name the field that holds them with --messages-field"
+                    )
+            return
+        for name in ("template", "tokens_field"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} and --messages-field are both given, expected one of them"
+                )
+        if self.text_field != "text":
+            raise ValueError(
+                "--text-field and --messages-field: expected one of them, documents are texts or conversations"
+            )
+        if self.special_tokens == "text":
+            raise ValueError(
+                "--special-tokens text: the chat template writes special tokens as text, which must become their ids; leave it "
+                "at parse with --messages-field"
+            )
+        if self.chat_template_date is not None:
+            try:
+                date.fromisoformat(self.chat_template_date)
+            except ValueError:
+                raise ValueError(
+                    f"--chat-template-date is {self.chat_template_date!r}, expected a day as 2025-01-31"
+                ) from None
+        _ = self.template_arguments
+
+    @property
+    def template_arguments(self) -> dict[str, Any]:
+        """What the chat template gets beside the messages."""
+        return parse_template_args(self.chat_template_args)
 
     @property
     def kept_fields(self) -> tuple[str, ...]:
@@ -102,7 +188,8 @@ class PackConfig:
     @property
     def fields(self) -> Fields:
         """What to read of a record."""
-        return Fields(self.tokens_field or self.text_field, self.template, self.kept_fields)
+        name = self.tokens_field or self.messages_field or self.text_field
+        return Fields(name, self.template, self.kept_fields)
 
     @property
     def rows_per_part(self) -> int:

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -30,14 +30,22 @@ from scorer.tables import MAGIC_BYTES, MARK, table_batches
 from shards.store import is_remote
 from shards.store_errors import StoreSilent
 
+if TYPE_CHECKING:
+    from scorer.conversations import ConversationFields
+
 BATCH_DOCUMENTS = 1024
 MAX_LINE_BYTES = 1 << 28
 BOMB_BYTES, BOMB_RATIO = 1 << 30, 2000
+CONVERSATION_CHARACTERS = 1 << 12  # about, of one that has no text yet
 BATCH_CHARACTERS = 1 << 20  # a token's encoding takes over 100 bytes until its ids are out
 
 
-class Documents(list[str | BadDocument]):
-    """Documents in order. kept: of each the values of the fields that are kept beside the rows."""
+class TableRow(dict[str, Any]):
+    """A record out of a table, in which a key that a row has not got is null."""
+
+
+class Documents(list[Any]):
+    """Documents in order: texts, conversations, or a BadDocument. kept: of each the values of the fields that are kept beside the rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,12 +53,12 @@ class Documents(list[str | BadDocument]):
 
 
 def read_documents(
-    source: Source, fields: Fields | str, max_window: int = MAX_WINDOW
+    source: Source, fields: "Fields | ConversationFields | str", max_window: int = MAX_WINDOW
 ) -> Iterator[tuple[Documents, int]]:
     """Batches of the documents of one source, in order; a bad one stands as a BadDocument in its place.
 
     With each batch comes the number of bytes of the file that were read so far (0 for a dataset). fields: which of a
-    record's to read, or the name of the one with the text. max_window: bytes that a compressed file may make its reader
+    record's to read, or the name of the one with the text; those of a conversation give one in the place of a text. max_window: bytes that a compressed file may make its reader
     keep. Raises BadFile where the file itself cannot be read to its end: cut off, not what its suffix says.
     """
     fields = Fields(fields) if isinstance(fields, str) else fields
@@ -62,7 +70,7 @@ def read_documents(
         document = record if bad else fields.text_of(where, record)
         batch.append(document)
         batch.kept.append((None,) * len(fields.kept) if bad else fields.kept_of(record))
-        characters += len(document) if isinstance(document, str) else 0
+        characters += len(document) if isinstance(document, str) else CONVERSATION_CHARACTERS
         if len(batch) >= BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
             yield batch, position
             batch, characters = Documents(), 0
@@ -70,7 +78,9 @@ def read_documents(
         yield batch, position
 
 
-def records(source: Source, fields: Fields, max_window: int = MAX_WINDOW) -> Iterator[tuple[str, Any, int]]:
+def records(
+    source: Source, fields: "Fields | ConversationFields", max_window: int = MAX_WINDOW
+) -> Iterator[tuple[str, Any, int]]:
     """The records of a source, in order, as dicts with the fields that are wanted, or more: where each is, itself or a
     BadDocument, and the bytes of the file that were read so far."""
     if source.shard is not None:
@@ -93,7 +103,11 @@ def require_kind(source: Source) -> None:
 
 
 def _jsonl_records(
-    where: str, open_file: Callable[[], pa.NativeFile], form: tuple[str, str], fields: Fields, max_window: int
+    where: str,
+    open_file: Callable[[], pa.NativeFile],
+    form: tuple[str, str],
+    fields: "Fields | ConversationFields",
+    max_window: int,
 ) -> Iterator[tuple[str, Any, int]]:
     """The object in each line that is not empty. where: name of the file; form: its format and codec."""
     with open_file() as raw:
@@ -164,7 +178,7 @@ def _object(text: str) -> Any:
         return json.loads(text, parse_int=float)  # thousands of digits, in a field that nobody asked for
 
 
-def _json_object(where: str, line: bytes, fields: Fields) -> Any:
+def _json_object(where: str, line: bytes, fields: "Fields | ConversationFields") -> Any:
     remedy = f"correct the line, or {LEAVE_OUT}"
     try:
         value = _object(line.decode())
@@ -181,7 +195,7 @@ def _json_object(where: str, line: bytes, fields: Fields) -> Any:
     return value
 
 
-def _table_records(source: Source, fields: Fields) -> Iterator[tuple[str, Any, int]]:
+def _table_records(source: Source, fields: "Fields | ConversationFields") -> Iterator[tuple[str, Any, int]]:
     def choose(names: list[str]) -> list[str]:
         if missing := fields.missing(names):
             option = "--keep-fields" if missing[0] not in fields.names else fields.option
@@ -191,7 +205,7 @@ def _table_records(source: Source, fields: Fields) -> Iterator[tuple[str, Any, i
     for batch, first, position in table_batches(source, choose):
         columns = [list(_column_values(column)) for column in batch.columns]
         for row, values in enumerate(zip(*columns)):
-            yield f"{source.where}: row {first + row}", dict(zip(batch.schema.names, values)), position
+            yield f"{source.where}: row {first + row}", TableRow(zip(batch.schema.names, values)), position
 
 
 def _column_values(column: pa.Array) -> Iterator[Any]:
@@ -203,7 +217,9 @@ def _column_values(column: pa.Array) -> Iterator[Any]:
             yield scalar.as_buffer().to_pybytes() if hasattr(scalar, "as_buffer") else b""
 
 
-def _streamed_records(shard: Shard, fields: Fields, max_window: int) -> Iterator[tuple[str, Any, int]]:
+def _streamed_records(
+    shard: Shard, fields: "Fields | ConversationFields", max_window: int
+) -> Iterator[tuple[str, Any, int]]:
     files = json_files(shard)
     if files is None:
         yield from _row_records(shard, fields, None)
@@ -225,10 +241,12 @@ def _streamed_records(shard: Shard, fields: Fields, max_window: int) -> Iterator
                 raise ValueError(f"{name}: cannot be read to its end ({error}); {REMEDY}") from None
 
 
-def _row_records(shard: Shard, fields: Fields, file: str | None) -> Iterator[tuple[str, Any, int]]:
+def _row_records(
+    shard: Shard, fields: "Fields | ConversationFields", file: str | None
+) -> Iterator[tuple[str, Any, int]]:
     try:
         for number, row in enumerate(read_rows(shard, fields, file)):
-            yield f"{shard.name}: row {number}", row, 0
+            yield f"{shard.name}: row {number}", TableRow(row), 0
     except ValueError as error:
         if shard.revision:  # of the hub: it may have been the network
             raise

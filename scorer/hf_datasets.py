@@ -7,12 +7,15 @@ the rows of a shard. Nothing is downloaded whole, no loading script is run.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from scorer.fields import Fields
 from scorer.listing import absolute
+
+if TYPE_CHECKING:
+    from scorer.conversations import ConversationFields
 
 HUB = "hf://"
 MAX_HUB_SHARDS = 1024  # opening one takes some requests, of which the hub allows so many in five minutes
@@ -135,7 +138,7 @@ def json_files(shard: Shard) -> list[str] | None:
     return stream.of_shard(shard) if isinstance(stream, JsonFiles) else None
 
 
-def read_rows(shard: Shard, fields: Fields, file: str | None = None) -> Iterator[dict[str, Any]]:
+def read_rows(shard: Shard, fields: "Fields | ConversationFields", file: str | None = None) -> Iterator[dict[str, Any]]:
     """The rows of a shard, with the fields that they have of those wanted; ValueError where they cannot be read to the end.
 
     file: the one to read, of a shard of JSON files.
@@ -153,7 +156,7 @@ def read_rows(shard: Shard, fields: Fields, file: str | None = None) -> Iterator
     _require_columns(shard, missing, columns, fields)
 
 
-def read_columns(shard: Shard, fields: Fields, rows: int) -> Iterator[pa.Table]:
+def read_columns(shard: Shard, fields: "Fields | ConversationFields", rows: int) -> Iterator[pa.Table]:
     """The rows of a shard as tables of up to `rows` rows, with the columns that are wanted; errors as of read_rows."""
     number = 0
     try:
@@ -168,7 +171,7 @@ def read_columns(shard: Shard, fields: Fields, rows: int) -> Iterator[pa.Table]:
     _require_columns(shard, missing, columns, fields)
 
 
-def _open_rows(shard: Shard, fields: Fields, file: str | None) -> tuple[Any, list[str]]:
+def _open_rows(shard: Shard, fields: "Fields | ConversationFields", file: str | None) -> tuple[Any, list[str]]:
     """The stream of a shard's rows, and the names of its columns."""
     import pyarrow.dataset
 
@@ -188,7 +191,9 @@ def _open_rows(shard: Shard, fields: Fields, file: str | None) -> tuple[Any, lis
     return stream, columns
 
 
-def _require_columns(shard: Shard, missing: list[str], columns: list[str], fields: Fields) -> None:
+def _require_columns(
+    shard: Shard, missing: list[str], columns: list[str], fields: "Fields | ConversationFields"
+) -> None:
     if missing:
         option = "--keep-fields" if missing[0] not in fields.names else fields.option
         raise ValueError(f"{shard.name}: has no column {missing[0]!r}, only {', '.join(columns)[:80]}; set {option}")

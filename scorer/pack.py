@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from scorer.chat_settings import chat_entry, chat_settings, template_bos
 from scorer.cluster import cause, ray_cluster, ray_errors, require_ray
 from scorer.config import PackConfig
 from scorer.corpus import require_kind
@@ -24,7 +25,14 @@ from scorer.kept_fields import field_types, write_table
 from scorer.known import remember, stamps
 from scorer.pack_tasks import stage_source, write_part_from_staging
 from scorer.placement import wait_for_nodes
-from scorer.plan import plan_parts, reading, refuse_other_plan, say_what_changed, say_what_was_added
+from scorer.plan import (
+    packing_entry,
+    plan_parts,
+    reading,
+    refuse_other_plan,
+    say_what_changed,
+    say_what_was_added,
+)
 from scorer.sources import Corpus, Source, find_corpus, staged_estimate
 from scorer.stopping import StopGuard
 from scorer.tokenizer import PackTokenizer, describe_tokenizer, load_tokenizer
@@ -70,7 +78,14 @@ def pack(
     corpus = find_corpus(config.corpus, config.fields.names[0].partition(".")[0], own=(config.out, stages))
     sources = corpus.sources
     tokenizer = load_tokenizer(config.tokenizer)
-    description = describe_tokenizer(tokenizer, config.special_tokens, bos_of_corpus(config, sources, tokenizer))
+    chat = chat_settings(config)
+    if chat is not None and config.chat_template is not None:  # with the rows goes the template that made them
+        template = chat["templates"]["default"].encode()
+        tokenizer = replace(tokenizer, files=tokenizer.files | {"chat_template.jinja": template})
+    begins = None if chat is None else template_bos(config, chat, tokenizer)
+    description = describe_tokenizer(
+        tokenizer, config.special_tokens, bos_of_corpus(config, sources, tokenizer), begins
+    )
     for line in filter(None, [*tokenizer.notes, other_beginning(tokenizer.encoder, description["bos_token_id"])]):
         note(line)
     model, revision = model_origin(Path(config.tokenizer))
@@ -86,6 +101,9 @@ def pack(
         "keep_fields": list(config.kept_fields),
         "bos": config.bos,
         "own_bos": own_bos(tokenizer),
+        "chat": chat,
+        "conversation_fields": [config.messages_field, config.tools_field],
+        "packing": packing_entry(config),
         "rows_per_batch": config.rows_per_batch,
         "on_bad_document": config.on_bad_document,
         "on_bad_file": config.on_bad_file,
@@ -97,7 +115,7 @@ def pack(
     out, staging = open_store(config.out), open_store(stages)
     if out.size(MANIFEST) is not None:
         folder = ShardFolder(out)
-        refuse_other_plan(config, folder, sources, description, tokenizer)
+        refuse_other_plan(config, folder, sources, description, tokenizer, chat_entry(config, chat))
         # the same tokenizer from elsewhere goes on
         origin = {key: value for key, value in folder.manifest.tokenizer.items() if key in ORIGIN}
         if not folder.missing_parts():
@@ -132,7 +150,8 @@ def pack(
                 say_what_changed(staged, note)
                 say_what_was_added(staged, note)
                 types = _write_tables(config, staging, staged, out, lease)
-                folder = _begin(config, corpus, staged, vocabulary, tokenizer, description | origin, types, out, lease)
+                more = {"conversations": chat_entry(config, chat), "kept_fields": types}
+                folder = _begin(config, corpus, staged, vocabulary, tokenizer, description | origin, more, out, lease)
                 out.require_free(staging.used_bytes(), "writing the parts")
                 _write_parts(folder, staging, staged, lease, progress, stop)
             files = folder.manifest.corpus
@@ -165,7 +184,7 @@ def _begin(
     vocabulary: Vocabulary,
     tokenizer: PackTokenizer,
     description: dict[str, Any],
-    kept_fields: dict[str, str],
+    more: dict[str, Any],
     out: Store,
     lease: Lease,
 ) -> ShardFolder:
@@ -178,10 +197,10 @@ def _begin(
         known = begun.manifest.tokenizer.get("files", {}) | decisive
     tokens = {"added_tokens": vocabulary.added_tokens(), "files": known}
     manifest = replace(
-        plan_parts(config, staged, description | tokens),
+        plan_parts(config, staged, description | tokens, more["conversations"]),
         passed_over=corpus.passed_over,
         reading=reading(config),
-        kept_fields=kept_fields,
+        kept_fields=more["kept_fields"],
     )
     lease.check()
     if begun is None:  # what is there may be half a tokenizer, of a run that died

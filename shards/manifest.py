@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from shards.entropy import entropy_columns, is_temperature
+from shards.packing import Window
 from shards.part import publish_json
 from shards.schema import CONTEXTS, logprobs_column, row_schema
 from shards.side_table import TYPES
@@ -48,6 +49,8 @@ class CorpusFile:
     Of token ids alone: documents_with_bos: those that began with BOS; eos_added: those that pack ended with EOS; beside: sha256
     of the files beside it (an index, a mask), by name.
     fields_sha256: of the table with the fields that are kept of its documents (shards/side_table.py), None without one.
+    predicted_tokens: of the tokens those that are to be predicted; None where the folder has no such column, or rows were
+    selected. without_eos: documents that do not end in EOS, as they were found; None where each does.
     """
 
     path: str
@@ -68,6 +71,8 @@ class CorpusFile:
     eos_added: int | None = None
     beside: dict[str, str] | None = None
     fields_sha256: str | None = None
+    predicted_tokens: int | None = None
+    without_eos: int | None = None
 
     def entry(self) -> dict[str, Any]:
         """As a JSON object, without what says nothing: left_out, or what an earlier release did not count."""
@@ -105,6 +110,10 @@ class Manifest:
     passed_over: files of the corpus folders that were not read, counted by suffix or what else they are.
     reading: what of a record was packed where it is not one field of text: template, or tokens_field; tokens_dtype.
     kept_fields: names and kinds of the fields that are kept beside the rows.
+    packing: how documents share rows, as shards/packing.py has it; empty where they are laid end to end.
+    conversations: how documents became text where they are conversations: messages_field, tools_field, train_on,
+    chat_template_sha256, chat_template_args and chat_template_date where there are any; empty for other documents.
+    predict: whether the rows have the column that says what is to be predicted; without it everything is.
     """
 
     seq_len: int
@@ -118,6 +127,9 @@ class Manifest:
     passed_over: dict[str, int] = field(default_factory=dict)
     reading: dict[str, str] = field(default_factory=dict)
     kept_fields: dict[str, str] = field(default_factory=dict)
+    predict: bool = False
+    packing: dict[str, Any] = field(default_factory=dict)
+    conversations: dict[str, Any] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -128,12 +140,18 @@ class Manifest:
         return sum(part.tokens for part in self.parts)
 
     @property
+    def unused_positions(self) -> int:
+        """How many more tokens the rows could have."""
+        return self.rows * self.seq_len - self.tokens
+
+    @property
     def schema(self) -> pa.Schema:
         """Arrow schema of every part, without metadata; references in the order of their names, as JSON has them."""
         return row_schema(
             sorted(self.references),
             {name: entry.get("top_k", 0) for name, entry in self.references.items()},
             {name: entropy_columns(name, entry) for name, entry in self.references.items()},
+            self.predict,
         )
 
     @cached_property
@@ -161,7 +179,9 @@ class Manifest:
         }
         # only where there are any, so that other folders keep their bytes
         common |= {"selections": list(self.selections)} if self.selections else {}
-        optional = {name: getattr(self, name) for name in ("passed_over", "reading", "kept_fields")}
+        common |= {"predict": True} if self.predict else {}
+        common |= {"packing": self.packing | {"unused_positions": self.unused_positions}} if self.packing else {}
+        optional = {name: getattr(self, name) for name in ("conversations", "passed_over", "reading", "kept_fields")}
         return common | {name: value for name, value in optional.items() if value}
 
     @cached_property
@@ -239,6 +259,9 @@ class Manifest:
                 passed_over=dict(value.get("passed_over", {})),
                 reading=dict(value.get("reading", {})),
                 kept_fields=dict(value.get("kept_fields", {})),
+                predict=value.get("predict", False),
+                packing={key: x for key, x in value.get("packing", {}).items() if key != "unused_positions"},
+                conversations=dict(value.get("conversations", {})),
             )
             manifest._check()
             if {key: value[key] for key in manifest._common()} != manifest._common():
@@ -254,6 +277,10 @@ class Manifest:
         for name in ("seq_len", "rows_per_part", "rows_per_batch"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected a positive integer")
+        if not isinstance(self.predict, bool):
+            raise ValueError(f"predict is {self.predict!r}, expected true or false")
+        if self.packing:
+            Window.of(self.packing)
         for part in self.parts[:-1]:
             if part.rows != self.rows_per_part:
                 raise ValueError(f"{part.name} has {part.rows} rows, expected rows_per_part = {self.rows_per_part}")

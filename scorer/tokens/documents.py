@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from scorer.documents import TokenDocument, as_found
 from scorer.faults import BadFile
 from scorer.tokens.blocks import TokenBlock
 from scorer.tokens.npy import other_dtypes
@@ -92,7 +93,8 @@ def make_ready(block: TokenBlock, rules: Rules, found: Found) -> Ready:
         if rules.missing_eos == "stop":
             raise BadFile(rules.where, missing_eos(int(doc_ids[np.argmax(lacks_eos)]), rules))
         found.eos_added += int(np.count_nonzero(lacks_eos))
-    drops_bos = has_bos & has_text if rules.bos is not None else np.zeros_like(has_bos)
+    # the rows put a BOS of their own there; one that a mask speaks of stays
+    drops_bos = has_bos & has_text if rules.bos is not None and predict is None else np.zeros_like(has_bos)
     if lacks_eos.any() or drops_bos.any() or not has_text.all():
         keeps = np.repeat(has_text, lengths)
         keeps[starts[drops_bos]] = False
@@ -107,6 +109,14 @@ def make_ready(block: TokenBlock, rules: Rules, found: Found) -> Ready:
     if fields is not None:
         fields = [row for row, kept in zip(fields, has_text.tolist()) if kept]
     return Ready(doc_ids, ids, lengths, predict, fields)
+
+
+def one_by_one(ready: Ready, bos: int | None) -> Iterator[tuple[int, TokenDocument]]:
+    """Documents whose mask says what is to be predicted, with their ordinals. bos: with which the pieces of rows begin."""
+    assert ready.predict is not None
+    for doc_id, end, length in zip(ready.doc_ids.tolist(), np.cumsum(ready.lengths).tolist(), ready.lengths.tolist()):
+        here = slice(end - length, end)
+        yield doc_id, as_found(ready.ids[here], ready.predict[here], bos)
 
 
 def require_ids(ids: np.ndarray, ends: np.ndarray, first: int, rules: Rules) -> None:

@@ -21,7 +21,6 @@ from scorer.tokens.heads import fault_of_numbers
 from scorer.tokens.megatron import Index
 
 HEAD_BYTES = 64
-MASKS_CAN_BE_KEPT = False  # until rows have a column that says what is to be predicted
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,11 @@ def marks_ends(source: Source) -> bool:
     return not is_token_file(source) or any(kind_of(name) in (INDEX, DOCUMENTS) for name in source.beside)
 
 
+def has_mask(source: Source) -> bool:
+    """Whether a file beside a source of tokens says which of them are to be predicted."""
+    return is_token_file(source) and any(kind_of(name) in (MASK, LOSS) for name in source.beside)
+
+
 def read_tokens(source: Source, reading: Reading, max_window: int) -> Iterator[TokenBlock]:
     """Blocks of the documents of a source. Raises BadFile where it cannot be read to its end, is damaged, or is not what its
     name says. max_window: as of scorer.corpus.read_documents."""
@@ -76,12 +80,6 @@ def _file_blocks(source: Source, reading: Reading, opened: ExitStack) -> Iterato
     mask_kind = MASK if form == ".npy" else LOSS
     mask = None
     if mask_kind in sides:
-        if not MASKS_CAN_BE_KEPT:
-            raise BadFile(
-                beside[mask_kind].where,
-                "says which tokens are to be predicted, which the rows of this release cannot say; move it away to train on "
-                "all of them",
-            )
         mask = Mask(beside[mask_kind].where, sides[mask_kind])
 
     if form == ".bin":

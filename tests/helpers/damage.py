@@ -261,6 +261,19 @@ ENTROPY: dict[str, tuple[Change, str]] = {
 }  # fmt: skip
 
 
+PREDICT: dict[str, tuple[Change, str]] = {
+    "null": (lambda v: v["predict"][1].__setitem__(1, None), "predict has a null in its list"),
+    "null list": (lambda v: v["predict"].__setitem__(2, None), "predict is null"),
+    "too few": (lambda v: v["predict"][0].pop(), "predict and input_ids differ in length: 3 and 4"),
+    "too many": (lambda v: v["predict"][3].append(True), "predict and input_ids differ in length: 3 and 2"),
+}
+
+
+def predict_rows() -> dict[str, list]:
+    """The rows with what is to be predicted: a token of row 0, nothing of row 1, all of rows 2 and 3."""
+    return two_references(rows()) | {"predict": [[False, False, True, False], [False] * 4, [True] * 4, [True] * 2]}
+
+
 # --- damage of files ------------------------------------------------------------------------------------
 
 

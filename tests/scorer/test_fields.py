@@ -100,6 +100,8 @@ def test_options_that_exclude_each_other() -> None:
         ({"keep_fields": ""}, "expected names"),
         ({"keep_fields": "_doc_id"}, "names a column of the table itself"),
         ({"tokens_field": ""}, "--tokens-field is empty"),
+        ({"messages_field": "m", "template": "{q}"}, "--template and --messages-field are both given"),
+        ({"messages_field": "m", "tokens_field": "q"}, "--tokens-field and --messages-field are both given"),
     ]:
         with pytest.raises(ValueError, match=message):
             PackConfig(["c.jsonl"], "t", "o", **settings)

@@ -330,7 +330,6 @@ FAULTS: list[tuple[Callable[[Path], Path], Callable[[Path], None], str]] = [
     (DS, overwrite("a.ds.metadata", b"tokenizer|3\n77\n"), "expected TOKENIZER|2 or TOKENIZER|4"),
     (DS, overwrite("a.ds.metadata", b"tokenizer|4\n77\n"), "154 bytes, its metadata say 77 tokens of 4"),
     (DS, _text("a.ds"), "holds text"),
-    (lambda folder: write.write_ds(folder, IDS, loss=True), nothing, "says which tokens are to be predicted"),
     (MEGATRON, damage_file("a.bin"), "a.bin: 154 bytes, expected a multiple of 4"),
     (MEGATRON, overwrite("a.bin", bytes(400)), "its sequences have 77 tokens, X.bin has 100"),
     (MEGATRON, overwrite("a.bin", b"", None), "document 2 ends at token 77 by its index, the file has 0"),
@@ -478,14 +477,73 @@ def test_what_says_where_documents_end_must_fit(tmp_path: Path, tokenizer_folder
         pack_to(tmp_path / "out", tmp_path / "corpus", tokenizer_folder)
 
 
-def test_masks_are_refused_by_name(tmp_path: Path, tokenizer_folder: Path) -> None:
-    """As open-instruct writes them for OLMo-core: token_ids_part_0000.npy and labels_mask_part_0000.npy."""
-    write.write_raw_npy(tmp_path / "corpus" / "token_ids_part_0000.npy", IDS)
-    mask = tmp_path / "corpus" / "labels_mask_part_0000.npy"
-    np.ones(77, dtype=bool).tofile(mask)
-    assert [source.name for source in find_sources([str(tmp_path / "corpus")])] == ["token_ids_part_0000.npy"]
-    with pytest.raises(BadFile, match=r"labels_mask_part_0000\.npy: says which tokens are to be predicted"):
-        pack_to(tmp_path / "out", tmp_path / "corpus", tokenizer_folder)
+@pytest.mark.parametrize("packing", ["concat", "best-fit"])
+@pytest.mark.parametrize("kind", ["npy", "ds"])
+def test_masks_say_what_is_predicted(tmp_path: Path, kind: str, packing: str, with_bos: Path) -> None:
+    """As open-instruct writes them for OLMo-core (token_ids_part_0000.npy, labels_mask_part_0000.npy), and as datatrove does.
+    The rows' mask is that of the file, token by token, whatever the rows' own BOS."""
+    documents = [[5, 6, 7, 0], [300, 0], [9] * 70 + [0], [0], [11, 12, 0]]
+    mask = [[0, 1, 1, 0], [1, 1], [1, 0] * 35 + [1], [1], [0, 0, 1]]
+    for bos in ("never", "always"):
+        folder = tmp_path / bos
+        if kind == "npy":
+            corpus = write.write_raw_npy(folder / "token_ids_part_0000.npy", documents)
+            np.array([value for values in mask for value in values], dtype=bool).tofile(
+                folder / "labels_mask_part_0000.npy"
+            )
+        else:
+            corpus = write.write_ds(folder, documents, loss=True)
+            (folder / "a.ds.loss").write_bytes(bytes(value for values in mask for value in values))
+        assert [source.name for source in find_sources([str(folder)])] == [corpus.name]
+        packed = pack_to(folder / "out", corpus, with_bos, bos=bos, packing=packing)
+        found: dict[int, list[tuple[int, bool]]] = {}
+        for part in batches_of(packed):
+            for row in (row for batch in part for row in batch.to_pylist()):
+                ends = np.cumsum(row["doc_lengths"]).tolist()
+                for doc_id, end, length in zip(row["doc_ids"], ends, row["doc_lengths"]):
+                    piece = list(zip(row["input_ids"], row["predict"]))[end - length : end]
+                    if bos == "always":
+                        assert piece[0] == (VOCABULARY, False)
+                        piece = piece[1:]
+                    found.setdefault(doc_id, []).extend(piece)
+        expected = {
+            index: list(zip(ids, map(bool, values)))
+            for index, (ids, values) in enumerate(zip(documents, mask))
+            if index != 3
+        }
+        assert found == expected
+        assert packed.manifest.corpus[0].predicted_tokens == sum(sum(values) for values in mask) - 1
+        assert not verify_folder(packed).problems
+
+
+def test_masks_must_fit(tmp_path: Path, tokenizer_folder: Path) -> None:
+    write.write_raw_npy(tmp_path / "c" / "token_ids_part_0000.npy", IDS)
+    mask = tmp_path / "c" / "labels_mask_part_0000.npy"
+    for data, message in [
+        (b"\1" * 76, "154 bytes, the mask beside it is of 76 tokens"),
+        (b"\1" * 38 + b"\2" + b"\1" * 38, "byte 38 is 2, expected 0 or 1; it is no mask"),
+        (b"", "is of 0 tokens"),
+    ]:
+        mask.write_bytes(data)
+        with pytest.raises(BadFile, match=message):
+            pack_to(tmp_path / "out", tmp_path / "c", tokenizer_folder)
+    write.write_ds(tmp_path / "d", IDS, loss=True)
+    (tmp_path / "d" / "a.ds.loss").write_bytes(b"\1" * 78)
+    with pytest.raises(BadFile, match=r"a\.ds\.loss: is of 78 tokens, the file beside it has 77"):
+        pack_to(tmp_path / "out", tmp_path / "d", tokenizer_folder)
+
+
+@pytest.mark.parametrize("name", ["npy", "ds", "parquet"])
+def test_best_fit_gives_the_rows_of_text(
+    tmp_path: Path, name: str, documents: list[list[int]], tokenizer_folder: Path
+) -> None:
+    writer, settings = FORMATS[name]
+    text = pack_to(tmp_path / "text", write_corpus(tmp_path / "t.jsonl", TEXTS), tokenizer_folder, packing="best-fit")
+    folder = pack_to(
+        tmp_path / "out", writer(tmp_path / "corpus", documents), tokenizer_folder, **settings, packing="best-fit"
+    )
+    assert bytes_of(folder) == bytes_of(text)
+    assert not verify_folder(folder).problems
 
 
 def test_folders_of_token_files(tmp_path: Path, tokenizer_folder: Path, as_text: ShardFolder) -> None:
