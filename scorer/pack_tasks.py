@@ -20,12 +20,12 @@ from tokenizers import Tokenizer
 from scorer.corpus import BadDocument, BadFile, read_documents
 from scorer.cutter import RowCutter
 from scorer.decompress import window_of_each
-from scorer.fields import Fields
 from scorer.kept_fields import KeptFields, staged_name
 from scorer.roundtrip import DocumentSample
 from scorer.sources import Source
-from scorer.tokens.documents import Found, Ready, Rules, make_ready
-from scorer.tokens.read import Reading, holds_tokens, is_token_file, marks_ends, read_tokens
+from scorer.tokens.documents import Found
+from scorer.tokens.read import holds_tokens
+from scorer.tokens.stage import fields_of, ready_blocks
 from scorer.vocabulary import pack_bits
 from shards.crash import crash_point
 from shards.folder import ShardFolder
@@ -67,32 +67,6 @@ def _encode(encoder: Tokenizer, texts: list[str], source: Source) -> Any:
             f"{source.where}: the tokenizer cannot encode a document ({error}); give it an unknown token, or leave out what it "
             "cannot spell"
         ) from None
-
-
-def fields_of(settings: dict) -> Fields:
-    """What is read of a record."""
-    name = settings.get("tokens_field") or settings["text_field"]
-    return Fields(name, settings.get("template"), tuple(settings.get("keep_fields", ())))
-
-
-def _ready(
-    source: Source, settings: dict, encoder: Tokenizer, found: Found, window: int
-) -> Iterator[tuple[Ready, int]]:
-    """The documents of a source of token ids that are packed, and how many bytes of it were read."""
-    description = settings["tokenizer"]
-    ids = np.array(sorted(encoder.get_vocab(with_added_tokens=True).values()))
-    vocabulary, unknown = int(ids[-1]) + 1, np.setdiff1d(np.arange(ids[-1]), ids)
-    eos, bos = description["eos_token_id"], description["bos_token_id"]
-    rules = Rules(
-        source.where, vocabulary, unknown, eos, bos, settings["own_bos"], settings["bos"],
-        settings["on_missing_eos"] if settings["on_missing_eos"] != "auto" else "append" if marks_ends(source) else "stop",
-        settings["on_bad_document"], is_token_file(source),
-    )  # fmt: skip
-    reading = Reading(
-        settings.get("tokens_field"), settings["tokens_dtype"], vocabulary, eos, tuple(settings.get("keep_fields", ()))
-    )
-    for block in read_tokens(source, reading, window):
-        yield make_ready(block, rules, found), block.position
 
 
 def stage_source(
@@ -164,7 +138,7 @@ def stage_source(
                     tokens += len(ids)
                     occurrences_V[:] += np.bincount(ids, minlength=len(occurrences_V))
 
-            blocks = _ready(source, settings, encoder, found, window) if has_tokens else iter(())
+            blocks = ready_blocks(source, settings, encoder, found, window) if has_tokens else iter(())
             for block, position in _until_bad_file(blocks, left_out) if reject_file else blocks:
                 write(cutter.add_many(block.doc_ids, block.ids, block.lengths))
                 side.add(block.doc_ids.tolist(), block.fields or [])
