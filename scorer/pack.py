@@ -7,7 +7,6 @@ end, so that the output folder appears with its manifest or not at all.
 """
 
 import hashlib
-import json
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +20,6 @@ from scorer.chat_settings import chat_entry, chat_settings, template_bos
 from scorer.cluster import cause, ray_cluster, ray_errors, require_ray
 from scorer.config import PackConfig
 from scorer.corpus import require_kind
-from scorer.kept_fields import field_types, write_table
 from scorer.known import remember, stamps
 from scorer.pack_tasks import stage_source, write_part_from_staging
 from scorer.placement import wait_for_nodes
@@ -33,6 +31,8 @@ from scorer.plan import (
     say_what_changed,
     say_what_was_added,
 )
+from scorer.rejected import REJECTED, save_rejected
+from scorer.side_tables import write_tables
 from scorer.sources import Corpus, Source, find_corpus, staged_estimate
 from scorer.stopping import StopGuard
 from scorer.tokenizer import PackTokenizer, describe_tokenizer, load_tokenizer
@@ -49,7 +49,6 @@ from shards.side_table import FIELDS
 from shards.store import Store, absolute, open_store
 from shards.tokens import added_tokens, other_beginning
 
-REJECTED = "_rejected.jsonl"
 ORIGIN = ("model", "revision")  # what the manifest says of a tokenizer of the hub beside what it is
 KEEP_STAGING_BYTES = 1 << 26
 
@@ -149,7 +148,7 @@ def pack(
                 crash_point("staging.done")
                 say_what_changed(staged, note)
                 say_what_was_added(staged, note)
-                types = _write_tables(config, staging, staged, out, lease)
+                types = write_tables(config.kept_fields, staging, staged, out, lease)
                 more = {"conversations": chat_entry(config, chat), "kept_fields": types}
                 folder = _begin(config, corpus, staged, vocabulary, tokenizer, description | origin, more, out, lease)
                 out.require_free(staging.used_bytes(), "writing the parts")
@@ -214,53 +213,12 @@ def _begin(
                 f"{out.url}: holds another pack, with other documents or counts; was it begun with another "
                 f"--text-field, --on-bad-document or --on-bad-file? {instead_of(begun)}"
             )
-    _save_rejected(staged, out)
+    save_rejected(staged, out)
     crash_point("output.begun")
     lease.check()
     manifest.write(out)
     crash_point("driver.planned")
     return ShardFolder(out)
-
-
-def _write_tables(config: PackConfig, staging: Store, staged: list[dict], out: Store, lease: Lease) -> dict[str, str]:
-    """Write the tables of the kept fields, a task for each corpus file, and note their hashes; returns the fields' types."""
-    if out.size(MANIFEST) is None:
-        out.remove(FIELDS)  # of a run that died, perhaps with other fields
-    if not config.kept_fields:
-        return {}
-    types = field_types(config.kept_fields, [record["field_kinds"] for record in staged])
-    task: Any = ray.remote(write_table).options(max_retries=2)
-    todo = deque(index for index, record in enumerate(staged) if record["file"]["documents_packed"])
-    running: dict[Any, int] = {}
-    limit = 2 * int(ray.cluster_resources().get("CPU", 1))
-    while todo or running:
-        lease.check()
-        while todo and len(running) < limit:
-            index = todo.popleft()
-            running[task.remote(staging, out, index, types)] = index
-        ready, _ = ray.wait(list(running), num_returns=1)
-        for reference in ready:
-            try:
-                sha256 = ray.get(reference)
-            except Exception as error:
-                raise cause(error) from None
-            staged[running.pop(reference)]["file"]["fields_sha256"] = sha256
-    return types
-
-
-def _save_rejected(staged: list[dict], out: Store) -> None:
-    """List the documents and whole files that were left out, with the reason of each, in _rejected.jsonl."""
-    lines = []
-    for index, record in enumerate(staged):
-        file = record["file"]
-        reasons = [f"the whole file: {file['left_out']}"] if file["left_out"] else record["rejected"]
-        for reason in reasons:
-            entry = {"source": index, "path": file["path"], "reason": reason}
-            lines.append(json.dumps(entry, ensure_ascii=False))
-    if lines:
-        out.replace(REJECTED, ("\n".join(lines) + "\n").encode())
-    else:
-        out.delete(REJECTED)
 
 
 # --- first pass: one task per corpus file ---------------------------------------------------------------

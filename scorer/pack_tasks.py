@@ -19,17 +19,17 @@ from tokenizers import Tokenizer
 
 from scorer.best_fit import BestFitCutter, encode_lengths
 from scorer.chat_mask import chat_document
-from scorer.conversations import ChatTemplate, Conversation, ConversationFields, Rendered
+from scorer.conversations import ChatTemplate, Conversation, Rendered
 from scorer.corpus import BadDocument, BadFile, read_documents
 from scorer.cutter import RowCutter
 from scorer.decompress import window_of_each
 from scorer.documents import TokenDocument
-from scorer.fields import Fields
 from scorer.kept_fields import KeptFields, staged_name
 from scorer.roundtrip import DocumentSample
 from scorer.sources import Source
-from scorer.tokens.documents import Found, Ready, Rules, make_ready, one_by_one
-from scorer.tokens.read import Reading, has_mask, holds_tokens, is_token_file, marks_ends, read_tokens
+from scorer.tokens.documents import Found, one_by_one
+from scorer.tokens.read import has_mask, holds_tokens
+from scorer.tokens.stage import fields_of, ready_blocks
 from scorer.vocabulary import pack_bits
 from shards.crash import crash_point
 from shards.folder import ShardFolder
@@ -110,36 +110,6 @@ def _tokenise(
             yield doc_id, "", document
 
 
-def fields_of(settings: dict) -> Fields | ConversationFields:
-    """What is read of a record."""
-    kept = tuple(settings.get("keep_fields", ()))
-    if settings.get("chat") is not None:
-        messages, tools = settings["conversation_fields"]
-        return ConversationFields(messages, tools, kept)
-    name = settings.get("tokens_field") or settings["text_field"]
-    return Fields(name, settings.get("template"), kept)
-
-
-def _ready(
-    source: Source, settings: dict, encoder: Tokenizer, found: Found, window: int
-) -> Iterator[tuple[Ready, int]]:
-    """The documents of a source of token ids that are packed, and how many bytes of it were read."""
-    description = settings["tokenizer"]
-    ids = np.array(sorted(encoder.get_vocab(with_added_tokens=True).values()))
-    vocabulary, unknown = int(ids[-1]) + 1, np.setdiff1d(np.arange(ids[-1]), ids)
-    eos, bos = description["eos_token_id"], description["bos_token_id"]
-    rules = Rules(
-        source.where, vocabulary, unknown, eos, bos, settings["own_bos"], settings["bos"],
-        settings["on_missing_eos"] if settings["on_missing_eos"] != "auto" else "append" if marks_ends(source) else "stop",
-        settings["on_bad_document"], is_token_file(source),
-    )  # fmt: skip
-    reading = Reading(
-        settings.get("tokens_field"), settings["tokens_dtype"], vocabulary, eos, tuple(settings.get("keep_fields", ()))
-    )
-    for block in read_tokens(source, reading, window):
-        yield make_ready(block, rules, found), block.position
-
-
 def stage_source(
     source: Source,
     index: int,
@@ -216,7 +186,7 @@ def stage_source(
                     predicted_tokens += batch.column(PREDICT).flatten().true_count if masked else len(ids)
                     occurrences_V[:] += np.bincount(ids, minlength=len(occurrences_V))
 
-            blocks = _ready(source, settings, encoder, found, window) if has_tokens else iter(())
+            blocks = ready_blocks(source, settings, encoder, found, window) if has_tokens else iter(())
             for block, position in _until_bad_file(blocks, left_out) if reject_file else blocks:
                 if block.predict is None:
                     write(cutter.add_many(block.doc_ids, block.ids, block.lengths))
