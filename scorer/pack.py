@@ -207,7 +207,9 @@ def _begin(
         for name, data in files.items():
             out.replace(f"{TOKENIZER}/{name}", data)
     else:
-        manifest = replace(manifest, passed_over=begun.manifest.passed_over)  # others of the folder may come and go
+        # others of the folder may come and go, and a folder keeps the format that it was begun in
+        kept = {name: getattr(begun.manifest, name) for name in ("passed_over", "format_version")}
+        manifest = replace(manifest, **kept)
         if begun.manifest.checksum != manifest.checksum:
             raise ValueError(
                 f"{out.url}: holds another pack, with other documents or counts; was it begun with another "

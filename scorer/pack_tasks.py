@@ -180,7 +180,8 @@ def stage_source(
                 for batch in ready:
                     writer.write_batch(batch)
                     rows += batch.num_rows
-                    row_lengths.append(list_lengths(batch.column("input_ids")))
+                    if packing:  # else they follow from their number
+                        row_lengths.append(list_lengths(batch.column("input_ids")))
                     ids = batch.column("input_ids").flatten().to_numpy()
                     tokens += len(ids)
                     predicted_tokens += batch.column(PREDICT).flatten().true_count if masked else len(ids)

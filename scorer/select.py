@@ -26,9 +26,10 @@ from shards.crash import crash_point
 from shards.folder import ShardFolder
 from shards.lease import Lease
 from shards.manifest import MANIFEST, Manifest
-from shards.output_folder import SHARD_FOLDERS, begin_shards, instead_of, refuse_other, require_empty, writing
-from shards.part import CommitRecord, write_part
+from shards.output_folder import SHARD_FOLDERS, as_begun, begin_shards, instead_of, refuse_other, require_empty, writing
+from shards.part import write_part
 from shards.quarantine import read_quarantined_rows, write_quarantined_rows
+from shards.record import CommitRecord
 from shards.store import Store, open_store
 
 Progress = Callable[[str, int, int], None]
@@ -88,7 +89,7 @@ def select(
                 "rows_kept": len(places),
                 "lowest_score_kept": lowest,
             }
-            manifest = plan_selection(shards.manifest, corpus, places, asked | counts)
+            manifest = as_begun(out, plan_selection(shards.manifest, corpus, places, asked | counts))
             del scores
             refuse_other_plan(out, manifest)
             folder = begin_shards(shards, out, manifest, lease)

@@ -19,12 +19,14 @@ import pyarrow as pa
 from shards.entropy import entropy_columns, is_temperature
 from shards.packing import Window
 from shards.part import publish_json
+from shards.record import checksum_of, with_checksum
 from shards.schema import CONTEXTS, logprobs_column, row_schema
 from shards.side_table import TYPES
 from shards.store import Store, open_store
 
 FORMAT = "remit-shards"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+FORMAT_VERSIONS = (1, 2)
 MANIFEST = "_manifest.json"
 _PART_NAME = re.compile(r"part-\d{5,}\.arrow")
 
@@ -110,6 +112,7 @@ class Manifest:
     passed_over: files of the corpus folders that were not read, counted by suffix or what else they are.
     reading: what of a record was packed where it is not one field of text: template, or tokens_field; tokens_dtype.
     kept_fields: names and kinds of the fields that are kept beside the rows.
+    format_version: 2 where commit records have the sums of what readers read, 1 where they have that of the whole part.
     packing: how documents share rows, as shards/packing.py has it; empty where they are laid end to end.
     conversations: how documents became text where they are conversations: messages_field, tools_field, train_on,
     chat_template_sha256, chat_template_args and chat_template_date where there are any; empty for other documents.
@@ -127,15 +130,16 @@ class Manifest:
     passed_over: dict[str, int] = field(default_factory=dict)
     reading: dict[str, str] = field(default_factory=dict)
     kept_fields: dict[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
     predict: bool = False
     packing: dict[str, Any] = field(default_factory=dict)
     conversations: dict[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def rows(self) -> int:
         return sum(part.rows for part in self.parts)
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         return sum(part.tokens for part in self.parts)
 
@@ -144,7 +148,7 @@ class Manifest:
         """How many more tokens the rows could have."""
         return self.rows * self.seq_len - self.tokens
 
-    @property
+    @cached_property
     def schema(self) -> pa.Schema:
         """Arrow schema of every part, without metadata; references in the order of their names, as JSON has them."""
         return row_schema(
@@ -167,7 +171,7 @@ class Manifest:
     def _common(self) -> dict[str, Any]:
         common = {
             "format": FORMAT,
-            "format_version": FORMAT_VERSION,
+            "format_version": self.format_version,
             "documents": self.documents,
             "num_parts": len(self.parts),
             "seq_len": self.seq_len,
@@ -184,22 +188,20 @@ class Manifest:
         optional = {name: getattr(self, name) for name in ("conversations", "passed_over", "reading", "kept_fields")}
         return common | {name: value for name, value in optional.items() if value}
 
-    @cached_property
-    def _text(self) -> tuple[str, str]:
-        """sha256 of the JSON text from its second line on, and that text; corpus files and parts one a line."""
+    def _text(self) -> str:
+        """The JSON text from its second line on; corpus files and parts one a line."""
         head = json.dumps(self._common(), indent=1, ensure_ascii=False, sort_keys=True).removeprefix("{\n")
         lists = {"corpus": [file.entry() for file in self.corpus], "parts": [vars(part) for part in self.parts]}
         lines = [head.removesuffix("\n}")]
         for name, entries in lists.items():
             inner = ",\n".join("  " + json.dumps(entry, ensure_ascii=False, sort_keys=True) for entry in entries)
             lines.append(f' "{name}": [\n{inner}\n ]')
-        text = ",\n".join(lines) + "\n}\n"
-        return hashlib.sha256(text.encode()).hexdigest(), text
+        return ",\n".join(lines) + "\n}\n"
 
-    @property
+    @cached_property
     def checksum(self) -> str:
         """sha256 of the manifest file from its second line on; every part carries it."""
-        return self._text[0]
+        return hashlib.sha256(self._text().encode()).hexdigest()
 
     @cached_property
     def _first_rows(self) -> np.ndarray:
@@ -217,9 +219,7 @@ class Manifest:
 
     def write(self, folder: Store | Path | str) -> None:
         """Freeze this plan in `folder`. ValueError where another plan is frozen there already."""
-        sha256, text = self._text
-        data = f'{{\n "checksum": "{sha256}",\n{text}'.encode()
-        publish_json(open_store(folder), MANIFEST, data, "manifest")
+        publish_json(open_store(folder), MANIFEST, with_checksum(self._text()), "manifest")
 
     @classmethod
     def read(cls, folder: Store | Path | str) -> "Manifest":
@@ -241,10 +241,10 @@ class Manifest:
             raise ValueError(f"{path}: not valid JSON ({error}); restore it or write the folder again") from None
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise ValueError(f"{path}: format is not {FORMAT!r}; this is not a remit shard folder")
-        if value.get("format_version") != FORMAT_VERSION:
+        if type(value.get("format_version")) is not int or value["format_version"] not in FORMAT_VERSIONS:
             raise ValueError(
-                f"{path}: format version {value.get('format_version')!r}, this program reads {FORMAT_VERSION}; "
-                "use the release of remit that wrote the folder"
+                f"{path}: format version {value.get('format_version')!r}, this program reads "
+                f"{' and '.join(map(str, FORMAT_VERSIONS))}; use the release of remit that wrote the folder"
             )
         try:
             manifest = cls(
@@ -259,16 +259,19 @@ class Manifest:
                 passed_over=dict(value.get("passed_over", {})),
                 reading=dict(value.get("reading", {})),
                 kept_fields=dict(value.get("kept_fields", {})),
+                format_version=value["format_version"],
                 predict=value.get("predict", False),
                 packing={key: x for key, x in value.get("packing", {}).items() if key != "unused_positions"},
                 conversations=dict(value.get("conversations", {})),
             )
             manifest._check()
-            if {key: value[key] for key in manifest._common()} != manifest._common():
+            common = manifest._common()
+            if {key: value[key] for key in common} != common:
                 raise ValueError("its counts do not agree with each other")
-            sha256, text = manifest._text
-            if data != f'{{\n "checksum": "{sha256}",\n{text}'.encode():
+            sha256 = checksum_of(data)
+            if sha256 is None or {*value} != {*common, "checksum", "corpus", "parts"}:
                 raise ValueError("its checksum does not fit its content")
+            vars(manifest)["checksum"] = sha256  # not by writing 100,000 parts down again
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path}: damaged ({error}); restore it or write the folder again") from None
         return manifest
@@ -284,10 +287,11 @@ class Manifest:
         for part in self.parts[:-1]:
             if part.rows != self.rows_per_part:
                 raise ValueError(f"{part.name} has {part.rows} rows, expected rows_per_part = {self.rows_per_part}")
-        for part in self.parts:
-            if not _PART_NAME.fullmatch(part.name):
-                raise ValueError(f"part name {part.name!r} is not of the form part-00000.arrow")
-        if len({part.name for part in self.parts}) != len(self.parts):
+        names = [part.name for part in self.parts]
+        for name in names:
+            if not _PART_NAME.fullmatch(name):
+                raise ValueError(f"part name {name!r} is not of the form part-00000.arrow")
+        if len({*names}) != len(names):
             raise ValueError("part names repeat")
         for name in self.tokenizer.get("files", {}):
             if not name or name.startswith(".") or PurePosixPath(name).name != name or "\\" in name:

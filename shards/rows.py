@@ -6,6 +6,7 @@ R = rows, T = tokens of all of them, D = document pieces of all of them, K = mos
 
 from collections.abc import Iterable, Mapping
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,15 @@ from shards.entropy import entropy_columns
 from shards.manifest import Manifest
 from shards.part import REMEDY
 from shards.schema import PREDICT, has_predecessor, list_lengths, logprobs_column, topk_columns
+
+
+class Batches(Protocol):
+    """Where the record batches of a part come from: pyarrow's reader of a file, or shards/batch_reader.py."""
+
+    @property
+    def num_record_batches(self) -> int: ...
+
+    def get_batch(self, number: int, /) -> pa.RecordBatch: ...
 
 
 class PartRows:
@@ -25,7 +35,7 @@ class PartRows:
 
     def __init__(
         self,
-        reader: pa.ipc.RecordBatchFileReader,
+        reader: Batches,
         manifest: Manifest,
         index: int,
         file: str,

@@ -277,14 +277,27 @@ def predict_rows() -> dict[str, list]:
 # --- damage of files ------------------------------------------------------------------------------------
 
 
-def flip(file: Path) -> None:
+def flip(file: Path, place: int | None = None) -> None:
     data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
+    data[len(data) // 2 if place is None else place] ^= 1
     file.write_bytes(data)
 
 
+def flip_in_column(folder: Path, part: str, column: str) -> None:
+    """Flip a bit in the middle of what a record batch has of a column, where its commit record says that this is."""
+    (batch,) = json.loads((folder / "_commits" / f"{part}.json").read_text())["batches"]
+    piece = next(entry for entry in batch["columns"] if entry["name"] == column)
+    flip(folder / f"{part}.arrow", piece["offset"] + piece["size"] // 2)
+
+
 FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "flipped bit": (lambda folder: flip(folder / "part-00001.arrow"), "differs from its commit record"),
+    **{
+        f"flipped bit of {column}": (
+            lambda folder, column=column: flip_in_column(folder, "part-00001", column),
+            f"part-00001.arrow: record batch 0, {column}: sha256",
+        )
+        for column in ("input_ids", "doc_lengths", "rl_logprobs")
+    },
     "truncated": (
         lambda folder: (folder / "part-00001.arrow").write_bytes((folder / "part-00001.arrow").read_bytes()[:-9]),
         "bytes, its commit record says",
