@@ -37,6 +37,15 @@ def format_of(name: str) -> tuple[str, str] | None:
     return (suffix, codec) if suffix in LINES else None
 
 
+def fault_of_name(name: str) -> str:
+    """Why a file with this name is not read."""
+    stem, suffix = os.path.splitext(name.rpartition("/")[2].lower())
+    inner = os.path.splitext(stem)[1]
+    if suffix in CODECS and inner in TABLES + TOKENS:
+        return f"not a corpus file: {inner} files are read at any place, so not compressed; decompress it"
+    return f"not a corpus file; expected {EXPECTED}"
+
+
 def suffix_of(name: str) -> str:
     """What kind of file that is: its suffix in lower case, with the one before it where it is compressed."""
     stem, suffix = os.path.splitext(name.rpartition("/")[2].lower())

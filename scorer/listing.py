@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from scorer import formats
-from scorer.formats import EXPECTED, HEAD_BYTES, HIDDEN, format_of, suffix_of, text_of_path
+from scorer.formats import EXPECTED, HEAD_BYTES, HIDDEN, fault_of_name, format_of, suffix_of, text_of_path
 from scorer.tokens.beside import MASK, kind_of, lacks_index, stands_beside
 from shards.asking import asked_again
 from shards.store import open_store
@@ -60,7 +60,7 @@ def list_local(entry: str, text_field: str, own: set[str]) -> Listing | None:
         path = absolute(entry)
         _require_readable(path)
         if format_of(path) is None and format_of(os.path.realpath(path)) is None:
-            raise ValueError(f"{text_of_path(path)}: not a corpus file; expected {EXPECTED}")
+            raise ValueError(f"{text_of_path(path)}: {fault_of_name(path)}")
         fault = _json_fault(path, None)
         if fault:
             raise ValueError(f"{text_of_path(path)}: {fault}")
@@ -205,7 +205,7 @@ def list_remote(entry: str, text_field: str, own: set[str]) -> Listing:
         found = asked_again(lambda: fs.find(path, detail=True), entry)  # the file itself, or all below a folder
         literal, folder = len(path.split("/")), list(found) != [path]
         if not folder and format_of(path) is None:
-            raise ValueError(f"{entry}: not a corpus file; expected {EXPECTED}")
+            raise ValueError(f"{entry}: {fault_of_name(path)}")
     owned = tuple(url.partition("://")[2] + "/" for url in own if url.startswith(f"{protocol}://"))
     names = [
         name

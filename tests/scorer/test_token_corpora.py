@@ -576,7 +576,9 @@ def test_folders_of_token_files(tmp_path: Path, tokenizer_folder: Path, as_text:
     folder = pack_to(tmp_path / "out", tmp_path / "c", tokenizer_folder)
     assert [file.documents_packed for file in folder.manifest.corpus] == [3, 3, 3]
     assert not verify_folder(folder).problems
-    with pytest.raises(ValueError, match=r"x\.npy\.gz: not a corpus file"):
+    with pytest.raises(
+        ValueError, match=r"x\.npy\.gz: not a corpus file: \.npy files are read at any place, so not compressed"
+    ):
         find_corpus([str(tmp_path / "c" / "x.npy.gz")])
 
 
