@@ -273,8 +273,7 @@ class ShardFolder:
     def batches(self, columns: Iterable[str] | None = None, parts: Iterable[str] | None = None) -> Iterator[Rows]:
         """The rows of all parts, or of `parts`, a record batch at a time, each verified and checked against the contract.
 
-        columns: only these are read, and what checking them needs; None reads all. ValueError as of open_part, and for a
-        row that breaks the contract (shards/contract.py).
+        columns: only these are read, and what checking them needs; None reads all. ValueError as of open_part and check.
         """
         for part in [plan.name for plan in self.manifest.parts] if parts is None else parts:
             rows = self.open_rows(part, columns)
