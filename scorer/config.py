@@ -7,6 +7,7 @@ from datetime import date
 from typing import Any, Literal
 
 from scorer.engine_args import parse_engine_args
+from scorer.fields import Fields
 from shards.entropy import require_entropy
 from shards.output_folder import require_new_folder
 from shards.ranges import require, require_at_least, require_not_negative
@@ -50,7 +51,8 @@ class PackConfig:
 
     corpus: list[str]
     """Files, globs or folders (.jsonl, .ndjson or .json with an object a line, also with .gz, .zst, .bz2 or .xz behind
-    it; .parquet; in any case); or datasets: of the Hugging Face hub as NAME[@REVISION][:CONFIG[:SPLIT]], of a local
+    it; .parquet; .arrow; token ids as OLMo-core's .npy, Megatron's .bin with .idx, datatrove's .ds with .ds.index; in
+    any case); or datasets: of the Hugging Face hub as NAME[@REVISION][:CONFIG[:SPLIT]], of a local
     folder as FOLDER:[CONFIG][:SPLIT]. The split is train unless named."""
     tokenizer: str
     """Folder of the model's fast tokenizer, or NAME or NAME@REVISION of the hub."""
@@ -60,6 +62,19 @@ class PackConfig:
     """Tokens per row."""
     text_field: str = "text"
     """Field or column that holds the text."""
+    template: str | None = None
+    r"""Text of several fields instead: '{question}\n{answer}'. {{ and }} are braces, a dot leads into an object
+    ({meta.title}), \n, \t and \\ are a line break, a tab and a backslash."""
+    tokens_field: str | None = None
+    """Column of token ids, such as input_ids, to take instead of text; of tables, datasets and JSON lines."""
+    tokens_dtype: Literal["auto", "uint8", "uint16", "uint32", "uint64", "int16", "int32", "int64"] = "auto"
+    """Of the ids in .npy, .bin and .ds; auto: what the file or its index says, else the smallest that the tokenizer's ids
+    fit in."""
+    on_missing_eos: Literal["auto", "append", "stop"] = "auto"
+    """A document of token ids without EOS at its end: put one there and count it, or stop; auto: stop where nothing but EOS
+    says where documents end (.npy without .csv.gz)."""
+    keep_fields: str | None = None
+    """Fields or columns to keep beside the rows, by document: url,score. remit inspect shows them."""
     messages_field: str | None = None
     """Field or column that holds a conversation, as a list of messages with role and content, in the place of a text; the
     tokenizer's chat template makes its text."""
@@ -87,7 +102,7 @@ class PackConfig:
     encode it as ordinary text."""
     bos: Literal["auto", "always", "never"] = "auto"
     """Begin each document, and each row that begins inside one, with the tokenizer's BOS; auto: where the tokenizer's own
-    call puts it in front of a text, as of Gemma, Llama 3 and Mistral."""
+    call puts it in front of a text, as of Gemma, Llama 3 and Mistral; of token ids where the documents begin with it."""
     on_bad_document: Literal["stop", "reject"] = "stop"
     """A document that is not valid JSON, lacks the field or is not Unicode: stop, or leave it out and count it."""
     on_bad_file: Literal["stop", "reject"] = "stop"
@@ -108,6 +123,21 @@ class PackConfig:
             )
         require_not_negative(self, "grace_seconds")
         require_at_least(self, 1, "num_workers")
+        if self.template is not None and (self.text_field != "text" or self.tokens_field is not None):
+            other = "--tokens-field" if self.tokens_field is not None else "--text-field"
+            raise ValueError(f"--template and {other} are both given, expected one of them")
+        if self.tokens_field is not None and self.text_field != "text":
+            raise ValueError("--tokens-field and --text-field are both given, expected one: ids or text")
+        if self.tokens_field == "":
+            raise ValueError("--tokens-field is empty, expected the name of a column")
+        for name in ("", *self.kept_fields[:-1]):
+            if self.keep_fields is not None and self.kept_fields.count(name) > (name != ""):
+                raise ValueError(
+                    f"--keep-fields is {self.keep_fields!r}, expected names with commas between, each once"
+                )
+        _ = self.fields.names
+        for name in {"_source", "_doc_id"} & set(self.kept_fields):
+            raise ValueError(f"--keep-fields has {name!r}, which names a column of the table itself; leave it out")
         if not self.corpus:
             raise ValueError("--corpus is empty, expected at least one file, folder or dataset name")
         for entry in self.corpus:
@@ -123,6 +153,11 @@ class PackConfig:
                         f"{option}: is about conversations; name the field that holds them with --messages-field"
                     )
             return
+        for name in ("template", "tokens_field"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} and --messages-field are both given, expected one of them"
+                )
         if self.text_field != "text":
             raise ValueError(
                 "--text-field and --messages-field: expected one of them, documents are texts or conversations"
@@ -145,6 +180,17 @@ class PackConfig:
     def template_arguments(self) -> dict[str, Any]:
         """What the chat template gets beside the messages."""
         return parse_template_args(self.chat_template_args)
+
+    @property
+    def kept_fields(self) -> tuple[str, ...]:
+        """Names of --keep-fields."""
+        return () if self.keep_fields is None else tuple(name.strip() for name in self.keep_fields.split(","))
+
+    @property
+    def fields(self) -> Fields:
+        """What to read of a record."""
+        name = self.tokens_field or self.messages_field or self.text_field
+        return Fields(name, self.template, self.kept_fields)
 
     @property
     def rows_per_part(self) -> int:
