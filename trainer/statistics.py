@@ -5,7 +5,7 @@ All of it is counts and sums, so micro-batches and ranks add up. The quantiles c
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -50,6 +50,14 @@ class Sources:
             labels = [label if label in largest else "(others)" for label in labels]
         self.names = list(dict.fromkeys(labels))
         self.group = [self.names.index(label) for label in labels]
+
+    @classmethod
+    def of_mixture(cls, corpora: Mapping[str, Sequence[CorpusFile]]) -> "Sources":
+        """The sources of a mixture; corpora: by name the corpus files of each, which are numbered on."""
+        sources = cls(())
+        sources.names = list(corpora)
+        sources.group = [index for index, files in enumerate(corpora.values()) for _ in files]
+        return sources
 
 
 def _folder(path: str) -> str:
