@@ -15,6 +15,8 @@ import numpy as np
 from trainer.order import WINDOW_BLOCKS, RowOrder, generator
 
 SUPERBLOCK = 65_536
+SHUFFLED = 16
+"""Positions that keep their shares as a whole: a step of a multiple of so many rows is as even as can be."""
 FEWEST_BLOCKS = 16
 """In a window of a source, however small its share."""
 
@@ -30,14 +32,15 @@ def whole_counts(shares: Sequence[float]) -> np.ndarray:
 def layout(counts: np.ndarray, names: Sequence[str], seed: int) -> np.ndarray:
     """The source of each position of a superblock, int16 [SUPERBLOCK].
 
-    The j-th row of a source with n rows stands at a random place between j / n and (j + 1) / n of the superblock. Evenly, but
-    not in a pattern: with one, rank r of two processes might get all rows of one source. Does not depend on the order of the
-    sources.
+    The j-th row of a source with n rows stands at (j + 1/2) / n of the superblock; then every `SHUFFLED` in a row are in random
+    order. Evenly, but not in a pattern: with one, rank r of three processes might get all rows of one source. Does not depend
+    on the order of the sources.
     """
-    keys = [(np.arange(n) + generator(seed, name, "layout").random(n)) / max(n, 1) for n, name in zip(counts, names)]
+    keys = np.concatenate([(np.arange(n) + 0.5) / max(n, 1) for n in counts])
     source = np.repeat(np.arange(len(counts), dtype=np.int16), counts)
     name_order = np.argsort(np.argsort(names))
-    return source[np.lexsort([name_order[source], np.concatenate(keys)])]
+    evenly = source[np.lexsort([name_order[source], keys])]
+    return generator(seed, "layout").permuted(evenly.reshape(-1, SHUFFLED), axis=1).ravel()
 
 
 @dataclass(frozen=True)
