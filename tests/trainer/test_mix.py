@@ -158,7 +158,9 @@ class Reads:
         return pack_rows(row_of(block, row) for row in range(self.sizes[block]))
 
 
-def run_ranks(order: MixedOrder, read: Reads, ranks: int, batch: int, first: int, last: int, last_row: int | None = None):  # type: ignore[no-untyped-def]
+def run_ranks(
+    order: MixedOrder, read: Reads, ranks: int, batch: int, first: int, last: int, last_row: int | None = None
+):  # type: ignore[no-untyped-def]
     """By rank the rows' names of each step, or the error."""
     threads, found = Threads(ranks), {}
 
