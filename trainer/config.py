@@ -103,21 +103,24 @@ class TrainConfig(ObjectiveSettings):
 
     @cached_property
     def mixture(self) -> Mixture:
-        """The folder or folders that train."""
-        return given_mixture(self.shards, self.mix)
+        """The folder or folders that train; ValueError where a file of --mix does not describe any."""
+        mixture = given_mixture(self.shards, self.mix)
+        for folder in mixture.folders:
+            require_new_folder(self.out, "remit train", shards=folder)
+        if mixture.is_mixed and self.epochs != 1:
+            raise ValueError(
+                f"--epochs is {self.epochs:g}, and a mixture has no passes of its own; give --max-steps, and max_epochs to "
+                "sources that must not be repeated more"
+            )
+        return mixture
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.shards, str | Path):
             object.__setattr__(self, "shards", (str(self.shards),))
-        for folder in self.mixture.folders:
-            require_new_folder(self.out, "remit train", shards=folder)
+        if self.mix is None or self.shards:  # a file is read when it is asked for
+            _ = self.mixture
         require_new_folder(self.out, "remit train", eval_shards=self.eval_shards, model=self.model)
-        if self.mixture.is_mixed and self.epochs != 1:
-            raise ValueError(
-                f"--epochs is {self.epochs:g}, and a mixture has no passes of its own; give --max-steps, and max_epochs to "
-                "sources that must not be repeated more"
-            )
         require_at_least(self, 1, "global_batch_size", "micro_batch_size", "keep_checkpoints", "max_steps")
         require_positive(self, "max_grad_norm", "epochs", "timeout_seconds")
         require_not_negative(self, "learning_rate", "min_learning_rate", "weight_decay", "warmup_steps")
