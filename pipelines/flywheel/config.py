@@ -20,7 +20,7 @@ from trainer.objectives.settings import OPTIONS
 
 # options of the stages' commands, by what they mean to the loop
 DECIDED = {
-    **dict.fromkeys(("debug", "model", "name", "out", "reference", "shards"), "the loop decides it"),
+    **dict.fromkeys(("debug", "mix", "model", "name", "out", "reference", "shards"), "the loop decides it"),
     **{name: f"give {name} at the top" for name in ("corpus", "seed", "seq_len", "tokenizer")},
     "compare": "use remit eval --compare afterwards",
 }
