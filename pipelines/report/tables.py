@@ -28,7 +28,7 @@ class Row:
 
 def settings_rows(settings: Sequence[dict[str, Any]]) -> list[Row]:
     """The settings of runs, from their run.json."""
-    shown = [{key: own[key] for key in own if key not in ("shards", "base_weights_sha256")} for own in settings]
+    shown = [{key: own[key] for key in own if key not in ("shards", "mixture", "base_weights_sha256")} for own in settings]
     for own in shown:
         if left_out := own.get("rows_left_out"):
             which = f" (sha256 {left_out['sha256'][:12]})" if left_out["rows"] else ""
@@ -51,7 +51,10 @@ def _provenance(settings: dict[str, Any]) -> dict[str, Any]:
         }
     # what tells runs apart before what describes the folder
     first = {key: shards.pop(key) for key in ("tokenizer", "references") if key in shards}
-    return _flatten({"base_weights_sha256": settings.get("base_weights_sha256")} | first | shards)
+    mixture = settings.get("mixture") or {}
+    stages = {f"after step {stage['after_step']:,}": stage["weights"] for stage in mixture.get("stages", [])}
+    mixed = {"mixture": {**stages, **mixture["sources"]}} if mixture else {}
+    return _flatten({"base_weights_sha256": settings.get("base_weights_sha256")} | mixed | first | shards)
 
 
 def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
