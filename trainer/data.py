@@ -195,3 +195,14 @@ class RowReaders:
         """The rows of a block, each checked, as trainer.packed_rows has them. May be called in several threads."""
         number = int(np.searchsorted(self._first_blocks, block, side="right")) - 1
         return pack_rows(self.readers[number].read_block(block - int(self._first_blocks[number])))
+
+
+def top_k_problem(readers: list[RowReader]) -> tuple[str, list[str]]:
+    """Why one of the readers has most probable tokens that do not fit the base, "" for none; and what to note."""
+    lines = []
+    for reader in readers:
+        try:
+            lines.append(reader.require_top_k_fits())
+        except ValueError as error:
+            return str(error), []
+    return "", [line for line in lines if line]

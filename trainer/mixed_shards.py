@@ -216,6 +216,24 @@ def require_epochs(mixed: MixedShards, order: MixedOrder, num_steps: int, global
     )
 
 
+def choose_steps(
+    mixed: MixedShards, order: MixedOrder, max_steps: int | None, epochs: float, batch: int
+) -> tuple[int, int | None]:
+    """Steps of a run of `batch` rows a step, and the position at which its data ends (None: with the last step)."""
+    if mixed.mixture.is_mixed and not max_steps:
+        once = [(folder.manifest.rows / share, name) for name, folder, share in
+                zip(mixed.names, mixed.folders, order.stages[0].shares.values()) if share]  # fmt: skip
+        (shortest, first), (longest, last) = min(once), max(once)
+        raise ValueError(
+            f"a mixture of {len(mixed.names)} sources needs --max-steps, since it has no end of its own: {first} has been read "
+            f"once after {math.floor(shortest / batch):,} steps, {last} after {math.ceil(longest / batch):,}"
+        )
+    last_row = None if max_steps else math.ceil(epochs * order.num_rows)
+    num_steps = max_steps or math.ceil(last_row / batch)  # type: ignore[operator]
+    require_epochs(mixed, order, num_steps, batch)
+    return num_steps, last_row
+
+
 def table(mixed: MixedShards, order: MixedOrder, num_steps: int, global_batch_size: int) -> list[str]:
     """Lines that say what the run takes of each source."""
     of_run = drawn(mixed, order, num_steps * global_batch_size)

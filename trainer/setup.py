@@ -4,7 +4,6 @@ Everything that can be refused is refused here, before OUT is written to, and in
 minutes of loading.
 """
 
-import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +22,7 @@ from trainer.batches import GlobalBatch, global_batches
 from trainer.checkpoint import Checkpoints
 from trainer.checks import check_document_attention, check_fits
 from trainer.config import TrainConfig
-from trainer.data import RowReader, RowReaders
+from trainer.data import RowReader, RowReaders, top_k_problem
 from trainer.distributed import spread
 from trainer.evaluation import Evaluation, open_measure
 from trainer.exchange import Processes
@@ -33,7 +32,7 @@ from trainer.layout import Layout, read_layout
 from trainer.loggers import require_wandb
 from trainer.loss_model import LossModel
 from trainer.mix import MixedOrder
-from trainer.mixed_shards import MixedShards, require_epochs, table
+from trainer.mixed_shards import MixedShards, choose_steps, table
 from trainer.model import Base, load_base
 from trainer.objectives import make_objective
 from trainer.objectives.objective import Objective
@@ -98,7 +97,7 @@ def prepare(config: TrainConfig, session: Session) -> Run | None:
         session.note(line)
     context = choose_context(config, mixed, reference)
     order = mixed.order(config.seed, config.global_batch_size)
-    num_steps, last_row = choose_steps(config, mixed, order)
+    num_steps, last_row = choose_steps(mixed, order, config.max_steps, config.epochs, config.global_batch_size)
     settings = check_settings(config, session, mixed, context)
     if world.from_first(session.lease is None or (config.out / MODEL).exists()):
         return None
@@ -149,23 +148,6 @@ def prepare(config: TrainConfig, session: Session) -> Run | None:
         num_steps=num_steps,
         tokens=tokens,
     )
-
-
-def choose_steps(config: TrainConfig, mixed: MixedShards, order: MixedOrder) -> tuple[int, int | None]:
-    """Steps of the run, and the position at which its data ends (None: with the last step)."""
-    batch = config.global_batch_size
-    if config.mixture.is_mixed and not config.max_steps:
-        once = [(folder.manifest.rows / share, name) for name, folder, share in
-                zip(mixed.names, mixed.folders, order.stages[0].shares.values()) if share]  # fmt: skip
-        (shortest, first), (longest, last) = min(once), max(once)
-        raise ValueError(
-            f"a mixture of {len(mixed.names)} sources needs --max-steps, since it has no end of its own: {first} has been read "
-            f"once after {math.floor(shortest / batch):,} steps, {last} after {math.ceil(longest / batch):,}"
-        )
-    last_row = None if config.max_steps else math.ceil(config.epochs * order.num_rows)
-    num_steps = config.max_steps or math.ceil(last_row / batch)  # type: ignore[operator]
-    require_epochs(mixed, order, num_steps, batch)
-    return num_steps, last_row
 
 
 def choose_context(config: TrainConfig, mixed: MixedShards, reference: str | None) -> str:
@@ -257,17 +239,6 @@ def open_rows(
     for line in lines:
         session.note(line)
     return RowReaders(readers)
-
-
-def top_k_problem(readers: list[RowReader]) -> tuple[str, list[str]]:
-    """Why one of the readers has most probable tokens that do not fit the base, "" for none; and what to note."""
-    lines = []
-    for reader in readers:
-        try:
-            lines.append(reader.require_top_k_fits())
-        except ValueError as error:
-            return str(error), []
-    return "", [line for line in lines if line]
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:

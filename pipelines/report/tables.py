@@ -28,7 +28,9 @@ class Row:
 
 def settings_rows(settings: Sequence[dict[str, Any]]) -> list[Row]:
     """The settings of runs, from their run.json."""
-    shown = [{key: own[key] for key in own if key not in ("shards", "mixture", "base_weights_sha256")} for own in settings]
+    shown = [
+        {key: own[key] for key in own if key not in ("shards", "mixture", "base_weights_sha256")} for own in settings
+    ]
     for own in shown:
         if left_out := own.get("rows_left_out"):
             which = f" (sha256 {left_out['sha256'][:12]})" if left_out["rows"] else ""
