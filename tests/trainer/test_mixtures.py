@@ -324,3 +324,52 @@ def test_what_cannot_be_mixed(tmp_path: Path, folders: dict[str, Path]) -> None:
     shutil.copytree(folders["text"], tmp_path / "copy")
     with pytest.raises(ValueError, match=r"two and text have the same rows"):
         mixed(folders | {"two": tmp_path / "copy"}, {"text": 1, "two": 1})
+
+
+def test_plan_counts_what_is_drawn(tmp_path: Path, folders: dict[str, Path], remit: Remit) -> None:
+    """As counted over the rows of so many steps; the corpus is all there is, and is scored once."""
+    path = write_mix(tmp_path / "mix.yaml", folders, {"text": 0.7, "odd": 0.3})
+    options = ["--base", "olmo2-1b", "--reference", "olmo2-1b", "--tokens", 4000, "--global-batch-size", 8]
+    code, out, error = remit("plan", "--mix", path, *options, "--json", tmp_path / "plan.json")
+    assert code == 0, error
+    assert "Mixture, up to step" in out
+    figures = json.loads((tmp_path / "plan.json").read_text())
+    assert figures["job"]["tokens"] == sum(Manifest.read(folders[name]).tokens for name in ("text", "odd"))
+    mixture = figures["mixture"]
+    rows = [row for step in rows_of(path, 8, mixture["steps"]) for row in step]
+    assert sum(len(row["input_ids"]) for row in rows) == pytest.approx(4000, abs=400)
+    for name, of in mixture["sources"].items():
+        own = [row for row in rows if row["name"] == name]
+        assert (of["rows"], of["epochs"]) == (len(own), pytest.approx(len(own) / Manifest.read(folders[name]).rows))
+        assert of["tokens"] == pytest.approx(sum(len(row["input_ids"]) for row in own), rel=0.1)
+    assert any(line.startswith("odd is repeated") for line in figures["warnings"])
+
+
+def test_weights_of_a_mixture(tmp_path: Path, folders: dict[str, Path], models: dict[str, Path], remit: Remit) -> None:
+    """In proportion to their tokens all rows are read: means over all of them, by source, with pyarrow."""
+    both = {}
+    for name in ("text", "code"):
+        values = by_model(models["base"], "packed", 1 / 64)
+        both[name] = annotate(folders[name], tmp_path / name, values, "packed", 1 / 64, name="base")
+    path = write_mix(tmp_path / "mix.yaml", both, {name: Manifest.read(both[name]).tokens for name in both})
+    code, out, error = remit("weights", "--mix", path, "--json", tmp_path / "weights.json", "--min-count", 1)
+    assert code == 0, error
+    assert "Sources, at epsilon" in out
+    figures = json.loads((tmp_path / "weights.json").read_text())
+    assert figures["sample"]["rows"] == sum(Manifest.read(folder).rows for folder in both.values())
+    excess = {
+        name: [
+            theirs - ours
+            for row in read_rows(folder)
+            for ours, theirs in zip(row["base_logprobs"], row["rl_logprobs"])
+            if ours is not None
+        ]
+        for name, folder in both.items()
+    }
+    for name, values in excess.items():
+        assert figures["sources"][name]["predicted_tokens"] == len(values)
+        assert figures["sources"][name]["excess_loss_mean"] == pytest.approx(sum(values) / len(values), abs=1e-4)
+    together = [value for values in excess.values() for value in values]
+    assert figures["excess_loss"]["mean"] == pytest.approx(sum(together) / len(together), abs=1e-4)
+    code, _, error = remit("weights", "--mix", path, "--rows", 0)
+    assert (code, "a mixture is sampled by its weights" in error) == (1, True)
