@@ -37,7 +37,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
 .PHONY: help install sample score train verify inspect test test-fast test-slow test-real docs lint clean bench bench-score bench-pack \
-	bench-scale bench-train bench-head bench-topk gpu-check gpu-score-check lab
+	bench-packing bench-scale bench-train bench-head bench-topk gpu-check gpu-score-check lab rmt
 
 help: ## list targets and variables
 	@echo "targets:"
@@ -53,6 +53,7 @@ help: ## list targets and variables
 	@echo "  BASE       base model, folder or hub id                 SHARDS     annotated shards"
 	@echo "  OUT        folder of the run (now: $(OUT))           TRAIN_ARGS more options"
 	@echo "  NPROC      processes on this machine, one per GPU (default: 1)"
+	@echo "variables of make rmt: BASE, RMT_SHARDS (now: $(RMT_SHARDS)), RMT_OUT (now: $(RMT_OUT)), RMT_ARGS"
 	@echo "variables of all: WORK (now: $(WORK)), PYTHON (now: $(PYTHON)), EXTRA=cpu|gpu (found: $(EXTRA))"
 	@echo
 	@echo "all options: $(BIN)/remit COMMAND --help"
@@ -116,6 +117,32 @@ train: install $(SAMPLE)/reference
 	@$(BIN)/remit compare $(OUT)-ntp $(OUT)
 endif
 
+$(VENV)/.installed-flywheel: $(VENV)/.installed-$(EXTRA)
+	$(BIN)/pip install -q -e '.[flywheel]'
+	touch $@
+
+# Reinforcement mid-training needs the reference's entropy. The sample's base learns the format of a rollout first.
+RMT_SHARDS ?= $(WORK)/scored-entropy
+RMT_OUT    ?= $(WORK)/rmt
+RMT_ARGS   ?=
+ifdef BASE
+rmt: $(VENV)/.installed-flywheel ## reinforcement mid-training of BASE on RMT_SHARDS, which were scored with --entropy
+	$(BIN)/remit rmt --shards $(RMT_SHARDS) --model $(BASE) --reference $(NAME) --out $(RMT_OUT) $(RMT_ARGS)
+else
+SAMPLE_RMT = --first-budget 16 --budget-decay 0.25 --positions-per-step 16 --max-steps 40 --format-steps 60 \
+	--learning-rate 2e-4 --format-learning-rate 1e-3 --micro-batch-size 32 --checkpoint-every 20 --eval-positions 64
+
+rmt: $(VENV)/.installed-flywheel $(SAMPLE)/reference
+	$(BIN)/remit pack --corpus $(SAMPLE)/corpus --tokenizer $(SAMPLE)/tokenizer --out $(WORK)/packed --seq-len 256 \
+		--tokens-per-shard 131072
+	$(BIN)/remit pack --corpus $(SAMPLE)/heldout --tokenizer $(SAMPLE)/tokenizer --out $(WORK)/heldout --seq-len 256
+	$(BIN)/remit score --shards $(WORK)/packed --model $(SAMPLE)/reference --name $(NAME) --out $(RMT_SHARDS) --entropy
+	$(BIN)/remit score --shards $(WORK)/heldout --model $(SAMPLE)/reference --name $(NAME) --out $(WORK)/heldout-entropy \
+		--entropy
+	$(BIN)/remit rmt --shards $(RMT_SHARDS) --model $(SAMPLE)/base --reference $(NAME) --out $(RMT_OUT) \
+		--eval-shards $(WORK)/heldout-entropy $(SAMPLE_RMT) $(RMT_ARGS)
+endif
+
 # The laboratory: seeds may be run one after the other into the same folder.
 SIZE  ?= full
 SEEDS ?= 1
@@ -157,6 +184,9 @@ bench-score: $(VENV)/.installed-dev ## scorer against its ceiling, transformers 
 bench-pack: $(VENV)/.installed-dev ## pack against the bare tokenizer; memory up to a corpus of 1 GB
 	$(BIN)/python -m benchmarks.bench_pack
 
+bench-packing: $(VENV)/.installed-dev ## whole documents against documents laid end to end: cuts and unused positions
+	$(BIN)/python -m benchmarks.bench_packing
+
 bench-scale: $(VENV)/.installed-dev ## a plan of 100,000 parts: start, resume, verify the manifest
 	$(BIN)/python -m benchmarks.bench_scale
 
@@ -176,7 +206,7 @@ bench-head: $(VENV)/.installed-dev ## memory of the loss head as vocabulary and 
 bench-topk: $(VENV)/.installed-dev $(SAMPLE)/reference ## bytes per token of a reference's most probable tokens
 	$(BIN)/python -m benchmarks.bench_topk --sample $(SAMPLE)
 
-bench: bench-score bench-pack bench-scale bench-train bench-head bench-topk ## all benchmarks
+bench: bench-score bench-pack bench-packing bench-scale bench-train bench-head bench-topk ## all benchmarks
 
 docs: $(VENV)/.installed-dev ## build the documentation into docs/_build
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build

@@ -91,8 +91,8 @@ def step_groups(metrics: dict[str, Any]) -> Iterator[Group]:
 
 
 def _group(name: str, metrics: dict[str, Any], has_details: bool) -> Group:
-    scalars = {key: value for key, value in metrics.items() if key not in NOT_SHOWN and value is not None}
-    if not has_details:
+    scalars = {key: value for key, value in metrics.items() if key not in NOT_SHOWN and isinstance(value, int | float)}
+    if not has_details or not metrics.get("weight_histogram"):  # steps of remit rmt have no weights
         return Group(name, scalars, None)
     quantiles = metrics["delta_quantiles"] or {}
     bins = sorted((float(centre), count) for centre, count in metrics["weight_histogram"].items())

@@ -124,7 +124,7 @@ def refuse_other_settings(out: Path, settings: dict[str, Any]) -> None:
     ours, theirs = ({key: run[key] for key in run if key not in RECORDED} for run in (settings, before))
     if ours.get("router_aux_loss") == 0:  # runs from before there was a choice trained without, too
         theirs.setdefault("router_aux_loss", ours["router_aux_loss"])
-    if "order" not in theirs and "base_weights_sha256" in theirs:
+    if "order" in ours and "order" not in theirs:
         raise ValueError(
             f"{out}: was begun by an earlier release, whose rows train in another order (order is not set there, {ORDER!r} "
             "now); finish it with that release, or choose another --out"

@@ -1,0 +1,273 @@
+"""What a run of remit rmt needs before its first step. All that can be refused is refused here, before OUT is written to."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from pipelines.rmt.answers import token_bytes
+from pipelines.rmt.curriculum import distribution_at, require_enough
+from pipelines.rmt.model import RmtModel
+from pipelines.rmt.positions import PositionReader
+from pipelines.rmt.prompts import Prompter
+from pipelines.rmt.settings import TIERS, RmtConfig
+from pipelines.rmt.tier_index import TierIndex, count_tiers, entropy_column, load_or_count
+from shards.fingerprint import model_origin, weights_fingerprint
+from shards.folder import ShardFolder
+from shards.modelfolder import read_config
+from shards.output_folder import MODEL, read_record, refuse_other
+from trainer.batch import MicroBatch, Row, collate
+from trainer.checkpoint import Checkpoints
+from trainer.distributed import spread
+from trainer.experts import num_experts
+from trainer.layout import Layout, read_layout
+from trainer.loggers import require_wandb
+from trainer.mixed_shards import MixedShards
+from trainer.model import Base
+from trainer.run_folder import RECORDED, keep_lines
+from trainer.session import Session
+from trainer.setup import choose_context, load_trainable, make_optimizer, resume
+from trainer.statistics import Sources
+from trainer.tokenizer import check_tokenizer, replaced_components
+
+POSITIONS = "positions.jsonl"
+RESOLVED = "resolved"  # in run.json: what was chosen where the settings leave it to the model and the shards
+MOST_PREFIX = 4096
+LEAST_PREFIX = 8
+NOT_SETTINGS = (
+    *("out", "debug", "shards", "model", "eval_shards", "eval_every", "eval_positions", "checkpoint_every"),
+    *("keep_checkpoints", "timeout_seconds", "export_dtype", "wandb_project", "engine_memory"),
+    # these change the machine's work and the last digits, not what is computed
+    *("micro_batch_size", "activation_checkpointing"),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is ready for its next step. called: loss_model, or DDP around it; tokens: trained on so far."""
+
+    config: RmtConfig
+    settings: dict[str, Any]
+    shards: ShardFolder
+    context: str
+    sources: Sources
+    index: TierIndex
+    reader: PositionReader
+    prompter: Prompter
+    token_bytes: list[bytes]
+    collate: Callable[[list[Row]], MicroBatch]
+    base: Base
+    layout: Layout
+    loss_model: RmtModel
+    called: nn.Module
+    optimizer: Optimizer
+    checkpoints: Checkpoints
+    first_step: int
+    tokens: int
+
+
+def prepare(config: RmtConfig, session: Session, count: Callable[[ShardFolder, int], None]) -> Run | None:
+    """Check, load and resume what `config` describes; None where that run is finished. All ranks take part.
+
+    count: told the folder and the rows done while the tiers are counted. ValueError with value, expectation and remedy
+    for input that does not fit together.
+    """
+    if config.wandb_project is not None:
+        require_wandb()
+    torch.manual_seed(config.seed)
+    world, shared = session.world, config.train_config()
+    if config.positions_per_step % world.size:
+        raise ValueError(
+            f"--positions-per-step is {config.positions_per_step}, expected a multiple of {world.size}, the processes"
+        )
+    if num_experts(read_config(Path(config.model))):
+        raise ValueError(
+            f"--model {config.model}: has experts, expected a base without: remit rmt has no loss that balances them; remit train "
+            "has"
+        )
+    mixed = MixedShards.open(shared.mixture)
+    shards = mixed.first
+    entropy_column(shards, config.reference)
+    if config.eval_shards is not None:  # here, and not after minutes
+        entropy_column(ShardFolder(config.eval_shards), config.reference)
+    context = choose_context(shared, mixed, config.reference)
+    others = [] if config.baseline is None else [config.baseline]
+    for name in others:
+        require_baseline(config, shards, name, context)
+    differences = check_tokenizer(Path(config.model), shards, session.note)
+    settings: dict[str, Any] = world.from_first(rmt_settings(config, shards, context) if world.first else None)
+    if differences:
+        settings["tokenizer_differences"] = differences
+    if world.first:
+        refuse_other_settings(config.out, settings)
+    if world.from_first(session.lease is None or (config.out / MODEL).exists()):
+        return None
+
+    base = load_trainable(shared, session, mixed, context)
+    layout = world.from_first(read_layout(Path(config.model), base.model) if world.first else None)
+    tokenizer = load_tokenizer(Path(config.model), shards, config.out)
+    prompter = make_prompter(config, tokenizer, base.max_position)
+    spelled = token_bytes(tokenizer, base.num_embeddings)
+    index = tier_index(config, session, shards, others, count)
+    reader = PositionReader(
+        shards, index, config.reference, thresholds(config), context, base.num_embeddings, config.baseline
+    )
+
+    settings[RESOLVED] = {
+        "prompt": "chat" if prompter.chat else "plain",
+        "max_prefix": prompter.max_prefix,
+        "tiers": dict(zip(tier_names(config), index.counts, strict=True)),
+    }
+
+    base.prepare(config.activation_checkpointing, "off")
+    loss_model = RmtModel(base)
+    called = spread(loss_model, base.layers, world, "replicate", base.dtype)
+    optimizer = make_optimizer(loss_model, shared)
+    checkpoints, first_step, tokens = resume(shared, session, settings, loss_model, optimizer, layout)
+    if session.lease:
+        keep_lines(config.out / POSITIONS, first_step)
+    return Run(
+        config=config,
+        settings=settings,
+        shards=shards,
+        context=context,
+        sources=Sources(shards.manifest.corpus),
+        index=index,
+        reader=reader,
+        prompter=prompter,
+        token_bytes=spelled,
+        collate=partial(collate, context=context, device=world.device),
+        base=base,
+        layout=layout,
+        loss_model=loss_model,
+        called=called,
+        optimizer=optimizer,
+        checkpoints=checkpoints,
+        first_step=first_step,
+        tokens=tokens,
+    )
+
+
+def thresholds(config: RmtConfig) -> Sequence[float]:
+    """Borders of the tiers that the curriculum tells apart."""
+    return config.thresholds if config.curriculum == "tiers" else config.thresholds[:1]
+
+
+def tier_names(config: RmtConfig) -> Sequence[str]:
+    """What the tiers of the curriculum are called."""
+    return TIERS if config.curriculum == "tiers" else (TIERS[0], "above")
+
+
+def distribution(config: RmtConfig, counts: Sequence[int], step: int) -> np.ndarray:
+    """Probabilities of the tiers in step 1..max_steps, the one below the first threshold included."""
+    if config.curriculum == "tiers":
+        return np.array(
+            [0.0, *distribution_at(step, config.max_steps, config.first_distribution, config.last_distribution)]
+        )
+    if config.curriculum == "filter":
+        return np.array([0.0, 1.0])
+    return np.asarray(counts, dtype=np.float64) / sum(counts)  # so that all positions are equally probable
+
+
+def tier_index(
+    config: RmtConfig,
+    session: Session,
+    shards: ShardFolder,
+    others: Sequence[str],
+    count: Callable[[ShardFolder, int], None],
+) -> TierIndex:
+    """The index in OUT, made by the first process; ValueError where a tier has too few positions."""
+
+    def make() -> TierIndex:
+        session.phase("count tiers")
+        return count_tiers(shards, config.reference, thresholds(config), others, lambda rows: count(shards, rows))
+
+    if session.world.first:
+        load_or_count(config.out, make, session.check_lease)
+    session.world.barrier()
+    index = load_or_count(config.out, make, session.check_lease)
+    distributions = [distribution(config, index.counts, step) for step in (1, config.max_steps)]
+    require_enough(index.counts, distributions, config.positions_per_step, tier_names(config), config.shards)
+    return index
+
+
+def require_baseline(config: RmtConfig, shards: ShardFolder, name: str, context: str) -> None:
+    """ValueError unless the log-probs of the frozen base are those of --model itself."""
+    scored = shards.require_scored(name, context)
+    ours = weights_fingerprint(Path(config.model))
+    if scored.get("weights_sha256") not in (None, ours):
+        raise ValueError(
+            f"--baseline {name}: was scored with weights {str(scored['weights_sha256'])[:12]}.., --model has {ours[:12]}..; RLP's "
+            f"baseline is the base itself: score the shards with --model {config.model} under another --name"
+        )
+
+
+def load_tokenizer(model: Path, shards: ShardFolder, out: Path) -> Any:
+    """The base's tokenizer, or a copy of the one that packed the rows; with an end token, and one to pad with."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    folder = model
+    if not (model / "tokenizer.json").exists() and not (model / "tokenizer_config.json").exists():
+        folder = out / "tokenizer"
+        folder.mkdir(parents=True, exist_ok=True)
+        shards.copy_tokenizer(folder)
+    # some classes of transformers leave parts of tokenizer.json out, and its ids are what the rows have
+    loader: Any = PreTrainedTokenizerFast if replaced_components(folder) else AutoTokenizer
+    tokenizer = loader.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{folder}: its tokenizer has no end token (eos_token), expected one, which ends a rollout")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # TRL masks by length, not by token
+    return tokenizer
+
+
+def make_prompter(config: RmtConfig, tokenizer: Any, max_position: int | None) -> Prompter:
+    """The prompts of a run; ValueError where the thought leaves no room for a text, or there is no template for chat."""
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if config.prompt == "chat" and not has_template:
+        raise ValueError("--prompt is chat, and the tokenizer of --model has no chat template; expected plain or auto")
+    prompter = Prompter(
+        tokenizer, config.prompt == "chat" or (config.prompt == "auto" and has_template), config.answer, 1
+    )
+    needed = prompter.overhead + len(prompter.close_ids) + config.most_thought + config.most_answer
+    room = MOST_PREFIX if max_position is None else max_position - needed
+    if room < LEAST_PREFIX or (config.max_prefix or 0) > room:
+        asked = f"--max-prefix is {config.max_prefix}" if config.max_prefix else "no text before it"
+        raise ValueError(
+            f"--first-budget is {config.first_budget}: the longest thought, its tags and the answer take {needed} of the "
+            f"model's {max_position} positions, which leaves {max(0, room)} tokens for the text ({asked}); expected at least "
+            f"{LEAST_PREFIX}; give a smaller --first-budget{' or --max-prefix' if config.max_prefix else ''}"
+        )
+    return Prompter(tokenizer, prompter.chat, config.answer, config.max_prefix or min(room, MOST_PREFIX))
+
+
+def rmt_settings(config: RmtConfig, shards: ShardFolder, context: str) -> dict[str, Any]:
+    """All that decides the outcome of a run; a resume under other settings is refused."""
+    settings = {name: value for name, value in asdict(config).items() if name not in NOT_SETTINGS}
+    name, revision = model_origin(Path(config.model))
+    settings |= {
+        "stage": "rmt",
+        "base": {"model": name, "revision": revision},
+        "context": context,
+        "shards": shards.manifest.provenance(),
+        "base_weights_sha256": weights_fingerprint(Path(config.model)),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(settings))  # as run.json gives it back
+    return plain
+
+
+def refuse_other_settings(out: Path, settings: dict[str, Any]) -> None:
+    """ValueError where `out` holds a run with other settings."""
+    before = read_record(out)
+    if before is None:
+        return
+    ours, theirs = ({key: run[key] for key in run if key not in (*RECORDED, RESOLVED)} for run in (settings, before))
+    options = {field.name: f"--{field.name.replace('_', '-')}" for field in fields(RmtConfig)}
+    refuse_other(str(out), "run", ours, theirs, "choose another --out, or delete that run to start over", options)
