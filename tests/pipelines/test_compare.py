@@ -215,7 +215,7 @@ def test_what_is_no_run(tmp_path: Path, remit: Remit) -> None:
             f"otherr: no such folder; {tmp_path} has the runs one, other, unevaluated; give",
         ),
         ((one, other / "model"), 1, f"model: is a part of the run {other}; give"),
-        ((one, tmp_path), 1, "it is not a run of remit train; "),
+        ((one, tmp_path), 1, "it is not a run; "),
         ((one, tmp_path / "scored"), 1, "holds no run.json, so it is a shard folder; give the --out of remit train"),
         ((one, other / "run.json"), 1, "is a file"),
         ((one, unevaluated), 1, "has no held-out loss; run remit train with --eval-shards and --eval-every"),
