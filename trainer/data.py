@@ -11,7 +11,6 @@ from shards.contract import check, refuse_tokens
 from shards.folder import ShardFolder
 from shards.quarantine import QUARANTINE, rows_name
 from shards.rows import PartRows, Rows
-from shards.schema import logprobs_column, topk_columns
 from trainer.batch import Row
 from trainer.mixed_shards import block_rows
 from trainer.packed_rows import pack_rows
@@ -42,10 +41,11 @@ class RowReader:
     """Rows of a complete shard folder by block and place, where a block is a record batch of a part.
 
     context: "packed" or "document", which decides what is predicted. reference: name of the reference whose columns
-    are read (ShardFolder.require_scored says whether they can be), or None. columns: which of them: "logprobs",
-    "topk_ids", "topk_logprobs". num_embeddings: token ids must be below it. left_out: names of references whose unscored
-    rows predict nothing; default: the reference alone. first_source: what is added to the corpus file of a row. What is read
-    is hashed against its commit record first. Used by several threads. ValueError for a row that breaks the contract (shards/contract.py) or does not fit the model.
+    are read (ShardFolder.require_scored says whether they can be), or None. columns: which of them, without its name:
+    "logprobs", "topk_ids", "topk_logprobs", "entropy_t2" and so on. num_embeddings: token ids must be below it. left_out:
+    names of references whose unscored rows predict nothing; default: the reference alone. first_source: what is added to the
+    corpus file of a row. What is read is hashed against its commit record first. Used by several threads. ValueError for a
+    row that breaks the contract (shards/contract.py) or does not fit the model.
     """
 
     def __init__(
@@ -64,11 +64,8 @@ class RowReader:
         self._names: dict[str, str] = {}  # of the columns in the folder
         if reference is not None:
             assert folder.require_reference(reference)["context"] == context, "ask folder.require_scored before"
-            top_ids, top_logprobs = topk_columns(reference)
-            known = {"logprobs": logprobs_column(reference), "topk_ids": top_ids, "topk_logprobs": top_logprobs}
-            self._names = {column: known[column] for column in columns}
-            if "topk_ids" in columns:
-                folder.require_top_k(reference)
+            folder.require_columns(reference, columns)
+            self._names = {column: f"{reference}_{column}" for column in columns}
         self.folder, self.context, self.reference, self.num_embeddings, self.columns = (
             folder,
             context,
@@ -81,7 +78,7 @@ class RowReader:
         self.block_rows = block_rows(folder.manifest)
         # an embedding may have more rows than the tokenizer has tokens, and the reference's more than the base's
         self.reference_rows = 0
-        if reference is not None and "topk_ids" in columns:
+        if reference is not None and {"topk_ids", "sample_ids"} & {*columns}:
             self.reference_rows = folder.require_reference(reference).get("vocab_size", 0)
         self._parts: OrderedDict[int, tuple[threading.Lock, list[PartRows]]] = OrderedDict()
         self._blocks: OrderedDict[int, list[Row]] = OrderedDict()
@@ -145,7 +142,8 @@ class RowReader:
         if not scored_R.all():
             predicted_T &= np.repeat(scored_R, rows.lengths)
         columns = {column: rows.values(name) for column, name in self._names.items()}
-        self._require_model_fits(rows, columns.get("topk_ids"))
+        for column in ("topk_ids", "sample_ids"):
+            self._require_model_fits(rows, column, columns.get(column))
         for column, values in columns.items():
             columns[column] = values.copy()
             columns[column][~predicted_T] = 0
@@ -162,8 +160,8 @@ class RowReader:
             for row in range(len(rows))
         ]
 
-    def _require_model_fits(self, rows: Rows, topk_ids_TK: np.ndarray | None) -> None:
-        """ValueError where the model has no embedding for a token of the rows, or for one of the most probable ones."""
+    def _require_model_fits(self, rows: Rows, column: str, topk_ids_TK: np.ndarray | None) -> None:
+        """ValueError where the model has no embedding for a token of the rows, or for one of the most probable or drawn ones."""
         bound = self.num_embeddings
         if rows.ids.max() >= bound:
             refuse_tokens(
@@ -176,7 +174,7 @@ class RowReader:
             refuse_tokens(
                 rows, most_T >= bound,
                 lambda token: (
-                    f"{self._names['topk_ids']} has token {most_T[token]}, and the base has {bound} embedding rows, the "
+                    f"{self._names[column]} has token {most_T[token]}, and the base has {bound} embedding rows, the "
                     f"reference {self.reference!r} {self.reference_rows or 'more'}: the reference holds one of its padding rows "
                     "probable there"
                 ),

@@ -15,7 +15,7 @@ from trainer.mixture import Mixture, require_folders
 
 MAY_DIFFER = ("model", "revision", "engine_version", "engine_distribution", "device", "tensor_parallel_size")
 """Of a reference, in a mixture: who computed the log-probs of its weights. A difference is noted."""
-NOT_READ = ("entropy", "entropy_temperature", "tokenizer_differences")
+KINDS = ("top_k", "sample", "entropy")  # of stored columns, as their settings begin, beside log-probs
 MANY_EPOCHS = 4
 """Beyond this many repetitions data was found to be worth little (Muennighoff et al. 2023, Scaling Data-Constrained LMs)."""
 
@@ -71,10 +71,11 @@ class MixedShards:
     def names(self) -> list[str]:
         return [source.name for source in self.mixture.sources]
 
-    def require_alike(self, reference: str | None, reads_top_k: bool = False) -> list[str]:
+    def require_alike(self, reference: str | None, columns: Iterable[str] = ("logprobs",)) -> list[str]:
         """ValueError where rows of these folders must not be mixed, with the field and both values; else what to note.
 
-        reference: the one whose columns are read, which must be the same model in all of them, or None.
+        reference: the one whose columns are read, which must be the same model in all of them, or None; columns: which, as of
+        trainer.data.RowReader.
         """
         notes = []
         for name, folder in zip(self.names[1:], self.folders[1:]):
@@ -86,7 +87,7 @@ class MixedShards:
             for field in dict.fromkeys([*ours, *theirs]):
                 mine, other = ours.get(field), theirs.get(field)
                 key = field.rsplit(".", 1)[-1]
-                if mine == other or (reference is not None and key in NOT_READ) or (key == "top_k" and not reads_top_k):
+                if mine == other or not _is_read(key, columns):
                     continue
                 both = f"{field} is {_text(mine)} in {self.names[0]}, {_text(other)} in {name}"
                 if field.startswith("references.") and key in MAY_DIFFER:
@@ -153,6 +154,13 @@ def _of_rows(manifest: Manifest) -> dict[str, Any]:
 
 def _of_reference(folder: ShardFolder, name: str) -> dict[str, Any]:
     return {f"references.{name}.{key}": value for key, value in folder.require_reference(name).items()}
+
+
+def _is_read(field: str, columns: Iterable[str]) -> bool:
+    """Whether what these columns hold depends on a field of their reference's provenance."""
+    kind = next((kind for kind in KINDS if field.startswith(kind)), None)
+    read = any(column.startswith(kind.replace("_", "")) for column in columns) if kind else True
+    return read and field != "tokenizer_differences"
 
 
 def _text(value: Any) -> str:

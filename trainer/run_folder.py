@@ -65,7 +65,7 @@ def run_settings(config: TrainConfig, mixed: MixedShards, context: str, processe
     used = OPTIONS[config.objective]
     for name in {name for options in OPTIONS.values() for name in options} - {*used}:
         del settings[name]  # of other objectives
-    if config.objective == "rho1" and config.scope == "micro":  # what is ranked together depends on both
+    if "scope" in used and config.scope == "micro":  # what is ranked together depends on both
         settings |= {"micro_batch_size": config.micro_batch_size, "processes": processes}
     if config.router_aux_loss is None:
         del settings["router_aux_loss"]  # of a base without experts

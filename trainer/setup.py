@@ -93,9 +93,15 @@ def prepare(config: TrainConfig, session: Session) -> Run | None:
     mixed = MixedShards.open(config.mixture)
     objective = make_objective(config)
     reference = config.reference if objective.columns else None
-    for line in mixed.require_alike(reference, "topk_ids" in objective.columns):
-        session.note(line)
     context = choose_context(config, mixed, reference)
+    if reference is not None:
+        objective = make_objective(config, mixed.first.require_reference(reference))
+        for folder in mixed.folders:
+            folder.require_columns(reference, objective.columns)
+        if objective.note:
+            session.note(objective.note)
+    for line in mixed.require_alike(reference, objective.columns):
+        session.note(line)
     order = mixed.order(config.seed, config.global_batch_size)
     num_steps, last_row = choose_steps(mixed, order, config.max_steps, config.epochs, config.global_batch_size)
     settings = check_settings(config, session, mixed, context)

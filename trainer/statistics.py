@@ -71,7 +71,7 @@ class StepStatistics:
     """Sums over predicted tokens, float64 [groups, columns], added to by every call of the loss head.
 
     group: for each corpus file the group that its tokens count for (default: all in one). figures: names of an
-    objective's own figures. table is what ranks add up.
+    objective's own figures; per: figures whose mean is over what another one counts. table is what ranks add up.
     """
 
     def __init__(
@@ -79,8 +79,9 @@ class StepStatistics:
         device: torch.device | str = "cpu",
         group: Sequence[int] | None = None,
         figures: Sequence[str] = (),
+        per: Mapping[str, str] | None = None,
     ) -> None:
-        self._group, self._names = group, (*SUMS, *figures)
+        self._group, self._names, self._per = group, (*SUMS, *figures), per or {}
         groups = 1 if group is None else max(group) + 1
         columns = len(self._names) + WEIGHT_BINS + DELTA_BINS
         self.table = torch.zeros(groups, columns, dtype=torch.float64, device=device)
@@ -154,8 +155,12 @@ class StepStatistics:
             },
             "delta_mean": sums["delta"] / sums["deltas"] if sums["deltas"] else None,
             "delta_quantiles": _quantiles(row_C[first + WEIGHT_BINS :]) if sums["deltas"] else None,
-            **{name: sums[name] / tokens for name in self._names[len(SUMS) :]},
+            **{name: _mean(sums[name], sums[self._per.get(name, "tokens")]) for name in self._names[len(SUMS) :]},
         }
+
+
+def _mean(total: float, count: float) -> float | None:
+    return total / count if count else None
 
 
 def _count(bins: Tensor, values_N: Tensor) -> None:

@@ -75,7 +75,7 @@ def train_in(session: Session, config: TrainConfig) -> TrainResult:
 def train_steps(run: Run, session: Session) -> bool:
     """Train to the last step; False where the caller asked to stop before it, after a checkpoint."""
     config, world = run.config, session.world
-    tokens = run.tokens
+    tokens, told = run.tokens, False
     if run.first_step == 0:
         run.evaluation.write(0, of_export=False)
     with (
@@ -88,7 +88,7 @@ def train_steps(run: Run, session: Session) -> bool:
             learning_rate = learning_rate_at(step, config, run.num_steps)
             for group in run.optimizer.param_groups:
                 group["lr"] = learning_rate
-            statistics = StepStatistics(world.device, run.sources.group, run.objective.figures)
+            statistics = StepStatistics(world.device, run.sources.group, run.objective.figures, run.objective.per)
             # Eq. 6 divides by the predicted tokens of the whole global batch, so micro-batches and ranks just add up
             predicted, step_tokens = count_tokens(step, batch, world)
             balancing = run.balance and Balancing(run.balance, config.router_aux_loss or 0.0, step_tokens)
@@ -115,6 +115,9 @@ def train_steps(run: Run, session: Session) -> bool:
             metrics |= {"peak_memory_bytes": peak_memory_bytes(world.device)}
             if config.mixture.is_mixed:
                 metrics["mixture"] = passes(run, step)
+            if metrics.get("gate_without_topk") and not told:
+                session.note(without_topk(step, metrics))
+                told = True
             if balancing:
                 metrics["router_aux_loss"] = statistics.router_loss.item()
             if log and session.lease:
@@ -162,6 +165,16 @@ def count_tokens(step: int, batch: GlobalBatch, world: World) -> tuple[int, int]
             f"step {step}: no row of the batch has a token to predict ({where(batch.rows)}); raise --global-batch-size"
         )
     return predicted, tokens
+
+
+def without_topk(step: int, metrics: dict[str, Any]) -> str:
+    """A line about tokens that the gate wants and the store has no top k of."""
+    share, tokens = metrics["gate_without_topk"], metrics["predicted_tokens"]
+    return (
+        f"step {step}: {round(share * tokens):,} of {tokens:,} tokens at or below the gate's {metrics['gate_entropy']:.4g} nat have "
+        "no most probable tokens stored, since the folder keeps them for lower entropies alone; they train on next-token loss, "
+        "here and in later steps (gate_without_topk in metrics.jsonl)"
+    )
 
 
 def require_finite(step: int, loss: float, grad_norm: float, batch: GlobalBatch) -> None:

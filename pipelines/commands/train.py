@@ -38,7 +38,7 @@ def run(config: TrainConfig, should_stop: ShouldStop) -> int:
             numbers = f"loss {metrics['ntp_loss']:.3f}, "
             if clips:
                 numbers += f"clipped {metrics['clipped_low']:.0%}/{metrics['clipped_high']:.0%}, "
-            if "kd_loss" in metrics:
+            if metrics.get("kd_loss") is not None:  # of the switch none where nothing is gated
                 numbers += f"KL {metrics['kd_loss']:.3f}, "
             bar.set_postfix_str(f"{numbers}{metrics['tokens_per_second']:,.0f} tokens/s", refresh=False)
             bar.update(done - bar.n)

@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 from pipelines.cli import COMMANDS, find
 from pipelines.flywheel.values import Text, Words, as_yaml_spells, check, known_keys, read_yaml, to_text, to_words
 from pipelines.terminal import BadUsage
-from trainer.objectives.settings import OPTIONS
+from trainer.objectives.settings import OPTIONS, TEMPERATURES
 
 # options of the stages' commands, by what they mean to the loop
 DECIDED = {
@@ -45,7 +45,8 @@ def command_of(section: str) -> str:
 
 def fast_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that may change without a repetition."""
-    decides = options.get("objective") == "rho1" and options.get("scope") == "micro"  # which tokens are ranked together
+    scoped = "scope" in OPTIONS.get(options.get("objective", ""), ())
+    decides = scoped and options.get("scope") == "micro"  # which tokens are ranked together
     return {name: options[name] for name in options if name in FAST and not (decides and name == "micro_batch_size")}
 
 
@@ -225,8 +226,19 @@ def check_together(config: FlywheelConfig) -> None:
         raise ValueError(
             "score.engine is 'fake', expected vllm; the fake engine's numbers are a hash, which training refuses"
         )
-    if train.get("objective") == "kd" and score.get("top_k", 0) == 0 and config.rounds:
-        raise ValueError("score.top_k is 0, expected at least 1, for instance 32, since train.objective is kd")
+    objective = train.get("objective")
+    if objective in TEMPERATURES and score.get("top_k", 0) == 0 and config.rounds:
+        raise ValueError(
+            f"score.top_k is 0, expected at least 1, for instance 32, since train.objective is {objective}"
+        )
+    if objective == "switch" and config.rounds:
+        temperature = train.get("temperature", TEMPERATURES["switch"])
+        stored = score.get("entropy_temperature") if temperature != 1 else 1
+        if not score.get("entropy") or stored != temperature:
+            raise ValueError(
+                f"score.entropy is {score.get('entropy', False)!r} with entropy_temperature {score.get('entropy_temperature')}, "
+                f"expected true with {temperature:g}, the temperature of train.objective switch"
+            )
     scored, trained = score.get("context", "packed"), train.get("context", "auto")
     if trained not in ("auto", scored) and config.rounds:
         raise ValueError(f"train.context is {trained!r}, expected {scored}, as score.context is, or auto")

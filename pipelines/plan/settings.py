@@ -54,6 +54,10 @@ class PlanConfig:
     """auto: only where training does not fit without."""
     top_k: int = 0
     """As for remit score: entries stored per token."""
+    top_k_share: float | None = None
+    """Share of the tokens with top k, default all; 0.25 for --top-k-below-entropy quantile:0.2 of remit score with its margin."""
+    sample_k: int = 0
+    """As for remit score: drawn tokens stored per token."""
     entropy: bool = False
     """As for remit score."""
     entropy_temperature: float | None = None
@@ -63,6 +67,8 @@ class PlanConfig:
     """Measured tokens/s per GPU of NTP training (tokens_per_second of metrics.jsonl / GPUs), in place of --mfu-train."""
     score_rate: float | None = None
     """Measured tokens/s per GPU of scoring (tokens_per_second of _score.jsonl / GPUs), in place of --mfu-score."""
+    online_rate: float | None = None
+    """Measured tokens/s per GPU of the reference's forward inside of the training step; default: at the utilisation of training."""
     mfu_train: float | None = None
     """Share of the peak that training reaches between two exchanges; default 0.45, with cpu and unknown GPUs 0.4."""
     mfu_score: float | None = None
@@ -89,7 +95,9 @@ class PlanConfig:
         require_at_least(self, 1, "num_gpus", "gpus_per_node", "global_batch_size", "micro_batch_size")
         require(self, lambda length: length >= 2, "at least 2: nothing precedes a row's first token", "seq_len")
         require_positive(self, "epochs", "peak_tflops", "gpu_memory_gb", "link", "network", "logprob_bytes")
-        require_positive(self, "train_rate", "score_rate", "mfu_train", "mfu_score")
+        require_positive(self, "train_rate", "score_rate", "online_rate", "mfu_train", "mfu_score")
+        require(self, lambda share: 0 < share <= 1, "a share of the tokens above 0, up to 1", "top_k_share")
+        require_not_negative(self, "sample_k")
         require(self, lambda share: share <= 1, "a share of at most 1, for instance 0.4", "mfu_train", "mfu_score")
         require_not_negative(self, "top_k")
         require_entropy(self)
