@@ -14,15 +14,16 @@ import torch
 from shards import Manifest, ShardFolder, write_part
 from shards.entropy import entropy_columns
 from trainer.batch import MicroBatch, collate
+from trainer.batches import GlobalBatch, global_batches
 from trainer.config import TrainConfig
-from trainer.data import GlobalBatch, RowReader, global_batches
+from trainer.data import RowReader, RowReaders
 from trainer.distributed import World, scalar
 from trainer.first_pass import first_pass
 from trainer.head import token_losses
 from trainer.loss_model import LossModel
+from trainer.mix import MixedOrder
 from trainer.model import Base, load_base
 from trainer.objectives import ObjectiveSettings, make_objective
-from trainer.order import RowOrder
 from trainer.setup import make_optimizer
 from trainer.statistics import StepStatistics
 
@@ -117,11 +118,12 @@ class Steps:
         self.base = load_base(model, dtype, device)
         self.base.prepare(False, compile_layers)
         self.model = LossModel(self.base)
-        self.optimizer = make_optimizer(self.model, TrainConfig("", "", Path("."), learning_rate=1e-5))
+        self.optimizer = make_optimizer(self.model, TrainConfig(("shards",), "", Path("run"), learning_rate=1e-5))
         reference = "rl" if stored else None
         reader = RowReader(shards, "packed", reference, self.base.num_embeddings, self.objective.columns)
-        order = RowOrder(reader.block_rows, seed=0)
-        self.batches: Iterator[GlobalBatch] = global_batches(reader, order, batch_size, 0, num_steps, None)
+        order = MixedOrder.of_one(reader.block_rows, seed=0)
+        read = RowReaders([reader]).read_packed
+        self.batches: Iterator[GlobalBatch] = global_batches(read, order, batch_size, 0, num_steps)
         self.waited = self.seconds = self.loss = 0.0
         self.tokens = 0
 

@@ -51,6 +51,14 @@ class Sources:
         self.names = list(dict.fromkeys(labels))
         self.group = [self.names.index(label) for label in labels]
 
+    @classmethod
+    def of_mixture(cls, corpora: Mapping[str, Sequence[CorpusFile]]) -> "Sources":
+        """The sources of a mixture; corpora: by name the corpus files of each, which are numbered on."""
+        sources = cls(())
+        sources.names = list(corpora)
+        sources.group = [index for index, files in enumerate(corpora.values()) for _ in files]
+        return sources
+
 
 def _folder(path: str) -> str:
     parts = PurePosixPath(path).parts

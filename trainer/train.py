@@ -17,9 +17,9 @@ import torch
 
 from shards.output_folder import MODEL, writing_run
 from trainer.batch import Row
+from trainer.batches import GlobalBatch
 from trainer.checkpoint import whole_weights
 from trainer.config import TrainConfig, learning_rate_at
-from trainer.data import GlobalBatch
 from trainer.deterministic import deterministic
 from trainer.distributed import World, accumulate_only, connect, scalar
 from trainer.experts import Balancing
@@ -78,7 +78,11 @@ def train_steps(run: Run, session: Session) -> bool:
     tokens, told = run.tokens, False
     if run.first_step == 0:
         run.evaluation.write(0, of_export=False)
-    with open_loggers(config, run.first_step, run.settings, session.lease is not None) as log, run.checkpoints:
+    with (
+        open_loggers(config, run.first_step, run.settings, session.lease is not None) as log,
+        run.checkpoints,
+        contextlib.closing(run.batches),
+    ):
         for step, batch in enumerate(run.batches, start=run.first_step + 1):
             began = perf_counter()
             learning_rate = learning_rate_at(step, config, run.num_steps)
@@ -109,6 +113,8 @@ def train_steps(run: Run, session: Session) -> bool:
             metrics |= {"grad_norm": grad_norm, "lr": learning_rate, "tokens_per_second": step_tokens / seconds}
             metrics |= {"data_wait_seconds": batch.data_wait_seconds}
             metrics |= {"peak_memory_bytes": peak_memory_bytes(world.device)}
+            if config.mixture.is_mixed:
+                metrics["mixture"] = passes(run, step)
             if metrics.get("gate_without_topk") and not told:
                 session.note(without_topk(step, metrics))
                 told = True
@@ -134,6 +140,15 @@ def train_steps(run: Run, session: Session) -> bool:
             if stopping:
                 return False
     return True
+
+
+def passes(run: Run, step: int) -> dict[str, Any]:
+    """Of each source of a mixture the rows that trained so far, and how often that is all of them."""
+    rows = run.order.counts(step * run.config.global_batch_size).tolist()
+    return {
+        name: {"rows": count, "epochs": count / order.num_rows}
+        for name, count, order in zip(run.sources.names, rows, run.order.orders)
+    }
 
 
 def is_due(step: int, every: int) -> bool:

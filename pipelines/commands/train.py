@@ -17,7 +17,7 @@ from trainer.config import TrainConfig
 
 def run(config: TrainConfig, should_stop: ShouldStop) -> int:
     began = monotonic()
-    for folder in filter(None, (config.shards, config.eval_shards)):
+    for folder in filter(None, (*config.mixture.folders, config.eval_shards)):
         require_shards(folder)
     model = resolve_model("--model", config.model)
     require_base(model.path)  # before Ray starts workers, or the corpus is looked at

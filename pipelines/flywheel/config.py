@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_type_hints
 
+import tyro
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 
 from pipelines.cli import COMMANDS, find
@@ -20,7 +21,7 @@ from trainer.objectives.settings import OPTIONS, TEMPERATURES
 
 # options of the stages' commands, by what they mean to the loop
 DECIDED = {
-    **dict.fromkeys(("debug", "model", "name", "out", "reference", "shards"), "the loop decides it"),
+    **dict.fromkeys(("debug", "mix", "model", "name", "out", "reference", "shards"), "the loop decides it"),
     **{name: f"give {name} at the top" for name in ("corpus", "seed", "seq_len", "tokenizer")},
     "compare": "use remit eval --compare afterwards",
 }
@@ -162,7 +163,7 @@ def read_options(where: str, section: str, values: Any, **beside: Any) -> Option
     entries = {
         entry.name: (
             Annotated[hints[entry.name], BeforeValidator(partial(as_yaml_spells, hints[entry.name]))],
-            ... if entry.default is entry.default_factory is MISSING else None,
+            ... if entry.default is tyro.MISSING or entry.default is entry.default_factory is MISSING else None,
         )
         for entry in fields(settings)
     }
@@ -176,7 +177,7 @@ def read_options(where: str, section: str, values: Any, **beside: Any) -> Option
     options: Options = check(where, options_model, values).model_dump(exclude_unset=True)
     for name in FILES & options.keys():
         require_there(f"{where}.{name}", options[name], folder=name != "data")
-    loop = {"corpus": [NOWHERE]} | beside
+    loop = {"corpus": [NOWHERE], "shards": NOWHERE} | beside
     needed = {name: hints[name] for name, (_, default) in entries.items() if name in decided and default is ...}
     loop |= {name: kind(NOWHERE) for name, kind in needed.items() if name not in loop}
     try:

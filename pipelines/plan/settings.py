@@ -10,6 +10,7 @@ from pipelines.pages import check_output_file
 from pipelines.plan.hardware import GPUS
 from shards.entropy import require_entropy
 from shards.ranges import require, require_at_least, require_not_negative, require_positive
+from trainer.mixture import given_mixture
 
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
@@ -23,7 +24,11 @@ class PlanConfig:
     reference: str
     """Reference model, likewise."""
     tokens: str
-    """Tokens of the corpus: 50e9, 50B, 2.1M or 50_000_000."""
+    """Tokens of the corpus: 50e9, 50B, 2.1M or 50_000_000. With --shards or --mix: tokens that the run trains on."""
+    shards: tuple[str, ...] = ()
+    """Packed or scored folders that the run is to draw from, as for remit train: A=0.7 B=0.3. The corpus is all of them."""
+    mix: Path | None = None
+    """In place of --shards: file that describes a mixture, as for remit train."""
     json: Path | None = None
     """File to write the figures to, as JSON."""
     epochs: float = 1.0
@@ -83,6 +88,10 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         _ = self.num_tokens
+        if self.shards and self.mix is None:
+            given_mixture(self.shards, None)
+        if self.is_mixed and self.epochs != 1:
+            raise ValueError(f"--epochs is {self.epochs:g}, and --tokens says what a mixture trains on; leave it out")
         require_at_least(self, 1, "num_gpus", "gpus_per_node", "global_batch_size", "micro_batch_size")
         require(self, lambda length: length >= 2, "at least 2: nothing precedes a row's first token", "seq_len")
         require_positive(self, "epochs", "peak_tflops", "gpu_memory_gb", "link", "network", "logprob_bytes")
@@ -104,6 +113,11 @@ class PlanConfig:
             )
         if self.json is not None:
             check_output_file("--json", self.json)
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether folders are given."""
+        return bool(self.shards) or self.mix is not None
 
     @property
     def num_entropies(self) -> int:

@@ -64,7 +64,7 @@ def test_config_file_and_command_line_wins(tmp_path: Path) -> None:
         "shards: s\nmodel: m\nout: o\nmax_steps: 7\nlearning-rate: 0.001\nseed: 3\ndebug: true\neval_shards: null\n"
     )
     config = parse(expand_config_file(["train", "--seed", "5", "--config", str(file)]))
-    assert (config.shards, config.max_steps, config.learning_rate, config.seed) == ("s", 7, 0.001, 5)
+    assert (config.shards, config.max_steps, config.learning_rate, config.seed) == (("s",), 7, 0.001, 5)
     assert config.debug
     file.write_text("corpus: [a.jsonl, b.jsonl]\ntokenizer: t\nout: o\n")
     assert parse(expand_config_file(["pack", f"--config={file}"])).corpus == ["a.jsonl", "b.jsonl"]
