@@ -1,7 +1,8 @@
 """Held-out loss of a run, of its float32 weights and of what is exported, as lines of OUT/evaluation.jsonl.
 
 A line: step, loss and tokens; where a model of that step is exported, exported_loss and export_dtype too: the same rows
-through the same forward, with the weights rounded as the export has them.
+through the same forward, with the weights rounded as the export has them. With --average the last line has average_loss,
+that of the averaged weights before they are rounded.
 """
 
 import json
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 from shards.folder import ShardFolder
+from trainer.average import Average
 from trainer.batch import collate
 from trainer.checks import check_document_attention, check_fits
 from trainer.config import TrainConfig
@@ -92,8 +94,8 @@ class Evaluation:
         self.session, self.measure, self.loss_model, self.dtypes = session, measure, loss_model, dtypes
         self.path, self.export_dtype = config.out / EVALUATION, config.export_dtype
 
-    def write(self, step: int, of_export: bool) -> None:
-        """of_export: whether the model of this step is exported. All ranks take part."""
+    def write(self, step: int, of_export: bool, average: Average | None = None) -> None:
+        """of_export: whether the model of this step is exported. average: whose loss is measured too. All ranks take part."""
         if self.measure is None:
             return
         self.session.phase("evaluate")
@@ -103,13 +105,16 @@ class Evaluation:
         if of_export and rounds(self.dtypes):
             with rounded(self.loss_model, self.dtypes):
                 line["exported_loss"] = self.measure()["loss"]
+        if average:
+            with average.in_place():
+                line["average_loss"] = self.measure()["loss"]
         self.session.phase("train")
         if self.session.lease:
             self.session.check_lease()
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
-    def require_of_export(self, step: int) -> None:
+    def require_of_export(self, step: int, average: Average | None = None) -> None:
         """Evaluate the last step again where it was evaluated for an export in another dtype, or by an older version."""
         if self.measure is None:
             return
@@ -119,7 +124,7 @@ class Evaluation:
             if self.session.lease:
                 self.session.check_lease()
                 keep_lines(self.path, step - 1)
-            self.write(step, of_export=True)
+            self.write(step, True, average)
 
     def first_and_last(self) -> tuple[float | None, dict[str, Any]]:
         """Loss of the base, and the newest line; on the first rank."""

@@ -6,8 +6,9 @@ minutes of loading.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from shards.folder import ShardFolder
-from shards.output_folder import MODEL, RUN, write_record
-from shards.part import sha256_file
+from shards.output_folder import MODEL
+from trainer.average import Average
 from trainer.batch import MicroBatch, Row, collate
 from trainer.checkpoint import Checkpoints
 from trainer.checks import check_document_attention, check_fits
@@ -27,19 +28,25 @@ from trainer.distributed import spread
 from trainer.evaluation import Evaluation, open_measure
 from trainer.experts import RouterLoss, check_experts, describe, router_loss
 from trainer.exported import Exported, untrained_notes
+from trainer.going_on import (
+    RESUMED_FROM,
+    begins_at,
+    describe_source,
+    has_other_length,
+    plan_changes,
+    steps_of,
+)
+from trainer.guard import Guard
 from trainer.layout import Layout, read_layout
 from trainer.loggers import require_wandb
 from trainer.loss_model import LossModel
 from trainer.model import Base, load_base
 from trainer.objectives import make_objective
 from trainer.objectives.objective import Objective
+from trainer.option_text import without
 from trainer.order import RowOrder
+from trainer.resume import first_warmup, require_steps_fit, resume
 from trainer.run_folder import (
-    CHECKPOINTS,
-    EVALUATION,
-    METRICS,
-    drop_exports,
-    keep_lines,
     references_left_out,
     refuse_other_settings,
     run_settings,
@@ -55,11 +62,13 @@ class Run:
 
     settings: what run.json says. collate: pads rows to a micro-batch on the device. balance: the balancing loss of a base
     with experts. loss_model: body and loss head, which hold the weights; model: the same spread over the ranks, to be
-    called. batches: of the steps first_step + 1 .. num_steps. tokens: that the steps up to first_step have trained on.
+    called. average: of the weights, where one is asked for. batches: of the steps first_step + 1 .. num_steps but for those
+    that `changes`, what later commands changed, leaves out. begin: the step that the run began with, of another run.
     """
 
     config: TrainConfig
     settings: dict[str, Any]
+    changes: dict[str, Any]
     shards: ShardFolder
     objective: Objective
     sources: Sources
@@ -72,10 +81,12 @@ class Run:
     optimizer: Optimizer
     evaluation: Evaluation
     checkpoints: Checkpoints
+    guard: Guard
+    average: Average | None
     batches: Iterator[GlobalBatch]
+    begin: int
     first_step: int
     num_steps: int
-    tokens: int
 
 
 def prepare(config: TrainConfig, session: Session) -> Run | None:
@@ -89,11 +100,11 @@ def prepare(config: TrainConfig, session: Session) -> Run | None:
     world = session.world
     shards = ShardFolder(config.shards)
     shards.require_complete()
-    objective = make_objective(config)
+    objective = replace(make_objective(config), z_loss=config.z_loss)
     reference = config.reference if objective.columns else None
     context = choose_context(config, shards, reference)
-    settings = check_settings(config, session, shards, context)
-    if world.from_first(session.lease is None or (config.out / MODEL).exists()):
+    settings, changes = check_settings(config, session, shards, context)
+    if world.from_first(is_finished(config, session)):
         return None
 
     base = load_trainable(config, session, shards, context)
@@ -105,7 +116,9 @@ def prepare(config: TrainConfig, session: Session) -> Run | None:
     sources = Sources(shards.manifest.corpus)
     order = RowOrder(reader.block_rows, config.seed)
     last_row = None if config.max_steps else math.ceil(config.epochs * order.num_rows)
-    num_steps = config.max_steps or math.ceil(last_row / config.global_batch_size)  # type: ignore[operator]
+    num_steps = steps_of(asdict(config), order.num_rows)
+    begin = begins_at(settings)
+    require_steps_fit(config, num_steps, begin)
 
     base.prepare(config.activation_checkpointing, config.compile, static=config.deterministic)
     pad_to = shards.manifest.seq_len if config.deterministic else None  # few shapes, since each is compiled
@@ -114,13 +127,22 @@ def prepare(config: TrainConfig, session: Session) -> Run | None:
     optimizer = make_optimizer(loss_model, config)
     measure = open_measure(config, session, base, model, context, shards)
     evaluation = Evaluation(config, session, measure, loss_model, layout.rounding(config.export_dtype))
-    checkpoints, first_step, tokens = resume(config, session, settings, loss_model, optimizer, layout)
-    batches = global_batches(
-        reader, order, config.global_batch_size, first_step, num_steps, last_row, world.rank, world.size
+    guard = Guard(world, config.skip_spikes)
+    average = None if config.average is None else Average(config.average, loss_model, num_steps)
+    checkpoints, first_step = resume(
+        config, session, settings, changes, loss_model, optimizer, layout, guard, average
     )  # fmt: skip
+    config = replace(
+        config, warmup_steps=world.from_first(first_warmup(config, order.num_rows) if world.first else None)
+    )
+    batches = chain.from_iterable(
+        global_batches(reader, order, config.global_batch_size, first - 1, last, last_row, world.rank, world.size)
+        for first, last in without(((first_step + 1, num_steps),), tuple(map(tuple, changes.get("skip_steps", []))))
+    )
     return Run(
         config=config,
         settings=settings,
+        changes=changes,
         shards=shards,
         objective=objective,
         sources=sources,
@@ -133,10 +155,12 @@ def prepare(config: TrainConfig, session: Session) -> Run | None:
         optimizer=optimizer,
         evaluation=evaluation,
         checkpoints=checkpoints,
+        guard=guard,
+        average=average,
         batches=batches,
+        begin=begin,
         first_step=first_step,
         num_steps=num_steps,
-        tokens=tokens,
     )
 
 
@@ -157,19 +181,33 @@ def choose_context(config: TrainConfig, shards: ShardFolder, reference: str | No
     return context
 
 
-def check_settings(config: TrainConfig, session: Session, shards: ShardFolder, context: str) -> dict[str, Any]:
-    """What run.json says of this run; ValueError where --out holds a run with other settings."""
+def check_settings(
+    config: TrainConfig, session: Session, shards: ShardFolder, context: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What run.json says of this run, and its "changes"; ValueError where --out holds a run with other settings."""
     world = session.world
     differences = check_tokenizer(Path(config.model), shards, session.note)
-    settings: dict[str, Any] = world.from_first(
-        run_settings(config, shards, context, world.size) if world.first else None
-    )  # fmt: skip
-    if differences:
-        settings["tokenizer_differences"] = differences
+    found: Any = None
     if world.first:
+        settings = run_settings(config, shards, context, world.size)
+        if differences:
+            settings["tokenizer_differences"] = differences
+        line = None
+        if config.resume_from is not None:
+            settings[RESUMED_FROM], line = describe_source(config, settings)
         refuse_other_settings(config.out, settings)
+        changes = plan_changes(config, settings, shards.manifest.rows)
         Exported(config.out).require_dtype(config.export_dtype)
-    return settings
+        if line:
+            session.note(line)
+        found = settings, changes
+    both: tuple[dict[str, Any], dict[str, Any]] = world.from_first(found)
+    return both
+
+
+def is_finished(config: TrainConfig, session: Session) -> bool:
+    """Whether there is nothing left to train, on the first process: the model is there, and of the length that is asked for."""
+    return session.lease is None or ((config.out / MODEL).exists() and not has_other_length(config))
 
 
 def load_trainable(config: TrainConfig, session: Session, shards: ShardFolder, context: str) -> Base:
@@ -222,48 +260,19 @@ def open_rows(
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
-    """AdamW. Decay pulls matrices towards zero; norms and biases have their own scale."""
-    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    """AdamW. Decay pulls matrices towards zero; norms and biases have their own scale.
+
+    Embeddings decay with --decay-embeddings alone: a row that a batch does not have would shrink without a gradient. (OLMo,
+    configs/official-1124, and OLMo-core, scripts/official/OLMo3, spare the input embedding, SmolLM3 its tied one.)
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    spared = set() if config.decay_embeddings else embeddings
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.ndim >= 2 and id(p) not in spared]
+    others = [p for p in trained if p.ndim < 2 or id(p) in spared]
     return torch.optim.AdamW(
         [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         fused=True,
     )
-
-
-def resume(
-    config: TrainConfig,
-    session: Session,
-    settings: dict[str, Any],
-    loss_model: LossModel,
-    optimizer: Optimizer,
-    layout: Layout,
-) -> tuple[Checkpoints, int, int]:
-    """Begin the run in --out, or go to its newest checkpoint and delete what it has from later steps.
-
-    Returns the checkpoints, the steps done and the tokens that they have trained on (0 on processes that do not write).
-    """
-    world = session.world
-    if world.first:
-        session.check_lease()  # minutes of loading have passed
-        write_record(config.out, settings)
-        refuse_other_settings(config.out, settings)  # of a writer that came in between
-    fingerprint = world.from_first(sha256_file(config.out / RUN) if world.first else None)
-    checkpoints = Checkpoints(
-        config.out / CHECKPOINTS, loss_model, optimizer, world, fingerprint, config.keep_checkpoints, session.lease
-    )  # fmt: skip
-    first_step, problems = checkpoints.load_newest()
-    if not session.lease:
-        return checkpoints, first_step, 0
-    session.check_lease()  # much of what follows is deleted or cut where it is made again
-    for problem in problems:
-        session.note(f"passed over a damaged checkpoint: {problem}")
-    if first_step:
-        session.note(f"going on after step {first_step:,}")
-    tokens = keep_lines(config.out / METRICS, first_step).get("tokens", 0)
-    drop_exports(config.out, first_step)
-    Exported(config.out).begin(layout)
-    keep_lines(config.out / EVALUATION, first_step or -1)  # the evaluation before step 1 is made again
-    return checkpoints, first_step, tokens

@@ -60,13 +60,14 @@ logits. A token's loss may depend on its own logits only."""
 class Objective:
     """One of weigh and loss is given. columns: stored columns of the reference that are read. scope: the tokens that
     weigh sees at once: those of a "row", of one forward pass ("micro"), of the optimizer step ("global"). figures:
-    names of the figures of loss."""
+    names of the figures of loss. z_loss: coefficient of log^2 Z of each predicted token, whatever its weight."""
 
     weigh: Weigh | None = None
     loss: LogitLoss | None = None
     columns: tuple[str, ...] = ()
     scope: str = "row"
     figures: tuple[str, ...] = ()
+    z_loss: float = 0.0
 
     def __post_init__(self) -> None:
         assert (self.weigh is None) != (self.loss is None)
