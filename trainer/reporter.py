@@ -77,6 +77,7 @@ class Reporter:
         self._waiting: deque[_OnItsWay] = deque()
         self._norms: deque[float] = deque(maxlen=RECENT_STEPS)
         self._last_read = -math.inf
+        self._to_show: list[dict[str, Any]] = []
 
     def add(self, numbers: StepNumbers) -> None:
         """Send a step's numbers to the host; FloatingPointError where those of an earlier step, or on a CPU its own, end the run."""
@@ -91,6 +92,12 @@ class Reporter:
         """Read what is on its way; then the guard's counts are those of all steps so far."""
         while self._waiting:
             self._read(self._waiting.popleft())
+
+    def show(self) -> None:
+        """Tell the caller of the steps that were read: when what is done after a step, as a checkpoint, is under way."""
+        shown, self._to_show = self._to_show, []
+        for metrics in shown:
+            self.session.progress(metrics["step"], self.num_steps, metrics)
 
     def _read(self, sent: _OnItsWay) -> None:
         sent.ready()
@@ -123,7 +130,7 @@ class Reporter:
             self.log.write(metrics)
             if self.prometheus is not None:
                 write_prometheus(self.prometheus, metrics, self.num_steps)
-        self.session.progress(numbers.step, self.num_steps, metrics)
+        self._to_show.append(metrics)
 
     def _leave_out_or_stop(self, numbers: StepNumbers, loss: float, grad_norm: float) -> None:
         in_a_row = self.guard.counts.nonfinite_in_a_row

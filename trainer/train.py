@@ -110,9 +110,9 @@ def train_steps(run: Run, session: Session) -> bool:
                 if log:
                     log.flush()  # a resume from this checkpoint does not write these steps again
                 run.checkpoints.save(step, step * config.global_batch_size, guard.state())
+            reporter.show()
             if stopping:
                 return False
-        reporter.settle()
     return True
 
 
