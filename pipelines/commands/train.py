@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.models import resolve_model
 from pipelines.report.runs import EVALUATION, read_lines
@@ -17,7 +17,9 @@ from pipelines.terminal import DONE, STOPPED, ShouldStop, counted, note, progres
 from shards.folder import require_shards
 from shards.modelfolder import require_base
 from trainer.config import TrainConfig
-from trainer.run_folder import TrainResult
+
+if TYPE_CHECKING:
+    from trainer.run_folder import TrainResult
 
 
 def run(config: TrainConfig, should_stop: ShouldStop) -> int:
@@ -79,7 +81,7 @@ def run(config: TrainConfig, should_stop: ShouldStop) -> int:
     return DONE
 
 
-def with_remedy(work: Callable[[], TrainResult]) -> TrainResult:
+def with_remedy(work: Callable[[], "TrainResult"]) -> "TrainResult":
     """What `work` returns. Where it stops at a step that is not finite, the command that goes on is put on a line of its own."""
     try:
         return work()
