@@ -74,6 +74,12 @@ class Exported:
         }
         self._write(value | {"models": value["models"] | {name: entry}})
 
+    def rename(self, names: dict[str, str]) -> None:
+        """Give exports that were moved their new names."""
+        value = self.read()
+        models = {names.get(name, name): entry for name, entry in value["models"].items()}
+        self._write(value | {"models": models})
+
     def _write(self, value: dict[str, Any]) -> None:
         path = self.out / EXPORTED
         temporary = temporary_name(path)

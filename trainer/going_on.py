@@ -18,6 +18,7 @@ from shards.output_folder import MODEL, differences, read_record, replace_record
 from shards.part import encode_json
 from trainer.config import TrainConfig, learning_rate_at, warmup_of
 from trainer.export import EXPORTS
+from trainer.exported import Exported
 from trainer.option_text import Ranges, contains, join, parse_steps, show, without
 
 AVERAGE_MODEL = "model-average"
@@ -170,10 +171,12 @@ def apply_changes(out: Path, changes: Settings, lease: Lease | None) -> None:
             lease.check()
         step = newest_step(out)
         (out / EXPORTS).mkdir(exist_ok=True)
-        for name, kept in ((AVERAGE_MODEL, f"step-{step:06d}-average"), (MODEL, f"step-{step:06d}")):
+        moved = {AVERAGE_MODEL: f"{EXPORTS}/step-{step:06d}-average", MODEL: f"{EXPORTS}/step-{step:06d}"}
+        for name, kept in moved.items():
             if (out / name).exists():
-                shutil.rmtree(out / EXPORTS / kept, ignore_errors=True)
-                (out / name).rename(out / EXPORTS / kept)
+                shutil.rmtree(out / kept, ignore_errors=True)
+                (out / name).rename(out / kept)
+        Exported(out).rename(moved)
     if lease:
         lease.check()
     replace_record(out, after)

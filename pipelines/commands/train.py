@@ -116,4 +116,6 @@ def held_out_summary(out: Path) -> str:
         text += (
             f"; {exported:.4f} of the exported model, whose weights are rounded (--export-dtype {last['export_dtype']})"
         )
+    if "average_loss" in last:
+        text += f"; {last['average_loss']:.4f} of the average in model-average"
     return text

@@ -434,6 +434,8 @@ def test_a_run_goes_on_where_its_schedule_allows(
     assert (record["max_steps"], record["changes"]["max_steps"]) == (4, 8)
     if schedule == "constant":
         assert (tmp_path / "out/exports/step-000004/model.safetensors").read_bytes() == first
+        exported = json.loads((tmp_path / "out/exported.json").read_text())["models"]
+        assert {name: entry["step"] for name, entry in exported.items()} == {"model": 8, "exports/step-000004": 4}
     assert run(tmp_path / "out", shards, base, max_steps=8, **settings) == lines  # nothing to do
     with pytest.raises(ValueError, match="is a run of 8 steps, of which 8 are done; 4 asked for now"):
         run(tmp_path / "out", shards, base, max_steps=4, **settings)
@@ -449,6 +451,10 @@ def test_other_schedules_say_how(tmp_path: Path, annotated: dict[str, Path], mod
     ):
         run(out, shards, base, max_steps=6, **settings)
     assert (out / "model").exists()
+    decays: dict = settings | {"schedule": "wsd", "decay_fraction": 0.5, "checkpoint_every": 1, "keep_checkpoints": 4}
+    run(tmp_path / "wsd", shards, base, max_steps=4, **decays)
+    with pytest.raises(ValueError, match=r"--resume-from .*wsd/checkpoints/step-000002 --max-steps N"):  # before its decay
+        run(tmp_path / "wsd", shards, base, max_steps=8, **decays)
     run(tmp_path / "none", shards, base, max_steps=3, **settings | {"checkpoint_every": 0, "schedule": "constant"})
     with pytest.raises(ValueError, match="has no checkpoint of its last step to go on from"):
         run(tmp_path / "none", shards, base, max_steps=6, **settings | {"schedule": "constant"})
