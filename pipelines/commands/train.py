@@ -87,7 +87,7 @@ def with_remedy(work: Callable[[], "TrainResult"]) -> "TrainResult":
         return work()
     except (FloatingPointError, RuntimeError) as error:
         step = re.search(r"--skip-steps (\d+\.\.\d+)", str(error))
-        if step:
+        if step and os.environ.get("RANK", "0") == "0":
             note(f"to go on past that step: remit {shlex.join(with_step(sys.argv[1:], step[1]))}")
         raise
 

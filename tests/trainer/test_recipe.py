@@ -303,7 +303,7 @@ def test_resume_is_bit_equal_with_every_option(
     config = TrainConfig(
         str(shards), str(models["base"]), tmp_path / "cut", dtype="float32", eval_shards=str(shards), **settings
     )
-    for stop in (5, 8, 13, 15):
+    for stop in (8, 14):
 
         def kill(done: int, total: int, metrics: dict, stop: int = stop) -> None:
             if done == stop:
@@ -453,7 +453,9 @@ def test_other_schedules_say_how(tmp_path: Path, annotated: dict[str, Path], mod
     assert (out / "model").exists()
     decays: dict = settings | {"schedule": "wsd", "decay_fraction": 0.5, "checkpoint_every": 1, "keep_checkpoints": 4}
     run(tmp_path / "wsd", shards, base, max_steps=4, **decays)
-    with pytest.raises(ValueError, match=r"--resume-from .*wsd/checkpoints/step-000002 --max-steps N"):  # before its decay
+    with pytest.raises(
+        ValueError, match=r"--resume-from .*wsd/checkpoints/step-000002 --max-steps N"
+    ):  # before its decay
         run(tmp_path / "wsd", shards, base, max_steps=8, **decays)
     run(tmp_path / "none", shards, base, max_steps=3, **settings | {"checkpoint_every": 0, "schedule": "constant"})
     with pytest.raises(ValueError, match="has no checkpoint of its last step to go on from"):
@@ -587,7 +589,13 @@ def test_numbers_that_are_read_a_step_later_are_the_same(
     bad: tuple[Path, int],
 ) -> None:
     """As on a GPU: the same lines in the same order, and a step that is not finite still ends the run."""
-    settings: dict = {"max_steps": 6, "checkpoint_every": 4, "skip_steps": ("3",), "eval_every": 5, "average": "last:2"}
+    settings: dict = {
+        "max_steps": 6,
+        "checkpoint_every": 4,
+        "skip_steps": ("3",),
+        "average": "last:2",
+        "global_batch_size": 2,
+    }
     want = run(tmp_path / "now", annotated["packed"], models["base"], **settings)
     before = __import__("trainer.reporter", fromlist=["Reporter"]).Reporter
     original = before.__init__
