@@ -81,7 +81,7 @@ def open_measure(
 
 class Evaluation:
     """Appends to evaluation.jsonl, if there are --eval-shards. loss_model: has the weights; dtypes: to which an export
-    rounds each of them."""
+    rounds each of them; average: of the weights, measured after the last step."""
 
     def __init__(
         self,
@@ -90,12 +90,14 @@ class Evaluation:
         measure: Measure | None,
         loss_model: LossModel,
         dtypes: Mapping[str, torch.dtype],
+        average: Average | None = None,
     ) -> None:
+        self.average = average
         self.session, self.measure, self.loss_model, self.dtypes = session, measure, loss_model, dtypes
         self.path, self.export_dtype = config.out / EVALUATION, config.export_dtype
 
-    def write(self, step: int, of_export: bool, average: Average | None = None) -> None:
-        """of_export: whether the model of this step is exported. average: whose loss is measured too. All ranks take part."""
+    def write(self, step: int, of_export: bool) -> None:
+        """of_export: whether the model of this step is exported. All ranks take part."""
         if self.measure is None:
             return
         self.session.phase("evaluate")
@@ -105,8 +107,8 @@ class Evaluation:
         if of_export and rounds(self.dtypes):
             with rounded(self.loss_model, self.dtypes):
                 line["exported_loss"] = self.measure()["loss"]
-        if average:
-            with average.in_place():
+        if self.average and step == self.average.num_steps:
+            with self.average.in_place():
                 line["average_loss"] = self.measure()["loss"]
         self.session.phase("train")
         if self.session.lease:
@@ -114,7 +116,7 @@ class Evaluation:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
-    def require_of_export(self, step: int, average: Average | None = None) -> None:
+    def require_of_export(self, step: int) -> None:
         """Evaluate the last step again where it was evaluated for an export in another dtype, or by an older version."""
         if self.measure is None:
             return
@@ -124,7 +126,7 @@ class Evaluation:
             if self.session.lease:
                 self.session.check_lease()
                 keep_lines(self.path, step - 1)
-            self.write(step, True, average)
+            self.write(step, of_export=True)
 
     def first_and_last(self) -> tuple[float | None, dict[str, Any]]:
         """Loss of the base, and the newest line; on the first rank."""

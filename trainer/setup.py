@@ -126,9 +126,9 @@ def prepare(config: TrainConfig, session: Session) -> Run | None:
     model = spread(loss_model, base.layers, world, config.sharding, base.dtype)
     optimizer = make_optimizer(loss_model, config)
     measure = open_measure(config, session, base, model, context, shards)
-    evaluation = Evaluation(config, session, measure, loss_model, layout.rounding(config.export_dtype))
-    guard = Guard(world, config.skip_spikes)
     average = None if config.average is None else Average(config.average, loss_model, num_steps)
+    evaluation = Evaluation(config, session, measure, loss_model, layout.rounding(config.export_dtype), average)
+    guard = Guard(world, config.skip_spikes)
     checkpoints, first_step = resume(
         config, session, settings, changes, loss_model, optimizer, layout, guard, average
     )  # fmt: skip

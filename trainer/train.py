@@ -103,7 +103,7 @@ def train_steps(run: Run, session: Session) -> bool:
             if is_exported or is_saved or is_due(step, config.eval_every):
                 reporter.settle()
             if is_exported or is_due(step, config.eval_every):
-                run.evaluation.write(step, is_exported, run.average if is_last_step else None)
+                run.evaluation.write(step, is_exported)
             if is_exported and not is_last_step:
                 export_model(run, session, f"{EXPORTS}/step-{step:06d}", step)
             if is_saved:
@@ -194,7 +194,7 @@ def export_model(
 
 def export_last(run: Run, session: Session) -> None:
     """Write OUT/model, which makes the run finished, and note what its rounding costs; the average before it."""
-    run.evaluation.require_of_export(run.num_steps, run.average)
+    run.evaluation.require_of_export(run.num_steps)
     if run.average:
         if session.lease and (run.config.out / AVERAGE_MODEL).exists():  # of a run that died between the two
             session.check_lease()
