@@ -37,7 +37,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
 .PHONY: help install sample score train verify inspect test test-fast test-slow test-real docs lint clean bench bench-score bench-pack \
-	bench-scale bench-train bench-head bench-topk gpu-check gpu-score-check lab
+	bench-packing bench-scale bench-train bench-head bench-topk gpu-check gpu-score-check lab
 
 help: ## list targets and variables
 	@echo "targets:"
@@ -157,6 +157,9 @@ bench-score: $(VENV)/.installed-dev ## scorer against its ceiling, transformers 
 bench-pack: $(VENV)/.installed-dev ## pack against the bare tokenizer; memory up to a corpus of 1 GB
 	$(BIN)/python -m benchmarks.bench_pack
 
+bench-packing: $(VENV)/.installed-dev ## whole documents against documents laid end to end: cuts and unused positions
+	$(BIN)/python -m benchmarks.bench_packing
+
 bench-scale: $(VENV)/.installed-dev ## a plan of 100,000 parts: start, resume, verify the manifest
 	$(BIN)/python -m benchmarks.bench_scale
 
@@ -176,7 +179,7 @@ bench-head: $(VENV)/.installed-dev ## memory of the loss head as vocabulary and 
 bench-topk: $(VENV)/.installed-dev $(SAMPLE)/reference ## bytes per token of a reference's most probable tokens
 	$(BIN)/python -m benchmarks.bench_topk --sample $(SAMPLE)
 
-bench: bench-score bench-pack bench-scale bench-train bench-head bench-topk ## all benchmarks
+bench: bench-score bench-pack bench-packing bench-scale bench-train bench-head bench-topk ## all benchmarks
 
 docs: $(VENV)/.installed-dev ## build the documentation into docs/_build
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build

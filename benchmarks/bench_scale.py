@@ -11,7 +11,7 @@ import resource
 import subprocess
 import sys
 from argparse import ArgumentParser
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -19,7 +19,7 @@ from time import perf_counter
 from benchmarks.common import claim, report, write_tokenizer
 from shards import CommitRecord, CorpusFile, Manifest, PartPlan, ShardFolder
 from shards.manifest import part_name
-from shards.part import COMMITS, encode_json
+from shards.record import COMMITS, encode_record
 
 ROWS, SEQ_LEN = 1024, 4096
 
@@ -71,7 +71,7 @@ def steps(folder: Path, parts: int) -> dict[str, float]:
         timed("freeze the plan of a scoring", began)
     assert len(missing) == parts
     for name in missing[:-3]:
-        data = encode_json(asdict(CommitRecord(name, "0" * 64, 1, ROWS, ROWS * SEQ_LEN)))
+        data = encode_record(CommitRecord(name, "0" * 64, 1, ROWS, ROWS * SEQ_LEN))
         path = folder / "scored" / COMMITS / name.replace(".arrow", ".json")
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(data)

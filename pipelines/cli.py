@@ -35,7 +35,9 @@ COMMANDS = {
     "train": ("trainer.config:TrainConfig", "pipelines.commands.train:run"),
     "average": ("pipelines.commands.average:AverageConfig", "pipelines.commands.average:run"),
     "verify": ("pipelines.commands.verify:VerifyConfig", "pipelines.commands.verify:run"),
+    "upgrade": ("pipelines.commands.upgrade:UpgradeConfig", "pipelines.commands.upgrade:run"),
     "inspect": ("pipelines.inspect.settings:InspectConfig", "pipelines.commands.inspect:run"),
+    "distribution": ("pipelines.distribution.settings:DistributionConfig", "pipelines.commands.distribution:run"),
     "weights": ("pipelines.weights.settings:WeightsConfig", "pipelines.commands.weights:run"),
     "plan": ("pipelines.plan.settings:PlanConfig", "pipelines.commands.plan:run"),
     "compare": ("pipelines.report.compare:CompareConfig", "pipelines.commands.compare:run"),
@@ -50,7 +52,7 @@ COMMANDS = {
 GOES_ON = "the same command again goes on"
 OWN_CONFIG = ("flywheel", "completion")  # the file of the first describes a loop, the second has no file
 # these end what they are at when a signal comes: a step and a checkpoint, the parts in work, the stage that runs
-GRACEFUL = ("pack", "score", "select", "train", "sft", "dpo", "rl", "flywheel")
+GRACEFUL = ("pack", "score", "select", "train", "upgrade", "sft", "dpo", "rl", "flywheel")
 MOVED = {  # options of remit plan that went elsewhere
     "--weights": "--weights is a command of its own now: remit weights --shards DIR",
     "--measure": "--measure is gone; run remit train --max-steps 20, score one part, and give --train-rate and --score-rate",

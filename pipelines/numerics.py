@@ -137,7 +137,7 @@ def measure(
     rounding: list[np.ndarray] = []
     top_differences: list[tuple[np.ndarray, np.ndarray]] = []
     entropy_differences: list[tuple[np.ndarray, np.ndarray]] = []
-    changed = clip_changed = used = 0
+    changed = clip_changed = used = weighed = 0
     entropies = list(entropy_columns(name, reference))
     columns = [logprobs_column(name), *(topk_columns(name) if reference.get("top_k") else ()), *entropies]
     for row in folder.rows(np.sort(chosen), columns):
@@ -153,8 +153,14 @@ def measure(
         differences.append(stored - again)
         own_differences.append(own - again)
         rounding.append(round_logprobs(again.astype(np.float32), step) - again)
-        with_stored = remit_weights(torch.from_numpy(losses), torch.from_numpy(stored), epsilon)
-        with_again = remit_weights(torch.from_numpy(losses), torch.from_numpy(again), epsilon)
+        trained = _trained(row, name)
+        weighed += int(trained.sum())
+        if not trained.any():
+            continue
+        losses_N = torch.from_numpy(losses[trained])
+        with_stored, with_again = (
+            remit_weights(losses_N, torch.from_numpy(values[trained]), epsilon) for values in (stored, again)
+        )
         changed += int(((with_stored.weights_N - with_again.weights_N).abs() > WEIGHT_CHANGE).sum())
         for kind in ("clipped_low_N", "clipped_high_N"):
             clip_changed += int((getattr(with_stored, kind) != getattr(with_again, kind)).sum())
@@ -173,8 +179,8 @@ def measure(
         mean=float(np.abs(all_).mean()),
         max=float(np.abs(all_).max()),
         bias=float(all_.mean()),
-        weights_changed=changed / len(all_),
-        clip_changed=clip_changed / len(all_),
+        weights_changed=changed / max(1, weighed),
+        clip_changed=clip_changed / max(1, weighed),
         epsilon=epsilon,
         base=None if base is None else base.name,
         dtype=dtype,
@@ -243,6 +249,14 @@ def _row(
         own.append(own_forward(ids).astype(np.float64) if own_forward is not forward else again[-1])
         losses.append(-base_forward(ids).astype(np.float64) if base_forward is not forward else -again[-1])
     return np.concatenate(stored), np.concatenate(again), np.concatenate(own), np.concatenate(losses)
+
+
+def _trained(row: Rows, name: str) -> np.ndarray:
+    """Which of the tokens that `_row` gives figures of are to be predicted, bool."""
+    trained = row.trained(row.part.manifest.references[name]["context"])
+    return np.concatenate(
+        [np.zeros(0, dtype=bool), *(trained[start + 1 : end] for start, end in _scored_spans(row, name))]
+    )
 
 
 def _scored_spans(row: Rows, name: str) -> list[tuple[int, int]]:

@@ -158,6 +158,9 @@ def tokens_summary(manifest: Manifest) -> str:
     bos = tokenizer.get("bos_token_id")
     begin = "without BOS" if bos is None else f"with {tokenizer['bos_token']} ({bos})"
     line = f"documents begin {begin} and end with {end}"
+    if manifest.conversations:
+        without, packed = sum(file.without_eos or 0 for file in files), manifest.documents["packed"]
+        line = f"documents begin {begin} and end as the chat template ends them, {packed - without:,} of {packed:,} with {end}"
     sampled, changed, unknown = (
         sum(getattr(file, name) or 0 for file in files)
         for name in ("documents_sampled", "documents_changed", "unknown_tokens")
@@ -166,6 +169,14 @@ def tokens_summary(manifest: Manifest) -> str:
         line += f"; {sampled - changed:,} of {sampled:,} sampled documents decode to what they were"
         if all(file.unknown_tokens is not None for file in files):  # of selected rows it is not known
             line += f", {unknown / max(1, manifest.tokens):.2%} of the tokens are unknown"
+    if manifest.predict and all(file.predicted_tokens is not None for file in files):
+        predicted = sum(file.predicted_tokens or 0 for file in files)
+        line += f"; {predicted / max(1, manifest.tokens):.1%} of the tokens are to be predicted"
+    elif manifest.predict:
+        line += "; not all tokens are to be predicted"
+    if manifest.packing:
+        share = manifest.unused_positions / max(1, manifest.rows * manifest.seq_len)
+        line += f"; rows are whole documents, {share:.2%} of their positions are unused"
     return line
 
 

@@ -1,8 +1,10 @@
 """Settings of remit pack, remit score and remit select, checked once. Light to import, so that --help answers at once."""
 
+import json
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from datetime import date
+from typing import Any, Literal
 
 from scorer.engine_args import parse_engine_args
 from shards.entropy import require_entropy
@@ -10,7 +12,35 @@ from shards.output_folder import require_new_folder
 from shards.ranges import require, require_at_least, require_not_negative
 from shards.schema import logprobs_column
 
+OF_THE_TEMPLATE = (
+    "messages",
+    "tools",
+    "documents",
+    "add_generation_prompt",
+    "strftime_now",
+    "conversations",
+    "chat_template",
+)
 TOKENS_PER_BATCH = 1 << 18  # of an Arrow record batch: what a reader decompresses at once
+
+
+def parse_template_args(entries: list[str]) -> dict[str, Any]:
+    """{key: value} of KEY=VALUE entries; a value is JSON where it can be read as such, else a string."""
+    found: dict[str, Any] = {}
+    for entry in entries:
+        key, equals, text = entry.partition("=")
+        if not (key.isidentifier() and equals):
+            raise ValueError(
+                f"--chat-template-args has {entry!r}, expected KEY=VALUE, for instance enable_thinking=false"
+            )
+        if key in found or key in OF_THE_TEMPLATE or key.startswith(("return_", "continue_")):
+            what = "twice, expected each key once" if key in found else "which is not to be set"
+            raise ValueError(f"--chat-template-args has {key} {what}")
+        try:
+            found[key] = json.loads(text)
+        except ValueError:
+            found[key] = {"True": True, "False": False, "None": None}.get(text, text)
+    return found
 
 
 @dataclass(frozen=True)
@@ -29,6 +59,24 @@ class PackConfig:
     """Tokens per row."""
     text_field: str = "text"
     """Field or column that holds the text."""
+    messages_field: str | None = None
+    """Field or column that holds a conversation, as a list of messages with role and content, in the place of a text; the
+    tokenizer's chat template makes its text."""
+    tools_field: str = "tools"
+    """With --messages-field: field or column with the tools of a conversation, where it has any."""
+    train_on: Literal["all", "assistant"] = "all"
+    """With --messages-field: what training predicts of a conversation; assistant: what the chat template puts between
+    {% generation %} and {% endgeneration %}."""
+    chat_template: str | None = None
+    """With --messages-field: file with a chat template in the place of the tokenizer's own, or the name of one of several
+    that it has."""
+    chat_template_args: list[str] = field(default_factory=list)
+    """KEY=VALUE pairs that the chat template gets beside the messages, for instance enable_thinking=false."""
+    chat_template_date: str | None = None
+    """Day, as 2025-01-31, for a chat template that puts today's date into the text."""
+    packing: Literal["concat", "best-fit"] = "concat"
+    """concat: documents end to end, cut wherever a row is full. best-fit: each row begins with a document, documents that
+    fit into a row are not cut, and rows may be short."""
     tokens_per_shard: int = 1 << 22
     """Tokens per part; a part is what is lost at most when a scoring engine dies."""
     num_workers: int | None = None
@@ -63,6 +111,39 @@ class PackConfig:
             raise ValueError("--corpus is empty, expected at least one file, folder or dataset name")
         for entry in self.corpus:
             require_new_folder(self.out, "remit pack", corpus=entry)
+        self._check_conversations()
+
+    def _check_conversations(self) -> None:
+        if self.messages_field is None:
+            for name in ("tools_field", "train_on", "chat_template", "chat_template_args", "chat_template_date"):
+                if getattr(self, name) not in ("tools", "all", None, []):
+                    option = f"--{name.replace('_', '-')}"
+                    raise ValueError(
+                        f"{option}: is about conversations; name the field that holds them with --messages-field"
+                    )
+            return
+        if self.text_field != "text":
+            raise ValueError(
+                "--text-field and --messages-field: expected one of them, documents are texts or conversations"
+            )
+        if self.special_tokens == "text":
+            raise ValueError(
+                "--special-tokens text: the chat template writes special tokens as text, which must become their ids; leave it "
+                "at parse with --messages-field"
+            )
+        if self.chat_template_date is not None:
+            try:
+                date.fromisoformat(self.chat_template_date)
+            except ValueError:
+                raise ValueError(
+                    f"--chat-template-date is {self.chat_template_date!r}, expected a day as 2025-01-31"
+                ) from None
+        _ = self.template_arguments
+
+    @property
+    def template_arguments(self) -> dict[str, Any]:
+        """What the chat template gets beside the messages."""
+        return parse_template_args(self.chat_template_args)
 
     @property
     def rows_per_part(self) -> int:

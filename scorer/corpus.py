@@ -6,17 +6,20 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet
 
 from scorer.decompress import MAX_WINDOW, Damaged, Decompressed
 from scorer.formats import HEAD_BYTES, encoding_of, fault_of_head, fault_of_json, format_of, text_of_path
-from scorer.hf_datasets import HUB, REMEDY, Shard, json_files, read_rows
+from scorer.hf_datasets import HUB, REMEDY, Shard, columns_of, json_files, read_rows
 from scorer.sources import Source
 from shards.store import is_remote
 from shards.store_errors import StoreSilent
+
+if TYPE_CHECKING:
+    from scorer.conversations import ConversationFields
 
 MAGIC_BYTES = 64
 BATCH_DOCUMENTS = 1024
@@ -27,6 +30,10 @@ BATCH_CHARACTERS = 1 << 20  # a token's encoding takes over 100 bytes until its 
 
 class BadDocument(ValueError):
     """A document that cannot be packed; the message names file, place, value and remedy."""
+
+
+class TableRow(dict[str, Any]):
+    """A record out of a table, in which a key that a row has not got is null."""
 
 
 class BadFile(ValueError):
@@ -42,10 +49,11 @@ class BadFile(ValueError):
 
 
 def read_documents(
-    source: Source, text_field: str, max_window: int = MAX_WINDOW
-) -> Iterator[tuple[list[str | BadDocument], int]]:
+    source: Source, text_field: "str | ConversationFields", max_window: int = MAX_WINDOW
+) -> Iterator[tuple[list[Any], int]]:
     """Batches of the documents of one source, in order; a bad one stands as a BadDocument in its place.
 
+    text_field: name of the field with the text; or the fields of a conversation, which then stands in the place of the text.
     With each batch comes the number of bytes of the file that were read so far (0 for a dataset). max_window: bytes
     that a compressed file may make its reader keep. Raises BadFile where the file itself cannot be read to its end:
     cut off, not what its suffix says.
@@ -56,13 +64,19 @@ def read_documents(
         values = _parquet_values(source, text_field)
     else:
         values = _jsonl_values(source.where, source.open, source.format, text_field, max_window)
-    batch: list[str | BadDocument] = []
+    batch: list[Any] = []
     characters = 0
     position = 0
     for where, value, position in values:
-        document = value if isinstance(value, BadDocument) else _text(where, value, text_field)
+        document: Any = value
+        if isinstance(value, BadDocument):
+            pass
+        elif isinstance(text_field, str):
+            document = _text(where, value, text_field)
+        else:
+            document = text_field.text_of(where, value)
         batch.append(document)
-        characters += len(document) if isinstance(document, str) else 0
+        characters += len(document) if isinstance(document, str) else getattr(document, "characters", 0)
         if len(batch) >= BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
             yield batch, position
             batch, characters = [], 0
@@ -97,7 +111,11 @@ def _text(where: str, value: Any, text_field: str) -> str | BadDocument:
 
 
 def _jsonl_values(
-    where: str, open_file: Callable[[], pa.NativeFile], form: tuple[str, str], text_field: str, max_window: int
+    where: str,
+    open_file: Callable[[], pa.NativeFile],
+    form: tuple[str, str],
+    text_field: "str | ConversationFields",
+    max_window: int,
 ) -> Iterator[tuple[str, Any, int]]:
     """The field of each line that is not empty. where: name of the file; form: its format and codec."""
     with open_file() as raw:
@@ -168,7 +186,7 @@ def _object(text: str) -> Any:
         return json.loads(text, parse_int=float)  # thousands of digits, in a field that nobody asked for
 
 
-def _json_field(where: str, line: bytes, text_field: str) -> Any:
+def _json_field(where: str, line: bytes, text_field: "str | ConversationFields") -> Any:
     remedy = "correct the line, or pass --on-bad-document reject to leave such documents out"
     try:
         value = _object(line.decode())
@@ -180,14 +198,16 @@ def _json_field(where: str, line: bytes, text_field: str) -> Any:
         return BadDocument(f"{where}: not JSON ({error}): {line[:40]!r}; {remedy}")
     if not isinstance(value, dict):
         return BadDocument(
-            f"{where}: is a JSON {type(value).__name__}, expected an object with {text_field!r}; {remedy}"
+            f"{where}: is a JSON {type(value).__name__}, expected an object with {columns_of(text_field, ())[0][0]!r}; {remedy}"
         )
+    if not isinstance(text_field, str):
+        return value
     if text_field not in value:
         return _no_field(where, text_field, value)
     return value[text_field]
 
 
-def _parquet_values(source: Source, text_field: str) -> Iterator[tuple[str, Any, int]]:
+def _parquet_values(source: Source, text_field: "str | ConversationFields") -> Iterator[tuple[str, Any, int]]:
     where = source.where
     try:
         file = pyarrow.parquet.ParquetFile(source.open(), pre_buffer=False)
@@ -201,14 +221,15 @@ def _parquet_values(source: Source, text_field: str) -> Iterator[tuple[str, Any,
         reason = fault or f"not a parquet file ({str(error).splitlines()[0]}); write it again"
         raise BadFile(where, reason) from None
     with file:
-        if text_field not in file.schema_arrow.names:
-            raise BadFile(
-                where, f"has no column {text_field!r}, only {', '.join(file.schema_arrow.names)[:80]}; set --text-field"
-            )
+        names = file.schema_arrow.names
+        columns, option = columns_of(text_field, names)
+        if columns[0] not in names:
+            raise BadFile(where, f"has no column {columns[0]!r}, only {', '.join(names)[:80]}; set {option}")
         row, size, num_rows = 0, source.size() or 0, max(1, file.metadata.num_rows)
         try:
-            for batch in file.iter_batches(batch_size=64, columns=[text_field], use_threads=False):
-                for value in _column_values(batch.column(0)):
+            for batch in file.iter_batches(batch_size=64, columns=columns, use_threads=False):
+                for values in zip(*(_column_values(batch.column(name)) for name in columns)):
+                    value = values[0] if isinstance(text_field, str) else TableRow(zip(columns, values))
                     yield f"{where}: row {row}", value, size * row // num_rows
                     row += 1
         except StoreSilent:
@@ -224,10 +245,13 @@ def _column_values(column: pa.Array) -> Iterator[Any]:
         try:
             yield scalar.as_py()
         except UnicodeDecodeError:
-            yield scalar.as_buffer().to_pybytes()  # not a string, so it is reported as such
+            # not a string, so it is reported as such
+            yield scalar.as_buffer().to_pybytes() if hasattr(scalar, "as_buffer") else b""
 
 
-def _streamed_values(shard: Shard, text_field: str, max_window: int) -> Iterator[tuple[str, Any, int]]:
+def _streamed_values(
+    shard: Shard, text_field: "str | ConversationFields", max_window: int
+) -> Iterator[tuple[str, Any, int]]:
     files = json_files(shard)
     if files is None:
         yield from _row_values(shard, text_field, None)
@@ -249,11 +273,16 @@ def _streamed_values(shard: Shard, text_field: str, max_window: int) -> Iterator
                 raise ValueError(f"{name}: cannot be read to its end ({error}); {REMEDY}") from None
 
 
-def _row_values(shard: Shard, text_field: str, file: str | None) -> Iterator[tuple[str, Any, int]]:
+def _row_values(
+    shard: Shard, text_field: "str | ConversationFields", file: str | None
+) -> Iterator[tuple[str, Any, int]]:
     try:
         for number, row in enumerate(read_rows(shard, text_field, file)):
             where = f"{shard.name}: row {number}"
-            yield where, row[text_field] if text_field in row else _no_field(where, text_field, row), 0
+            if isinstance(text_field, str):
+                yield where, row[text_field] if text_field in row else _no_field(where, text_field, row), 0
+            else:
+                yield where, TableRow(row), 0
     except ValueError as error:
         if shard.revision:  # of the hub: it may have been the network
             raise

@@ -2,6 +2,7 @@
 
 Documents are laid end to end; a row may begin and end inside one. Only the last row of a source is short. With a BOS each
 document piece of a row begins with one: that of a document's beginning, and that of a row that begins inside a document.
+A document that begins at the last place of a row leaves its BOS there, alone.
 """
 
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 
+from scorer.documents import TokenDocument
 from shards.schema import list_array, row_schema
 
 
@@ -17,36 +19,38 @@ class RowCutter:
 
     Batch borders depend on the tokens alone, not on how the documents arrived, so that the same corpus
     gives the same bytes. bos: id with which each piece begins, beside the document's own tokens; None for none.
+    predict: whether the batches have the column of what is to be predicted.
     """
 
-    def __init__(self, seq_len: int, rows_per_batch: int, source: int, bos: int | None = None) -> None:
+    def __init__(
+        self, seq_len: int, rows_per_batch: int, source: int, bos: int | None = None, predict: bool = False
+    ) -> None:
         self.seq_len, self.rows_per_batch, self.source, self.bos = seq_len, rows_per_batch, source, bos
+        self.schema = row_schema(predict=predict)
         self.bos_tokens = 0
         self._ids: list[np.ndarray] = []  # int32, tokens not cut yet
+        self._predict: list[np.ndarray] | None = [] if predict else None  # bool, of these tokens
         self._lengths: list[int] = []  # of the document pieces among them
         self._doc_ids: list[int] = []
         self._pending = 0
 
-    def add(self, doc_id: int, ids: np.ndarray) -> Iterator[pa.RecordBatch]:
-        """Append one document, int32 [tokens] with its EOS and without BOS; yields the batches that it fills."""
+    def add(self, doc_id: int, document: TokenDocument) -> Iterator[pa.RecordBatch]:
+        """Append one document, which has a token at least; yields the batches that it fills."""
         if self.bos is not None:
-            ids = self._with_bos(ids, self.bos)
+            room = self.seq_len - self._pending % self.seq_len - 1  # of this row for the first piece, after its BOS
+            own = len(document.ids) - document.has_bos
+            starts = [0, *range(room, own, self.seq_len - 1)]
+            self.bos_tokens += len(starts)
+            document = with_bos(document, self.bos, starts)
+        ids = document.ids
+        if self._predict is not None:
+            self._predict.append(predicted(document))
         self._ids.append(ids)
         self._lengths.append(len(ids))
         self._doc_ids.append(doc_id)
         self._pending += len(ids)
         while self._pending >= self.seq_len * self.rows_per_batch:
             yield self._cut(self.rows_per_batch * self.seq_len)
-
-    def _with_bos(self, ids: np.ndarray, bos: int) -> np.ndarray:
-        """The tokens of a document with a BOS in front of each of its pieces.
-
-        A document that begins at the last place of a row leaves its BOS there, alone.
-        """
-        room = self.seq_len - self._pending % self.seq_len - 1  # of this row for the first piece, after its BOS
-        starts = [0, *range(room, len(ids), self.seq_len - 1)]
-        self.bos_tokens += len(starts)
-        return np.insert(ids, starts, bos)
 
     def finish(self) -> Iterator[pa.RecordBatch]:
         """The rest: full rows and the short last one."""
@@ -75,13 +79,30 @@ class RowCutter:
         if self._lengths:
             self._lengths[0] = int(doc_ends[left] - num_tokens)
         self._pending -= num_tokens
+        columns = [
+            list_array(pa.array(flat[:num_tokens]), row_lengths),
+            list_array(pa.array((piece_ends - piece_starts).astype(np.int32)), pieces_per_row),
+            list_array(pa.array(doc_ids[document]), pieces_per_row),
+            pa.array(np.full(len(row_starts), self.source, dtype=np.int32)),
+        ]
+        if self._predict is not None:
+            predict = np.concatenate(self._predict)
+            self._predict = [predict[num_tokens:].copy()] if len(rest) else []
+            columns.append(list_array(pa.array(predict[:num_tokens]), row_lengths))
+        return pa.record_batch(columns, schema=self.schema)
 
-        return pa.record_batch(
-            [
-                list_array(pa.array(flat[:num_tokens]), row_lengths),
-                list_array(pa.array((piece_ends - piece_starts).astype(np.int32)), pieces_per_row),
-                list_array(pa.array(doc_ids[document]), pieces_per_row),
-                pa.array(np.full(len(row_starts), self.source, dtype=np.int32)),
-            ],
-            schema=row_schema(),
-        )
+
+def predicted(document: TokenDocument) -> np.ndarray:
+    """Which tokens of a document are to be predicted, bool [T]."""
+    return np.ones(len(document.ids), dtype=bool) if document.predict is None else document.predict
+
+
+def with_bos(document: TokenDocument, bos: int, starts: list[int]) -> TokenDocument:
+    """The tokens of a document with a BOS in front of each of its pieces, which begin at `starts` of those it has beside
+    a BOS of its own. What is put there is not to be predicted, unless all of the document is."""
+    own = document.ids[document.has_bos :]
+    predict = document.predict
+    if predict is not None:
+        first = bool(document.has_bos and predict[0])
+        predict = np.insert(predict[document.has_bos :], starts, [first, *[False] * (len(starts) - 1)])
+    return TokenDocument(np.insert(own, starts, bos), predict, has_bos=True)

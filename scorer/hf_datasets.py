@@ -4,12 +4,15 @@ In: an entry of --corpus. Out: its shards, one for each data file, so that they 
 the rows of a shard. Nothing is downloaded whole, no loading script is run.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scorer.listing import absolute
+
+if TYPE_CHECKING:
+    from scorer.conversations import ConversationFields
 
 HUB = "hf://"
 MAX_HUB_SHARDS = 1024  # opening one takes some requests, of which the hub allows so many in five minutes
@@ -132,8 +135,17 @@ def json_files(shard: Shard) -> list[str] | None:
     return stream.of_shard(shard) if isinstance(stream, JsonFiles) else None
 
 
-def read_rows(shard: Shard, text_field: str, file: str | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a shard, with `text_field` where they have it; ValueError where they cannot be read to the end.
+def columns_of(text_field: "str | ConversationFields", present: Iterable[str]) -> tuple[list[str], str]:
+    """The columns to read of those that are there, that of the text or the messages first, and the option that names it."""
+    if isinstance(text_field, str):
+        return [text_field], "--text-field"
+    return text_field.columns(present), text_field.option
+
+
+def read_rows(
+    shard: Shard, text_field: "str | ConversationFields", file: str | None = None
+) -> Iterator[dict[str, Any]]:
+    """The rows of a shard, with the field of the text, or those of a conversation, where they have it; ValueError where they cannot be read to the end.
 
     file: the one to read, of a shard of JSON files.
     """
@@ -145,22 +157,21 @@ def read_rows(shard: Shard, text_field: str, file: str | None = None) -> Iterato
         if file is not None:
             builder.config.data_files = {shard.split: [file]}
             stream = builder.as_streaming_dataset(split=shard.split)
-        columns = list(stream.features or [text_field])
-        if text_field in columns and builder.name == "parquet":
+        columns = list(stream.features or columns_of(text_field, ())[0])
+        wanted, option = columns_of(text_field, columns)
+        if wanted[0] in columns and builder.name == "parquet":
             # as it comes, a whole file is asked for at once, with all its columns
-            builder.config.columns, builder.config.batch_size = [text_field], ROWS_AT_ONCE
+            builder.config.columns, builder.config.batch_size = wanted, ROWS_AT_ONCE
             options = pyarrow.dataset.ParquetFragmentScanOptions(pre_buffer=False, use_buffered_stream=True)
             builder.config.fragment_scan_options = options
             stream = builder.as_streaming_dataset(split=shard.split)
         if shard.count > 1 and file is None:
             stream = stream.shard(num_shards=shard.count, index=shard.index)
-        if text_field in columns:
+        if wanted[0] in columns:
             for row in stream:
                 yield row
                 number += 1
     except Exception as error:
         raise ValueError(f"{shard.name}: cannot be read beyond row {number} ({_reason(error)}); {REMEDY}") from None
-    if text_field not in columns:
-        raise ValueError(
-            f"{shard.name}: has no column {text_field!r}, only {', '.join(columns)[:80]}; set --text-field"
-        )
+    if wanted[0] not in columns:
+        raise ValueError(f"{shard.name}: has no column {wanted[0]!r}, only {', '.join(columns)[:80]}; set {option}")

@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 import ray
 
+from scorer.chat_settings import chat_entry, chat_settings, template_bos
 from scorer.cluster import cause, ray_cluster, ray_errors, require_ray
 from scorer.config import PackConfig
 from scorer.corpus import require_kind
 from scorer.known import remember, stamps
 from scorer.pack_tasks import stage_source, write_part_from_staging
 from scorer.placement import wait_for_nodes
-from scorer.plan import plan_parts, refuse_other_plan, say_what_changed
+from scorer.plan import packing_entry, plan_parts, refuse_other_plan, say_what_changed
 from scorer.sources import Corpus, Source, find_corpus, staged_estimate
 from scorer.stopping import StopGuard
 from scorer.tokenizer import PackTokenizer, describe_tokenizer, load_tokenizer
@@ -63,10 +64,15 @@ def pack(
     if parent.endswith(":/"):
         raise ValueError(f"{config.out.rstrip('/')}: is a whole bucket; name a folder in it")
     stages = f"{parent}/.{last}.staging"
-    corpus = find_corpus(config.corpus, config.text_field, own=(config.out, stages))
+    corpus = find_corpus(config.corpus, config.messages_field or config.text_field, own=(config.out, stages))
     sources = corpus.sources
     tokenizer = load_tokenizer(config.tokenizer)
-    description = describe_tokenizer(tokenizer, config.special_tokens, config.bos)
+    chat = chat_settings(config)
+    if chat is not None and config.chat_template is not None:  # with the rows goes the template that made them
+        template = chat["templates"]["default"].encode()
+        tokenizer = replace(tokenizer, files=tokenizer.files | {"chat_template.jinja": template})
+    begins = None if chat is None else template_bos(config, chat, tokenizer)
+    description = describe_tokenizer(tokenizer, config.special_tokens, config.bos, begins)
     for line in filter(None, [*tokenizer.notes, other_beginning(tokenizer.encoder, description["bos_token_id"])]):
         note(line)
     model, revision = model_origin(Path(config.tokenizer))
@@ -75,6 +81,9 @@ def pack(
         "seq_len": config.seq_len,
         "tokenizer": description,
         "text_field": config.text_field,
+        "chat": chat,
+        "conversation_fields": [config.messages_field, config.tools_field],
+        "packing": packing_entry(config),
         "rows_per_batch": config.rows_per_batch,
         "on_bad_document": config.on_bad_document,
         "on_bad_file": config.on_bad_file,
@@ -86,7 +95,7 @@ def pack(
     out, staging = open_store(config.out), open_store(stages)
     if out.size(MANIFEST) is not None:
         folder = ShardFolder(out)
-        refuse_other_plan(config, folder, sources, description, tokenizer)
+        refuse_other_plan(config, folder, sources, description, tokenizer, chat_entry(config, chat))
         # the same tokenizer from elsewhere goes on
         origin = {key: value for key, value in folder.manifest.tokenizer.items() if key in ORIGIN}
         if not folder.missing_parts():
@@ -112,7 +121,10 @@ def pack(
                 staged = _stage_all(config, sources, staging, raw, settings, out, lease, progress, stop, vocabulary)
                 crash_point("staging.done")
                 say_what_changed(staged, note)
-                folder = _begin(config, corpus, staged, vocabulary, tokenizer, description | origin, out, lease)
+                conversations = chat_entry(config, chat)
+                folder = _begin(
+                    config, corpus, staged, vocabulary, tokenizer, description | origin, conversations, out, lease
+                )
                 out.require_free(staging.used_bytes(), "writing the parts")
                 _write_parts(folder, staging, staged, lease, progress, stop)
             files = folder.manifest.corpus
@@ -144,6 +156,7 @@ def _begin(
     vocabulary: Vocabulary,
     tokenizer: PackTokenizer,
     description: dict[str, Any],
+    conversations: dict[str, Any],
     out: Store,
     lease: Lease,
 ) -> ShardFolder:
@@ -155,14 +168,16 @@ def _begin(
         decisive = {name: known[name] for name in ("tokenizer.json", TOKEN_IDS)}
         known = begun.manifest.tokenizer.get("files", {}) | decisive
     tokens = {"added_tokens": vocabulary.added_tokens(), "files": known}
-    manifest = replace(plan_parts(config, staged, description | tokens), passed_over=corpus.passed_over)
+    manifest = replace(plan_parts(config, staged, description | tokens, conversations), passed_over=corpus.passed_over)
     lease.check()
     if begun is None:  # what is there may be half a tokenizer, of a run that died
         out.remove(TOKENIZER)
         for name, data in files.items():
             out.replace(f"{TOKENIZER}/{name}", data)
     else:
-        manifest = replace(manifest, passed_over=begun.manifest.passed_over)  # others of the folder may come and go
+        # others of the folder may come and go, and a folder keeps the format that it was begun in
+        kept = {name: getattr(begun.manifest, name) for name in ("passed_over", "format_version")}
+        manifest = replace(manifest, **kept)
         if begun.manifest.checksum != manifest.checksum:
             raise ValueError(
                 f"{out.url}: holds another pack, with other documents or counts; was it begun with another "

@@ -17,9 +17,13 @@ import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
 
+from scorer.best_fit import BestFitCutter, encode_lengths
+from scorer.chat_mask import chat_document
+from scorer.conversations import ChatTemplate, Conversation, ConversationFields, Rendered
 from scorer.corpus import BadDocument, BadFile, read_documents
 from scorer.cutter import RowCutter
 from scorer.decompress import window_of_each
+from scorer.documents import TokenDocument
 from scorer.roundtrip import DocumentSample
 from scorer.sources import Source
 from scorer.vocabulary import pack_bits
@@ -27,8 +31,9 @@ from shards.crash import crash_point
 from shards.folder import ShardFolder
 from shards.lease import check_fence
 from shards.manifest import CorpusFile
+from shards.packing import Window
 from shards.part import encode_json, read_record, sha256_file, write_part
-from shards.schema import row_schema
+from shards.schema import PREDICT, list_array, list_lengths
 from shards.store import Store
 
 
@@ -54,15 +59,51 @@ def _ids(encoder: Tokenizer) -> int:
     return max(encoder.get_vocab(with_added_tokens=True).values()) + 1
 
 
-def _encode(encoder: Tokenizer, texts: list[str], source: Source) -> Any:
+def _encode(encoder: Tokenizer, texts: list[str], source: Source, offsets: bool = False) -> Any:
     """Encodings of the texts; ValueError where the tokenizer has no way to spell one of them."""
+    encode = encoder.encode_batch if offsets else encoder.encode_batch_fast
     try:
-        return encoder.encode_batch_fast(texts, add_special_tokens=False)
+        return encode(texts, add_special_tokens=False)
     except Exception as error:  # the library raises no other kind
         raise ValueError(
             f"{source.where}: the tokenizer cannot encode a document ({error}); give it an unknown token, or leave out what it "
             "cannot spell"
         ) from None
+
+
+def may_mask(settings: dict) -> bool:
+    """Whether documents of a pack with these settings may say what is to be predicted."""
+    chat = settings.get("chat")
+    return chat is not None and chat["train_on"] == "assistant"
+
+
+def _tokenise(
+    encoder: Tokenizer,
+    documents: list[tuple[int, str | Rendered | TokenDocument]],
+    eos: int,
+    bos: int | None,
+    source: Source,
+) -> Iterator[tuple[int, str, TokenDocument]]:
+    """The tokens of each document, with its number and its text, which is empty where it came as tokens.
+
+    EOS ends a text; one that has no tokens has none, and a conversation has what its template gives it.
+    """
+    texts = [
+        text.text if isinstance(text, Rendered) else text
+        for _, text in documents
+        if not isinstance(text, TokenDocument)
+    ]
+    offsets = any(isinstance(document, Rendered) and document.spans for _, document in documents)
+    encodings = iter(_encode(encoder, texts, source, offsets))
+    for doc_id, document in documents:
+        if isinstance(document, str):
+            ids = next(encodings).ids
+            yield doc_id, document, TokenDocument(np.array([*ids, eos] if ids else [], dtype=np.int32))
+        elif isinstance(document, Rendered):
+            chat = chat_document(document, next(encodings), bos)
+            yield doc_id, document.text, chat
+        else:
+            yield doc_id, "", document
 
 
 def stage_source(
@@ -98,13 +139,19 @@ def stage_source(
     description = settings["tokenizer"]
     encoder, eos = _encoder(tokenizer_json, description["special_tokens"]), description["eos_token_id"]
     bos = description.get("bos_token_id")
-    cutter = RowCutter(settings["seq_len"], settings["rows_per_batch"], index, bos)
+    masked = may_mask(settings)
+    chat = None if settings.get("chat") is None else ChatTemplate(settings["chat"])
+    fields = settings["text_field"] if chat is None else ConversationFields(*settings["conversation_fields"])
+    packing = settings.get("packing")
+    row_settings = (settings["seq_len"], settings["rows_per_batch"], index, bos, masked)
+    cutter = BestFitCutter(*row_settings, Window.of(packing)) if packing else RowCutter(*row_settings)
     sample = DocumentSample(index)
+    row_lengths: list[np.ndarray] = []
     occurrences_V = np.zeros(_ids(encoder), dtype=np.int64)
     counts: dict[str, Any] = dict.fromkeys(("read", "packed", "empty", "rejected"), 0)
     rejected: list[str] = []
     reject_file, left_out = settings.get("on_bad_file") == "reject", list[str]()
-    rows = tokens = 0
+    rows = tokens = predicted_tokens = without_eos = 0
     checked = monotonic()
     temporary = staging.temporary(final)
 
@@ -115,22 +162,27 @@ def stage_source(
     try:
         with (
             staging.space_errors(final, 4 * (size or 0)),
-            pa.ipc.new_file(temporary, row_schema(), options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer,
+            pa.ipc.new_file(temporary, cutter.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer,
         ):
 
             def write(ready: Iterator[pa.RecordBatch]) -> None:
-                nonlocal rows, tokens
+                nonlocal rows, tokens, predicted_tokens
                 for batch in ready:
                     writer.write_batch(batch)
                     rows += batch.num_rows
+                    if packing:  # else they follow from their number
+                        row_lengths.append(list_lengths(batch.column("input_ids")))
                     ids = batch.column("input_ids").flatten().to_numpy()
                     tokens += len(ids)
+                    predicted_tokens += batch.column(PREDICT).flatten().true_count if masked else len(ids)
                     occurrences_V[:] += np.bincount(ids, minlength=len(occurrences_V))
 
-            batches = read_documents(source, settings["text_field"], window_of_each(threads))
+            batches = read_documents(source, fields, window_of_each(threads))
             for documents, position in _until_bad_file(batches, left_out) if reject_file else batches:
-                good: list[tuple[int, str]] = []
+                good: list[tuple[int, str | Rendered | TokenDocument]] = []
                 for offset, document in enumerate(documents):
+                    if isinstance(document, Conversation) and chat is not None:
+                        document = chat.render(document)
                     if not isinstance(document, BadDocument):
                         good.append((counts["read"] + offset, document))
                     elif settings["on_bad_document"] == "stop":
@@ -139,16 +191,15 @@ def stage_source(
                         counts["rejected"] += 1
                         rejected.append(str(document))
                 counts["read"] += len(documents)
-                encodings = _encode(encoder, [text for _, text in good], source)
-                for (doc_id, text), encoding in zip(good, encodings):
-                    ids = encoding.ids
+                for doc_id, text, document in _tokenise(encoder, good, eos, bos, source):
                     if text:  # nothing comes back of an empty one
                         sample.offer(doc_id, text)
-                    if not ids:
+                    if not len(document.ids):
                         counts["empty"] += 1
                         continue
                     counts["packed"] += 1
-                    write(cutter.add(doc_id, np.array([*ids, eos], dtype=np.int32)))
+                    without_eos += int(document.ids[-1]) != eos
+                    write(cutter.add(doc_id, document))
                 if monotonic() - checked > 1:
                     may_go_on()
                     checked = monotonic()
@@ -157,13 +208,15 @@ def stage_source(
         if source.version() != version or (not version and source.sha256() != sha256):
             raise ValueError(f"{source.where}: changed while it was read; run again when nothing writes to it")
         if left_out:  # what came before the fault goes too
-            counts, rejected, rows, tokens = dict.fromkeys(counts, 0), [], 0, 0
-            pa.ipc.new_file(temporary, row_schema()).close()
-            sample, cutter.bos_tokens, occurrences_V[:] = DocumentSample(index), 0, 0
+            counts, rejected = dict.fromkeys(counts, 0), []
+            rows = tokens = predicted_tokens = without_eos = 0
+            pa.ipc.new_file(temporary, cutter.schema).close()
+            sample, cutter.bos_tokens, occurrences_V[:], row_lengths = DocumentSample(index), 0, 0, []
         with pa.OSFile(str(temporary)) as staged:
-            changed = sample.changed(staged, encoder, bos)
+            changed = sample.changed(staged, encoder, bos, as_found=chat is not None)
         unknown = settings.get("unknown_id")
-        added = {eos: counts["packed"], bos: cutter.bos_tokens}.get(unknown, 0)  # by pack, where it is one of these
+        # by pack, where it is one of these
+        added = {eos: 0 if chat else counts["packed"], bos: cutter.bos_tokens}.get(unknown, 0)
         record = {
             "key": key,
             "settings": recorded,
@@ -179,10 +232,13 @@ def stage_source(
                     documents_sampled=len(sample.texts),
                     documents_changed=len(changed),
                     left_out="".join(left_out),
+                    predicted_tokens=predicted_tokens,
+                    without_eos=without_eos or None,
                 )
             ),
             "rejected": rejected,
             "changed": changed[0] if changed else None,
+            "row_lengths": encode_lengths(row_lengths) if packing else None,
             "added_tokens": {
                 token: int(occurrences_V[its])
                 for token, its in settings.get("added_tokens", {}).items()
@@ -217,6 +273,16 @@ def _move_full_batches(
     return rest
 
 
+def _with_columns(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    """A staged batch with the columns of the folder: its file may have one that says that all is to be predicted, or lack
+    the one that other files need."""
+    if PREDICT in schema.names and PREDICT not in batch.schema.names:
+        lengths = list_lengths(batch.column("input_ids"))
+        ones = pa.array(np.ones(int(lengths.sum()), dtype=bool))
+        batch = batch.append_column(PREDICT, list_array(ones, lengths))
+    return pa.record_batch([batch.column(name) for name in schema.names], schema=schema)
+
+
 def write_part_from_staging(
     out: str, part: str, staging: Store, slices: list[tuple[str, int, int]], checksum: str, lease: tuple[int, str]
 ) -> None:
@@ -235,10 +301,11 @@ def write_part_from_staging(
             for index in range(low, high + 1):
                 start = max(0, first - index * rows_per_batch)
                 stop = first + count - index * rows_per_batch
-                rest.append(reader.get_batch(index).slice(start, stop - start))
+                batch = reader.get_batch(index).slice(start, stop - start)
+                rest.append(_with_columns(batch, folder.schema))
                 rest = _move_full_batches(rest, batches, rows_per_batch)
-    batches += pa.Table.from_batches(rest, row_schema()).combine_chunks().to_batches()
+    batches += pa.Table.from_batches(rest, folder.schema).combine_chunks().to_batches()
     metadata = folder.part_metadata(part)
     write_part(
-        folder.store, part, row_schema(), metadata, batches, may_publish=lambda: check_fence(folder.store, *lease)
+        folder.store, part, folder.schema, metadata, batches, may_publish=lambda: check_fence(folder.store, *lease)
     )

@@ -4,9 +4,12 @@ In: the records of the staged corpus files. Out: the manifest.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
+from scorer.best_fit import decode_lengths
 from scorer.config import PackConfig
 from scorer.known import hashes_now
 from scorer.sources import Source
@@ -15,18 +18,29 @@ from scorer.vocabulary import hashes
 from shards.folder import ShardFolder
 from shards.manifest import CorpusFile, Manifest, PartPlan, part_name
 from shards.output_folder import instead_of, refuse_other
+from shards.packing import METHOD, Window
 
 OPTIONS = {
     "seq_len": "--seq-len",
     "tokens_per_shard": "--tokens-per-shard",
     "tokenizer.special_tokens": "--special-tokens",
+    "packing": "--packing",
+    "conversations": "--messages-field",
+    "conversations.messages_field": "--messages-field",
+    "conversations.tools_field": "--tools-field",
+    "conversations.chat_template_args": "--chat-template-args",
+    "conversations.chat_template_date": "--chat-template-date",
+    "conversations.train_on": "--train-on",
+    "conversations.chat_template_sha256": "--chat-template",
 }
 """What a user calls fields of a pack."""
 NOTED_SHARE = 0.01  # of unknown tokens, of documents that do not come back
 
 
-def plan_parts(config: PackConfig, staged: list[dict], tokenizer: dict) -> Manifest:
-    """Cut the rows of all sources, end to end, into parts of rows_per_part."""
+def plan_parts(
+    config: PackConfig, staged: list[dict], tokenizer: dict, conversations: dict[str, Any] | None = None
+) -> Manifest:
+    """Cut the rows of all sources, end to end, into parts of rows_per_part. conversations: as the manifest has it."""
     files = tuple(CorpusFile(**record["file"]) for record in staged)
     if not any(file.rows for file in files):
         read = sum(file.documents_read for file in files)
@@ -38,7 +52,36 @@ def plan_parts(config: PackConfig, staged: list[dict], tokenizer: dict) -> Manif
             + (f", for instance {example}" if example else "")
             + "); check --corpus and --text-field"
         )
-    # rows are full but for the last one of each file, so a part's tokens follow from its rows alone
+    parts = _best_fit_parts(config, staged) if config.packing == METHOD else _full_parts(config, files)
+    if not any(file.predicted_tokens for file in files):
+        raise ValueError(
+            f"none of {sum(file.tokens for file in files):,} tokens is to be predicted; look whether the conversations have answers "
+            "of the assistant, and the chat template its {% generation %} marks around them"
+        )
+    predict = any(file.predicted_tokens != file.tokens for file in files)
+    if not predict:
+        files = tuple(replace(file, predicted_tokens=None) for file in files)
+    return Manifest(
+        config.seq_len, config.rows_per_part, config.rows_per_batch, tokenizer, files, parts,
+        predict=predict, packing=packing_entry(config), conversations=conversations or {},
+    )  # fmt: skip
+
+
+def packing_entry(config: PackConfig) -> dict[str, Any]:
+    """What the manifest says of how documents share rows; empty where they are laid end to end."""
+    return Window().entry() if config.packing == METHOD else {}
+
+
+def _best_fit_parts(config: PackConfig, staged: list[dict]) -> tuple[PartPlan, ...]:
+    """Parts whose rows may be short."""
+    lengths = np.concatenate([decode_lengths(record["row_lengths"]) for record in staged])
+    firsts = range(0, len(lengths), config.rows_per_part)
+    pieces = [lengths[first : first + config.rows_per_part] for first in firsts]
+    return tuple(PartPlan(part_name(index), len(rows), int(rows.sum())) for index, rows in enumerate(pieces))
+
+
+def _full_parts(config: PackConfig, files: tuple[CorpusFile, ...]) -> tuple[PartPlan, ...]:
+    """Rows are full but for the last one of each file, so a part's tokens follow from its rows alone."""
     last_row = np.cumsum([file.rows for file in files]) - 1
     short_by = np.cumsum([file.rows * config.seq_len - file.tokens for file in files])
     num_rows = int(last_row[-1]) + 1
@@ -48,7 +91,7 @@ def plan_parts(config: PackConfig, staged: list[dict], tokenizer: dict) -> Manif
         low, high = np.searchsorted(last_row, [first, first + rows])
         missing = short_by[high - 1] - (short_by[low - 1] if low else 0) if high > low else 0
         parts.append(PartPlan(part_name(len(parts)), rows, int(rows * config.seq_len - missing)))
-    return Manifest(config.seq_len, config.rows_per_part, config.rows_per_batch, tokenizer, files, tuple(parts))
+    return tuple(parts)
 
 
 def say_what_changed(staged: list[dict], note: Callable[[str], None]) -> None:
@@ -72,7 +115,12 @@ def say_what_changed(staged: list[dict], note: Callable[[str], None]) -> None:
 
 
 def refuse_other_plan(
-    config: PackConfig, folder: ShardFolder, sources: list[Source], description: dict, tokenizer: PackTokenizer
+    config: PackConfig,
+    folder: ShardFolder,
+    sources: list[Source],
+    description: dict,
+    tokenizer: PackTokenizer,
+    conversations: dict[str, Any],
 ) -> None:
     """ValueError where `folder` was packed from something else than is asked for now."""
     manifest = folder.manifest
@@ -94,6 +142,8 @@ def refuse_other_plan(
     if (manifest.seq_len, manifest.rows_per_part) == (config.seq_len, config.rows_per_part):  # a part has whole rows
         ours = {"seq_len": config.seq_len, "rows_per_batch": config.rows_per_batch}
         theirs = {"seq_len": manifest.seq_len, "rows_per_batch": manifest.rows_per_batch}
+    ours |= {"packing": config.packing, "conversations": conversations}
+    theirs |= {"packing": manifest.packing.get("method", "concat"), "conversations": manifest.conversations}
     refuse_other(
         str(folder.path),
         "pack",

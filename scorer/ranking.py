@@ -13,32 +13,45 @@ from shards.folder import ShardFolder
 from shards.keep_ratio import keep_count
 from shards.manifest import Manifest, PartPlan, part_name
 from shards.part import REMEDY
+from shards.rows import Rows
 from shards.schema import logprobs_column
 
 
 class CorpusRows:
-    """Where the corpus files of a folder begin and end, and how long its rows must be.
+    """Where the corpus files of a folder begin and end, and how long its rows are.
 
-    ends: row after the last one of each file, int64 [files]; short: rows with fewer than seq_len tokens, which only
-    the last row of a file can be; lacking: how many each of them lacks.
+    ends: row after the last one of each file, int64 [files]. Where documents are laid end to end, only the last row of a
+    file can have fewer than seq_len tokens, so the manifest tells the lengths; else they are those that `part_scores` saw.
     """
 
     def __init__(self, manifest: Manifest) -> None:
         rows = np.array([file.rows for file in manifest.corpus])
         lacking = rows * manifest.seq_len - np.array([file.tokens for file in manifest.corpus])
-        self.seq_len, self.ends = manifest.seq_len, np.cumsum(rows)
-        self.short, self.lacking = self.ends[lacking > 0] - 1, lacking[lacking > 0]
+        self.ends, self.seq_len = np.cumsum(rows), manifest.seq_len
+        self._short, self._lacking = self.ends[lacking > 0] - 1, lacking[lacking > 0]
+        self._seen_N = np.zeros(int(rows.sum()), dtype=np.int64) if manifest.packing else None
 
     def source_of(self, rows: np.ndarray) -> np.ndarray:
         """Corpus file of each row."""
         return np.searchsorted(self.ends, rows, side="right")
 
-    def lengths(self, first: int, end: int) -> np.ndarray:
-        """Tokens of the rows first .. end - 1."""
-        lengths = np.full(end - first, self.seq_len)
-        here = slice(*np.searchsorted(self.short, [first, end]))
-        lengths[self.short[here] - first] -= self.lacking[here]
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
+        """Tokens of each of the rows, int64 ascending."""
+        if self._seen_N is not None:
+            return self._seen_N[rows]
+        lengths = np.full(len(rows), self.seq_len)
+        position = np.minimum(np.searchsorted(rows, self._short), max(0, len(rows) - 1))
+        here = rows[position] == self._short if len(rows) else np.zeros(0, dtype=bool)
+        lengths[position[here]] -= self._lacking[here]
         return lengths
+
+    def agree(self, rows: Rows) -> bool:
+        """Whether rows that were read are of the corpus files and the lengths that they must have, as far as that is known."""
+        if not np.array_equal(rows.source, self.source_of(rows.numbers)):
+            return False
+        if self._seen_N is not None:
+            self._seen_N[rows.numbers] = rows.lengths
+        return np.array_equal(rows.lengths, self.lengths(rows.numbers))
 
 
 def part_scores(shards: ShardFolder, corpus: CorpusRows, teacher: str, small: str, part: int) -> np.ndarray:
@@ -52,13 +65,9 @@ def part_scores(shards: ShardFolder, corpus: CorpusRows, teacher: str, small: st
     context = shards.manifest.references[teacher]["context"]
     scores = np.full(plan.rows, np.nan)
     for rows in shards.batches([logprobs_column(teacher), logprobs_column(small)], [plan.name]):
-        first, end = rows.numbers[0], rows.numbers[-1] + 1
-        if not (
-            np.array_equal(rows.source, corpus.source_of(rows.numbers))
-            and np.array_equal(rows.lengths, corpus.lengths(first, end))
-        ):
+        if not corpus.agree(rows):
             raise ValueError(f"{rows.where()} and those after it are not the rows that the manifest plans; {REMEDY}")
-        predicted = rows.has_predecessor(context)
+        predicted = rows.trained(context)
         difference = rows.logprobs(teacher).astype(np.float64) - rows.logprobs(small)
         difference[~predicted] = 0
         starts = rows.ends - rows.lengths
@@ -87,29 +96,21 @@ def best_rows(scores: np.ndarray, ratio: float) -> tuple[np.ndarray, float]:
     return np.flatnonzero(kept), float(lowest) + 0.0  # -0.0 would be another text than 0.0
 
 
-def plan_selection(manifest: Manifest, places: np.ndarray, selection: dict[str, Any]) -> Manifest:
+def plan_selection(manifest: Manifest, before: CorpusRows, places: np.ndarray, selection: dict[str, Any]) -> Manifest:
     """The manifest of a folder that holds the rows `places`, int64 [K] ascending, of a folder with `manifest`."""
-    size, before = manifest.rows_per_part, CorpusRows(manifest)
-    position = np.searchsorted(places, before.short)  # of each short row among the kept ones, if it is one of them
-    stays = places[np.minimum(position, len(places) - 1)] == before.short
-    position, short, lacking = position[stays], before.short[stays], before.lacking[stays]
-
-    rows_of_file = np.diff(np.searchsorted(places, before.ends), prepend=0)
-    tokens_of_file = rows_of_file * manifest.seq_len
-    np.subtract.at(tokens_of_file, before.source_of(short), lacking)
+    size, lengths = manifest.rows_per_part, before.lengths(places)
+    source = before.source_of(places)
+    rows_of_file = np.bincount(source, minlength=len(manifest.corpus))
+    tokens_of_file = np.zeros(len(manifest.corpus), dtype=np.int64)
+    np.add.at(tokens_of_file, source, lengths)
     corpus = tuple(
-        # which of the tokens were put in front of pieces, or are unknown, was counted for the whole file
-        replace(file, rows=int(rows), tokens=int(tokens), bos_tokens=None, unknown_tokens=None)
+        # which of the tokens were put in front of pieces, are unknown or to be predicted was counted for the whole file
+        replace(file, rows=int(rows), tokens=int(tokens), bos_tokens=None, unknown_tokens=None, predicted_tokens=None)
         for file, rows, tokens in zip(manifest.corpus, rows_of_file, tokens_of_file)
     )
-
-    starts = np.arange(0, len(places), size)
-    rows_of_part = np.minimum(size, len(places) - starts)
-    tokens_of_part = rows_of_part * manifest.seq_len
-    np.subtract.at(tokens_of_part, position // size, lacking)
     parts = tuple(
-        PartPlan(part_name(index), int(rows), int(tokens))
-        for index, (rows, tokens) in enumerate(zip(rows_of_part, tokens_of_part))
+        PartPlan(part_name(index), len(lengths[first : first + size]), int(lengths[first : first + size].sum()))
+        for index, first in enumerate(range(0, len(places), size))
     )
     return replace(manifest, corpus=corpus, parts=parts, selections=(*manifest.selections, selection))
 

@@ -39,17 +39,23 @@ class DocumentSample:
             self._places[place] = doc_id
         self.texts[doc_id] = text[: CHARACTERS + 1]
 
-    def changed(self, rows: pa.NativeFile, encoder: Tokenizer, bos: int | None) -> list[tuple[int, str]]:
+    def changed(
+        self, rows: pa.NativeFile, encoder: Tokenizer, bos: int | None, as_found: bool = False
+    ) -> list[tuple[int, str]]:
         """The documents of the sample that the rows do not decode to: doc_id, and where they part.
 
-        rows: an Arrow file with the rows of the corpus file; a document that is in none decodes to nothing.
+        rows: an Arrow file with the rows of the corpus file; a document that is in none decodes to nothing. as_found: the
+        text itself has what documents begin and end with, as that of a chat template has.
         """
+        beginning = (encoder.id_to_token(bos) or "") if as_found and bos is not None else ""
         ids: dict[int, list[np.ndarray]] = {doc_id: [] for doc_id in self.texts}
         for doc_id, piece in _pieces(rows, np.array(sorted(self.texts))):
             ids[doc_id].append(piece[0 if bos is None else 1 :])
         found = []
         for doc_id, text in sorted(self.texts.items()):
-            all_ids = np.concatenate([np.zeros(0, np.int32), *ids[doc_id]])[:-1]  # without EOS
+            text = text.removeprefix(beginning)
+            all_ids = np.concatenate([np.zeros(0, np.int32), *ids[doc_id]])
+            all_ids = all_ids if as_found else all_ids[:-1]  # without EOS
             # a character takes several tokens at most, and a token is rarely less than one
             decoded = encoder.decode(all_ids[: 4 * CHARACTERS].tolist(), skip_special_tokens=False)
             expected = text

@@ -30,7 +30,7 @@ from shards.crash import crash_point
 from shards.fingerprint import config_fingerprint
 from shards.folder import ShardFolder
 from shards.manifest import MANIFEST, Manifest
-from shards.output_folder import SHARD_FOLDERS, begin_shards, instead_of, refuse_other, require_empty, writing
+from shards.output_folder import SHARD_FOLDERS, as_begun, begin_shards, instead_of, refuse_other, require_empty, writing
 from shards.quarantine import clear_failures
 from shards.store import Store, absolute, open_store
 
@@ -99,7 +99,8 @@ def score(
             temperatures=config.temperatures,
             arguments=engine_args,
         )
-        manifest = with_reference(shards.manifest, config, reference, engine, tokenizer_differences)
+        source = as_begun(out, shards.manifest)
+        manifest = with_reference(source, config, reference, engine, tokenizer_differences)
         names = manifest.schema.names
         if len(set(names)) < len(names):  # rl with --top-k beside a reference called rl_topk
             raise ValueError(f"{config.shards}: --name {config.name} would give two columns one name; choose another")
@@ -108,7 +109,7 @@ def score(
         forwards = None
         if dtype is None:  # of a new folder: one that was begun has it recorded
             engine, forwards = choose_dtype(config, shards, engine, should_stop, note)
-            manifest = with_reference(shards.manifest, config, reference, engine, tokenizer_differences)
+            manifest = with_reference(source, config, reference, engine, tokenizer_differences)
         with writing(out, note, SHARD_FOLDERS) as lease:
             refuse_other_scoring(out, manifest, config.name)  # another driver may have had the lease since we looked
             folder = begin_shards(shards, out, manifest, lease)

@@ -26,9 +26,10 @@ from shards.crash import crash_point
 from shards.folder import ShardFolder
 from shards.lease import Lease
 from shards.manifest import MANIFEST, Manifest
-from shards.output_folder import SHARD_FOLDERS, begin_shards, instead_of, refuse_other, require_empty, writing
-from shards.part import CommitRecord, write_part
+from shards.output_folder import SHARD_FOLDERS, as_begun, begin_shards, instead_of, refuse_other, require_empty, writing
+from shards.part import write_part
 from shards.quarantine import read_quarantined_rows, write_quarantined_rows
+from shards.record import CommitRecord
 from shards.store import Store, open_store
 
 Progress = Callable[[str, int, int], None]
@@ -79,7 +80,8 @@ def select(
         refuse_other_selection(out, shards.manifest, asked)  # another driver may have had the lease since we looked
         if out.size(MANIFEST) is None or ShardFolder(out).missing_parts():
             workers = config.num_workers or min(MAX_WORKERS, len(os.sched_getaffinity(0)))
-            scores = score_rows(shards, config, workers, progress, should_stop)
+            corpus = CorpusRows(shards.manifest)
+            scores = score_rows(shards, corpus, config, workers, progress, should_stop)
             places, lowest = best_rows(scores, config.keep_ratio)
             counts = {
                 "rows_read": len(scores),
@@ -87,7 +89,7 @@ def select(
                 "rows_kept": len(places),
                 "lowest_score_kept": lowest,
             }
-            manifest = plan_selection(shards.manifest, places, asked | counts)
+            manifest = as_begun(out, plan_selection(shards.manifest, corpus, places, asked | counts))
             del scores
             refuse_other_plan(out, manifest)
             folder = begin_shards(shards, out, manifest, lease)
@@ -140,7 +142,12 @@ def in_order(
 
 
 def score_rows(
-    shards: ShardFolder, config: SelectConfig, workers: int, progress: Progress, should_stop: ShouldStop
+    shards: ShardFolder,
+    corpus: CorpusRows,
+    config: SelectConfig,
+    workers: int,
+    progress: Progress,
+    should_stop: ShouldStop,
 ) -> np.ndarray:
     """First pass: score of every row in corpus order, float64 [N], NaN where it has none."""
     manifest = shards.manifest
@@ -148,7 +155,7 @@ def score_rows(
     done = first = 0
     progress("rank", done, manifest.tokens)
     with threads(workers) as pool:
-        score = partial(part_scores, shards, CorpusRows(manifest), config.teacher, config.small)
+        score = partial(part_scores, shards, corpus, config.teacher, config.small)
         for plan, values in zip(manifest.parts, in_order(pool, score, range(len(manifest.parts)), workers + 1)):
             scores[first : first + plan.rows] = values
             first, done = first + plan.rows, done + plan.tokens

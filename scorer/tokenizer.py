@@ -45,6 +45,11 @@ class PackTokenizer:
         return json.loads(self.encoder.to_str())
 
     @property
+    def beginning_id(self) -> int | None:
+        """Id that documents begin with if they begin with any: what its own call puts there, else its BOS."""
+        return self.prefix[0] if len(self.prefix) == 1 else self.bos_token_id
+
+    @property
     def unknown_id(self) -> int | None:
         """Id that stands for text which the tokenizer cannot spell; None where it has none."""
         model = self.json["model"]
@@ -76,7 +81,7 @@ def load_tokenizer(folder: str) -> PackTokenizer:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     encoder, theirs, failure = _encoder(path)
     if theirs is None:
-        theirs, failure = _transformers_tokenizer(path)
+        theirs, failure = transformers_tokenizer(path)
     eos_token, bos_token = (_role(path, encoder, role, theirs) for role in ("eos_token", "bos_token"))
     if eos_token is None:
         raise ValueError(
@@ -92,9 +97,12 @@ def load_tokenizer(folder: str) -> PackTokenizer:
     return tokenizer
 
 
-def describe_tokenizer(tokenizer: PackTokenizer, special_tokens: str, bos: str) -> dict[str, Any]:
-    """What the manifest records of the tokenizer before a document is read. bos: auto, always or never."""
-    bos_token_id = choose_bos(tokenizer, bos)
+def describe_tokenizer(
+    tokenizer: PackTokenizer, special_tokens: str, bos: str, begins: bool | None = None
+) -> dict[str, Any]:
+    """What the manifest records of the tokenizer before a document is read. bos: auto, always or never; begins: whether
+    documents begin with BOS under auto, None where the tokenizer's own call decides."""
+    bos_token_id = choose_bos(tokenizer, bos, begins)
     return {
         "fingerprint": tokenizer_fingerprint(tokenizer.json),
         "eos_token": tokenizer.eos_token,
@@ -106,10 +114,13 @@ def describe_tokenizer(tokenizer: PackTokenizer, special_tokens: str, bos: str) 
     }
 
 
-def choose_bos(tokenizer: PackTokenizer, bos: str) -> int | None:
-    """Id with which each document piece of a row begins, or None. auto: where the tokenizer's own call begins so."""
-    if bos == "never":
+def choose_bos(tokenizer: PackTokenizer, bos: str, begins: bool | None = None) -> int | None:
+    """Id with which each document piece of a row begins, or None. auto: where the tokenizer's own call begins so, or as
+    `begins` says."""
+    if bos == "never" or (bos == "auto" and begins is False):
         return None
+    if bos == "auto" and begins:
+        return tokenizer.beginning_id
     if len(tokenizer.prefix) == 1 and (bos == "auto" or tokenizer.bos_token_id is None):
         return tokenizer.prefix[0]
     if bos == "always":
@@ -148,7 +159,7 @@ def _encoder(path: Path) -> tuple[Tokenizer, Any, str]:
         encoder.no_truncation()  # a tokenizer.json may carry both, and documents must stay whole
         encoder.no_padding()
         return encoder, None, ""
-    theirs, failure = _transformers_tokenizer(path)
+    theirs, failure = transformers_tokenizer(path)
     if theirs is None:
         raise ValueError(f"{path}: its tokenizer cannot be loaded ({failure})")
     if not theirs.is_fast:
@@ -156,7 +167,7 @@ def _encoder(path: Path) -> tuple[Tokenizer, Any, str]:
     return Tokenizer.from_str(theirs.backend_tokenizer.to_str()), theirs, ""
 
 
-def _transformers_tokenizer(path: Path) -> tuple[Any, str]:
+def transformers_tokenizer(path: Path) -> tuple[Any, str]:
     """What AutoTokenizer makes of a folder, or why it cannot."""
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True), ""
@@ -205,7 +216,7 @@ def _gives(files: dict[str, bytes], encoder: Tokenizer) -> bool:
     with TemporaryDirectory() as folder:
         for name, data in files.items():
             (Path(folder) / name).write_bytes(data)
-        theirs, _ = _transformers_tokenizer(Path(folder))
+        theirs, _ = transformers_tokenizer(Path(folder))
     return theirs is not None and not _components_elsewhere(theirs, encoder)
 
 

@@ -7,7 +7,8 @@ describes it for readers in other languages.
 
 from shards.folder import ShardFolder
 from shards.manifest import CorpusFile, Manifest, PartPlan
-from shards.part import CommitRecord, write_part
+from shards.part import write_part
+from shards.record import CommitRecord
 from shards.schema import logprobs_column, row_schema
 
 __all__ = [

@@ -14,7 +14,7 @@ import numpy as np
 from shards.entropy import entropy_columns, outside
 from shards.part import REMEDY
 from shards.rows import Rows
-from shards.schema import list_lengths, logprobs_column, topk_columns
+from shards.schema import PREDICT, list_lengths, logprobs_column, topk_columns
 from shards.topk import fault_of_topk
 
 LARGEST = np.finfo(np.float32).max
@@ -46,7 +46,7 @@ def check_documents(rows: Rows) -> None:
     for name, column in zip(rows.batch.schema.names, rows.batch.columns):
         if column.null_count:
             fail(rows, int(np.argmax(column.is_null().to_numpy(zero_copy_only=False))), f"{name} is null")
-        if name in ("input_ids", "doc_lengths", "doc_ids") and column.flatten().null_count:
+        if name in ("input_ids", "doc_lengths", "doc_ids", PREDICT) and column.flatten().null_count:
             row = next(row for row in range(len(rows)) if column[row].values.null_count)
             fail(rows, row, f"{name} has a null in its list")
     files = len(manifest.corpus)
@@ -67,6 +67,8 @@ def check_documents(rows: Rows) -> None:
             rows, sums_R != rows.lengths,
             lambda row: f"doc_lengths do not sum to the row's length: {sums_R[row]}, expected {rows.lengths[row]}",
         )  # fmt: skip
+        if PREDICT in names:
+            _check_length(rows, PREDICT)
 
 
 def _check_logprobs(rows: Rows, name: str) -> None:

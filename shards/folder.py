@@ -5,8 +5,8 @@ commit record first, because Arrow reads a flipped bit back as data without an e
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from shards.batch_reader import open_batches
 from shards.contract import check
 from shards.fingerprint import parse_tokenizer_json, vocabulary
 from shards.manifest import MANIFEST, Manifest
-from shards.part import COMMITS, METADATA_KEY, REMEDY, CommitRecord, read_record
+from shards.record import COMMITS, REMEDY, SUMS, CommitRecord, read_record, record_name, summed_record
 from shards.rows import PartRows, Rows, columns_to_read
 from shards.schema import logprobs_column, topk_columns
 from shards.store import Store, open_store
 from shards.tokens import decode_token_ids, differences, disagreement
-from shards.zstd_bomb import check_decompressed_size
+from shards.whole_part import checked_part
 
 TOKENIZER = "_tokenizer"
 TOKEN_IDS = "token_ids.json"  # in that folder: which ids the rows have
@@ -108,7 +109,7 @@ class ShardFolder:
     def missing_parts(self) -> list[str]:
         """Planned parts that are not committed yet; lists the folder once, opens no record."""
         committed = set(self.store.names(COMMITS))
-        return [plan.name for plan in self.manifest.parts if plan.name.replace(".arrow", ".json") not in committed]
+        return [plan.name for plan in self.manifest.parts if plan.name[:-6] + ".json" not in committed]
 
     def require_complete(self) -> None:
         """ValueError unless every planned part is committed and the tokenizer's files are there, unaltered, no links."""
@@ -210,58 +211,64 @@ class ShardFolder:
         """What the schema metadata of a part must hold."""
         return self.manifest.part_metadata(self._index[part])
 
-    def record(self, part: str) -> CommitRecord:
+    @cached_property
+    def _summed(self) -> set[str]:
+        """The records in _sums/, which a folder of format 1 has after remit upgrade."""
+        return {f"{SUMS}/{name}" for name in self.store.names(SUMS)} if self.manifest.format_version == 1 else set()
+
+    def record_alone(self, part: str) -> CommitRecord:
         """Commit record of a part; ValueError where it is not committed, or not as planned."""
         record = read_record(self.store, part)
         if record is None:
             raise ValueError(f"{self.store.where(part)}: not committed; run the command that writes this folder again")
-        plan = self.manifest.parts[self._index[part]]
+        plan, version = self.manifest.parts[self._index[part]], self.manifest.format_version
         if (record.rows, record.tokens) != (plan.rows, plan.tokens):
             raise ValueError(
                 f"{self.store.where(part)}: its commit record has {record.rows} rows and {record.tokens} tokens, the "
                 f"manifest plans {plan.rows} and {plan.tokens}; {REMEDY}"
             )
+        if bool(record.batches) != (version == 2):
+            raise ValueError(
+                f"{self.store.where(record_name(part))}: not of format {version} like its manifest; {REMEDY}"
+            )
+        return record
+
+    def record(self, part: str) -> CommitRecord:
+        """The same with the sums where the folder has them; ValueError, too, for a record of another folder."""
+        record = self.record_alone(part)
+        if record_name(part, SUMS) in self._summed:
+            record = summed_record(self.store, record)
+        if record.batches and record.manifest_sha256 != self.manifest.checksum:
+            raise ValueError(f"{self.store.where(part)}: its commit record is not of a part of this manifest; {REMEDY}")
         return record
 
     def open_part(self, part: str, columns: list[str] | None = None) -> pa.ipc.RecordBatchFileReader:
-        """Hash a part against its commit record, then open it: the file where it is local, else the memory it is in.
+        """Open a part once all its bytes are checked: the file where it is local, else the memory it is in.
 
-        columns: only these are decompressed; None reads all. Raises ValueError for missing, truncated
-        or altered bytes, for columns of another type, for a part of another folder and for buffers that
-        would decompress to more than the plan has tokens for.
+        columns: only these are decompressed; None reads all. ValueError for missing, truncated or altered bytes, columns of
+        another type, a part of another folder, and buffers that would decompress to more than the plan has tokens for.
         """
-        where, record = self.store.where(part), self.record(part)
-        try:
-            data = self.store.buffer(part)
-        except FileNotFoundError:
-            raise ValueError(f"{where}: is committed but missing; {REMEDY}") from None
-        if data.size != record.size:
-            raise ValueError(f"{where}: {data.size} bytes, its commit record says {record.size}; {REMEDY}")
-        sha256 = hashlib.sha256(memoryview(data)).hexdigest()
-        if sha256 != record.sha256:
-            raise ValueError(
-                f"{where}: sha256 {sha256[:12]}.. differs from its commit record {record.sha256[:12]}..; {REMEDY}"
-            )
-        try:
-            schema = pa.ipc.open_file(data).schema
-            found = json.loads((schema.metadata or {}).get(METADATA_KEY, b"{}"))
-        except (pa.ArrowException, ValueError) as error:
-            raise ValueError(f"{where}: not an Arrow file of this project ({error}); {REMEDY}") from None
-        if not schema.remove_metadata().equals(self.schema):
-            raise ValueError(f"{where}: columns {schema.names} or their types are not those of the manifest; {REMEDY}")
-        if (found.get("part"), found.get("manifest_sha256")) != (part, self.manifest.checksum):
-            raise ValueError(f"{where}: its schema metadata is not that of {part} in this manifest; {REMEDY}")
-        check_decompressed_size(data, self.manifest, schema, where)
-        included = None if columns is None else [schema.get_field_index(column) for column in columns]
+        data = checked_part(self.store, self.record(part), self.manifest, self.part_metadata(part))
+        included = None if columns is None else [self.schema.get_field_index(column) for column in columns]
         # read, not mapped: pages that stay mapped count as memory of a process that goes through the whole corpus
         source = data if self.store.local is None else self.store.open(part)
         return pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=included))
 
+    def open_whole_rows(self, part: str) -> PartRows:
+        """All rows of a part that is opened as open_part does."""
+        reader = self.open_part(part)
+        return PartRows(reader, self.manifest, self._index[part], self.store.where(part), self.record(part).quarantined)
+
     def open_rows(self, part: str, columns: Iterable[str] | None = None) -> PartRows:
-        """The rows of a part that is opened as open_part does, with the columns that a check of `columns` needs too."""
-        manifest, index = self.manifest, self._index[part]
-        reader = self.open_part(part, None if columns is None else columns_to_read(columns, manifest))
-        return PartRows(reader, manifest, index, self.store.where(part), self.record(part).quarantined)
+        """The rows of a part, with the columns that a check of `columns` needs too; None reads all.
+
+        Bytes of these columns alone are read and hashed, where rows are asked for, by any number of threads; a part without
+        sums is hashed whole here. ValueError as of open_part, here or there.
+        """
+        manifest, record = self.manifest, self.record(part)
+        names = None if columns is None else columns_to_read(columns, manifest)
+        reader = open_batches(self.store, record, manifest, self.part_metadata(part), names)
+        return PartRows(reader, manifest, self._index[part], self.store.where(part), record.quarantined)
 
     def batches(self, columns: Iterable[str] | None = None, parts: Iterable[str] | None = None) -> Iterator[Rows]:
         """The rows of all parts, or of `parts`, a record batch at a time, each verified and checked against the contract.

@@ -17,12 +17,15 @@ import numpy as np
 import pyarrow as pa
 
 from shards.entropy import entropy_columns, is_temperature
+from shards.packing import Window
 from shards.part import publish_json
+from shards.record import checksum_of, with_checksum
 from shards.schema import CONTEXTS, logprobs_column, row_schema
 from shards.store import Store, open_store
 
 FORMAT = "remit-shards"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+FORMAT_VERSIONS = (1, 2)
 MANIFEST = "_manifest.json"
 _PART_NAME = re.compile(r"part-\d{5,}\.arrow")
 
@@ -44,6 +47,8 @@ class CorpusFile:
     documents_sampled, documents_changed: documents that were decoded again from the rows, and those of them that did not
     come back as they were.
     left_out: why nothing of the file was packed (--on-bad-file reject); "" for all others.
+    predicted_tokens: of the tokens those that are to be predicted; None where the folder has no such column, or rows were
+    selected. without_eos: documents that do not end in EOS, as they were found; None where each does.
     """
 
     path: str
@@ -60,6 +65,8 @@ class CorpusFile:
     documents_sampled: int | None = None
     documents_changed: int | None = None
     left_out: str = ""
+    predicted_tokens: int | None = None
+    without_eos: int | None = None
 
     def entry(self) -> dict[str, Any]:
         """As a JSON object, without what says nothing: left_out, or what an earlier release did not count."""
@@ -95,6 +102,11 @@ class Manifest:
     selections: by which rule rows of the packed corpus were kept, oldest first: method, rows_read, rows_unscored,
     rows_kept, source_manifest_sha256, and what else the method says (scorer/select.py).
     passed_over: files of the corpus folders that were not read, counted by suffix or what else they are.
+    format_version: 2 where commit records have the sums of what readers read, 1 where they have that of the whole part.
+    packing: how documents share rows, as shards/packing.py has it; empty where they are laid end to end.
+    conversations: how documents became text where they are conversations: messages_field, tools_field, train_on,
+    chat_template_sha256, chat_template_args and chat_template_date where there are any; empty for other documents.
+    predict: whether the rows have the column that says what is to be predicted; without it everything is.
     """
 
     seq_len: int
@@ -106,22 +118,32 @@ class Manifest:
     references: dict[str, dict[str, Any]] = field(default_factory=dict)
     selections: tuple[dict[str, Any], ...] = ()
     passed_over: dict[str, int] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+    predict: bool = False
+    packing: dict[str, Any] = field(default_factory=dict)
+    conversations: dict[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def rows(self) -> int:
         return sum(part.rows for part in self.parts)
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         return sum(part.tokens for part in self.parts)
 
     @property
+    def unused_positions(self) -> int:
+        """How many more tokens the rows could have."""
+        return self.rows * self.seq_len - self.tokens
+
+    @cached_property
     def schema(self) -> pa.Schema:
         """Arrow schema of every part, without metadata; references in the order of their names, as JSON has them."""
         return row_schema(
             sorted(self.references),
             {name: entry.get("top_k", 0) for name, entry in self.references.items()},
             {name: entropy_columns(name, entry) for name, entry in self.references.items()},
+            self.predict,
         )
 
     @cached_property
@@ -137,7 +159,7 @@ class Manifest:
     def _common(self) -> dict[str, Any]:
         common = {
             "format": FORMAT,
-            "format_version": FORMAT_VERSION,
+            "format_version": self.format_version,
             "documents": self.documents,
             "num_parts": len(self.parts),
             "seq_len": self.seq_len,
@@ -149,24 +171,25 @@ class Manifest:
         }
         # only where there are any, so that other folders keep their bytes
         common |= {"selections": list(self.selections)} if self.selections else {}
+        common |= {"predict": True} if self.predict else {}
+        common |= {"packing": self.packing | {"unused_positions": self.unused_positions}} if self.packing else {}
+        common |= {"conversations": self.conversations} if self.conversations else {}
         return common | ({"passed_over": self.passed_over} if self.passed_over else {})
 
-    @cached_property
-    def _text(self) -> tuple[str, str]:
-        """sha256 of the JSON text from its second line on, and that text; corpus files and parts one a line."""
+    def _text(self) -> str:
+        """The JSON text from its second line on; corpus files and parts one a line."""
         head = json.dumps(self._common(), indent=1, ensure_ascii=False, sort_keys=True).removeprefix("{\n")
         lists = {"corpus": [file.entry() for file in self.corpus], "parts": [vars(part) for part in self.parts]}
         lines = [head.removesuffix("\n}")]
         for name, entries in lists.items():
             inner = ",\n".join("  " + json.dumps(entry, ensure_ascii=False, sort_keys=True) for entry in entries)
             lines.append(f' "{name}": [\n{inner}\n ]')
-        text = ",\n".join(lines) + "\n}\n"
-        return hashlib.sha256(text.encode()).hexdigest(), text
+        return ",\n".join(lines) + "\n}\n"
 
-    @property
+    @cached_property
     def checksum(self) -> str:
         """sha256 of the manifest file from its second line on; every part carries it."""
-        return self._text[0]
+        return hashlib.sha256(self._text().encode()).hexdigest()
 
     @cached_property
     def _first_rows(self) -> np.ndarray:
@@ -184,9 +207,7 @@ class Manifest:
 
     def write(self, folder: Store | Path | str) -> None:
         """Freeze this plan in `folder`. ValueError where another plan is frozen there already."""
-        sha256, text = self._text
-        data = f'{{\n "checksum": "{sha256}",\n{text}'.encode()
-        publish_json(open_store(folder), MANIFEST, data, "manifest")
+        publish_json(open_store(folder), MANIFEST, with_checksum(self._text()), "manifest")
 
     @classmethod
     def read(cls, folder: Store | Path | str) -> "Manifest":
@@ -208,10 +229,10 @@ class Manifest:
             raise ValueError(f"{path}: not valid JSON ({error}); restore it or write the folder again") from None
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise ValueError(f"{path}: format is not {FORMAT!r}; this is not a remit shard folder")
-        if value.get("format_version") != FORMAT_VERSION:
+        if type(value.get("format_version")) is not int or value["format_version"] not in FORMAT_VERSIONS:
             raise ValueError(
-                f"{path}: format version {value.get('format_version')!r}, this program reads {FORMAT_VERSION}; "
-                "use the release of remit that wrote the folder"
+                f"{path}: format version {value.get('format_version')!r}, this program reads "
+                f"{' and '.join(map(str, FORMAT_VERSIONS))}; use the release of remit that wrote the folder"
             )
         try:
             manifest = cls(
@@ -224,13 +245,19 @@ class Manifest:
                 references={name: dict(reference) for name, reference in value["references"].items()},
                 selections=tuple(dict(selection) for selection in value.get("selections", [])),
                 passed_over=dict(value.get("passed_over", {})),
+                format_version=value["format_version"],
+                predict=value.get("predict", False),
+                packing={key: x for key, x in value.get("packing", {}).items() if key != "unused_positions"},
+                conversations=dict(value.get("conversations", {})),
             )
             manifest._check()
-            if {key: value[key] for key in manifest._common()} != manifest._common():
+            common = manifest._common()
+            if {key: value[key] for key in common} != common:
                 raise ValueError("its counts do not agree with each other")
-            sha256, text = manifest._text
-            if data != f'{{\n "checksum": "{sha256}",\n{text}'.encode():
+            sha256 = checksum_of(data)
+            if sha256 is None or {*value} != {*common, "checksum", "corpus", "parts"}:
                 raise ValueError("its checksum does not fit its content")
+            vars(manifest)["checksum"] = sha256  # not by writing 100,000 parts down again
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path}: damaged ({error}); restore it or write the folder again") from None
         return manifest
@@ -239,13 +266,18 @@ class Manifest:
         for name in ("seq_len", "rows_per_part", "rows_per_batch"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected a positive integer")
+        if not isinstance(self.predict, bool):
+            raise ValueError(f"predict is {self.predict!r}, expected true or false")
+        if self.packing:
+            Window.of(self.packing)
         for part in self.parts[:-1]:
             if part.rows != self.rows_per_part:
                 raise ValueError(f"{part.name} has {part.rows} rows, expected rows_per_part = {self.rows_per_part}")
-        for part in self.parts:
-            if not _PART_NAME.fullmatch(part.name):
-                raise ValueError(f"part name {part.name!r} is not of the form part-00000.arrow")
-        if len({part.name for part in self.parts}) != len(self.parts):
+        names = [part.name for part in self.parts]
+        for name in names:
+            if not _PART_NAME.fullmatch(name):
+                raise ValueError(f"part name {name!r} is not of the form part-00000.arrow")
+        if len({*names}) != len(names):
             raise ValueError("part names repeat")
         for name in self.tokenizer.get("files", {}):
             if not name or name.startswith(".") or PurePosixPath(name).name != name or "\\" in name:

@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,15 +21,16 @@ from shards.crash import crash_point
 from shards.fingerprint import RUN
 from shards.folder import TOKENIZER, ShardFolder
 from shards.lease import LEASE, Lease, LeaseLost
-from shards.manifest import MANIFEST, Manifest
-from shards.part import COMMITS, encode_json, publish_json
+from shards.manifest import FORMAT_VERSION, MANIFEST, Manifest
+from shards.part import publish_json
 from shards.publish import fsync_folder
 from shards.quarantine import QUARANTINE
+from shards.record import COMMITS, SUMS, encode_json
 from shards.store import Store, is_remote, open_store, temporary_name
 
 MODEL = "model"
 """The last thing that a run writes into its folder."""
-SHARD_FOLDERS = ("", COMMITS, LEASE, TOKENIZER, f"{QUARANTINE}/rows", f"{QUARANTINE}/failed")
+SHARD_FOLDERS = ("", COMMITS, SUMS, LEASE, TOKENIZER, f"{QUARANTINE}/rows", f"{QUARANTINE}/failed")
 """Where the writers of a shard folder have temporary files."""
 ALIASES = {"s3a": "s3", "gcs": "gs"}  # two names of one protocol
 NAMED_DIFFERENCES = 3
@@ -83,6 +85,15 @@ def require_empty(folder: Store | Path | str, record: str, what: str) -> None:
         raise ValueError(
             f"{out.url}: is not empty and not {what} (it has {foreign[0]}); choose another --out or empty it"
         )
+
+
+def as_begun(out: Store, manifest: Manifest) -> Manifest:
+    """The plan in the format that `out` was begun in: an earlier release may have left a folder of format 1 half written.
+
+    A folder has parts of one format; in a new one this is the newest.
+    """
+    version = FORMAT_VERSION if out.size(MANIFEST) is None else Manifest.read(out).format_version
+    return replace(manifest, format_version=version)
 
 
 def begin_shards(shards: ShardFolder, out: Store, manifest: Manifest, lease: Lease) -> ShardFolder:

@@ -8,48 +8,49 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from shards.crash import crash_point
+from shards.record import (
+    COMMITS,
+    METADATA_KEY,
+    REMEDY,
+    CommitRecord,
+    encode_json,
+    encode_record,
+    read_record,
+    record_name,
+)
 from shards.store import Store, open_store
+from shards.sums import sums_of
 
-METADATA_KEY = b"remit"
-COMMITS = "_commits"
-REMEDY = "run remit verify --repair, then the command that writes this folder"
+__all__ = [
+    "COMMITS",
+    "METADATA_KEY",
+    "REMEDY",
+    "CommitRecord",
+    "CommittedAlready",
+    "encode_json",
+    "publish_json",
+    "read_record",
+    "record_name",
+    "sha256_file",
+    "write_part",
+]
 
 
 class CommittedAlready(ValueError):
     """A part has its record: it is done, and never written again."""
 
 
-@dataclass(frozen=True)
-class CommitRecord:
-    """What a committed part must be: file name, sha256 of its bytes, size in bytes, rows, tokens.
-
-    quarantined: per reference the rows, counted from 0 in the part, that have no log-probs of it.
-    """
-
-    part: str
-    sha256: str
-    size: int
-    rows: int
-    tokens: int
-    quarantined: dict[str, list[int]] = field(default_factory=dict)
-
-
 def sha256_file(path: Path) -> str:
     """Hexadecimal sha256 of a file's bytes, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def encode_json(value: dict[str, Any]) -> bytes:
-    """JSON as this project writes it: the same value gives the same bytes."""
-    return (json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
 
 
 def publish_json(store: Store, name: str, data: bytes, kind: str) -> None:
@@ -59,39 +60,6 @@ def publish_json(store: Store, name: str, data: bytes, kind: str) -> None:
     except FileExistsError:
         if store.read(name) != data:
             raise ValueError(f"{store.where(name)}: exists with other content; another run wrote it") from None
-
-
-def record_name(part: str) -> str:
-    """Name of the commit record of a part, relative to the folder."""
-    return f"{COMMITS}/{part.removesuffix('.arrow')}.json"
-
-
-def read_record(store: Store, part: str) -> CommitRecord | None:
-    """The commit record of a part, or None where the part was not committed.
-
-    Raises ValueError for a damaged record: one with other bytes than this project writes for its values.
-    """
-    name = record_name(part)
-    try:
-        data = store.read(name)
-    except FileNotFoundError:
-        return None
-    try:
-        value = json.loads(data)
-    except ValueError as error:
-        raise ValueError(f"{store.where(name)}: not valid JSON ({error}); {REMEDY}") from None
-    if (
-        not isinstance(value, dict)
-        or {*value} != {field.name for field in fields(CommitRecord)}
-        or any(type(value[key]) is not kind for key, kind in _RECORD_TYPES.items())
-        or value["part"] != part
-        or encode_json(value) != data
-    ):
-        raise ValueError(f"{store.where(name)}: not the commit record of {part}, or altered; {REMEDY}")
-    return CommitRecord(**value)
-
-
-_RECORD_TYPES = {"part": str, "sha256": str, "size": int, "rows": int, "tokens": int, "quarantined": dict}
 
 
 def write_part(
@@ -106,8 +74,9 @@ def write_part(
     """Write, fsync, hash and publish one part, then its commit record.
 
     batches: in the order of the rows; the same batches give the same bytes. metadata: JSON object for the schema
-    metadata under the key `remit`. may_publish: raises where this process must not publish any more. Where
-    anything raises, nothing is committed and the temporary file is removed. CommittedAlready where the part is.
+    metadata under the key `remit`; where its format_version is 1, the record is of format 1 too. may_publish: raises where
+    this process must not publish any more. Where anything raises, nothing is committed and the temporary file is removed.
+    CommittedAlready where the part is.
     """
     store = open_store(folder)
     if store.size(record_name(part)) is not None:
@@ -129,9 +98,7 @@ def write_part(
             writer.close()  # writes the footer, which must be on disk before the hash is taken
             file.flush()
             os.fsync(file.fileno())
-        record = CommitRecord(
-            part, sha256_file(temporary), temporary.stat().st_size, rows, tokens, quarantined or {}
-        )  # fmt: skip
+        record = _record_of(temporary, part, schema, metadata, (rows, tokens), quarantined or {})
         crash_point("part.synced")
         may_publish()
         _publish_part(store, temporary, part, record.sha256, may_publish)
@@ -139,8 +106,26 @@ def write_part(
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    publish_json(store, record_name(part), encode_json(asdict(record)), "record")
+    publish_json(store, record_name(part), encode_record(record), "record")
     return record
+
+
+def _record_of(
+    temporary: Path,
+    part: str,
+    schema: pa.Schema,
+    metadata: dict[str, Any],
+    counts: tuple[int, int],
+    quarantined: dict[str, list[int]],
+) -> CommitRecord:
+    """The record of the bytes that can be read back from a finished file. counts: its rows and tokens."""
+    with pa.memory_map(str(temporary)) as file, ThreadPoolExecutor(1) as pool:
+        data = file.read_buffer()
+        sha256 = pool.submit(lambda: hashlib.sha256(memoryview(data)).hexdigest())  # beside the sums of the same bytes
+        of_1 = metadata.get("format_version") == 1
+        batches = () if of_1 else sums_of(data, schema)
+        manifest_sha256 = "" if of_1 else metadata.get("manifest_sha256", "")
+        return CommitRecord(part, sha256.result(), data.size, *counts, quarantined, manifest_sha256, batches)
 
 
 def _codec(metadata: dict[str, Any]) -> pa.Codec:

@@ -8,7 +8,7 @@ damaged/part-00003.arrow  a part, and damaged/part-00003.json its record, that v
 import json
 from typing import Any
 
-from shards.part import encode_json, record_name
+from shards.record import SUMS, encode_json, record_name
 from shards.store import Store
 
 QUARANTINE = "_quarantine"
@@ -75,4 +75,5 @@ def take_out(store: Store, part: str) -> None:
     for name, to in ((record_name(part), f"{_stem(part)}.json"), (part, part)):
         if store.size(name) is not None:
             store.move(name, f"{QUARANTINE}/damaged/{to}")
+    store.delete(record_name(part, SUMS))
     store.delete(rows_name(part))

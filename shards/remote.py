@@ -13,6 +13,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -105,6 +106,17 @@ class RemoteStore(Store):
         if size is None:
             raise FileNotFoundError(f"{self.where(name)}: no such file")
         return pa.PythonFile(io.BufferedReader(_Pieces(self, name, size), READ_BYTES), mode="r")
+
+    def fill(self, name: str, pieces: list[tuple[int, memoryview]]) -> None:
+        def read(piece: tuple[int, memoryview]) -> None:
+            offset, into = piece
+            into[:] = self.read_piece(name, offset, offset + len(into))
+
+        if len(pieces) == 1:
+            read(pieces[0])
+        else:
+            with ThreadPoolExecutor(8) as pool:  # the answers are waited for side by side
+                list(pool.map(read, pieces))
 
     def read_piece(self, name: str, start: int, stop: int) -> bytes:
         """Bytes start .. stop - 1 of a file."""

@@ -6,6 +6,7 @@ R = rows, T = tokens of all of them, D = document pieces of all of them, K = mos
 
 from collections.abc import Iterable, Mapping
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,16 @@ import pyarrow as pa
 from shards.entropy import entropy_columns
 from shards.manifest import Manifest
 from shards.part import REMEDY
-from shards.schema import has_predecessor, list_lengths, logprobs_column, topk_columns
+from shards.schema import PREDICT, has_predecessor, list_lengths, logprobs_column, topk_columns
+
+
+class Batches(Protocol):
+    """Where the record batches of a part come from: pyarrow's reader of a file, or shards/batch_reader.py."""
+
+    @property
+    def num_record_batches(self) -> int: ...
+
+    def get_batch(self, number: int, /) -> pa.RecordBatch: ...
 
 
 class PartRows:
@@ -25,7 +35,7 @@ class PartRows:
 
     def __init__(
         self,
-        reader: pa.ipc.RecordBatchFileReader,
+        reader: Batches,
         manifest: Manifest,
         index: int,
         file: str,
@@ -147,6 +157,16 @@ class Rows:
             scored[rows[(rows >= 0) & (rows < len(self))]] = False
         return scored
 
+    @property
+    def predict(self) -> np.ndarray:
+        """True where a token is to be predicted if something precedes it, bool [T]."""
+        return self.values(PREDICT) if self.part.manifest.predict else np.ones(int(self.lengths.sum()), dtype=bool)
+
+    def trained(self, context: str) -> np.ndarray:
+        """True where training predicts a token: something precedes it in its context, and it is to be predicted. bool [T]."""
+        present = self.has_predecessor(context)
+        return present & self.predict if self.part.manifest.predict else present
+
     def predicted(self, name: str) -> np.ndarray:
         """True where the contract demands a log-prob of the reference `name`, bool [T]."""
         predicted, scored = self.has_predecessor(self.part.manifest.references[name]["context"]), self.scored(name)
@@ -162,7 +182,10 @@ class Rows:
         return self.values(ids), self.values(logprobs)
 
     def values(self, column: str) -> np.ndarray:
-        """Entries of the lists of a column, one after the other: [T], [D] or [T, K]; NaN (-1 of ids) where one is null."""
+        """Entries of the lists of a column, one after the other: [T], [D] or [T, K]; NaN (-1 of ids) where one is null.
+
+        Of the column `predict` bool [T].
+        """
         if column not in self._flat:
             self._flat[column] = flat_values(self.batch.column(column))
         return self._flat[column]
@@ -184,8 +207,9 @@ def flat_values(column: pa.ListArray) -> np.ndarray:
 
 
 def columns_to_read(columns: Iterable[str], manifest: Manifest) -> list[str]:
-    """`columns`, and those without which they cannot be checked; documents are small and always among them."""
-    wanted = {*columns, "doc_lengths", "doc_ids", "source"}
+    """`columns`, and those without which they cannot be checked; documents, and what is to be predicted, are small and
+    always among them."""
+    wanted = {*columns, "doc_lengths", "doc_ids", "source", PREDICT}
     for name, reference in manifest.references.items():
         if reference.get("top_k") and wanted & {*topk_columns(name)}:
             wanted |= {*topk_columns(name), logprobs_column(name)}

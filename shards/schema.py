@@ -11,6 +11,8 @@ import pyarrow as pa
 
 CONTEXTS = ("packed", "document")
 LOGPROBS_SUFFIX = "_logprobs"
+PREDICT = "predict"
+"""Column of what training is to predict; a folder in which everything is has none."""
 _REFERENCE_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 
@@ -37,12 +39,14 @@ def row_schema(
     references: Iterable[str] = (),
     top_k: Mapping[str, int] | None = None,
     entropy: Mapping[str, Iterable[str]] | None = None,
+    predict: bool = False,
 ) -> pa.Schema:
     """Arrow schema of a part with one log-prob column per reference.
 
     All list columns have one entry per token, except doc_lengths and doc_ids: one per document piece. top_k: per
     reference the number of most probable tokens that are stored for each token, 0 or absent for none; an entry is
     then a list of that fixed size. entropy: per reference the columns of its entropy (shards/entropy.py), absent for none.
+    predict: with the column of what is to be predicted.
     """
     fields = [
         pa.field("input_ids", pa.list_(pa.int32()), nullable=False),
@@ -50,6 +54,8 @@ def row_schema(
         pa.field("doc_ids", pa.list_(pa.int64()), nullable=False),
         pa.field("source", pa.int32(), nullable=False),
     ]
+    if predict:
+        fields.append(pa.field(PREDICT, pa.list_(pa.bool_()), nullable=False))
     for name in references:
         fields.append(pa.field(logprobs_column(name), pa.list_(pa.float32()), nullable=False))
         k = (top_k or {}).get(name, 0)

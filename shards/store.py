@@ -66,6 +66,13 @@ class Store:
         """A file for reads at random places; FileNotFoundError."""
         raise NotImplementedError
 
+    def fill(self, name: str, pieces: list[tuple[int, memoryview]]) -> None:
+        """Read into each of these places in memory, from the offset beside it on, and nothing else of the file.
+
+        FileNotFoundError, and EOFError where the file ends before. Any number of threads may read at once.
+        """
+        raise NotImplementedError
+
     def names(self, folder: str = "") -> list[str]:
         """Sorted names of the files directly in `folder`, without it; none where it does not exist."""
         raise NotImplementedError
@@ -186,6 +193,15 @@ class LocalStore(Store):
 
     def open(self, name: str) -> pa.NativeFile:
         return pa.OSFile(str(self.path(name)))
+
+    def fill(self, name: str, pieces: list[tuple[int, memoryview]]) -> None:
+        with open(self.path(name), "rb", buffering=0) as file:
+            for offset, into in pieces:
+                while len(into):
+                    count = os.preadv(file.fileno(), [into], offset)
+                    if not count:
+                        raise EOFError(f"the file ends at byte {offset:,}, {len(into):,} bytes too early")
+                    into, offset = into[count:], offset + count
 
     def names(self, folder: str = "") -> list[str]:
         try:

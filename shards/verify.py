@@ -1,11 +1,9 @@
 """Recount and rehash a shard folder offline.
 
 In: a folder. Out: a report that names every part that is not what the manifest and its commit record
-say, and every row that breaks an invariant of the format. Where rows were selected, their neighbours are not those of
-the corpus: nothing is expected of how a document goes on from one row to the next, nor of how many there are.
+say, and every row that breaks an invariant of the format. How rows follow one another is in shards/follow.py.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -14,11 +12,14 @@ import pyarrow as pa
 
 from shards.contract import check, fail, refuse_pieces
 from shards.folder import ShardFolder
+from shards.follow import Followed, follow
 from shards.manifest import CorpusFile, PartPlan
-from shards.part import METADATA_KEY
 from shards.quarantine import failure_reason, read_quarantined_rows, rows_name
 from shards.rows import Rows
 from shards.verify_tokenizer import VocabularyCount, tokenizer_problems
+
+NAMES = {"predicted_tokens": "tokens to predict", "without_eos": "documents without EOS"}
+"""What messages call some of the counts."""
 
 
 @dataclass
@@ -37,24 +38,11 @@ class Report:
     problems: list[str] = field(default_factory=list)
 
 
-@dataclass
-class _SourceCount:
-    """What was seen of one corpus file so far, in row order."""
-
-    rows: int = 0
-    tokens: int = 0
-    documents: int = 0
-    bos_tokens: int = 0
-    last_document: int = -1
-    last_token: int = -1
-    short_row: bool = False
-
-
 def verify_folder(folder: ShardFolder, on_part: Callable[[PartPlan], object] = lambda plan: None) -> Report:
     """Check every part of `folder`; on_part is called after each one, for a progress bar."""
     names = folder.manifest.references
     report = Report(logprobs=dict.fromkeys(names, 0), quarantined=dict.fromkeys(names, 0))
-    counts = [_SourceCount() for _ in folder.manifest.corpus]
+    counts = [follow(folder.manifest, file) for file in folder.manifest.corpus]
     vocabulary = VocabularyCount(folder)
     report.problems += tokenizer_problems(folder)
     for plan in folder.manifest.parts:
@@ -63,8 +51,8 @@ def verify_folder(folder: ShardFolder, on_part: Callable[[PartPlan], object] = l
         except (ValueError, pa.ArrowException) as error:
             report.problems.append(f"{error}{failure_reason(folder.store, plan.name)}")
             report.bad_parts.append(plan.name)
-            for count in counts:  # what follows a bad part must not be judged by what precedes it
-                count.last_document, count.last_token, count.short_row = -1, -1, False
+            for count in counts:
+                count.forget()
         on_part(plan)
     planned = {plan.name for plan in folder.manifest.parts}
     for name in folder.store.names():
@@ -80,32 +68,35 @@ def verify_folder(folder: ShardFolder, on_part: Callable[[PartPlan], object] = l
     return report
 
 
-def _compare_counts(folder: ShardFolder, file: CorpusFile, count: _SourceCount) -> list[str]:
-    selected = bool(folder.manifest.selections)
+def _compare_counts(folder: ShardFolder, file: CorpusFile, count: Followed) -> list[str]:
+    selected, problems = bool(folder.manifest.selections), []
+    try:
+        count.finish()
+    except ValueError as error:
+        problems.append(f"{folder.path}: corpus file {file.path}: {error}")
     expected = {"rows": file.rows, "tokens": file.tokens}
     if file.bos_tokens is not None:
         expected["bos_tokens"] = file.bos_tokens
+    if file.predicted_tokens is not None:
+        expected["predicted_tokens"] = file.predicted_tokens
     if not selected:
         expected["documents"] = file.documents_packed
-    found = {name: getattr(count, name) for name in ("rows", "tokens", "documents", "bos_tokens")}
-    problems = [
-        f"{folder.path}: corpus file {file.path}: {found[key]} {key} found, the manifest says {expected[key]}"
+        expected |= {} if file.without_eos is None else {"without_eos": file.without_eos}
+    found = {name: getattr(count, name) for name in expected}
+    problems += [
+        f"{folder.path}: corpus file {file.path}: {found[key]} {NAMES.get(key, key)} found, the manifest says {expected[key]}"
         for key in expected
         if found[key] != expected[key]
     ]
     if file.documents_read != file.documents_packed + file.documents_empty + file.documents_rejected:
         problems.append(f"{folder.path}: corpus file {file.path}: documents read is not packed + empty + rejected")
-    if not selected and count.rows and count.last_token != folder.manifest.tokenizer["eos_token_id"]:
-        problems.append(f"{folder.path}: corpus file {file.path}: its last document does not end in EOS")
     return problems
 
 
 def _verify_part(
-    folder: ShardFolder, plan: PartPlan, counts: list[_SourceCount], vocabulary: VocabularyCount, report: Report
+    folder: ShardFolder, plan: PartPlan, counts: list[Followed], vocabulary: VocabularyCount, report: Report
 ) -> None:
-    part = folder.open_rows(plan.name)
-    if json.loads(part.reader.schema.metadata[METADATA_KEY]) != json.loads(json.dumps(folder.part_metadata(plan.name))):
-        raise ValueError(f"{folder.store.where(plan.name)}: its schema metadata is not the provenance of the manifest")
+    part = folder.open_whole_rows(plan.name)
     listed = {(entry["reference"], entry["row"]) for entry in read_quarantined_rows(folder.store, plan.name)}
     if listed != {(name, row) for name, rows in part.quarantined.items() for row in rows}:
         raise ValueError(
@@ -128,28 +119,18 @@ def _verify_part(
     report.tokens += tokens
 
 
-def _follow_documents(rows: Rows, counts: list[_SourceCount]) -> None:
+def _follow_documents(rows: Rows, counts: list[Followed]) -> None:
     """Count rows and documents of each corpus file; ValueError where a row does not go on where the one before ended."""
-    manifest = rows.part.manifest
-    eos, bos = manifest.tokenizer["eos_token_id"], manifest.tokenizer.get("bos_token_id")
+    bos = rows.part.manifest.tokenizer.get("bos_token_id")
     first_D = np.cumsum(rows.doc_lengths) - rows.doc_lengths
     if bos is not None:
         refuse_pieces(rows, rows.ids[first_D] != bos, "a document piece does not begin with BOS")
     for row in range(len(rows)):
-        count = counts[rows.source[row]]
-        documents, ids = rows.doc_ids[rows.piece_place(row)], rows.ids[rows.place(row)]
-        ends = np.cumsum(rows.doc_lengths[rows.piece_place(row)])
-        continues = count.last_document == documents[0]
-        if count.short_row:
-            fail(rows, row, "follows the short last row of its corpus file")
-        if documents[0] < count.last_document or np.any(np.diff(documents) <= 0):
-            fail(rows, row, "documents are out of order")
-        begins_anew = manifest.selections or continues or count.last_token in (-1, eos)
-        if not begins_anew or np.any(ids[ends[:-1] - 1] != eos):
-            fail(rows, row, "a document does not end in EOS")
-        count.rows += 1
-        count.tokens += len(ids)
-        count.documents += len(documents) - continues
+        count, pieces = counts[rows.source[row]], rows.piece_place(row)
+        documents = rows.doc_ids[pieces]
+        try:
+            count.add(rows.ids[rows.place(row)], documents, rows.doc_lengths[pieces])
+        except ValueError as error:
+            fail(rows, row, str(error))
         count.bos_tokens += 0 if bos is None else len(documents)
-        count.last_document, count.last_token = int(documents[-1]), int(ids[-1])
-        count.short_row = len(ids) < manifest.seq_len
+        count.predicted_tokens += int(np.count_nonzero(rows.predict[rows.place(row)]))

@@ -12,7 +12,7 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Row:
     """One row. where: part and row for messages; source: index of its corpus file; input_ids: int32 [T]; doc_lengths:
-    int32 [pieces]; predicted: bool [T]; columns: stored columns of the reference without its name, 0 where not
+    int32 [pieces]; predicted: bool [T], of what precedes and is to be predicted; columns: stored columns of the reference without its name, 0 where not
     predicted: "logprobs" float32 [T], "topk_ids" int32 [T, K], "topk_logprobs" float32 [T, K]."""
 
     where: str

@@ -128,7 +128,7 @@ class RowReader:
     def _read_block(self, block: int) -> list[Row]:
         part = int(np.searchsorted(self._first_block, block, side="right")) - 1
         rows = check(self._part(part).batch(block - int(self._first_block[part])))
-        predicted_T = rows.has_predecessor(self.context)
+        predicted_T = rows.trained(self.context)
         # a row that a reference could not score keeps its place in the order, and predicts nothing
         scored_R = rows.scored(*self.left_out, *([self.reference] if self.reference else []))
         if not scored_R.all():

@@ -170,5 +170,5 @@ class TrainerLoss:
                 assert self._objective.weigh is not None
                 total = total + (self._objective.weigh(tokens).weights_N * losses_N).sum()
         if num_items_in_batch is None:
-            return total / predicted_BT.sum()
+            return total / predicted_BT.sum().clamp(min=1)
         return total / torch.as_tensor(num_items_in_batch).sum()  # one entry per GPU under DataParallel

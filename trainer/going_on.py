@@ -15,7 +15,7 @@ from typing import Any
 
 from shards.lease import Lease
 from shards.output_folder import MODEL, differences, read_record, replace_record
-from shards.part import encode_json
+from shards.record import encode_json
 from trainer.config import TrainConfig, learning_rate_at, warmup_of
 from trainer.export import EXPORTS
 from trainer.exported import Exported

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from shards.fingerprint import weights_fingerprint
 from shards.output_folder import differences
-from shards.part import encode_json, sha256_file
+from shards.part import sha256_file
 from shards.publish import fsync_folder
+from shards.record import encode_json
 from shards.store import temporary_name
 from trainer.layout import INDEX, Files, Stored, read_stored, weight_files
 

@@ -172,7 +172,9 @@ def count_tokens(step: int, batch: GlobalBatch, world: World) -> tuple[int, int]
     own = [sum(int(row.predicted.sum()) for row in batch.rows), sum(len(row.input_ids) for row in batch.rows)]
     predicted, tokens = world.sum(torch.tensor(own)).tolist()
     if not predicted:
-        raise ValueError(f"step {step}: no row of the batch has a token to predict ({where(batch.rows)})")
+        raise ValueError(
+            f"step {step}: no row of the batch has a token to predict ({where(batch.rows)}); raise --global-batch-size"
+        )
     return predicted, tokens
 
 

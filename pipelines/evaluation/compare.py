@@ -7,6 +7,8 @@ import math
 from statistics import fmean, stdev
 from typing import Any
 
+from pipelines.evaluation.results import tasks_by_group
+
 CONFIDENCE = 1.96  # standard errors: 95 % of a normal distribution
 SHOULD_AGREE = ("backend", "dtype")  # and versions of libraries, or values may differ of equal models
 MUST_AGREE = ("limit", "chat_template", "seed", "max_length")  # or the questions differ
@@ -17,16 +19,20 @@ def compare(name: str, other: dict[str, Any], ours: dict[str, Any]) -> dict[str,
 
     name: of the other. Each task has difference, stderr (None: not known), paired, num_questions and claim: higher,
     lower or none; or only not_compared, the reason. tasks_alone: those that just one of them has. settings_differ: in
-    words. There is no mean where a task's value is no share.
+    words. There is no mean where a task's value is no share. groups: means over those of each group of a suite's tasks.
     """
     both = [task for task in ours["tasks"] if task in other["tasks"]]
     rows = {task: compare_task(task, other, ours) for task in both}
     compared = [task for task in both if "difference" in rows[task]]
     shares = all(is_share(side["tasks"][task]) for side in (other, ours) for task in both)
+    groups = {
+        group: [task for task in tasks if task in compared] for group, tasks in tasks_by_group(ours).items() if shares
+    }
     return {
         "other": name,
         "tasks": rows,
         "mean": mean_of(rows, compared, ours) if compared and shares else None,
+        "groups": {group: mean_of(rows, tasks, ours) for group, tasks in groups.items() if tasks},
         "settings_differ": settings_differ(other["settings"], ours["settings"]) if compared else [],
         "higher_is_better": {task: ours["tasks"][task].get("higher_is_better") for task in both},
         "tasks_alone": sorted(set(ours["tasks"]) ^ set(other["tasks"])),

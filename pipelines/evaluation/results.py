@@ -4,9 +4,10 @@ import hashlib
 import json
 import math
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from pipelines.evaluation.suites import SuiteTask
+from pipelines.evaluation.suites import GROUPS, SUITES, SuiteTask, group_of_task
 from shards.store import LocalStore
 
 FORMAT = 3  # of the result files
@@ -43,6 +44,38 @@ def write_json(file: Path, value: Any) -> None:
     """Whole or not at all: a kill leaves the file that was there."""
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     LocalStore(file.parent).replace(file.name, text.encode())
+
+
+def averages(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """For each suite of the results the mean over its tasks, in shares; none without a suite, or of one that is not known.
+
+    whole: of all its tasks that every version of the harness has, and of all their questions.
+    """
+    found = {}
+    for name in (values["suite"] or "").split(","):
+        suite = SUITES.get(name, ())
+        there = [values["tasks"][task.task]["value"] for task in suite if task.task in values["tasks"]]
+        if there:
+            missing = [task for task in suite if task.task not in values["tasks"] and not task.optional]
+            whole = not missing and values["settings"]["limit"] is None
+            found[name] = {"value": fmean(there), "num_tasks": len(there), "whole": whole}
+    return found
+
+
+def group_means(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """For each group of a suite's tasks the mean over those that are there, in shares; none without a suite."""
+    return {
+        group: {"value": fmean(values["tasks"][task]["value"] for task in tasks), "tasks": tasks}
+        for group, tasks in tasks_by_group(values).items()
+    }
+
+
+def tasks_by_group(values: dict[str, Any]) -> dict[str, list[str]]:
+    """The tasks of results by their group, in the order of the tables; {} without a suite."""
+    if values["suite"] is None:
+        return {}
+    groups = {group: [task for task in values["tasks"] if group_of_task(task) == group] for group in GROUPS}
+    return {group: tasks for group, tasks in groups.items() if tasks}
 
 
 def to_record(task: SuiteTask, results: Any, own_prompts: bool = False) -> dict[str, Any]:

@@ -14,12 +14,11 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from pipelines.evaluation.results import FORMAT, finished, to_record, write_json
+from pipelines.evaluation.results import FORMAT, averages, finished, group_means, to_record, write_json
 from pipelines.evaluation.settings import EvalConfig
-from pipelines.evaluation.suites import SUITES, SuiteTask
+from pipelines.evaluation.suites import SuiteTask, harness_has, tasks_of_suites
 from pipelines.evaluation.task_folder import task_folder_fingerprint
 from pipelines.models import LocalModel, resolve_model
 from scorer.installed import installed_vllm
@@ -34,23 +33,34 @@ READ_BESIDE = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "special_tokens_map.json",
     "added_tokens.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt",
 )  # fmt: skip
-CODE = "; HumanEval and MBPP run programs that the model writes, which needs --allow-code-execution"
+CODE = "HumanEval and MBPP run programs that the model writes, which needs --allow-code-execution"
 
 
 def plan_tasks(config: EvalConfig) -> tuple[list[SuiteTask], list[str]]:
     """The tasks to evaluate and, by label, those of the suite that are left out. ValueError where none is left."""
     if config.tasks is not None:
         return [SuiteTask(name, name, config.num_fewshot, None) for name in config.task_names], []
-    suite = SUITES[config.suite or "paper"]
+    suite = tasks_of_suites(config.suite_names)
     tasks = [
         task
         for task in suite
-        if task.task not in config.skipped and (config.allow_code_execution or not task.runs_code)
+        if task.task not in config.skipped and (config.allow_code_execution or not task.runs_code) and harness_has(task)
     ]
     left_out = [task.label for task in suite if task not in tasks]
     if not tasks:
-        raise ValueError(f"no task is left to evaluate: {', '.join(left_out)} are left out; give --skip fewer names")
+        raise ValueError(
+            f"no task is left to evaluate: {', '.join(left_out)} are left out{why_left_out(config)}; give --skip fewer names"
+        )
     return tasks, left_out
+
+
+def why_left_out(config: EvalConfig) -> str:
+    """Behind the names of what is left out: the reasons that --skip does not give."""
+    suite = [task for task in tasks_of_suites(config.suite_names) if task.task not in config.skipped]
+    reasons = [CODE] if not config.allow_code_execution and any(task.runs_code for task in suite) else []
+    missing = [task.label for task in suite if not harness_has(task)]
+    reasons += [f"the installed lm-eval has no {', '.join(missing)}"] if missing else []
+    return "".join(f"; {reason}" for reason in reasons)
 
 
 def evaluate(config: EvalConfig, note: Note) -> tuple[Path, dict[str, Any]]:
@@ -63,7 +73,7 @@ def evaluate(config: EvalConfig, note: Note) -> tuple[Path, dict[str, Any]]:
         raise ValueError(f"--task-dir {config.task_dir}: no such folder, expected one with the YAML files of tasks")
     tasks, left_out = plan_tasks(config)
     if left_out:
-        note(f"left out: {', '.join(left_out)}{'' if config.allow_code_execution else CODE}")
+        note(f"left out: {', '.join(left_out)}{why_left_out(config)}")
     model = resolve_model("--model", config.model)
     require_usable(config, model.path)
     note(f"{config.model}: reading weights for their fingerprint")
@@ -74,7 +84,7 @@ def evaluate(config: EvalConfig, note: Note) -> tuple[Path, dict[str, Any]]:
     values: dict[str, Any] = {
         "format": FORMAT,
         "model": {"name": config.model, "revision": model.revision, **settings["model"]},
-        "suite": config.suite or ("paper" if config.tasks is None else None),
+        "suite": ",".join(config.suite_names) or None,
         "left_out": left_out,
         "settings": settings,
         "asked": [{"task": task.task, "num_fewshot": task.shots, "metric": task.metric} for task in tasks],
@@ -86,7 +96,7 @@ def evaluate(config: EvalConfig, note: Note) -> tuple[Path, dict[str, Any]]:
             return folder, before
         for record in evaluated(config, model.path, tasks, answers_file(folder, settings), note):
             values["tasks"][record["task"]] = record
-            values["average"] = average(values)
+            values |= {"averages": averages(values), "groups": group_means(values)}
             lease.check()
             write_json(folder / "results.json", values)
     return folder, values
@@ -193,12 +203,3 @@ def evaluated(
             began = time.monotonic()
             results = harness.run_task(config, model, task, loaded[task.task], answers)
             yield to_record(task, results, config.chat_template) | {"seconds": round(time.monotonic() - began, 1)}
-
-
-def average(values: dict[str, Any]) -> dict[str, Any] | None:
-    """Mean over a suite's tasks, in shares; whole: of all of them and all their questions. None without a suite."""
-    if values["suite"] is None:
-        return None
-    whole = len(values["tasks"]) == len(SUITES[values["suite"]]) and values["settings"]["limit"] is None
-    mean = fmean(record["value"] for record in values["tasks"].values())
-    return {"value": mean, "num_tasks": len(values["tasks"]), "whole": whole}

@@ -4,12 +4,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from pipelines.evaluation.suites import SUITES
+from pipelines.evaluation.suites import SUITES, tasks_of_suites
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluate models on the paper's ten tasks, or on tasks of your own, with lm-evaluation-harness.
+    """Evaluate a model on the paper's tasks, on recall of facts or on tasks of your own, with lm-evaluation-harness.
 
     Each answer of a model is kept in --out: the same command again asks only what has not been answered yet.
     """
@@ -17,9 +17,10 @@ class EvalConfig:
     model: str
     """Model to evaluate: a Hugging Face folder (OUT/model of remit train), or NAME or NAME@REVISION of the hub. No
     remote code is run."""
-    suite: Literal["paper", "paper-zero-shot"] | None = None
-    """The paper's tasks with its shots, for base models, or without examples, for post-trained ones. Default: paper,
-    unless --tasks is given."""
+    suite: str | None = None
+    """paper: the paper's ten tasks for base models, with its shots; paper-posttrained: its ten for post-trained models,
+    without examples; recall: questions for facts. Two with a comma between: paper,recall. Default: paper, unless --tasks
+    is given."""
     tasks: str | None = None
     """Instead of a suite: names of the harness' tasks or of your own, with commas between."""
     num_fewshot: int | None = None
@@ -68,7 +69,9 @@ class EvalConfig:
             raise ValueError(
                 f"--tasks is {self.tasks!r}, expected names with commas between, each once, for instance gsm8k,bbh"
             )
-        known = [task.task for task in SUITES[self.suite or "paper"]]
+        if self.tasks is None:
+            self._check_suites()
+        known = [task.task for task in tasks_of_suites(self.suite_names)]
         for name in self.skipped:
             if name not in known:
                 raise ValueError(f"--skip has {name!r}, expected names out of {', '.join(known)}")
@@ -80,6 +83,28 @@ class EvalConfig:
                 raise ValueError(f"{option} is {number}, expected at least {least}")
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"--out {self.out}: is a file, expected a folder")
+
+    def _check_suites(self) -> None:
+        names = self.suite_names
+        for name in names:
+            if name not in SUITES:
+                raise ValueError(
+                    f"--suite has {name!r}, expected names out of {', '.join(SUITES)}, with commas between"
+                )
+        labels = [task.task for task in tasks_of_suites(names)]
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        if twice or not names:
+            why = f"which have {', '.join(twice)} in common" if twice else "which names none"
+            raise ValueError(
+                f"--suite is {self.suite!r}, {why}; expected one, or suites without common tasks: paper,recall"
+            )
+
+    @property
+    def suite_names(self) -> list[str]:
+        """Those of --suite, or what stands for it; none with --tasks."""
+        if self.tasks is not None:
+            return []
+        return ["paper"] if self.suite is None else _names(self.suite)
 
     @property
     def task_names(self) -> list[str]:

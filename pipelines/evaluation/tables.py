@@ -1,4 +1,4 @@
-"""The results of remit eval in a terminal, beside the paper's averages."""
+"""The results of remit eval in a terminal: values by group, beside the paper's, and comparisons."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipelines.evaluation.suites import MODELS, REPORTED, SOURCE
+from pipelines.evaluation.paper import PaperTable, paper_table
+from pipelines.evaluation.results import averages, group_means, tasks_by_group
+from pipelines.terminal import counted
+
+NUMBER_WIDTHS = 69  # columns of a terminal that the numbers of the paper's table take: with short names it has 80
 
 
 def titles(model: str, folder: Path, files: list[Path]) -> list[str]:
@@ -23,28 +27,43 @@ def show(results: dict[str, dict[str, Any]], comparisons: list[dict[str, Any]], 
     show_values(results, console)
     name, *others = results
     suite = results[name]["suite"]
-    if suite is not None:
-        show_reported(suite, results, console)
+    for one in (suite or "").split(","):
+        if (table := paper_table(one)) is not None:
+            show_paper(one, table, results, console)
     for other, comparison in zip(others, comparisons, strict=True):
         show_comparison(f"{name} - {other}", comparison, scale(suite), console)
 
 
 def show_values(results: dict[str, dict[str, Any]], console: Console) -> None:
-    """One line for each task of the first results, one column for each model."""
+    """One line for each task of the first results, one column for each model; of a suite by group, with its mean."""
     first = next(iter(results.values()))
     table = Table("task", "metric", "shots", box=None)
+    table.columns[0].overflow = "fold"
     for name in results:
         table.add_column(escape(name), justify="right", no_wrap=True)
-    for task, record in first["tasks"].items():
-        entries = [other["tasks"].get(task) for other in results.values()]
-        cells = [with_error(entry, "value", scale(first["suite"])) if entry else "-" for entry in entries]
-        table.add_row(escape(record["label"]), escape(record["metric"]), shots(record), *cells)
+    groups = tasks_by_group(first)
+    grouped = [task for tasks in groups.values() for task in tasks]
+    for group, tasks in {**groups, "": [task for task in first["tasks"] if task not in grouped]}.items():
+        if group:
+            cells = [mean_of_group(values, group, tasks) for values in results.values()]
+            table.add_row(group, f"mean of {len(tasks)}", "", *cells, style="bold")
+        for task in tasks:
+            record = first["tasks"][task]
+            entries = [other["tasks"].get(task) for other in results.values()]
+            cells = [with_error(entry, "value", scale(first["suite"])) if entry else "-" for entry in entries]
+            table.add_row("  " * bool(group) + escape(record["label"]), escape(record["metric"]), shots(record), *cells)
     console.print(table)
     for name, values in results.items():
         if (limit := values["settings"]["limit"]) is not None:
             print_line(console, f"{name}: the first {limit} questions of each task only")
         if values["left_out"]:
             print_line(console, f"{name}: left out: {', '.join(values['left_out'])}")
+
+
+def mean_of_group(values: dict[str, Any], group: str, tasks: list[str]) -> str:
+    """In per cent; - where a model was not evaluated on just these tasks."""
+    mean = group_means(values).get(group, {"tasks": None})
+    return f"{100 * mean['value']:.2f}" if mean["tasks"] == tasks else "-"
 
 
 def print_line(console: Console, text: str) -> None:
@@ -71,26 +90,41 @@ def shots(record: dict[str, Any]) -> str:
     return text if asked is None or used == [asked] else f"{text} ({asked} asked)"
 
 
-def show_reported(suite: str, results: dict[str, dict[str, Any]], console: Console) -> None:
-    """The averages over the ten tasks that the paper reports, and ours where all ten are there."""
-    table = Table("", box=None, title=f"average over the ten tasks, {SOURCE}", title_justify="left")
-    for model in MODELS:
-        table.add_column(model, justify="right")
-    for name, numbers in REPORTED[suite].items():
-        table.add_row(name, *("-" if number is None else f"{number:.2f}" for number in numbers))
-    console.print(table)
-    for name, values in results.items():
-        if values["suite"] == suite:
-            average = values["average"]
-            beside = "" if average["whole"] else ", not to be compared with the paper's: not all of it"
-            print_line(
-                console,
-                f"{name}: average over {average['num_tasks']} tasks {100 * average['value']:.2f}{beside}",
-            )
+def show_paper(suite: str, paper: PaperTable, results: dict[str, dict[str, Any]], console: Console) -> None:
+    """The paper's values of each task for its families and stages, ours above them."""
+    ours = {name: own for name, values in results.items() if (own := averages(values).get(suite)) is not None}
+    widest = max(map(len, [*ours, *(row.method for row in paper.rows)]))
+    width = max(11, min(widest, console.width - NUMBER_WIDTHS))
+
+    def print_rows(title: str, rows: list[tuple[str, list[str]]], header: bool = False) -> None:
+        table = Table(box=None, padding=(0, 1, 0, 0), show_header=header, title=escape(title), title_justify="left")
+        table.add_column("", width=width, overflow="fold")
+        for column in (*paper.columns, "mean"):
+            table.add_column(column, justify="right", width=max(5, len(column)))
+        for name, cells in rows:
+            table.add_row(escape(name), *cells)
+        console.print(table)
+
+    own_rows = []
+    for name, average in ours.items():
+        by_label = {record["label"]: record["value"] for record in results[name]["tasks"].values()}
+        values = [by_label.get(task) for task in paper.tasks] + [average["value"] if average["whole"] else None]
+        own_rows.append((name, ["-" if value is None else f"{100 * value:.2f}"[:5] for value in values]))
+    print_rows(f"per cent; below ours the paper's, {paper.source}", own_rows, header=True)
+    for title in dict.fromkeys(row.title for row in paper.rows):
+        rows = [row for row in paper.rows if row.title == title]
+        print_rows(title, [(row.method, [f"{value:.2f}" for value in (*row.values, row.average)]) for row in rows])
+    partly = [(name, average) for name, average in ours.items() if not average["whole"]]
+    for name, average in partly:
+        tasks = counted(average["num_tasks"], "task")
+        print_line(
+            console,
+            f"{name}: mean over {tasks} {100 * average['value']:.2f}, not to be compared with the paper's: not all of it",
+        )
     print_line(
         console,
-        "The paper's values of single tasks are not known here, nor its variants and metrics of a task: its rows show "
-        "the size of the gains, they are no target for another setup.",
+        "Variants and metrics are chosen so that they fit the paper's figures, which names neither: its rows show the size "
+        "of the gains, they are no target for another setup.",
     )
 
 
@@ -106,10 +140,11 @@ def show_comparison(title: str, comparison: dict[str, Any], factor: int, console
         worse = row["claim"] != "none" and comparison["higher_is_better"].get(task) is False
         cells = (with_error(row, "difference", factor), f"{row['num_questions']:,}", error)
         table.add_row(escape(task), *cells, verdict(row) + (", less is better" if worse else ""))
-    mean = comparison["mean"]
-    if mean is not None and mean["num_tasks"] > 1:
-        cells = (with_error(mean, "difference", factor), f"{mean['num_tasks']} tasks", "")
-        table.add_row("mean", *cells, verdict(mean))
+    means = comparison["groups"] | {"mean": comparison["mean"]}
+    for name, mean in means.items():
+        if mean is not None and mean["num_tasks"] > 1:
+            cells = (with_error(mean, "difference", factor), f"{mean['num_tasks']} tasks", "")
+            table.add_row(name, *cells, verdict(mean), style="bold")
     console.print(table)
     for difference in comparison["settings_differ"]:
         print_line(console, f"{difference}: that alone may move the values")

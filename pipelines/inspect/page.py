@@ -87,6 +87,7 @@ def page_of_rows(
         numbers=numbers,
         many=sum(len(row.ids) for row in rows) > MANY,
         has_entropy=entropy is not None,
+        has_predict=folder.manifest.predict,
         rows=((row, _classes(row, full)) for row in rows),
         symbols={token_id: text.symbol(token_id) for token_id in sorted(ids)},
         ranking=ranking_for_page(folder, text, config.reference, base, config.epsilon, shown),
@@ -129,7 +130,12 @@ def _classes(row: PageRow, full: dict[str, float]) -> list[str]:
     values = {by: getattr(row.figures, f"{by}_T") for by in full}
     of_each = [classes(by, values_T, full[by]) for by, values_T in values.items()]
     scored_T = np.isfinite(next(iter(values.values())))
-    return [" ".join(filter(None, own)) if scored else "none" for own, scored in zip(zip(*of_each), scored_T)]
+    scored_T |= ~row.figures.predict_T & np.isfinite(row.figures.reference_T)  # which have no delta
+    kinds = ["" if predict else "unpredicted" for predict in row.figures.predict_T]
+    return [
+        " ".join(filter(None, (*own, kind))) if scored else "none"
+        for own, kind, scored in zip(zip(*of_each), kinds, scored_T)
+    ]
 
 
 def _facts(folder: ShardFolder, row: Rows, figures: TokenFigures, epsilon: float) -> list[str]:
@@ -140,6 +146,8 @@ def _facts(folder: ShardFolder, row: Rows, figures: TokenFigures, epsilon: float
         counted(len(row.ids), "token"),
         counted(len(row.doc_ids), "document piece"),
     ]
+    if manifest.predict:
+        facts.append(f"{counted(int(figures.predict_T.sum()), 'token')} to predict")
     clipped_N = figures.clipped_T[np.isfinite(figures.weight_T)]
     if len(clipped_N):
         facts.append(f"mean delta {np.nanmean(figures.delta_T):+.3f} nat")

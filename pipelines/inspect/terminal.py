@@ -39,6 +39,7 @@ def _show_row(folder: ShardFolder, row: Rows, text: TokenText, config: InspectCo
     part = folder.manifest.parts[number // folder.manifest.rows_per_part].name
     line = f"row {number} ({part}): {counted(len(ids), 'token')}, {counted(len(row.doc_ids), 'document piece')}"
     line += f", from {printable(folder.manifest.corpus[int(row.source[0])].path)}"
+    line += f", {counted(int(row.predict.sum()), 'token')} to predict" if folder.manifest.predict else ""
     line += "".join(f"; quarantined: no log-probs of {name}" for name in names if not row.scored(name)[0])
     console.print(Text(line), soft_wrap=True)
     marked = [] if config.search is None else _marked_tokens(text, ids, config.search)
@@ -83,6 +84,9 @@ def _table(row: Rows, text: TokenText, places: range, marked: set[int], console:
         "id": list(map(str, ids)),
         TEXT: [token_label(string) for string in text.strings(ids)],
     }
+    if row.part.manifest.predict:
+        columns["predict"] = ["yes" if predict else "no" for predict in row.predict[shown]]
+    plain = len(columns)
     nats: dict[str, list[float]] = {}
     for name, reference in row.part.manifest.references.items():
         nats[f"log p {name}"] = row.logprobs(name)[shown].tolist()
@@ -109,8 +113,8 @@ def _table(row: Rows, text: TokenText, places: range, marked: set[int], console:
         if header in nats and bar:
             table.add_column(BARS, width=bar, no_wrap=True)
     for index, (place, cells) in enumerate(zip(places, zip(*columns.values()))):
-        texts = [Text(cell) for cell in cells[:4]]
-        for cell, (header, values) in zip(cells[4:], nats.items()):
+        texts = [Text(cell) for cell in cells[:plain]]
+        for cell, (header, values) in zip(cells[plain:], nats.items()):
             marks = 0 if np.isnan(values[index]) else round(abs(values[index]))
             style = ENTROPY_STYLE if header.startswith("entropy") else "red"
             texts += [Text(cell), *([Text("▪" * min(bar, marks), style=style)] if bar else [])]

@@ -38,7 +38,8 @@ class Base:
 class TokenFigures:
     """Of a row, float32 [T]: log-probs, delta = log p(reference) - log p(base), delta minus its mean over the row,
     ReMiT weight. clipped_T, int8: -1 where the weight was raised to 1 - epsilon, 1 where it was cut to 1 + epsilon.
-    entropy_T: of the reference's prediction at temperature 1, where it is stored and was read."""
+    entropy_T: of the reference's prediction at temperature 1, where it is stored and was read. predict_T, bool: False where
+    a token is not to be predicted: it has log-probs, and neither delta nor weight."""
 
     reference_T: np.ndarray
     base_T: np.ndarray
@@ -47,6 +48,7 @@ class TokenFigures:
     weight_T: np.ndarray
     clipped_T: np.ndarray
     entropy_T: np.ndarray
+    predict_T: np.ndarray
 
 
 def choose_base(folder: ShardFolder, reference: str, base: str | None, model: Path | None) -> Base:
@@ -75,7 +77,8 @@ def token_figures(row: Rows, reference: str, base: Base, epsilon: float) -> Toke
     if base.forward is not None:
         for start, end, _ in row.spans(base.context):
             base_T[start + 1 : end] = base.forward(row.ids[start:end])
-    both_T = np.isfinite(reference_T) & np.isfinite(base_T)
+    predict_T = row.predict
+    both_T = np.isfinite(reference_T) & np.isfinite(base_T) & predict_T
     delta_T, centred_T, weight_T = (np.full_like(reference_T, np.nan) for _ in range(3))
     clipped_T = np.zeros(len(reference_T), dtype=np.int8)
     if both_T.any():
@@ -91,7 +94,7 @@ def token_figures(row: Rows, reference: str, base: Base, epsilon: float) -> Toke
     entropy = entropy_column(row.part.manifest, reference)
     is_read = entropy in row.batch.schema.names
     entropy_T = row.values(entropy) if entropy and is_read else np.full_like(reference_T, np.nan)
-    return TokenFigures(reference_T, base_T, delta_T, centred_T, weight_T, clipped_T, entropy_T)
+    return TokenFigures(reference_T, base_T, delta_T, centred_T, weight_T, clipped_T, entropy_T, predict_T)
 
 
 def entropy_column(manifest: Manifest, reference: str) -> str | None:

@@ -1,6 +1,6 @@
 """The figures of a training run as tables, and thinned to the points that a page draws.
 
-In: the OUT of remit train, finished or not, also of an older version with fewer figures. A point is the mean over a window
+In: the OUT of remit train or of post-training, finished or not, also of an older version with fewer figures. A point is the mean over a window
 of steps and stands at its last step; windows are counted from the end, so that the last one is whole. Rates count by the
 time that a step took and figures of a source by its tokens, so that a point shows what all of its window came to.
 """
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from pipelines.report.posttrain import renamed, stage_of
 from pipelines.report.runs import EVALUATION, METRICS, characters, read_lines, read_settings
 
 OF_A_SOURCE = ("predicted_tokens", "ntp_loss", "weight_mean")
@@ -49,7 +50,9 @@ def read_run(out: Path, name: str, progress: Callable[[int], None] = lambda size
     """
     settings, damaged = read_settings(out), list[str]()
     lines = []
+    stage = stage_of(settings)
     for line in read_lines(out / METRICS, damaged.append, progress):
+        line = line if stage is None else renamed(line, stage)
         sources = (line.get("sources") or {}).items()
         lines.append(line | {"sources": {key: {of: own.get(of) for of in OF_A_SOURCE} for key, own in sources}})
     index = pd.Index([line["step"] for line in lines], dtype="int64")

@@ -6,7 +6,6 @@ Colours of text and grid come from the page's style, which follows the light or 
 import html
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from pipelines.report.curves import Run
+from pipelines.report.panels import Panel
 
 # told apart also by readers who see few colours, on white and on black; those of runs are not those of sources
 RUN_COLORS = ("#2a7fc9", "#e07b1a", "#1f9e77", "#c65aa5", "#8c6ad6", "#a08a1c", "#d84b4b", "#5f7a8a")
@@ -23,19 +23,6 @@ DASHES = ("solid", "dot", "dash", "dashdot")
 HEAT_COLORS = [[0, "rgba(201,160,220,0)"], [0.2, "rgb(201,160,220)"], [1, "rgb(91,15,134)"]]  # rare weights show, too
 PANEL, GAP = 190, 60  # pixels: height of a panel, and between two
 WEIGHT_STEP = 0.05  # of the bins
-
-
-@dataclass(frozen=True)
-class Panel:
-    """A panel of figures of all runs. format: of a value, as d3 writes it. idle: the value that says nothing: where all
-    runs have nothing else, the panel is left out (weights under plain next-token prediction are 1)."""
-
-    title: str
-    unit: str
-    figures: tuple[str, ...]
-    format: str = ".4g"
-    idle: float | None = None
-    note: str = ""
 
 
 HELD_OUT = Panel(
@@ -164,7 +151,9 @@ def says_something(tables: Sequence[pd.DataFrame], panel: Panel) -> bool:
 
 def shared(runs: Sequence[Run], panels: Sequence[Panel]) -> Stack:
     """All runs over each other."""
-    last = max(step for run in runs for step in (0, *run.steps.index[-1:]))
+    figures = [figure for panel in panels for figure in panel.figures]
+    have_some = [run for run in runs if HELD_OUT in panels or any(figure in run.steps for figure in figures)]
+    last = max(step for run in have_some for step in (0, *run.steps.index[-1:]))
     stack = Stack(panels, last, [label(run.name) for run in runs] if len(runs) > 1 else [])
     for number, run in enumerate(runs):
         in_legend = True
@@ -180,7 +169,11 @@ def shared(runs: Sequence[Run], panels: Sequence[Panel]) -> Stack:
                 if panel is HELD_OUT:
                     diamonds = {"mode": "markers", "marker": {"symbol": "diamond-open", "size": 11}}
                     more = {"mode": "lines+markers", "line": line(number, RUN_COLORS)} | (diamonds if place else {})
-                name = run.name + (f", {figure.removeprefix('clipped_').removesuffix('_loss')}" if place else "")
+                name = run.name + (
+                    f", {figure.removeprefix('clipped_').removesuffix('_loss').removesuffix('_reward')}"
+                    if place
+                    else ""
+                )
                 trace = curve(values, name, panel.format, legendgroup=str(number), showlegend=in_legend, **more)
                 stack.add(row, trace, tokens[values.index])
                 in_legend = False

@@ -1,18 +1,16 @@
-"""remit report: one self-contained HTML page of training runs, to be looked at in any browser, without a network.
+"""remit report: one self-contained HTML page of runs of training and post-training, to be looked at in any browser, without a network.
 
-In: folders of remit train. Out: a page with plotly and the thinned figures inside; no script of it runs but plotly and
+In: folders of remit train, sft, dpo and rl. Out: a page with plotly and the thinned figures inside; no script of it runs but plotly and
 those that plotly made, and a content security policy keeps the page from loading anything.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import jinja2
 from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
-from pipelines.pages import content_hash, write_page
+from pipelines.pages import write_page
+from pipelines.plot_pages import render_plots
 from pipelines.report.curves import Run, read_run, thin
 from pipelines.report.figures import (
     BANDS,
@@ -20,17 +18,19 @@ from pipelines.report.figures import (
     HELD_OUT,
     RUN_COLORS,
     SECTIONS,
-    Panel,
     Stack,
     says_something,
     shared,
     sources_of,
     weights_of,
 )  # fmt: skip
+from pipelines.report.panels import Panel
+from pipelines.report.posttrain import PANELS, STAGES, log_every, stage_of
 from pipelines.report.runs import run_names
 from pipelines.report.settings import ReportConfig
 from pipelines.report.tables import provenance_rows, settings_rows, totals_rows
 
+MACHINE = "Optimizer and machine"
 MAX_POINTS = 1000  # of a curve
 POINTS_OF_ALL_RUNS = 4000  # of a figure, which keeps the page below about 10 MB with any number of runs
 
@@ -57,24 +57,21 @@ def render(runs: Sequence[Run]) -> str:
         )
         for number, (title, notes, stacks) in enumerate(sections)
     ]
-    # what stands in their script elements; their data have no `<`
-    figures = "".join(html for *_, own in parts for _, html in own)
-    scripts = re.findall("<script[^>]*>(.*?)</script>", figures, re.DOTALL)
     settings = [run.settings for run in runs]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    return environment.get_template("report.html").render(
+    return render_plots(
+        Path(__file__).with_name("report.html"),
+        [html for *_, own in parts for _, html in own],
         runs=runs,
         colors=RUN_COLORS,
         totals=totals_rows(runs),
         compared=[("Settings", settings_rows(settings)), ("Provenance", provenance_rows(settings))],
         sections=parts,
-        thinned=[(run, len(own.steps), own.window) for run, own in zip(runs, points) if own.window > 1],
+        thinned=[
+            (run, len(own.steps), own.window, "logged steps" if log_every(run.settings) > 1 else "steps")
+            for run, own in zip(runs, points)
+            if own.window > 1
+        ],
         left_out=left_out,
-        plotly=Markup(get_plotlyjs()),
-        script_hashes=[content_hash(script) for script in (get_plotlyjs(), *scripts)],
     )
 
 
@@ -82,7 +79,7 @@ def make_sections(runs: Sequence[Run]) -> tuple[list[tuple[str, list[str], list[
     """Title, notes and captioned figures of each part of the page, weights first; the titles of panels that are left out."""
     parts: list[tuple[str, list[str], list[tuple[str, Stack | None]]]] = []
     left_out: list[str] = []
-    for title, panels in SECTIONS.items():
+    for title, panels in panels_of(runs).items():
         own = [(run.name, weights_of(run)) for run in runs] if title == "Weights" else []
         drawn = [panel for panel in panels if says_something(_tables(runs, panel), panel)]
         left_out += [panel.title for panel in panels if panel not in drawn]
@@ -96,6 +93,15 @@ def make_sections(runs: Sequence[Run]) -> tuple[list[tuple[str, list[str], list[
     parts.append(("Corpus sources", [], [(run.name, sources_of(run, places)) for run in runs]))
     sections = [(title, notes, [(name, stack) for name, stack in stacks if stack]) for title, notes, stacks in parts]
     return [section for section in sections if section[2]], left_out
+
+
+def panels_of(runs: Sequence[Run]) -> dict[str, tuple[Panel, ...]]:
+    """The panels of each section that runs of these kinds may have: of training, of each stage of post-training."""
+    stages = {stage_of(run.settings) for run in runs}
+    of_stages = {title: PANELS[stage] for stage, title in STAGES.items() if stage in stages}
+    if None in stages:
+        return {title: SECTIONS[title] for title in ("Weights", "Losses")} | of_stages | {MACHINE: SECTIONS[MACHINE]}
+    return of_stages | {MACHINE: tuple(panel for panel in SECTIONS[MACHINE] if panel.figures[0] in ("grad_norm", "lr"))}
 
 
 def _tables(runs: Sequence[Run], panel: Panel) -> list:

@@ -20,11 +20,11 @@ def read_settings(out: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{out}: {_what_is_there(out)}; give the --out of remit train") from None
+        raise ValueError(f"{out}: {_what_is_there(out)}; give the --out of remit train, sft, dpo or rl") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read ({' '.join(str(error).split())}); restore it") from None
     if not isinstance(settings, dict):
-        raise ValueError(f"{path}: is not a JSON object, so {out} is not a run of remit train")
+        raise ValueError(f"{path}: is not a JSON object, so {out} is not a run")
     changes = settings.pop("changes", {})
     return settings | changes  # what later commands changed is in force
 
@@ -37,7 +37,7 @@ def _what_is_there(out: Path) -> str:
         return f"no such folder{_runs_in(out.parent)}"
     if (out.parent / RUN).exists():
         return f"is a part of the run {out.parent}"
-    kind = "a shard folder" if (out / "_manifest.json").exists() else "not a run of remit train"
+    kind = "a shard folder" if (out / "_manifest.json").exists() else "not a run"
     return f"holds no {RUN}, so it is {kind}{_runs_in(out)}"
 
 

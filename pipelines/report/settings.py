@@ -12,10 +12,10 @@ from pipelines.report.runs import require_different
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Show training runs, one or several side by side, in one HTML page that needs no network."""
+    """Show runs of training and post-training, one or several side by side, in one HTML page that needs no network."""
 
     run: Annotated[list[list[Path]], tyro.conf.UseAppendAction] = field(default_factory=list)
-    """Folder of a run (--out of remit train), finished or not."""
+    """Folder of a run (--out of remit train, sft, dpo or rl), finished or not."""
     out: Path = Path("report.html")
     """Page to write; one that is there is replaced."""
     debug: bool = field(default=False, repr=False)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from pipelines.report.posttrain import log_every, stage_of
+
 if TYPE_CHECKING:
     from pipelines.report.curves import Run
 
@@ -26,9 +28,12 @@ class Row:
         return len(set(self.cells)) > 1
 
 
+_ORIGIN = ("shards", "base_weights_sha256", "weights_sha256", "data_sha256", "reward_sha256")  # of provenance
+
+
 def settings_rows(settings: Sequence[dict[str, Any]]) -> list[Row]:
     """The settings of runs, from their run.json."""
-    shown = [{key: own[key] for key in own if key not in ("shards", "base_weights_sha256")} for own in settings]
+    shown = [{key: own[key] for key in own if key not in _ORIGIN} for own in settings]
     for own in shown:
         if left_out := own.get("rows_left_out"):
             which = f" (sha256 {left_out['sha256'][:12]})" if left_out["rows"] else ""
@@ -51,7 +56,9 @@ def _provenance(settings: dict[str, Any]) -> dict[str, Any]:
         }
     # what tells runs apart before what describes the folder
     first = {key: shards.pop(key) for key in ("tokenizer", "references") if key in shards}
-    return _flatten({"base_weights_sha256": settings.get("base_weights_sha256")} | first | shards)
+    of_stage = {key: settings[key] for key in ("data_sha256", "reward_sha256") if key in settings}
+    weights = settings.get("base_weights_sha256", settings.get("weights_sha256"))  # post-training calls them so
+    return _flatten({"base_weights_sha256": weights} | of_stage | first | shards)
 
 
 def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -86,23 +93,42 @@ def totals_rows(runs: Sequence["Run"]) -> list[Row]:
 
 
 def _totals(run: "Run") -> dict[str, str]:
+    every = log_every(run.settings)
     last = {} if run.steps.empty else run.steps.iloc[-1].to_dict()
     seconds = run.steps["seconds"].sum(min_count=1)
     peak = last.get("peak_memory_bytes", math.nan) / 2**30
     sets = run.held_out[["tokens", "manifest_sha256"]].drop_duplicates().fillna({"manifest_sha256": ABSENT})
     held_out = [f"{_figure(own.tokens, ',.0f')} (manifest {own.manifest_sha256[:12]})" for own in sets.itertuples()]
     return {
-        "objective": str(run.settings.get("objective", ABSENT)),
+        "objective": (stage_of(run.settings) or "").upper() or str(run.settings.get("objective", ABSENT)),
         "state": "finished" if run.finished else "no step yet" if run.steps.empty else "not finished",
-        "steps": f"{len(run.steps):,}" + _missing(run.steps.index),
+        "steps": f"{len(run.steps) * every:,}" + _missing(run.steps.index, every),
         "tokens": _figure(last.get("tokens"), ",.0f"),
         "time of training, from tokens/s": ABSENT if math.isnan(seconds) else duration(seconds),
         "next-token loss, last step": _figure(last.get("ntp_loss"), ".4f"),
         "held-out loss, last": _held_out(run),
         "held-out tokens": "; ".join(held_out) or ABSENT,
         "peak memory": _figure(peak, ".2f", " GiB"),
+        **{
+            f"{label}, mean of the last tenth": _late(run, name, format_)
+            for label, (name, format_) in OF_STAGES.items()
+        },
         "left out": run.damaged or ABSENT,
     }
+
+
+OF_STAGES = {  # what post-training came to; a single step says little
+    "SFT loss": ("sft_loss", ".4f"), "DPO loss": ("dpo_loss", ".4f"), "pairs in the right order": ("pair_accuracy", ".1%"),
+    "reward": ("reward", ".4f"), "correct rate": ("correct_rate", ".1%"), "length of completions": ("completion_length", ".1f"),
+}  # fmt: skip
+
+
+def _late(run: "Run", name: str, format_: str) -> str:
+    """The mean of a figure over the last tenth of the lines that have it, one at least."""
+    if name not in run.steps:
+        return ABSENT
+    values = run.steps[name].dropna()
+    return _figure(values.iloc[-max(1, len(values) // 10) :].mean(), format_)
 
 
 def _figure(value: float | None, format_: str, unit: str = "") -> str:
@@ -118,10 +144,10 @@ def duration(seconds: float) -> str:
     return f"{seconds:.3g} s"
 
 
-def _missing(index: Sequence[int]) -> str:
-    """The steps that metrics.jsonl does not have."""
+def _missing(index: Sequence[int], every: int = 1) -> str:
+    """The steps that metrics.jsonl does not have, where it has a line for every `every` steps."""
     steps = [0, *index]
-    gaps = [(before + 1, step - 1) for before, step in pairwise(steps) if step != before + 1]
+    gaps = [(before + every, step - every) for before, step in pairwise(steps) if step > before + every]
     shown = [f"{first:,}" if first == last else f"{first:,} to {last:,}" for first, last in gaps[:3]]
     more = f" and {len(gaps) - 3:,} more stretches" if len(gaps) > 3 else ""
     return f"; metrics.jsonl lacks {', '.join(shown)}{more}" if gaps else ""

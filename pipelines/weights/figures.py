@@ -114,7 +114,7 @@ def _context(folder: ShardFolder, config: WeightsConfig) -> str:
 
 def _seen(row: Rows, context: str, config: WeightsConfig) -> tuple[np.ndarray, Tokens]:
     """Ids of the predicted tokens of a row, int64 [N], and what the objective sees of them."""
-    predicted = row.has_predecessor(context)
+    predicted = row.trained(context)
     document_N = torch.from_numpy(np.repeat(np.arange(len(row.doc_lengths)), row.doc_lengths)[predicted])
     losses_N = torch.from_numpy(-row.logprobs(config.base)[predicted])
     stored = {"logprobs": torch.from_numpy(row.logprobs(config.reference)[predicted])}

@@ -22,8 +22,10 @@ from test_score import compare
 
 from shards import ShardFolder, row_schema
 from shards.manifest import Manifest
-from shards.part import METADATA_KEY
-from shards.zstd_bomb import _field, _follow, announced_bytes, record_batch_messages
+from shards.message import field_at, follow, record_batch_messages
+from shards.record import METADATA_KEY, encode_record, record_name
+from shards.sums import sums_of
+from shards.zstd_bomb import announced_bytes
 from trainer.data import RowReader
 
 pytestmark = pytest.mark.usefixtures("ray_session", "starts_processes")
@@ -238,10 +240,13 @@ def test_corpus_bombs(
 
 def commit_bytes(folder: Path, part: str, data: bytes) -> None:
     """Put `data` in the place of a part, with a record that fits it."""
+    shards = ShardFolder(folder)
     (folder / part).write_bytes(data)
-    record = folder / "_commits" / part.replace(".arrow", ".json")
-    value = json.loads(record.read_text()) | {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    record.write_text(json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
+    record = replace(
+        shards.record(part), size=len(data), sha256=hashlib.sha256(data).hexdigest(),
+        batches=sums_of(pa.py_buffer(data), shards.schema),
+    )  # fmt: skip
+    (folder / record_name(part)).write_bytes(encode_record(record))
 
 
 def arrow_bytes(batches: list[pa.RecordBatch], metadata: dict, compression: str | None = "zstd") -> bytes:
@@ -257,8 +262,8 @@ def announcing(data: bytes, announced: int) -> bytes:
     """An Arrow file whose largest buffer announces so many bytes."""
     message = next(record_batch_messages(pa.py_buffer(data)))
     header, body = memoryview(message.metadata), message.body.to_pybytes()
-    batch = _follow(header, _field(header, _follow(header, 0), 2))
-    vector = _follow(header, _field(header, batch, 2))
+    batch = follow(header, field_at(header, follow(header, 0), 2))
+    vector = follow(header, field_at(header, batch, 2))
     buffers = [
         struct.unpack_from("<qq", header, vector + 4 + 16 * index)
         for index in range(struct.unpack_from("<I", header, vector)[0])
@@ -288,7 +293,7 @@ def hidden_bomb(metadata: dict, folder: Path) -> bytes:
     body += bytes(-len(body) % 8)
     footer_size = struct.unpack_from("<i", bomb, len(bomb) - 10)[0]
     footer = bytearray(bomb[len(bomb) - 10 - footer_size : len(bomb) - 10])
-    blocks = _follow(memoryview(footer), _field(memoryview(footer), _follow(memoryview(footer), 0), 3)) + 4
+    blocks = follow(memoryview(footer), field_at(memoryview(footer), follow(memoryview(footer), 0), 3)) + 4
     offset = struct.unpack_from("<q", footer, blocks)[0]
     struct.pack_into("<q", footer, blocks, len(body))
     message = bomb[offset : len(bomb) - 10 - footer_size]
@@ -357,8 +362,8 @@ def test_announced_bytes_are_those_of_an_uncompressed_file(scored_rl: Path) -> N
         assert len(found) == len(batches)
         for message, raw in zip(found, record_batch_messages(plain), strict=True):
             header = memoryview(raw.metadata)
-            batch = _follow(header, _field(header, _follow(header, 0), 2))
-            vector = _follow(header, _field(header, batch, 2))
+            batch = follow(header, field_at(header, follow(header, 0), 2))
+            vector = follow(header, field_at(header, batch, 2))
             lengths = struct.unpack_from("<I", header, vector)[0]
             true = sum(struct.unpack_from("<qq", header, vector + 4 + 16 * index)[1] for index in range(lengths))
             assert announced_bytes(message) == true > 1000

@@ -10,6 +10,7 @@ from damage import (
     ENTROPY_OF,
     ENTROPY_READERS,
     FILES,
+    PREDICT,
     READERS,
     REFERENCE,
     ROWS,
@@ -17,6 +18,7 @@ from damage import (
     TOPK,
     TOPK_READERS,
     entropy_rows,
+    predict_rows,
     read_to_verify,
     rows,
     top_rows,
@@ -98,6 +100,20 @@ def test_entropies(tmp_path: Path, model: Path, damage: str, reader: str) -> Non
     assert message in line
     assert f"{tmp_path}/bad/part-00000.arrow row 0: " in line
     assert line == line_of(read_to_verify, tmp_path / "bad", model)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_what_is_to_be_predicted(tmp_path: Path, model: Path, reader: str) -> None:
+    settings = {"references": scored_by(model, "rl", "base"), "predict": True}
+    write_folder(tmp_path / "sound", predict_rows(), **settings)
+    READERS[reader](tmp_path / "sound", model)
+    for damage, (change, message) in PREDICT.items():
+        values = predict_rows()
+        change(values)
+        write_folder(tmp_path / damage / "bad", values, **settings)
+        line = line_of(READERS[reader], tmp_path / damage / "bad", model)
+        assert message in line
+        assert line == line_of(read_to_verify, tmp_path / damage / "bad", model)
 
 
 @pytest.mark.parametrize("reader", READERS)

@@ -113,7 +113,7 @@ def test_a_node_is_lost_under_a_real_engine(
     nodes: Nodes, tmp_path: Path, tokenizer_folder: Path, reference_model: Path
 ) -> None:
     """vLLM on two nodes; one dies in the middle. The values are those of a run that was left alone."""
-    corpus, shards, out = write_corpus(tmp_path / "a.jsonl", source_texts(1500)), tmp_path / "packed", tmp_path / "out"
+    corpus, shards, out = write_corpus(tmp_path / "a.jsonl", source_texts(4000)), tmp_path / "packed", tmp_path / "out"
     pack(PackConfig([str(corpus)], str(tokenizer_folder), str(shards), seq_len=64, tokens_per_shard=64 * 100))
     alone = score_to(tmp_path / "alone", shards, reference_model).path
     nodes.have(2)

@@ -261,17 +261,43 @@ ENTROPY: dict[str, tuple[Change, str]] = {
 }  # fmt: skip
 
 
+PREDICT: dict[str, tuple[Change, str]] = {
+    "null": (lambda v: v["predict"][1].__setitem__(1, None), "predict has a null in its list"),
+    "null list": (lambda v: v["predict"].__setitem__(2, None), "predict is null"),
+    "too few": (lambda v: v["predict"][0].pop(), "predict and input_ids differ in length: 3 and 4"),
+    "too many": (lambda v: v["predict"][3].append(True), "predict and input_ids differ in length: 3 and 2"),
+}
+
+
+def predict_rows() -> dict[str, list]:
+    """The rows with what is to be predicted: a token of row 0, nothing of row 1, all of rows 2 and 3."""
+    return two_references(rows()) | {"predict": [[False, False, True, False], [False] * 4, [True] * 4, [True] * 2]}
+
+
 # --- damage of files ------------------------------------------------------------------------------------
 
 
-def flip(file: Path) -> None:
+def flip(file: Path, place: int | None = None) -> None:
     data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
+    data[len(data) // 2 if place is None else place] ^= 1
     file.write_bytes(data)
 
 
+def flip_in_column(folder: Path, part: str, column: str) -> None:
+    """Flip a bit in the middle of what a record batch has of a column, where its commit record says that this is."""
+    (batch,) = json.loads((folder / "_commits" / f"{part}.json").read_text())["batches"]
+    piece = next(entry for entry in batch["columns"] if entry["name"] == column)
+    flip(folder / f"{part}.arrow", piece["offset"] + piece["size"] // 2)
+
+
 FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "flipped bit": (lambda folder: flip(folder / "part-00001.arrow"), "differs from its commit record"),
+    **{
+        f"flipped bit of {column}": (
+            lambda folder, column=column: flip_in_column(folder, "part-00001", column),
+            f"part-00001.arrow: record batch 0, {column}: sha256",
+        )
+        for column in ("input_ids", "doc_lengths", "rl_logprobs")
+    },
     "truncated": (
         lambda folder: (folder / "part-00001.arrow").write_bytes((folder / "part-00001.arrow").read_bytes()[:-9]),
         "bytes, its commit record says",

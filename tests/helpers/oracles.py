@@ -47,6 +47,11 @@ def row_distributions(model: transformers.PreTrainedModel, row: dict, context: s
     return result
 
 
+def is_trained(row: dict, token: int) -> bool:
+    """Whether a token of a row is to be predicted, if something precedes it."""
+    return "predict" not in row or row["predict"][token]
+
+
 def remit_step(
     model: transformers.PreTrainedModel, rows: list[dict], context: str, column: str | None, epsilon: float
 ) -> dict:
@@ -56,7 +61,7 @@ def remit_step(
     low = high = 0
     for row in rows:
         base = row_logprobs(model, row, context)
-        positions = [t for t, value in enumerate(base) if value is not None]
+        positions = [t for t, value in enumerate(base) if value is not None and is_trained(row, t)]
         if not positions:
             continue
         losses = torch.stack([-base[t] for t in positions])
@@ -96,7 +101,9 @@ def rho1_step(
     losses = [row_logprobs(model, row, context) for row in rows]
     total, count, kept_tokens = 0.0, 0, []
     for group in kept_of:
-        tokens = [(r, t) for r in group for t, value in enumerate(losses[r]) if value is not None]
+        tokens = [
+            (r, t) for r in group for t, value in enumerate(losses[r]) if value is not None and is_trained(rows[r], t)
+        ]
         count += len(tokens)
         excess = {(r, t): -losses[r][t].item() + rows[r][column][t] for r, t in tokens}
         best = sorted(tokens, key=lambda place: (-excess[place], place))
@@ -104,7 +111,8 @@ def rho1_step(
             kept_tokens += best[: max(1, int(ratio * len(tokens) + 0.5))]
     for r, t in kept_tokens:
         total = total - losses[r][t]
-    plain = -sum(value.item() for row in losses for value in row if value is not None) / count
+    plain = -sum(losses[r][t].item() for group in kept_of for r in group for t in range(len(losses[r]))
+                 if losses[r][t] is not None and is_trained(rows[r], t)) / count  # fmt: skip
     return {"loss": total / (count * ratio), "ntp_loss": plain, "kept": len(kept_tokens), "predicted_tokens": count}
 
 
@@ -136,7 +144,7 @@ def kd_step(model: transformers.PreTrainedModel, rows: list[dict], context: str,
     plain, kl, missing, count = 0.0, 0.0, 0.0, 0
     for row in rows:
         for t, logprobs_V in enumerate(row_distributions(model, row, context)):
-            if logprobs_V is None:
+            if logprobs_V is None or not is_trained(row, t):
                 continue
             ids, stored = row[f"{name}_topk_ids"][t], row[f"{name}_topk_logprobs"][t]
             count += 1

@@ -38,7 +38,8 @@ class S3Server:
         self._client.create_bucket(Bucket=BUCKET)
 
     def tell(self, command: str) -> str:
-        """start, stop, lose SUFFIX (drop the answer to the next PUT of such a key), requests (so far)."""
+        """start, stop, lose SUFFIX (drop the answer to the next PUT of such a key), requests (so far), sent SUFFIX (bytes of
+        such keys that were given out so far)."""
         assert self._process.stdin
         assert self._process.stdout
         with self._telling:
@@ -79,6 +80,7 @@ def serve(port: int) -> None:
     in_turn = threading.Lock()
     connections: list[socket.socket] = []
     lost: list[str] = []
+    sent: dict[str, int] = {}
     count = 0
 
     class Application:
@@ -92,6 +94,9 @@ def serve(port: int) -> None:
             with in_turn:
                 count += 1
                 answer = list(self._inner(environ, start_response))
+                if environ["REQUEST_METHOD"] == "GET":
+                    path = environ["PATH_INFO"]
+                    sent[path] = sent.get(path, 0) + sum(map(len, answer))
             if lost and environ["REQUEST_METHOD"] == "PUT" and environ["PATH_INFO"].endswith(lost[0]):
                 lost.clear()
                 environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
@@ -121,7 +126,8 @@ def serve(port: int) -> None:
             connections.clear()
         elif verb == "lose":
             lost.append(argument)
-        print(count, flush=True)
+        given_out = sum(size for path, size in sent.copy().items() if path.endswith(argument))
+        print(given_out if verb == "sent" else count, flush=True)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from pipelines.evaluation.compare import claim, compare
-from pipelines.evaluation.results import to_record
-from pipelines.evaluation.run import average
+from pipelines.evaluation.paper import paper_table
+from pipelines.evaluation.results import averages, group_means, to_record
 from pipelines.evaluation.suites import SUITES, SuiteTask
 from pipelines.evaluation.tables import show, show_comparison, titles, verdict
 
@@ -34,7 +34,7 @@ def results_of(rows: dict[str, list[float]], suite: str | None = None, **changes
             "settings": {"num_fewshot": 3}, "questions": f"{task} {len(numbers)}",
         }  # fmt: skip
     found = {"suite": suite, "left_out": [], "settings": settings, "tasks": tasks}
-    return found | {"average": average(found)}
+    return found | {"averages": averages(found), "groups": group_means(found)}
 
 
 def test_paired_standard_error_by_hand() -> None:
@@ -166,17 +166,107 @@ def test_results_with_one_name_stay_apart(console: Console) -> None:
 
 def test_tables_beside_the_papers_rows(console: Console) -> None:
     suite: tuple[SuiteTask, ...] = SUITES["paper"]
-    ours = results_of({task.task: [1, 0] for task in suite}, "paper")
+    rows = {task.task: [1, 0] for task in suite}
+    ours = results_of(rows | {"gsm8k": [1, 1]}, "paper")
     other = results_of({task.task: [1, 1] for task in suite[:4]}, "paper")
+    for found in (ours, other):
+        name_by_label(found)
     comparisons = [compare("b[red]", other, ours)]
     show({"a[/b]": ours, "b[red]": other}, comparisons, console)
     text = console.export_text()
+    lines = [" ".join(line.split()) for line in text.splitlines()]
     assert "arXiv 2602.03075" in text
-    assert "27.56" in text
-    assert "a[/b]: average over 10 tasks 50.00\n" in text
-    assert "b[red]: average over 4 tasks 100.00, not to be compared with the paper's" in text
-    assert "values of single tasks are not known" in text
+    assert "a[/b] 100.0 50.00 50.00 50.00 50.00 50.00 50.00 50.00 50.00 50.00 55.00" in lines
+    assert "b[red] 100.0 100.0 100.0 100.0 - - - - - - -" in lines
+    assert "ReMiT 61.64 14.50 24.55 32.07 28.54 12.80 9.20 25.58 49.23 17.44 27.56" in lines
+    families = ["OLMo-1B", "SmolLM3-3B", "Youtu-LLM-2B"]
+    assert [line for line in lines if line in families] == families
+    assert "b[red]: mean over 4 tasks 100.00, not to be compared with the paper's" in text
+    # GSM8K 1, Minerva Math, BBH, HumanEval and MBPP 1/2; the other has only three of them
+    assert "reasoning mean of 5 60.00 -" in lines
+    assert "knowledge mean of 4 50.00 -" in lines
+    assert text.index("reasoning") < text.index("BBH") < text.index("knowledge") < text.index("  GPQA ")
     assert "0 (3 asked)" in text
     assert "no difference beyond its error" in text
-    assert ours["average"] == {"value": 0.5, "num_tasks": 10, "whole": True}
-    assert average(results_of({task.task: [1, 0] for task in suite}, "paper", limit=5))["whole"] is False
+    assert ours["averages"] == {"paper": {"value": pytest.approx(0.55), "num_tasks": 10, "whole": True}}
+    assert averages(results_of(rows, "paper", limit=5))["paper"]["whole"] is False
+    # differences 0, -1/2, -1/2 and errors 0, 1/2, 1/2
+    reasoning = comparisons[0]["groups"]["reasoning"]
+    assert reasoning["difference"] == pytest.approx(-1 / 3)
+    assert reasoning["stderr"] == pytest.approx(math.sqrt(0.5) / 3)
+    assert reasoning["num_tasks"] == 3
+    assert "reasoning -33.33 ± 23.57 3 tasks no difference beyond its error" in lines
+
+
+def name_by_label(results: dict[str, Any]) -> None:
+    """Tasks under the names that a suite gives them."""
+    labels = {task.task: task.label for suite in SUITES.values() for task in suite}
+    for task, record in results["tasks"].items():
+        record["label"] = labels[task]
+
+
+def test_recall_beside_the_paper(console: Console) -> None:
+    """Whether a gain costs recall: a group of its own, and no part of the paper's mean."""
+    paper = {task.task: [1, 0] for task in SUITES["paper"]}
+    ours = results_of(paper | {"triviaqa": [1, 1, 1, 0], "nq_open": [0, 0, 1, 0]}, "paper,recall")
+    before = results_of(paper | {"triviaqa": [1, 1, 1, 1], "nq_open": [1, 0, 1, 0]}, "paper,recall")
+    assert ours["averages"]["paper"] == {"value": 0.5, "num_tasks": 10, "whole": True}
+    assert ours["averages"]["recall"] == {"value": 0.5, "num_tasks": 2, "whole": True}  # the harness has no SimpleQA
+    found = compare("before", before, ours)
+    assert found["groups"]["recall"]["difference"] == pytest.approx(-0.25)
+    # each a difference of one question in four: sd 1/2, / sqrt(4)
+    assert found["groups"]["recall"]["stderr"] == pytest.approx(math.hypot(0.25, 0.25) / 2)
+    show({"after": ours, "before": before}, [found], console)
+    lines = [" ".join(line.split()) for line in console.export_text().splitlines()]
+    assert "recall mean of 2 50.00 75.00" in lines
+
+
+@pytest.mark.parametrize("suite", ["paper", "paper-posttrained"])
+def test_the_papers_table_fits_a_terminal(suite: str) -> None:
+    """80 columns, and nothing is cut."""
+    ours = results_of({task.task: [1, 0] for task in SUITES[suite]}, suite)
+    name_by_label(ours)
+    with Path(os.devnull).open("w") as file:
+        narrow = Console(file=file, record=True, width=80, highlight=False)
+        show({"a-long-name-0123abcd": ours}, [], narrow)
+    text = narrow.export_text()
+    table = text[text.index("per cent;") : text.index("Variants and metrics")].splitlines()
+    assert max(map(len, table)) <= 80
+    assert "…" not in "".join(table)
+    assert [line.split()[-1] for line in table if line.strip().startswith("ReMiT")] == [
+        f"{row.average:.2f}" for row in paper_table(suite).rows if row.method == "ReMiT"
+    ]
+
+
+# questions of each task in its test split; IFEval has 541 prompts with 834 instructions
+NUM_QUESTIONS = {
+    "GSM8K": 1319, "Minerva Math": 5000, "GPQA": 448, "BBH": 6511, "IFEval": 834, "HumanEval": 164, "MBPP": 500,
+    "TruthfulQA": 817, "ARC-Challenge": 1172, "MMLU-Pro": 12032, "MBPP+": 378, "HumanEval+": 164, "GPQA Diamond": 198,
+}  # fmt: skip
+# the paper's own: no number of such questions
+NOT_WHOLE = {
+    ("OLMo-1B, SFT", "ReMiT", "GSM8K"), ("Youtu-LLM-2B", "ReMiT", "HumanEval"), ("OLMo-1B, RL", "ReMiT", "HumanEval"),
+    ("OLMo-1B, RL", "KD", "MBPP"), ("OLMo-1B, RL", "NTP", "MBPP+"), ("OLMo-1B, RL", "KD", "MBPP+"),
+    ("OLMo-1B, RL", "ReMiT", "MBPP+"), ("OLMo-1B, DPO", "KD", "GPQA Diamond"),
+}  # fmt: skip
+
+
+def test_the_papers_figures() -> None:
+    """Each is a whole number of questions, and the averages are those of the tasks: a mistyped one is neither."""
+    odd = set()
+    for suite in ("paper", "paper-posttrained"):
+        table = paper_table(suite)
+        assert list(table.tasks) == [task.label for task in SUITES[suite]]
+        for row in table.rows:
+            assert len(row.values) == len(table.columns) == 10
+            assert row.mean == pytest.approx(row.average, abs=0.0101), row
+            for task, value in zip(table.tasks, row.values):
+                right = NUM_QUESTIONS[task] * value / 100
+                if abs(right - round(right)) * 100 / NUM_QUESTIONS[task] > 0.0051:
+                    odd.add((row.title, row.method, task))
+    assert odd == NOT_WHOLE
+    one, other = (list(dict.fromkeys(row.title for row in paper_table(suite).rows)) for suite in list(SUITES)[:2])
+    assert one == ["OLMo-1B", "SmolLM3-3B", "Youtu-LLM-2B"]
+    assert other == ["OLMo-1B, SFT", "OLMo-1B, DPO", "OLMo-1B, RL", "Youtu-LLM-2B, SFT", "Youtu-LLM-2B, DPO"]
+    assert [len(paper_table(suite).rows) for suite in list(SUITES)[:2]] == [19, 15]
+    assert paper_table("recall") is None

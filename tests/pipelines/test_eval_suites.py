@@ -13,9 +13,9 @@ from lm_eval.tasks import TaskManager
 
 from pipelines.cli import parse
 from pipelines.evaluation.results import to_record
-from pipelines.evaluation.run import code_execution, plan_tasks
+from pipelines.evaluation.run import code_execution, plan_tasks, why_left_out
 from pipelines.evaluation.settings import EvalConfig
-from pipelines.evaluation.suites import SUITES, SuiteTask
+from pipelines.evaluation.suites import SUITES, SuiteTask, harness_has
 from pipelines.evaluation.tasks import leaves, load_task
 
 Remit = Callable[..., tuple[int, str, str]]
@@ -34,8 +34,11 @@ def tasks_of(harness: TaskManager, name: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("suite", SUITES)
 def test_suites_are_tasks_of_the_installed_harness(harness: TaskManager, suite: str) -> None:
-    assert len(SUITES[suite]) == 10
+    assert len(SUITES[suite]) == (3 if suite == "recall" else 10)
     for task in SUITES[suite]:
+        assert harness_has(task) is (task.task in harness.task_index) is (task.label != "SimpleQA"), task
+        if not harness_has(task):
+            continue
         metric, filter_name = task.metric.split(",")
         for config in tasks_of(harness, task.task):
             assert bool(config.get("unsafe_code")) is task.runs_code, task
@@ -60,8 +63,20 @@ def test_shots_are_the_papers() -> None:
         "GSM8K": 8, "Minerva Math": 4, "GPQA": 5, "BBH": 3, "IFEval": 3, "HumanEval": 0, "MBPP": 3, "TruthfulQA": 3,
         "ARC-Challenge": 25, "MMLU-Pro": 5,
     }  # fmt: skip
-    assert [task.label for task in SUITES["paper-zero-shot"]] == list(shots)
-    assert not any(task.shots for task in SUITES["paper-zero-shot"])
+    assert {task.label for task in SUITES["paper-posttrained"]} == {
+        "GSM8K", "Minerva Math", "MBPP", "MBPP+", "HumanEval", "HumanEval+", "ARC-Challenge", "GPQA Diamond", "MMLU-Pro",
+        "IFEval",
+    }  # fmt: skip
+    assert not any(task.shots for task in SUITES["paper-posttrained"])
+
+
+def test_a_suite_without_what_the_harness_lacks() -> None:
+    config = EvalConfig("m", suite="paper, recall")
+    tasks, left_out = plan_tasks(config)
+    assert [task.task for task in tasks[-2:]] == ["triviaqa", "nq_open"]
+    assert (len(tasks), left_out) == (10, ["HumanEval", "MBPP", "SimpleQA"])
+    assert why_left_out(config).endswith("--allow-code-execution; the installed lm-eval has no SimpleQA")
+    assert why_left_out(EvalConfig("m", suite="recall", skip="simpleqa")) == ""
 
 
 def test_code_runs_only_when_allowed(harness: TaskManager) -> None:
@@ -123,7 +138,13 @@ def test_tasks_that_cannot_be_loaded(tmp_path: Path, harness: TaskManager) -> No
         (("--skip", "gpqa"), "--skip has 'gpqa', expected names out of gsm8k, "),
         (("--limit", 0), "--limit is 0, expected at least 1"),
         (("--batch-size", 0), "--batch-size is 0, expected at least 1"),
-        (("--suite", "other"), "other"),
+        (("--suite", "paper,other"), "--suite has 'other', expected names out of paper, paper-posttrained, recall"),
+        (
+            ("--suite", "paper,paper-posttrained"),
+            "which have arc_challenge, gsm8k, humaneval, ifeval, mbpp, minerva_math, ",
+        ),
+        (("--suite", "paper,paper"), "in common"),
+        (("--suite", ","), "which names none"),
     ],
 )
 def test_wrong_arguments(remit: Remit, arguments: tuple, message: str) -> None:
@@ -160,7 +181,7 @@ def test_commands_of_the_documentation_parse(tmp_path: Path, monkeypatch: pytest
     """Those that need the hub stand in blocks that are not run with the other pages."""
     page = Path(__file__).parents[2] / "docs" / "evaluation.md"
     lines = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("remit eval")]
-    assert len(lines) == 7
+    assert len(lines) == 8
     monkeypatch.chdir(tmp_path)
     for line in lines:
         assert isinstance(parse(shlex.split(line)[1:]), EvalConfig)

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -82,12 +83,11 @@ def test_gate_fails_for_a_column_that_is_off(tmp_path: Path, scored_rl: Path, pa
     code, _, error = remit("verify", "--shards", folder.path, "--model", model)
     assert code == 1
     assert "comes from the fake engine" in error
-    manifest = folder.manifest
-    manifest.references["rl"]["engine"] = "vllm"  # rewrite the folder as if an engine had said this
+    # rewrite the folder as if an engine had said this
     from shards import row_schema, write_part
-    from shards.manifest import Manifest
 
-    forged = Manifest(**{field: getattr(manifest, field) for field in manifest.__dataclass_fields__})
+    references = {"rl": folder.manifest.references["rl"] | {"engine": "vllm"}}
+    forged = replace(folder.manifest, references=references)
     shutil.copytree(tmp_path / "out" / "_tokenizer", tmp_path / "forged" / "_tokenizer")
     forged.write(tmp_path / "forged")
     for index, plan in enumerate(forged.parts):

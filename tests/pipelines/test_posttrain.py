@@ -18,6 +18,7 @@ import torch
 import transformers
 from conftest import EOS, make_model, make_tokenizer
 from safetensors.torch import load_file
+from test_report import panels
 
 from pipelines.cli import main
 from pipelines.posttrain.dpo import dpo
@@ -227,6 +228,13 @@ def test_rl_raises_the_reward(tmp_path: Path, speaker: Path) -> None:
     out = tmp_path / "out"
     assert rl(rl_config(speaker, data, out), never) == DONE
     rewards = [entry["reward"] for entry in metrics(out)]
+    assert main_code(["report", "--run", str(out), "--out", str(tmp_path / "page.html")]) == 0
+    found = panels(tmp_path / "page.html")
+    for title, name in (
+        ("Reward", "reward"), ("Correct rate", "reward"), ("Length of the completions", "completions/mean_length"),
+        ("Entropy of the policy", "entropy"), ("Gradient norm", "grad_norm"),
+    ):  # fmt: skip
+        assert found[title][0]["y"] == pytest.approx([entry[name] for entry in metrics(out)], rel=1e-6), title
     assert [entry["step"] for entry in metrics(out)] == list(range(1, 13))
     assert rewards[0] < 0.5
     assert sum(rewards[-3:]) / 3 > 0.9
@@ -270,7 +278,8 @@ def test_less_memory_gives_the_same_step(tmp_path: Path, start: Path, speaker: P
 
 def test_reward_of_ones_own(tmp_path: Path, speaker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_reward.py").write_text(
-        "def digit(completions, colour, **_):\n"
+        "def digit(completions, colour, log_metric, **_):\n"
+        "    log_metric('correct_rate', 0.375)\n"
         "    assert set(colour) == {'red'}\n"
         "    return [float('3' in text) for text in completions]\n"
         "def few(completions, **_):\n    return [1.0]\n"
@@ -282,6 +291,7 @@ def test_reward_of_ones_own(tmp_path: Path, speaker: Path, monkeypatch: pytest.M
     data = write(tmp_path / "data.jsonl", [{"prompt": "Which digit?\n", "colour": "red"}] * 8)
     assert rl(rl_config(speaker, data, tmp_path / "out", reward="own_reward:digit", max_steps=2), never) == DONE
     assert 0 <= metrics(tmp_path / "out")[0]["rewards/digit/mean"] < 0.7
+    assert metrics(tmp_path / "out")[0]["correct_rate"] == 0.375
     with open(tmp_path / "own_reward.py", "a") as file:
         file.write("# a reward of another kind\n")
     with pytest.raises(ValueError, match="holds another run: reward_sha256"):
@@ -295,6 +305,12 @@ def test_reward_of_ones_own(tmp_path: Path, speaker: Path, monkeypatch: pytest.M
     for name, message in (("own_reward:number", "has no function number"), ("no_such:f", "No module named 'no_such'")):
         with pytest.raises(ValueError, match=message):
             load_reward(name)
+
+
+def main_code(arguments: list[str]) -> int:
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    return int(left.value.code or 0)
 
 
 def without_times(out: Path) -> list[dict]:

@@ -79,7 +79,8 @@ def figures(step: int, **changes: object) -> dict:
 
 def write_run(out: Path, steps: list[dict], held_out: list[dict] | None = None, **settings: object) -> Path:
     out.mkdir(parents=True)
-    (out / "run.json").write_text(json.dumps({"objective": "remit", "seed": 0} | settings), encoding="utf-8")
+    of_training = {} if "stage" in settings else {"objective": "remit"}
+    (out / "run.json").write_text(json.dumps(of_training | {"seed": 0} | settings), encoding="utf-8")
     for name, lines in (("metrics", steps), ("evaluation", held_out)):
         if lines is not None:
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -441,6 +442,80 @@ def test_what_is_no_run(tmp_path: Path, remit: Remit, packed: Path) -> None:
     assert json.loads((run / "metrics.jsonl").read_text())["step"] == 1
 
 
+def rl_line(step: int, **changes: object) -> dict:
+    """What TRL's GRPOTrainer logs for a step of remit rl, in round numbers."""
+    return {
+        "step": step, "loss": 0.5, "grad_norm": 2.0, "learning_rate": 1e-6, "num_tokens": 1000.0 * step,
+        "completions/mean_length": 100.0 + step, "completions/clipped_ratio": 0.125, "rewards/answer_reward/mean": step / 100,
+        "reward": step / 100, "reward_std": 0.25, "entropy": 1.5, "kl": 0.01, "epoch": step / 50,
+    } | changes  # fmt: skip
+
+
+def write_stages(folder: Path) -> list[Path]:
+    """Runs of SFT, which logs every tenth step, of DPO, and two of RL; the second has a reward of its own."""
+    settings = {"weights_sha256": "ab" * 32, "data_sha256": "cd" * 32, "log_every": 1}
+    sft = [
+        {"step": step, "loss": 2 - step / 100, "mean_token_accuracy": step / 100, "num_tokens": 50.0 * step, "learning_rate": 1e-5}
+        for step in (10, 20, 30, 50)
+    ]  # fmt: skip
+    dpo = [
+        {"step": step, "loss": 0.7 - step / 10, "rewards/accuracies": 0.75, "rewards/margins": 0.5, "rewards/chosen": 0.25,
+         "rewards/rejected": -0.25, "num_tokens": 10.0 * step, "grad_norm": 1.0, "learning_rate": 1e-6}
+        for step in (1, 2)
+    ]  # fmt: skip
+    own = [rl_line(step, correct_rate=0.5) for step in range(1, 31)]
+    for line in own:
+        del line["rewards/answer_reward/mean"]
+    return [
+        write_run(folder / "sft", sft, stage="sft", **settings | {"log_every": 10}),
+        write_run(folder / "dpo", dpo, stage="dpo", **settings),
+        write_run(folder / "rl-ntp", [rl_line(step) for step in range(1, 41)], stage="rl", **settings),
+        write_run(folder / "rl-remit", own, stage="rl", reward_sha256="ef" * 32, **settings),
+    ]
+
+
+def test_post_training(tmp_path: Path, remit: Remit) -> None:
+    """Losses of SFT and DPO, reward, correct rate and length of RL, each over the steps of its own runs."""
+    runs = write_stages(tmp_path)
+    page = tmp_path / "page.html"
+    code, _, error = remit("report", "--run", *runs, "--out", page)
+    assert code == 0, error
+    found = panels(page)
+    (sft,), (dpo,) = found["SFT loss"], found["DPO loss"]
+    assert (sft["steps"], sft["tokens"], sft["y"]) == (
+        [10, 20, 30, 50], [500, 1000, 1500, 2500], pytest.approx([1.9, 1.8, 1.7, 1.5]),
+    )  # fmt: skip
+    assert (dpo["steps"], dpo["y"]) == ([1, 2], pytest.approx([0.6, 0.5]))
+    rewards, lengths, rates = (found[title] for title in ("Reward", "Length of the completions", "Correct rate"))
+    assert list(by_name(rewards)) == list(by_name(lengths)) == list(by_name(rates)) == ["rl-ntp", "rl-remit"]
+    assert rewards[0]["y"] == pytest.approx([step / 100 for step in range(1, 41)])
+    assert lengths[1]["y"] == [100 + step for step in range(1, 31)]
+    assert by_name(rates) == {"rl-ntp": rewards[0]["y"], "rl-remit": [0.5] * 30}
+    assert by_name(found["Implicit rewards"]) == {"dpo": [0.25, 0.25], "dpo, rejected": [-0.25, -0.25]}
+    assert list(by_name(found["Learning rate"])) == ["sft", "dpo", "rl-ntp", "rl-remit"]
+    text = page.read_text(encoding="utf-8")
+    assert [
+        text.index(f"<h2>{title}") for title in ("Supervised", "Preferences", "Reinforcement", "Optimizer")
+    ] == sorted(text.index(f"<h2>{title}") for title in ("Supervised", "Preferences", "Reinforcement", "Optimizer"))
+    assert "Not drawn" not in text  # nothing of training is missed in runs that are none
+    cells = table_rows(page)
+    assert cells["objective"] == ["SFT", "DPO", "RL", "RL"]
+    assert cells["steps"] == ["40; metrics.jsonl lacks 40", "2", "40", "30"]
+    assert cells["correct rate, mean of the last tenth"] == ["–", "–", "38.5%", "50.0%"]
+    assert cells["length of completions, mean of the last tenth"] == ["–", "–", "138.5", "129.0"]
+    assert cells["SFT loss, mean of the last tenth"] == ["1.5000", "–", "–", "–"]
+    assert cells["base_weights_sha256"] == ["ab" * 32] * 4
+    assert cells["≠ reward_sha256"] == ["–", "–", "–", "ef" * 32]
+    # beside a run of remit train, whose loss is another
+    train = write_run(tmp_path / "train", [figures(1), figures(2)])
+    assert remit("report", "--run", train, *runs[2:], "--out", page)[0] == 0
+    found = panels(page)
+    assert list(by_name(found["Loss of the objective"])) == ["train"]
+    assert list(by_name(found["Reward"])) == ["rl-ntp", "rl-remit"]
+    assert len(found["Gradient norm"]) == 3
+    assert "SFT loss" not in found
+
+
 GRAPH = ".js-plotly-plot"
 PLOTS_DRAWN = """() => [...document.querySelectorAll('.js-plotly-plot')].map(box =>
     [box.querySelectorAll('svg .scatterlayer .js-line, svg .heatmaplayer image').length, box.clientWidth,
@@ -515,6 +590,18 @@ def test_page_in_a_browser(browser: Browser, pages: dict[str, Path], name: str, 
             assert ODD_NAME.replace("/", "_") in opened.page.locator("thead bdi").first.inner_text()
             legend = opened.page.evaluate("[...document.querySelectorAll('.legendtext')].map(e => e.textContent)")
             assert any("onerror" in text for text in legend)
+        assert (opened.problems, opened.requests) == ([], [])
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_post_training_in_a_browser(tmp_path: Path, browser: Browser, remit: Remit, width: int) -> None:
+    assert remit("report", "--run", *write_stages(tmp_path), "--out", tmp_path / "page.html")[0] == 0
+    with open_page(browser, tmp_path / "page.html", width) as opened:
+        drawn = opened.page.evaluate(PLOTS_DRAWN)
+        assert len(drawn) == 4
+        assert all(shapes >= num_traces for shapes, _, num_traces in drawn)
+        assert opened.page.evaluate(CUT_OR_COVERED) == []
+        assert opened.overflow == 0
         assert (opened.problems, opened.requests) == ([], [])
 
 

@@ -284,12 +284,12 @@ def test_sample_is_a_function_of_the_seed(both: dict[str, Path], tmp_path: Path,
     assert f"rows: {everything['sample']['rows']:,} of {everything['sample']['rows']:,} (all)" in output
 
 
-def test_each_part_is_hashed_once(
+def test_each_part_is_opened_once(
     both: dict[str, Path], tmp_path: Path, remit: Remit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = []
-    inner = ShardFolder.open_part
-    monkeypatch.setattr(ShardFolder, "open_part", lambda self, *a: (opened.append(a[0]), inner(self, *a))[1])
+    inner = ShardFolder.open_rows
+    monkeypatch.setattr(ShardFolder, "open_rows", lambda self, *a: (opened.append(a[0]), inner(self, *a))[1])
     plan(remit, both["packed"], tmp_path, "--rows", 60)
     assert opened == sorted(set(opened))
     assert len(opened) > 2

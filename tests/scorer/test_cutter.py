@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from scorer.cutter import RowCutter
+from scorer.documents import TokenDocument
 
 
 def by_hand(documents: list[list[int]], seq_len: int) -> list[dict]:
@@ -36,7 +37,7 @@ def test_rows_equal_cutting_by_hand(seed: int) -> None:
     cutter = RowCutter(seq_len, rows_per_batch, source=3)
     batches = []
     for index, document in enumerate(documents):
-        batches += list(cutter.add(index, np.array(document, dtype=np.int32)))
+        batches += list(cutter.add(index, TokenDocument(np.array(document, dtype=np.int32))))
     assert all(batch.num_rows == rows_per_batch for batch in batches)
     batches += list(cutter.finish())
     rows = [row for batch in batches for row in batch.to_pylist()]
@@ -72,7 +73,7 @@ def test_with_bos_each_piece_begins_with_one(seed: int) -> None:
     cutter = RowCutter(seq_len, rows_per_batch, source=3, bos=bos)
     batches = []
     for index, document in enumerate(documents):
-        batches += list(cutter.add(index, np.array(document, dtype=np.int32)))
+        batches += list(cutter.add(index, TokenDocument(np.array(document, dtype=np.int32))))
     assert all(batch.num_rows == rows_per_batch for batch in batches)
     batches += list(cutter.finish())
     rows = [row for batch in batches for row in batch.to_pylist()]

@@ -194,13 +194,13 @@ def test_a_part_is_opened_once_in_each_pass(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ratio: float
 ) -> None:
     opened: Counter[str] = Counter()
-    real = ShardFolder.open_part
+    real = ShardFolder.open_rows
 
     def counted(folder: ShardFolder, part: str, columns: list[str] | None = None) -> object:
         opened[part if columns is None else f"{part} to rank"] += 1
         return real(folder, part, columns)
 
-    monkeypatch.setattr(ShardFolder, "open_part", counted)
+    monkeypatch.setattr(ShardFolder, "open_rows", counted)
     select(config(corpus, tmp_path / "out", keep_ratio=ratio, num_workers=3))
     assert set(opened.values()) == {1}
     assert sum(name.endswith("to rank") for name in opened) == len(Manifest.read(corpus).parts)
@@ -396,13 +396,13 @@ def test_folders_that_do_not_fit(corpus: Path, tmp_path: Path, remit: Remit) -> 
 
 def test_damage_is_caught(tmp_path: Path, remit: Remit) -> None:
     shards = make_corpus(tmp_path / "shards")
-    part = shards / "part-00002.arrow"
-    data = bytearray(part.read_bytes())
-    data[len(data) // 2] ^= 1
-    part.write_bytes(data)
+    record = json.loads((shards / "_commits" / "part-00002.json").read_text())
+    data = bytearray((shards / "part-00002.arrow").read_bytes())
+    data[record["batches"][0]["columns"][0]["offset"] + 9] ^= 1
+    (shards / "part-00002.arrow").write_bytes(data)
     code, _, error = remit(*arguments(shards, tmp_path / "out"))
     assert code == 1
-    assert "part-00002.arrow: sha256" in error
+    assert "part-00002.arrow: record batch 0, input_ids: sha256" in error
     assert not (tmp_path / "out").exists()
 
 

@@ -116,7 +116,8 @@ def test_short_rows_equal_transformers(
     )
     assert compare(folder.path, reference_model, context, top_k, step) > 20 * top_k
     temperature = settings.get("entropy_temperature")
-    assert compare_entropies(folder.path, reference_model, context, step, temperature) > 20 * (temperature is not None)
+    compared = compare_entropies(folder.path, reference_model, context, step, temperature)
+    assert compared > 20 or temperature is None
     assert verify_folder(folder).problems == []
 
 

@@ -1,0 +1,1 @@
+"""How the log-probs of several columns are distributed over a folder (remit distribution)."""
