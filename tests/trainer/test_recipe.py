@@ -50,7 +50,7 @@ def lines_of(out: Path, name: str = "metrics.jsonl") -> list[dict]:
 
 
 @pytest.mark.parametrize("budget", [1 << 30, 4 * 61 * 6, 1])
-@pytest.mark.parametrize("name", ["ntp", "remit", "rho1", "kd"])
+@pytest.mark.parametrize("name", ["ntp", "remit", "rho1", "kd", "rkl", "switch", "sampled"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_z_loss_adds_its_float64_gradient(name: str, budget: int, bias: bool) -> None:
     """Of every objective: with the option minus without it is COEF / N sum log^2 Z, in value and gradient."""
@@ -64,14 +64,24 @@ def test_z_loss_adds_its_float64_gradient(name: str, budget: int, bias: bool) ->
     predicted[1, 1:] = False  # a row that predicts nothing
     ids = torch.randint(0, vocabulary, (rows, length), generator=g)
     top = torch.randn(rows, length, vocabulary, generator=g).log_softmax(-1).topk(4)
+    gated = torch.rand(rows, length, generator=g) < 0.4
     columns = {
         "logprobs": -5 * torch.rand(rows, length, generator=g),
         "topk_ids": top.indices,
         "topk_logprobs": top.values,
+        "entropy_t2": torch.rand(rows, length, generator=g),
+        "log_partition_t2": top.values.div(2).exp().sum(-1).mul(1.5).log(),
+        "sample_ids": torch.randint(0, vocabulary, (rows, length, 5), generator=g),
     }
-    settings: dict = {"scope": "micro"} if name == "rho1" else {}
+    of_gate = {
+        "weight": torch.where(gated, 2.5, 1.6),
+        "gate_entropy": torch.full((rows, length), 0.3),
+        "gate_without_topk": torch.zeros(rows, length),
+    }
+    settings: dict = {"rho1": {"scope": "micro"}, "switch": {"scope": "micro"}}.get(name, {})
     plain = make_objective(ObjectiveSettings(objective=name, **settings))  # type: ignore[arg-type]
-    batch = MicroBatch(ids, predicted, {column: columns[column] for column in plain.columns})
+    stored = {column: columns[column] for column in plain.columns} | (of_gate if plain.gate else {})
+    batch = MicroBatch(ids, predicted, stored, gated_BT=gated & predicted if plain.gate else None)
 
     def take(objective: Objective) -> tuple[list[torch.Tensor], StepStatistics]:
         leaves = [t.clone().requires_grad_() for t in (hidden, weight) + (() if bias_V is None else (bias_V,))]
