@@ -159,7 +159,13 @@ class Reads:
 
 
 def run_ranks(
-    order: MixedOrder, read: Reads, ranks: int, batch: int, first: int, last: int, last_row: int | None = None,
+    order: MixedOrder,
+    read: Reads,
+    ranks: int,
+    batch: int,
+    first: int,
+    last: int,
+    last_row: int | None = None,
     left_out: tuple[tuple[int, int], ...] = (),
 ):  # type: ignore[no-untyped-def]
     """By rank the rows' names of each step, or the error."""
