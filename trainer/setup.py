@@ -28,15 +28,7 @@ from trainer.evaluation import Evaluation, open_measure
 from trainer.exchange import Processes
 from trainer.experts import RouterLoss, check_experts, describe, router_loss
 from trainer.exported import Exported, untrained_notes
-from trainer.going_on import (
-    RESUMED_FROM,
-    begins_at,
-    describe_source,
-    has_other_length,
-    left_out_steps,
-    plan_changes,
-    rows_begin_at,
-)
+from trainer.going_on import RESUMED_FROM, begins_at, describe_source, has_other_length, left_out_steps, plan_changes, rows_begin_at
 from trainer.guard import Guard
 from trainer.layout import Layout, read_layout
 from trainer.loggers import require_wandb
@@ -47,11 +39,7 @@ from trainer.model import Base, load_base
 from trainer.objectives import make_objective
 from trainer.objectives.objective import Objective
 from trainer.resume import first_warmup, require_steps_fit, resume
-from trainer.run_folder import (
-    references_left_out,
-    refuse_other_settings,
-    run_settings,
-)
+from trainer.run_folder import references_left_out, refuse_other_settings, run_settings
 from trainer.session import Session
 from trainer.statistics import Sources
 from trainer.tokenizer import check_tokenizer
@@ -122,6 +110,7 @@ def prepare(config: TrainConfig, session: Session) -> Run | None:
     require_epochs(mixed, order, num_steps, config.global_batch_size, rows_from)
     if world.from_first(is_finished(config, session)):
         return None
+    require_steps_fit(config, num_steps, begin)
     if mixed.mixture.is_mixed:
         for line in table(mixed, order, num_steps, config.global_batch_size, rows_from):
             session.note(line)
@@ -131,7 +120,6 @@ def prepare(config: TrainConfig, session: Session) -> Run | None:
     layout = world.from_first(read_layout(Path(config.model), base.model) if world.first else None)
     for line in untrained_notes(layout, type(base.model).__name__):
         session.note(line)
-    require_steps_fit(config, num_steps, begin)
     readers = open_rows(config, session, mixed, context, objective, base, settings["rows_left_out"])
     shards, sources = mixed.first, Sources(mixed.first.manifest.corpus)
     if mixed.mixture.is_mixed:

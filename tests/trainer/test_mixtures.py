@@ -159,7 +159,7 @@ def test_a_mixture_goes_on_without_some_steps(
     rows_there = Manifest.read(folders["code"]).rows
     limit(mix, "code", (code + 0.5) / rows_there)  # what the first eight steps take is within it
     assert run(tmp_path / "out", (), models["base"], max_steps=8, **settings) == lines
-    with pytest.raises(ValueError, match="code: 9 steps go through it .* at most --max-steps 8"):
+    with pytest.raises(ValueError, match=r"code: 9 steps go through it .* at most --max-steps 8"):
         run(tmp_path / "out", (), models["base"], max_steps=9, **settings)
 
     source = tmp_path / "out/checkpoints/step-000006"
