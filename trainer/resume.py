@@ -4,18 +4,23 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from shards.output_folder import read_record, write_record
+from shards.output_folder import MODEL, read_record, write_record
 from trainer.average import Average
 from trainer.checkpoint import Checkpoints
 from trainer.config import TrainConfig
 from trainer.exported import Exported
-from trainer.going_on import apply_changes, fingerprint, pinned_warmup
+from trainer.going_on import apply_changes, fingerprint, has_other_length, pinned_warmup
 from trainer.guard import Guard
 from trainer.layout import Layout
 from trainer.loss_model import LossModel
 from trainer.option_text import parse_average
 from trainer.run_folder import CHECKPOINTS, EVALUATION, METRICS, drop_exports, keep_lines, refuse_other_settings
 from trainer.session import Session
+
+
+def is_finished(config: TrainConfig, session: Session) -> bool:
+    """Whether there is nothing left to train, on the first process: the model is there, and of the length that is asked for."""
+    return session.lease is None or ((config.out / MODEL).exists() and not has_other_length(config))
 
 
 def require_steps_fit(config: TrainConfig, num_steps: int, begin: int) -> None:

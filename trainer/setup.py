@@ -15,7 +15,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from shards.folder import ShardFolder
-from shards.output_folder import MODEL
 from trainer.average import Average
 from trainer.batch import MicroBatch, Row, collate
 from trainer.batches import GlobalBatch, global_batches
@@ -28,7 +27,7 @@ from trainer.evaluation import Evaluation, open_measure
 from trainer.exchange import Processes
 from trainer.experts import RouterLoss, check_experts, describe, router_loss
 from trainer.exported import Exported, untrained_notes
-from trainer.going_on import RESUMED_FROM, begins_at, describe_source, has_other_length, left_out_steps, plan_changes, rows_begin_at
+from trainer.going_on import RESUMED_FROM, begins_at, describe_source, left_out_steps, plan_changes, rows_begin_at
 from trainer.guard import Guard
 from trainer.layout import Layout, read_layout
 from trainer.loggers import require_wandb
@@ -38,7 +37,7 @@ from trainer.mixed_shards import MixedShards, choose_steps, require_epochs, tabl
 from trainer.model import Base, load_base
 from trainer.objectives import make_objective
 from trainer.objectives.objective import Objective
-from trainer.resume import first_warmup, require_steps_fit, resume
+from trainer.resume import first_warmup, is_finished, require_steps_fit, resume
 from trainer.run_folder import references_left_out, refuse_other_settings, run_settings
 from trainer.session import Session
 from trainer.statistics import Sources
@@ -212,11 +211,6 @@ def check_settings(
         found = settings, changes
     both: tuple[dict[str, Any], dict[str, Any]] = world.from_first(found)
     return both
-
-
-def is_finished(config: TrainConfig, session: Session) -> bool:
-    """Whether there is nothing left to train, on the first process: the model is there, and of the length that is asked for."""
-    return session.lease is None or ((config.out / MODEL).exists() and not has_other_length(config))
 
 
 def load_trainable(config: TrainConfig, session: Session, mixed: MixedShards, context: str) -> Base:
