@@ -30,11 +30,7 @@ def train_on_ray(config: TrainConfig, should_stop: Callable[[], bool]) -> TrainR
 
     RuntimeError with the worker's own error where one fails; the run can be resumed then, also with another number.
     """
-    # Ray's workers have another working directory
-    config = replace(
-        config, out=config.out.absolute(), shards=_absolute_shards(config), mix=config.mix and config.mix.absolute(),
-        model=absolute(config.model), eval_shards=config.eval_shards and absolute(config.eval_shards),
-    )  # fmt: skip
+    config = for_workers(config)
     config.out.parent.mkdir(parents=True, exist_ok=True)
     with (
         ray_cluster(config.debug),
@@ -61,6 +57,16 @@ def train_on_ray(config: TrainConfig, should_stop: Callable[[], bool]) -> TrainR
         except Exception as error:
             raise RuntimeError(f"a worker of Ray Train failed: {_last_line(cause(error))}") from error
     return run_result(config.out)
+
+
+def for_workers(config: TrainConfig) -> TrainConfig:
+    """The same run for Ray's workers, which have another working directory."""
+    return replace(
+        config, out=config.out.absolute(), shards=_absolute_shards(config), mix=config.mix and config.mix.absolute(),
+        model=absolute(config.model), eval_shards=config.eval_shards and absolute(config.eval_shards),
+        resume_from=config.resume_from and config.resume_from.absolute(),
+        prometheus=config.prometheus and config.prometheus.absolute(),
+    )  # fmt: skip
 
 
 def _absolute_shards(config: TrainConfig) -> tuple[str, ...]:

@@ -11,7 +11,8 @@ import pytest
 from processes import Command
 
 from pipelines.commands.train import with_remedy, with_step
-from pipelines.ray_train import fit
+from pipelines.ray_train import fit, for_workers
+from trainer.config import TrainConfig
 
 
 class TakesSigint:
@@ -34,6 +35,29 @@ def test_ray_leaves_the_handler_of_signals_alone() -> None:
     failing: Any = TakesSigint(ValueError("mine"))
     with pytest.raises(ValueError, match="mine"):
         fit(failing)
+
+
+def test_paths_reach_workers_in_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mix.yaml").write_text("sources: {a: {shards: a, weight: 1}, b: {shards: s3://x/b, weight: 2}}")
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path)
+    given: Any = {
+        "model": "m",
+        "out": Path("out"),
+        "resume_from": Path("r/checkpoints/step-000001"),
+        "prometheus": Path("p"),
+    }
+    sent = for_workers(TrainConfig(("a=0.5", "s3://x/b=0.5"), **given))
+    assert sent.shards == (f"{tmp_path}/a=0.5", "s3://x/b=0.5")
+    assert for_workers(TrainConfig(("a",), **given)).shards == (f"{tmp_path}/a",)
+    mixed = for_workers(TrainConfig((), mix=Path("mix.yaml"), **given))
+    assert (mixed.shards, mixed.mix) == ((), tmp_path / "mix.yaml")
+    monkeypatch.chdir("/")
+    assert mixed.mixture.folders == [f"{tmp_path}/a", "s3://x/b"]
+    paths = (sent.model, sent.out, sent.resume_from, sent.prometheus)
+    assert [str(path) for path in paths] == [
+        f"{tmp_path}/{name}" for name in ("m", "out", "r/checkpoints/step-000001", "p")
+    ]
 
 
 @pytest.mark.parametrize("kind", [FloatingPointError, RuntimeError])
