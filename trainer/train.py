@@ -30,7 +30,7 @@ from trainer.guard import leave_out
 from trainer.loggers import Loggers, open_loggers
 from trainer.option_text import parse_on_nonfinite
 from trainer.profiling import profiled
-from trainer.reporter import Reporter, StepNumbers, where
+from trainer.reporter import Reporter, StepNumbers
 from trainer.run_folder import TrainResult, run_result
 from trainer.session import Progress, Session
 from trainer.setup import Run, prepare
@@ -91,9 +91,16 @@ def train_steps(run: Run, session: Session) -> bool:
                 reporter.settle()
                 guard.counts.skipped_steps += 1
             else:
-                with profiled(config.profile == step and session.world.first, config.out, step):
-                    numbers = train_step(run, session, step, next(run.batches))
-                reporter.add(numbers)
+                batch = next(run.batches)
+                predicted, tokens = count_tokens(batch, session.world)
+                if predicted:
+                    with profiled(config.profile == step and session.world.first, config.out, step):
+                        numbers = train_step(run, session, step, batch, predicted, tokens)
+                    reporter.add(numbers)
+                else:
+                    reporter.settle()
+                    guard.counts.tokens += tokens
+                    session.note(f"step {step:,}: none of its rows has a token to predict, so there is no update")
             if run.average:
                 run.average.update(step)
 
@@ -150,16 +157,20 @@ def passes(run: Run, step: int) -> dict[str, Any]:
     }
 
 
-def train_step(run: Run, session: Session, step: int, batch: GlobalBatch) -> StepNumbers:
-    """Forward, backward and update of one global batch. All ranks take part; the device is not waited for."""
+def train_step(
+    run: Run, session: Session, step: int, batch: GlobalBatch, predicted: int, step_tokens: int
+) -> StepNumbers:
+    """Forward, backward and update of one global batch. All ranks take part; the device is not waited for.
+
+    predicted, step_tokens: tokens to predict and tokens of the global batch, over all ranks. Eq. 6 divides by the former, so
+    micro-batches and ranks just add up.
+    """
     config, world = run.config, session.world
     began = perf_counter()
     learning_rate = learning_rate_at(step, config, run.num_steps, run.begin)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate
     statistics = StepStatistics(world.device, run.sources.group, run.objective.figures, run.objective.per)
-    # Eq. 6 divides by the predicted tokens of the whole global batch, so micro-batches and ranks just add up
-    predicted, step_tokens = count_tokens(step, batch, world)
     balancing = run.balance and Balancing(run.balance, config.router_aux_loss or 0.0, step_tokens)
     micro_batches = batch.micro_batches(config.micro_batch_size, world.size)
     micro_batches, objective = first_pass(run.model, run.objective, micro_batches, run.collate, world)
@@ -185,14 +196,10 @@ def is_due(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
 
 
-def count_tokens(step: int, batch: GlobalBatch, world: World) -> tuple[int, int]:
-    """Predicted tokens and tokens of a global batch, over all ranks; ValueError where nothing is predicted."""
+def count_tokens(batch: GlobalBatch, world: World) -> tuple[int, int]:
+    """Predicted tokens and tokens of a global batch, over all ranks."""
     own = [sum(int(row.predicted.sum()) for row in batch.rows), sum(len(row.input_ids) for row in batch.rows)]
     predicted, tokens = world.sum(torch.tensor(own)).tolist()
-    if not predicted:
-        raise ValueError(
-            f"step {step}: no row of the batch has a token to predict ({where(batch.rows)}); raise --global-batch-size"
-        )
     return predicted, tokens
 
 
