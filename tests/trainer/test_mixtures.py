@@ -1,6 +1,7 @@
 """remit train --mix: what the file may say, what is refused, what is logged, and the same rows through kills and ranks."""
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from inline_ray import pack_inline
 from oracles import load, read_rows, remit_step
 from test_distributed import assert_same, finish, kill_tree, launch, metrics_of, wait_for
 
+from pipelines.commands.plan import run as run_plan
+from pipelines.plan.settings import PlanConfig
 from pipelines.ray_train import _absolute_shards
 from scorer.config import PackConfig
 from shards.manifest import Manifest
@@ -399,6 +402,40 @@ def test_plan_counts_what_is_drawn(tmp_path: Path, folders: dict[str, Path], rem
         assert (of["rows"], of["epochs"]) == (len(own), pytest.approx(len(own) / Manifest.read(folders[name]).rows))
         assert of["tokens"] == pytest.approx(sum(len(row["input_ids"]) for row in own), rel=0.1)
     assert any(line.startswith("odd is repeated") for line in figures["warnings"])
+    assert figures["job"]["steps"] == mixture["steps"]
+    # 0.7 of the tokens in rows of the mean length of one folder, 0.3 in those of the other
+    of_row = 1 / sum(share * (of := Manifest.read(folders[name])).rows / of.tokens for name, share in
+                     (("text", 0.7), ("odd", 0.3)))  # fmt: skip
+    assert mixture["steps"] == math.ceil(4000 / (8 * of_row))
+    assert f"--max-steps {mixture['steps']}: steps of 8 rows of {of_row:.1f} tokens on average" in out
+
+
+def test_plan_allows_the_tokens_that_it_names(
+    tmp_path: Path, folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So many tokens are not warned about, one more is, and their steps are what remit train allows; with stages too."""
+    for stages in (None, [{"after_step": 3, "weights": {"text": 0.2, "odd": 0.8}}]):
+        path = write_mix(tmp_path / "mix.yaml", folders, {"text": 0.7, "odd": 0.3}, stages)
+        limit(path, "odd", 2.5)
+        shards = MixedShards.open(read_mix(path))
+        allowed = int(most_steps(shards, shards.order(0, 8), 8)[0])
+
+        def plan(tokens: int, path: Path = path) -> tuple[int, str]:
+            to = tmp_path / "plan.json"
+            config = PlanConfig("olmo2-1b", "olmo2-1b", str(tokens), mix=path, global_batch_size=8, json=to)
+            assert run_plan(config, lambda: False) == 0
+            figures = json.loads(to.read_text())
+            return figures["job"]["steps"], "\n".join(line for line in figures["warnings"] if "max_epochs" in line)
+
+        _, warning = plan(10**9)
+        assert f"remit train allows {allowed} steps of 8 rows" in warning
+        most = int(re.search(r"--tokens (\d+) at most", warning)[1])  # type: ignore[index]
+        assert plan(most) == (allowed, "")
+        assert plan(most - 1) == (allowed, "")
+        steps, warning = plan(most + 1)
+        assert (steps, f"--tokens {most} at most" in warning) == (allowed + 1, True)
+        printed = capsys.readouterr().out
+        assert not re.search(r"\de[+-]\d+ ?(B|tokens)", printed), printed
 
 
 def test_weights_of_a_mixture(tmp_path: Path, folders: dict[str, Path], models: dict[str, Path], remit: Remit) -> None:
