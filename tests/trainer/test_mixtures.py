@@ -97,7 +97,9 @@ def test_a_mixture_trains_and_says_so(
     code, _, error = remit(*arguments)
     assert code == 0, error
     assert "mixture of 3 sources, 5 steps" in error
+    assert "from step 1: text 60.0%, code 30.0%, odd 10.0%" in error
     assert "after step 3: text 10.0%, code 90.0%, odd 0.0%" in error
+    assert "to predict" not in error
     base, lines = load(models["base"]).double(), metrics_of(out)
     for line, rows in zip(lines, rows_of(mix, 16, 5), strict=True):
         want = remit_step(base, rows, "packed", "rl_logprobs", 0.2)
@@ -338,6 +340,22 @@ def test_max_epochs_says_how_many_steps_there_are(
     assert (code, "a mixture of 2 sources needs --max-steps" in error) == (1, True), error
     lines = table(shards, order, 3000, 8)
     assert "more than 4 epochs are rarely worth it" in next(line for line in lines if line.strip().startswith("odd"))
+
+
+def test_the_table_has_the_tokens_to_predict(folders: dict[str, Path]) -> None:
+    shards = mixed(folders, {"text": 0.5, "code": 0.3, "odd": 0.2})
+    text, code, _ = shards.folders
+    counted = [replace(file, predicted_tokens=file.tokens // 4) for file in text.manifest.corpus]
+    text.manifest = replace(text.manifest, predict=True, corpus=tuple(counted))
+    code.manifest = replace(code.manifest, predict=True)  # rows were selected, nothing was counted
+    head, *lines = table(shards, shards.order(0, 8), 100, 8)
+    assert re.search(r"3 sources, 100 steps, about [\d,]+ tokens; of the whole run", head)
+    found = [re.search(r"([\d,]+) tokens +(\S+) to predict", line).groups() for line in lines[:3]]  # type: ignore[union-attr]
+    tokens = [int(of.replace(",", "")) for of, _ in found]
+    share = sum(file.tokens // 4 for file in text.manifest.corpus) / text.manifest.tokens
+    assert int(found[0][1].replace(",", "")) == pytest.approx(tokens[0] * share, abs=1)
+    assert (found[1][1], found[2][1]) == ("unknown", found[2][0])
+    assert not any("from step 1" in line for line in lines)
 
 
 def test_what_cannot_be_mixed(tmp_path: Path, folders: dict[str, Path]) -> None:
