@@ -13,7 +13,7 @@ import pyarrow as pa
 from scorer.decompress import MAX_WINDOW, Damaged, Decompressed
 from scorer.faults import BadDocument, BadFile
 from scorer.fields import REMEDY as LEAVE_OUT
-from scorer.fields import Fields
+from scorer.fields import Fields, remedy_of
 from scorer.formats import (
     HEAD_BYTES,
     TABLES,
@@ -196,16 +196,24 @@ def _json_object(where: str, line: bytes, fields: "Fields | ConversationFields")
 
 
 def _table_records(source: Source, fields: "Fields | ConversationFields") -> Iterator[tuple[str, Any, int]]:
+    schemas: list[pa.Schema] = []
+
     def choose(names: list[str]) -> list[str]:
         if missing := fields.missing(names):
-            option = "--keep-fields" if missing[0] not in fields.names else fields.option
+            ids = [field.name for field in schemas[0] if _holds_ids(field.type)]
+            option = "--keep-fields" if missing[0] not in fields.names else remedy_of(fields.option, names, ids)
             raise BadFile(source.where, f"has no column {missing[0]!r}, only {', '.join(names)[:80]}; set {option}")
         return fields.columns(names)
 
-    for batch, first, position in table_batches(source, choose):
+    for batch, first, position in table_batches(source, choose, saw=schemas.append):
         columns = [list(_column_values(column)) for column in batch.columns]
         for row, values in enumerate(zip(*columns)):
             yield f"{source.where}: row {first + row}", TableRow(zip(batch.schema.names, values)), position
+
+
+def _holds_ids(kind: pa.DataType) -> bool:
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return is_list and pa.types.is_integer(kind.value_type)
 
 
 def _column_values(column: pa.Array) -> Iterator[Any]:

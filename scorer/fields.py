@@ -5,7 +5,7 @@ A record is a JSON object or a row of a table. In: the options. Out: the columns
 """
 
 import string
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -117,9 +117,27 @@ def find(record: Any, name: str) -> Any:
     return MISSING
 
 
+def remedy_of(option: str, present: Sequence[str], ids: Sequence[str] = ()) -> str:
+    """What a user sets where the field of `option` is missing. present: the fields that are there; ids: those of them that
+    hold lists of integers."""
+    if option == "--text-field" and ids:
+        name = "input_ids" if "input_ids" in ids else ids[0]  # beside an attention mask
+        return f"{option}, or --tokens-field {name} for token ids"
+    if option == "--text-field" and len(present) > 1:
+        example = " ".join(f"{{{name}}}" for name in present[:2])
+        return f"{option}, or --template '{example}' to put several together"
+    return option
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
+
+
 def text_of(where: str, name: str, value: Any, record: Mapping[str, Any], option: str) -> str | BadDocument:
     """The text in a field, or what is wrong with it."""
     if value is MISSING:
+        ids = [str(of) for of, value in record.items() if _are_ids(value)]
+        option = remedy_of(option, list(map(str, record)), ids)
         return BadDocument(
             f"{where}: has no field {name!r}, only {', '.join(map(str, record))[:80]}; set {option}, or leave such documents "
             "out with --on-bad-document reject"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from scorer.fields import Fields
+from scorer.fields import Fields, remedy_of
 from scorer.listing import absolute
 
 if TYPE_CHECKING:
@@ -195,5 +195,5 @@ def _require_columns(
     shard: Shard, missing: list[str], columns: list[str], fields: "Fields | ConversationFields"
 ) -> None:
     if missing:
-        option = "--keep-fields" if missing[0] not in fields.names else fields.option
+        option = "--keep-fields" if missing[0] not in fields.names else remedy_of(fields.option, columns)
         raise ValueError(f"{shard.name}: has no column {missing[0]!r}, only {', '.join(columns)[:80]}; set {option}")

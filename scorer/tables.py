@@ -27,20 +27,25 @@ def table_batches(
     source: Source,
     choose: Callable[[list[str]], list[str]],
     rows_at_once: Callable[[Any], int] = lambda file: ROWS_AT_ONCE,
+    saw: Callable[[pa.Schema], Any] = lambda schema: None,
 ) -> Iterator[tuple[pa.RecordBatch, int, int]]:
     """Record batches of the columns that `choose` picks from the names of all, each with its first row and about how many
-    bytes of the file were read. rows_at_once: of the opened parquet file, how many rows to read.
+    bytes of the file were read. rows_at_once: of the opened parquet file, how many rows to read. saw: is given the schema of
+    the file before `choose` is called.
 
     BadFile where the file cannot be read to its end, ValueError of `choose` for what it does not find.
     """
     if source.format[0] == ".parquet":
-        yield from _parquet(source, choose, rows_at_once)
+        yield from _parquet(source, choose, rows_at_once, saw)
     else:
-        yield from _arrow(source, choose)
+        yield from _arrow(source, choose, saw)
 
 
 def _parquet(
-    source: Source, choose: Callable[[list[str]], list[str]], rows_at_once: Callable[[Any], int]
+    source: Source,
+    choose: Callable[[list[str]], list[str]],
+    rows_at_once: Callable[[Any], int],
+    saw: Callable[[pa.Schema], Any],
 ) -> Iterator[tuple[pa.RecordBatch, int, int]]:
     where = source.where
     try:
@@ -50,6 +55,7 @@ def _parquet(
     except (pa.ArrowException, OSError) as error:
         raise _fault(source, "a parquet file", error) from None
     with file:
+        saw(file.schema_arrow)
         columns = choose(file.schema_arrow.names)
         row, size, num_rows = 0, source.size() or 0, max(1, file.metadata.num_rows)
         try:
@@ -64,7 +70,9 @@ def _parquet(
             raise BadFile(where, f"cannot be read beyond row {row} ({error}); write it again") from None
 
 
-def _arrow(source: Source, choose: Callable[[list[str]], list[str]]) -> Iterator[tuple[pa.RecordBatch, int, int]]:
+def _arrow(
+    source: Source, choose: Callable[[list[str]], list[str]], saw: Callable[[pa.Schema], Any]
+) -> Iterator[tuple[pa.RecordBatch, int, int]]:
     where, row, size = source.where, 0, source.size() or 0
     with source.open() as file:
         is_file = file.read(8) == b"ARROW1\0\0"
@@ -84,6 +92,7 @@ def _arrow(source: Source, choose: Callable[[list[str]], list[str]]) -> Iterator
             raise BadFile(
                 where, "is a part of a shard folder, whose rows are packed already; pass the corpus they came from"
             )
+        saw(reader.schema)
         columns = choose(reader.schema.names)
         try:
             batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader

@@ -15,9 +15,11 @@ from conftest import source_texts, write_corpus
 from inline_ray import pack_inline
 
 from scorer.config import PackConfig
-from scorer.faults import BadDocument
+from scorer.corpus import read_documents
+from scorer.faults import BadDocument, BadFile
 from scorer.fields import Fields, parse_template
 from scorer.kept_fields import field_types, join, kind_of
+from scorer.sources import find_corpus
 from shards import ShardFolder
 from shards.output_folder import begin_shards, writing
 from shards.side_table import copy_tables, fields_of
@@ -38,6 +40,24 @@ def write_lines(path: Path, records: list) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
     return path
+
+
+def test_a_missing_field_names_the_other_ways_to_read(tmp_path: Path) -> None:
+    def message(record: dict) -> str:
+        return str(Fields().text_of("file:1", record))
+
+    assert "set --text-field, or --template '{question} {answer}'" in message({"question": "x", "answer": "y"})
+    assert "set --text-field, or --tokens-field input_ids for token ids" in message(
+        {"mask": [1, 1], "input_ids": [5, 6]}
+    )
+    assert "only body; set --text-field, or leave" in message({"body": "x"})
+    assert "--tokens-field" not in message({"flags": [True], "scores": [0.5], "none": []})
+    for type_ in (pa.list_(pa.int32()), pa.large_list(pa.uint16()), pa.list_(pa.int64(), 2)):
+        table = pa.table({"id": ["a"], "input_ids": pa.array([[3, 4]], type_)})
+        pa.parquet.write_table(table, tmp_path / "x.parquet")
+        source = find_corpus([str(tmp_path / "x.parquet")]).sources[0]
+        with pytest.raises(BadFile, match=r"only id, input_ids; set --text-field, or --tokens-field input_ids"):
+            list(read_documents(source, Fields()))
 
 
 # --- templates ----------------------------------------------------------------------------------------------------------
