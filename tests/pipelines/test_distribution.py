@@ -121,7 +121,12 @@ def test_figures_are_those_of_numpy(tmp_path: Path, small: Path, remit: Remit, c
 def test_tokens_that_are_not_to_be_predicted_do_not_count(tmp_path: Path) -> None:
     tokens = tokenizer(tmp_path / "tok", template=CHATML)
     given = [
-        {"messages": [{"role": "user", "content": "a question " * n}, {"role": "assistant", "content": "yes " * (n % 5)}]}
+        {
+            "messages": [
+                {"role": "user", "content": "a question " * n},
+                {"role": "assistant", "content": "yes " * (n % 5)},
+            ]
+        }
         for n in range(1, 30, 3)
     ]
     packed = pack(write(tmp_path / "c.jsonl", given), tokens, tmp_path / "p", train_on="assistant").path

@@ -253,6 +253,15 @@ def test_what_cannot_be_a_conversation_is_rejected_with_its_reason(tmp_path: Pat
         '{"messages": null}': "is NoneType",
         '{"text": "x"}': "has no field 'messages', only text; set --messages-field",
         '{"messages": [{"role": "user", "content": null}]}': "message 0 has null for content",
+        '{"messages": [{"role": "user", "content": null, "id": 3}]}': "message 0 has null for content, only role, content, id",
+        '{"messages": [{"role": "user", "text": "the question"}]}': "message 0 has no content, only role, text; expected",
+        '{"messages": [{"role": "assistant"}]}': "message 0 has no content",
+        '{"messages": [{"role": "assistant", "content": null, "tool_calls": []}]}': "message 0 has null for content",
+        '{"messages": [{"role": "user", "content": []}]}': "message 0 has [] for content",
+        '{"messages": [{"role": "user", "content": [{"type": "text", "text": null}]}]}': "part of type text without a text",
+        '{"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]}': "as Python shows a list: [{'type'",
+        '{"messages": [{"role": "user", "content": {"text": "hi"}}]}': "as Python shows a dict: {'text'",
+        '{"messages": [{"role": "assistant", "tool_calls": [{"name": "f"}]}]}': "has tool_calls and no content",
         '{"messages": [{"role": "user", "content": "\\ud800"}]}': "unpaired surrogate",
         '{"messages": [{"role": "user", "content": "x"}], "tools": 3}': "field 'tools' is int",
     }
@@ -261,7 +270,7 @@ def test_what_cannot_be_a_conversation_is_rejected_with_its_reason(tmp_path: Pat
     corpus.write_text("\n".join(lines), encoding="utf-8")
     tokens = tokenizer(tmp_path / "tok", template=LLAMA)
     folder = pack(corpus, tokens, tmp_path / "out", on_bad_document="reject", train_on="assistant")
-    assert folder.manifest.documents == {"read": 13, "packed": 2, "empty": 1, "rejected": 10}
+    assert folder.manifest.documents == {"read": 22, "packed": 2, "empty": 1, "rejected": 19}
     reasons = [json.loads(line)["reason"] for line in (folder.path / "_rejected.jsonl").read_text().splitlines()]
     for number, (reason, expected) in enumerate(zip(reasons, bad.values(), strict=True)):
         assert reason.startswith(f"{corpus}:{number + 2}: ")
@@ -269,6 +278,28 @@ def test_what_cannot_be_a_conversation_is_rejected_with_its_reason(tmp_path: Pat
     with pytest.raises(ValueError, match=r"c.jsonl:2: the chat template refuses it \(TemplateError: only user and"):
         pack(corpus, tokens, tmp_path / "stopped")
     assert not (tmp_path / "stopped").exists()
+
+
+def test_a_message_may_speak_without_content(tmp_path: Path) -> None:
+    """Null is left out by a template that asks for it, and refused where one writes it as None."""
+    asks = CHATML.replace("{% generation %}{{ message.content }}", "{% generation %}{{ message.content or '' }}")
+    assert asks != CHATML
+    turns = [
+        {"tool_calls": [{"function": {"name": "f"}}]},
+        {"content": None, "tool_calls": [{"function": {"name": "f"}}]},
+    ]
+    given = [{"messages": [{"role": "user", "content": "None of it"}, {"role": "assistant", **turn}]} for turn in turns]
+    corpus, tokens = write(tmp_path / "c.jsonl", given), tokenizer(tmp_path / "tok", template=asks)
+    theirs = transformers.AutoTokenizer.from_pretrained(tokens)
+    found = documents_of(pack(corpus, tokens, tmp_path / "a", train_on="assistant"))
+    assert found == {number: expected_of(theirs, document) for number, document in enumerate(given)}
+    parts = "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
+    given = [{"messages": [{"role": "user", "content": [{"type": "text", "text": text} for text in ("a", " b")]}]}]
+    in_parts = pack(write(tmp_path / "p.jsonl", given), tokenizer(tmp_path / "parts", template=parts), tmp_path / "p")
+    assert theirs.decode(documents_of(in_parts)[0][0]) == "a b"
+    (tmp_path / "writes.jinja").write_text(CHATML)
+    with pytest.raises(ValueError, match=r"c.jsonl:2: the chat template refuses it .*it writes None for a message"):
+        pack(corpus, tokens, tmp_path / "b", chat_template=str(tmp_path / "writes.jinja"))
 
 
 @pytest.mark.parametrize(
