@@ -12,7 +12,9 @@ import pytest
 import transformers
 from conftest import pack_inline, source_texts
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
+from scorer.chat_marks import marks_within
 from scorer.config import PackConfig
 from shards import ShardFolder
 from shards.verify import verify_folder
@@ -310,6 +312,12 @@ def test_a_message_may_speak_without_content(tmp_path: Path) -> None:
          r"does not mark what the assistant writes.*--chat-template FILE"),
         ("{% for %}", {}, "is not valid Jinja"),
         (CHATML, {"chat_template": "nowhere.jinja"}, "--chat-template nowhere.jinja: cannot be read"),
+        ("{{ ['a', 'b'] | random }}{{ messages[0].content }}", {}, "uses the filter random, so the same corpus would give other"),
+        ("{{ messages | map('random') | list }}", {}, "uses the filter random"),
+        ("{{ lipsum() }}{{ messages[0].content }}", {}, "uses the function lipsum"),
+        ("{# {% generation %} #}{{ messages[0].content }}", {"train_on": "assistant"}, "does not mark what the assistant writes"),
+        ("{% macro turn(m) %}{% generation %}{{ m.content }}{% endgeneration %}{% endmacro %}{{ turn(messages[0]) }}",
+         {"train_on": "assistant"}, "inside a macro, whose .*; put the marks around the macro's call"),
         ("{{ strftime_now('%Y') }}{{ messages[0].content }}", {}, r"tok: the chat template asks for today's date.*--chat-template-date"),
     ],
 )  # fmt: skip
@@ -319,6 +327,34 @@ def test_refused_before_the_folder_is_there(tmp_path: Path, template: Any, setti
     with pytest.raises(ValueError, match=message):
         pack(corpus, tokens, tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
+
+
+MARKED = "{% generation %}{{ m.content }}{% endgeneration %}"
+
+
+@pytest.mark.parametrize(
+    ("within", "body"),
+    [
+        ("a macro", "{% macro t(m) %}<{{ m.role }}>" + MARKED + "{% endmacro %}{% for m in messages %}{{ t(m) }}{% endfor %}"),
+        ("a {% set %} block", "{% for m in messages %}{% set x %}A:" + MARKED + "{% endset %}{{ x }}{% endfor %}"),
+        ("a {% filter %} block", "{% for m in messages %}{% filter lower %}A:" + MARKED + "{% endfilter %}{% endfor %}"),
+        ("a {% call %} block", "{% macro t() %}[{{ caller() }}]{% endmacro %}{% for m in messages %}{% call t() %}" + MARKED + "{% endcall %}{% endfor %}"),
+        ("a recursive loop", "{% for m in messages recursive %}A:" + MARKED + "{% if m.more %}{{ loop(m.more) }}{% endif %}{% endfor %}"),
+        ("a block that self repeats", "{% set m = messages[1] %}{% block b scoped %}A:" + MARKED + "{% endblock %}{{ self.b() }}"),
+        (None, "{% macro t(m) %}{{ m.content }}{% endmacro %}{% for m in messages %}A:{% generation %}{{ t(m) }}{% endgeneration %}{% endfor %}"),
+        (None, "{% for m in messages %}{% with x = 1 %}{% block b scoped %}A:" + MARKED + "{% endblock %}{% endwith %}{% break %}{% endfor %}"),
+        (None, "{% for m in messages %}{% if m.role %}A:{%+ generation -%}\n{{ m.content }}{% endgeneration %}{% else %}{% endif %}{% endfor %}"),
+        (None, "{% for m in messages %}A{% generation %}{% generation %}{{ m.content }}{% endgeneration %}{% endgeneration %}{% endfor %}"),
+    ],
+)  # fmt: skip
+def test_marks_that_transformers_would_misplace(within: str | None, body: str) -> None:
+    """What it marks in the text of two turns is what they say, but where we refuse the template."""
+    messages = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "so be it"}]
+    (text,), (spans,) = render_jinja_template([messages], chat_template=body, return_assistant_tokens_mask=True)
+    right = {text[start:end] for start, end in spans} <= {"ask", "so be it"}
+    assert right == (within is None)
+    parsed = _compile_jinja_template(body).environment.parse(body)
+    assert set(marks_within(parsed)) == {within}
 
 
 def test_a_day_and_a_file_for_the_template(tmp_path: Path) -> None:
