@@ -254,6 +254,11 @@ class ShardFolder:
                 f"{self.store.where(part)}: its commit record has {record.rows} rows and {record.tokens} tokens, the "
                 f"manifest plans {plan.rows} and {plan.tokens}; {REMEDY}"
             )
+        if unknown := sorted({*record.quarantined} - {*self.manifest.references}):
+            raise ValueError(
+                f"{self.store.where(record_name(part))}: lists rows that {unknown[0]!r} could not score, which is no reference of "
+                f"the manifest; {REMEDY}"
+            )
         if bool(record.batches) != (version == 2):
             raise ValueError(
                 f"{self.store.where(record_name(part))}: not of format {version} like its manifest; {REMEDY}"
@@ -286,13 +291,15 @@ class ShardFolder:
         reader = self.open_part(part)
         return PartRows(reader, self.manifest, self._index[part], self.store.where(part), self.record(part).quarantined)
 
-    def open_rows(self, part: str, columns: Iterable[str] | None = None) -> PartRows:
+    def open_rows(
+        self, part: str, columns: Iterable[str] | None = None, record: CommitRecord | None = None
+    ) -> PartRows:
         """The rows of a part, with the columns that a check of `columns` needs too; None reads all.
 
         Bytes of these columns alone are read and hashed, where rows are asked for, by any number of threads; a part without
-        sums is hashed whole here. ValueError as of open_part, here or there.
+        sums is hashed whole here. record: that of the part, where it is known. ValueError as of open_part, here or there.
         """
-        manifest, record = self.manifest, self.record(part)
+        manifest, record = self.manifest, record or self.record(part)
         names = None if columns is None else columns_to_read(columns, manifest)
         reader = open_batches(self.store, record, manifest, self.part_metadata(part), names)
         return PartRows(reader, manifest, self._index[part], self.store.where(part), record.quarantined)
