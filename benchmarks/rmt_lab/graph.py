@@ -7,9 +7,10 @@
 The last line's steps are known when rmt is done: `RmtSeed(..., compute)` then has all stages, the others first as before.
 """
 
-from dataclasses import asdict
+from dataclasses import fields
 
 from benchmarks.lab.graph import ARMS, CONTEXT, Arm, Seed
+from benchmarks.lab.recipe import Recipe
 from benchmarks.rmt_lab.compute import equal_steps
 from benchmarks.rmt_lab.recipe import RECIPES, RmtRecipe, RmtSize
 from pipelines.flywheel.stages import At, Stage, Word
@@ -51,7 +52,9 @@ class RmtSeed(Seed):
     def _build(self) -> None:
         recipe = self.recipe
         words: tuple[Word, ...] = ("--size", self.size, "--seed", str(self.seed), "--out", At("out"))
-        self.data = self.add("data", "benchmarks.rmt_lab.data", words, {}, settings=asdict(recipe))
+        # what reinforcement mid-training adds to the recipe changes no data
+        settings = {entry.name: getattr(recipe, entry.name) for entry in fields(Recipe)}
+        self.data = self.add("data", "benchmarks.rmt_lab.data", words, {}, settings=settings)
         self.base = self.train(
             "pretrain", self.data, "start", "pretraining", ARMS["ntp"], recipe.pretraining_steps,
             recipe.pretraining_learning_rate,

@@ -17,7 +17,7 @@ class RmtRecipe(Recipe):
     pretraining_steps: int = 600
     midtraining_steps: int = 300
     """Of the reference before its SFT, and the steps for which the corpus has rows."""
-    midtraining_learning_rate: float = 1e-3
+    midtraining_learning_rate: float = 3e-3
     """Of NTP and ReMiT, and of the warm-up of the format."""
     sft_examples: int = 1000
     evaluations: int = 0
@@ -42,7 +42,7 @@ RECIPES: dict[RmtSize, RmtRecipe] = {
     "full": RmtRecipe(),
     "small": RmtRecipe(
         hidden_size=64, intermediate_size=128, layers=2, heads=2, pretraining_steps=200, midtraining_steps=100,
-        sft_examples=256, format_steps=60, policy_steps=40, eval_positions=200, problems=100, curve_problems=100, sampled=0,
+        sft_examples=256, format_steps=80, policy_steps=24, eval_positions=150, problems=100, curve_problems=100, sampled=0,
         texts=50, post_trained=(),
     ),
 }  # fmt: skip
