@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.lab.claims import VERDICTS, Finding, is_counted, judge_all
+from benchmarks.lab.claims import VERDICTS, Finding, Kind, estimate, is_counted, judge_all, paired
 from benchmarks.lab.report import markdown_table
 from benchmarks.lab.results import Results, read
 from benchmarks.lab.tables import ABSENT, Table, claims_table, setup_table
-from benchmarks.lab.claims import Kind, estimate, paired
 from benchmarks.rmt_lab.claims import CLAIMS
 from shards.store import LocalStore
 

@@ -257,6 +257,8 @@ def check_rmt(config: FlywheelConfig, rmt: Options) -> None:
             "rmt.reward is 'gain', expected match or prefix: the loop stores no log-probs of the base for it to compare with"
         )
     if config.score.get("entropy") is False:
-        raise ValueError("score.entropy is False, expected nothing or true with rmt, whose curriculum reads the entropy")
+        raise ValueError(
+            "score.entropy is False, expected nothing or true with rmt, whose curriculum reads the entropy"
+        )
     if "eval_shards" in rmt and config.heldout:
         raise ValueError("heldout and rmt.eval_shards are both given, expected one of them")
