@@ -3,10 +3,10 @@
     python -m benchmarks.rmt_lab --size small --seeds 1 2 3 --out lab-rmt
 
 Out: OUT/results.parquet with the seeds that are done, OUT/report.md; OUT/stages, OUT/records and OUT/logs as remit flywheel
-writes them. The same command again does what is missing; other seeds are added by naming them.
+writes them. The same command again does what is missing; other seeds are added by naming them. It takes one core; two commands
+with an OUT each run side by side.
 """
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,18 +39,19 @@ def run(config: RmtLabConfig, should_stop: ShouldStop) -> int:
     from rich.console import Console
 
     from benchmarks.lab import results as of_lab
+    from benchmarks.lab.__main__ import take_one_core
     from benchmarks.rmt_lab import report, results
     from benchmarks.rmt_lab.graph import RmtSeed
     from pipelines.flywheel.folder import survey
     from pipelines.flywheel.run import run_stages
     from pipelines.flywheel.show import show_plan
 
-    os.environ["OMP_NUM_THREADS"] = "1"  # the last digits of a sum depend on the number of threads
     for number in config.seeds:
         seed = RmtSeed(config.size, number)
         if config.dry_run:
             show_plan(survey(seed.stages, config.out), config.out, Console())
             continue
+        take_one_core(config.seeds[0])
         outcome = run_stages(seed.stages, config.out, should_stop)
         if not outcome.finished:
             return STOPPED
