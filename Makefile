@@ -129,7 +129,7 @@ ifdef BASE
 rmt: $(VENV)/.installed-flywheel ## reinforcement mid-training of BASE on RMT_SHARDS, which were scored with --entropy
 	$(BIN)/remit rmt --shards $(RMT_SHARDS) --model $(BASE) --reference $(NAME) --out $(RMT_OUT) $(RMT_ARGS)
 else
-SAMPLE_RMT = --first-budget 16 --budget-decay 0.25 --positions-per-step 16 --max-steps 40 --format-steps 60 \
+SAMPLE_RMT = --first-budget 16 --budget-decay 0.25 --positions-per-step 16 --max-steps 30 --format-steps 80 \
 	--learning-rate 2e-4 --format-learning-rate 1e-3 --micro-batch-size 32 --checkpoint-every 20 --eval-positions 64
 
 rmt: $(VENV)/.installed-flywheel $(SAMPLE)/reference

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
+from oracles import contexts, read_rows
 from rmt_shards import THRESHOLDS, places_by_tier, with_entropy
 
 from benchmarks.lab.claims import CONTRADICTED, MISSING, ONE_SEED, REPRODUCED, judge_all
@@ -20,6 +21,9 @@ from benchmarks.rmt_lab.recipe import RECIPES
 from benchmarks.rmt_lab.results import with_thought
 from pipelines.cli import parse
 from pipelines.flywheel.stages import Stage
+from pipelines.rmt.evaluation import draw_held_out
+from pipelines.rmt.settings import TIERS
+from shards.folder import ShardFolder
 
 ARMS = {"rmt", "rpt", "no-budget", "no-curriculum", "no-ntp", "ntp-steps", "remit-steps", "ntp", "remit"}
 
@@ -98,33 +102,21 @@ def test_next_tokens_are_those_of_one_row_at_a_time() -> None:
 
 
 def test_accuracy_is_that_of_the_tiers(packed: Path, reference_model: Path, tmp_path: Path) -> None:
-    """Against pyarrow and one forward per position, over all positions of each tier that there are."""
+    """Of the same positions, found again by pyarrow alone, with one forward for each."""
     shards = with_entropy(packed, tmp_path / "scored")
     model = transformers.AutoModelForCausalLM.from_pretrained(reference_model, dtype="float32").eval()
-    expected, rows = {}, _rows(shards)
-    for tier, places in zip(("easy", "medium", "hard"), places_by_tier(shards, THRESHOLDS)[1:], strict=True):
-        hits = []
-        for row, place in places[:: max(1, len(places) // 40)]:
-            ids, lengths = rows[row]
-            start = max(end for end in _starts(lengths) if end <= place)
-            guess = int(model(torch.tensor([ids[start:place]])).logits[0, -1].argmax())
-            hits.append(guess == ids[place])
-        expected[tier] = (sum(hits) / len(hits), len(hits))
-    config = measure.MeasureConfig(reference_model, tmp_path, shards, tmp_path, positions=10**6)
+    config = measure.MeasureConfig(reference_model, tmp_path, shards, tmp_path, positions=12)
     found = measure.bare_accuracy(model, config)
-    for tier, (share, num) in expected.items():  # of a sample of them
-        assert abs(found[f"bare_{tier}"] - share) <= 4 * math.sqrt(max(share * (1 - share), 0.02) / num)
-    assert found["bare_all"] == pytest.approx(sum(found[f"bare_{tier}"] for tier in expected) / 3)
-
-
-def _rows(shards: Path) -> list[tuple[list[int], list[int]]]:
-    from oracles import read_rows
-
-    return [(row["input_ids"], row["doc_lengths"]) for row in read_rows(shards)]
-
-
-def _starts(lengths: list[int]) -> list[int]:
-    return [sum(lengths[:number]) for number in range(len(lengths))]
+    tiers, rows, hits = places_by_tier(shards, THRESHOLDS), read_rows(shards), {}
+    for position in draw_held_out(ShardFolder(str(shards)), "rl", THRESHOLDS, 12, 10**6):
+        assert (position.row, position.place) in tiers[position.tier]
+        row = rows[position.row]
+        start = max(start for start, _ in contexts(row, "document") if start <= position.place)
+        guess = int(model(torch.tensor([row["input_ids"][start : position.place]])).logits[0, -1].argmax())
+        hits.setdefault(TIERS[position.tier], []).append(guess == row["input_ids"][position.place])
+    shares = {f"bare_{tier}": sum(right) / len(right) for tier, right in hits.items()}
+    assert {tier: len(right) for tier, right in hits.items()} == {"easy": 12, "medium": 12, "hard": 12}
+    assert found == pytest.approx(shares | {"bare_all": sum(shares.values()) / 3})
 
 
 def made_up(seeds: int, lead: float) -> Results:
