@@ -37,7 +37,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
 .PHONY: help install sample score train verify inspect test test-fast test-slow test-real docs lint clean bench bench-score bench-pack \
-	bench-packing bench-scale bench-train bench-head bench-topk gpu-check gpu-score-check lab lab-rmt rmt
+	bench-packing bench-scale bench-train bench-head bench-topk bench-bucket gpu-check gpu-score-check lab lab-rmt rmt
 
 help: ## list targets and variables
 	@echo "targets:"
@@ -210,6 +210,10 @@ bench-head: $(VENV)/.installed-dev ## memory of the loss head as vocabulary and 
 
 bench-topk: $(VENV)/.installed-dev $(SAMPLE)/reference ## bytes per token of a reference's most probable tokens
 	$(BIN)/python -m benchmarks.bench_topk --sample $(SAMPLE)
+
+bench-bucket: $(VENV)/.installed-real ## what k stored tokens and a bucket cost a reverse KL, on a real model
+	$(BIN)/python -m tests.real.models
+	$(BIN)/python -m benchmarks.bench_bucket
 
 bench: bench-score bench-pack bench-packing bench-scale bench-train bench-head bench-topk ## all benchmarks
 

@@ -1,9 +1,10 @@
 """How fast remit pack is against the tokenizer alone, and how much memory it takes as the corpus grows.
 
-    python -m benchmarks.bench_pack [--megabytes 48] [--grow 10 100 1000]        (make bench-pack)
+    python -m benchmarks.bench_pack [--megabytes 48] [--grow 10 100 1000] [--grow-tokens 20 200 800]     (make bench-pack)
 
 Text: source files and documentation of the installed Python packages. The tokenizer: byte-level BPE of 8,192 tokens
-trained on a sample of it. Bare: tokenizers' encode_batch over the same documents on the same cores.
+trained on a sample of it. Bare: tokenizers' encode_batch over the same documents on the same cores. Token ids: what the
+text became, again and again, as OLMo-core's .npy and as datatrove's .ds with its index.
 """
 
 import json
@@ -16,6 +17,8 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from time import perf_counter
+
+import numpy as np
 
 from benchmarks.common import Claim, PeakMemory, claim, report
 
@@ -84,11 +87,51 @@ def packed_tokens_per_second(corpus: Path, tokenizer: Path, out: Path) -> float:
     return folder.manifest.tokens / (perf_counter() - began)
 
 
+def write_token_corpus(folder: Path, packed: Path, millions: int, kind: str, files: int = 2) -> None:
+    """About so many million tokens of a packed folder, in documents, as .npy or .ds."""
+    from shards import ShardFolder
+
+    shards = ShardFolder(packed)
+    rows = list(shards.batches(["input_ids"]))
+    ids = np.concatenate([batch.ids for batch in rows]).astype(np.uint16)
+    ends = np.flatnonzero(ids == shards.manifest.tokenizer["eos_token_id"]) + 1
+    ids = ids[: ends[-1]]
+    folder.mkdir(parents=True)
+    for index in range(files):
+        times = max(1, round(millions * 10**6 / files / len(ids)))
+        with open(folder / f"{index}.{kind}", "wb") as file:
+            for _ in range(times):
+                ids.tofile(file)
+        if kind == "ds":
+            all_ends = [ends.astype(np.uint64) + np.uint64(time * len(ids)) for time in range(times)]
+            np.concatenate(all_ends).tofile(folder / f"{index}.ds.index")
+
+
+def memory_of_tokens(folder: Path, millions: list[int]) -> list[Claim]:
+    """Peak memory of packing token ids as they become more."""
+    peaks = []
+    for count in millions:
+        write_token_corpus(folder / f"ids-{count}", folder / "out-8-0", count, "npy")
+        with PeakMemory() as memory:
+            speed = packed_tokens_per_second(folder / f"ids-{count}", folder / "tokenizer", folder / f"ids-out-{count}")
+        peaks.append(memory.peak)
+        print(f"{count}M token ids: {speed:,.0f} tokens/s, peak {memory.peak / 1e6:,.0f} MB")
+    if not peaks:
+        return []
+    name = f"memory of pack of token ids, {millions[-1]}M / {millions[0]}M"
+    return [
+        claim(name, [peaks[-1] / peaks[0]], at_most=1.1),
+        claim("memory of pack of token ids, MB", [median(peaks) / 1e6]),
+    ]
+
+
 def main() -> int:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--megabytes", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--grow", type=int, nargs="*", default=[10, 100, 1000], help="megabytes; none: skip it")
+    parser.add_argument("--tokens", type=int, default=200, help="millions of token ids")
+    parser.add_argument("--grow-tokens", type=int, nargs="*", default=[20, 200, 800], help="millions; none: skip it")
     options = parser.parse_args()
     from scorer.cluster import ray_cluster
 
@@ -100,6 +143,7 @@ def main() -> int:
             write_corpus(folder / f"corpus-{files}", options.megabytes * 10**6, files)
         texts = list(documents(options.megabytes * 10**6))
         ratios: dict[int, list[float]] = {1: [], 8: []}
+        times_text: dict[str, list[float]] = {"npy": [], "ds": []}
         speeds = []
         for index in range(options.rounds):
             bare = bare_tokens_per_second(folder / "tokenizer", texts)
@@ -107,6 +151,13 @@ def main() -> int:
             for files, values in ratios.items():
                 out = folder / f"out-{files}-{index}"
                 values.append(packed_tokens_per_second(folder / f"corpus-{files}", folder / "tokenizer", out) / bare)
+            for kind, values in times_text.items():
+                corpus = folder / f"tokens-{kind}"
+                if not corpus.exists():
+                    write_token_corpus(corpus, folder / f"out-8-{index}", options.tokens, kind)
+                speed = packed_tokens_per_second(corpus, folder / "tokenizer", folder / f"out-{kind}-{index}")
+                values.append(speed / (ratios[8][-1] * bare))
+                print(f"round {index}: {kind} {speed:,.0f} tokens/s, x {values[-1]:.1f} of text")
             print(
                 f"round {index}: bare {bare:,.0f} tokens/s, pack x "
                 + ", x ".join(f"{v[-1]:.2f}" for v in ratios.values())
@@ -114,6 +165,8 @@ def main() -> int:
         claims.append(claim("pack / bare encode_batch, one corpus file", ratios[1], 0.7))
         claims.append(claim("pack / bare encode_batch, eight corpus files", ratios[8], 0.7))
         claims.append(claim("bare encode_batch, tokens/s", speeds))
+        for kind, values in times_text.items():
+            claims.append(claim(f"pack of token ids (.{kind}) / pack of text, tokens/s", values, 20))
         peaks = []
         for megabytes in options.grow:
             corpus = folder / f"grow-{megabytes}"
@@ -129,6 +182,7 @@ def main() -> int:
                 )
             )
             claims.append(claim("memory of pack, MB", [median(peaks) / 1e6]))
+        claims += memory_of_tokens(folder, options.grow_tokens)
     return report("pack", claims)
 
 

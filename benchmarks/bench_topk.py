@@ -19,7 +19,9 @@ import torch
 import transformers
 import zstandard
 
+from benchmarks.bench_bucket import text
 from benchmarks.common import Claim, claim, make_shards, report
+from scorer.logits import draws
 from scorer.rowcheck import round_logprobs
 from shards import ShardFolder, write_part
 from shards.schema import list_array
@@ -29,6 +31,7 @@ from shards.topk import topk_array
 KNOWN = {"sparse sampling of the distribution": 36, "polynomial compression, least": 114, "the same, most": 344}
 LARGE_VOCABULARY = 100_352
 STEP = 1 / 64
+DRAWS = (10, 25, 50, 100)
 
 
 @torch.no_grad()
@@ -63,14 +66,15 @@ def zipf_ids(tokens: int, k: int, seed: int = 0) -> np.ndarray:
     return found
 
 
-def size_of(columns: dict[str, pa.Array], folder: Path, k: int, length: int, rows: int) -> float:
-    """Bytes per token that columns of the most probable tokens add to a part."""
+def size_of(columns: dict[str, pa.Array], folder: Path, k: int, length: int, rows: int, option: str = "top_k") -> float:
+    """Bytes per token that columns of the most probable tokens, or of the drawn ones ("sample_k"), add to a part."""
     plain = make_shards(folder / "plain", LARGE_VOCABULARY, 1, rows, length)
     batch = pa.ipc.open_file(folder / "plain" / plain.manifest.parts[0].name).get_batch(0)
     logprobs = pa.array([[None] + [-1.0] * (length - 1)] * rows, pa.list_(pa.float32()))
     sizes = []
     for kept in (0, k):
-        reference = {"context": "packed", "logprob_step": STEP, "model": "sample", "top_k": kept}
+        reference = {"context": "packed", "logprob_step": STEP, "model": "sample", option: kept}
+        reference["vocab_size"] = LARGE_VOCABULARY
         manifest = replace(plain.manifest, references={"rl": reference})
         values = [*batch.columns, logprobs, *(columns.values() if kept else ())]
         out = folder / str(kept)
@@ -82,15 +86,64 @@ def size_of(columns: dict[str, pa.Array], folder: Path, k: int, length: int, row
     return (sizes[1] - sizes[0]) / (rows * length)
 
 
-def measured(top_ids: np.ndarray, logprobs: np.ndarray, length: int = 256) -> float:
-    """Bytes per token of ids and log-probs [rows * (length - 1), k]; a row's first token has none."""
+@torch.no_grad()
+def top_of_real(folder: Path, rows: int, k: int) -> tuple[np.ndarray, ...]:
+    """Ids and log-probs [rows * 255, k] of a model on this project's pages and sources, its entropies at temperature 2, and ids
+    that are drawn from its distributions, [rows * 255, draws]."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.tensor(tokenizer(text()).input_ids)
+    rows = min(rows, len(ids) // 256)
+    found = []
+    for row in ids[: rows * 256].reshape(rows, 256):
+        logprobs = model(input_ids=row[None]).logits[0, :-1].log_softmax(-1)
+        top = logprobs.topk(k)
+        hot = torch.special.entr((logprobs / 2).softmax(-1)).sum(-1)
+        found.append((top.indices, top.values, hot, draws(logprobs, row[1:], DRAWS[-1])))
+    top_ids, values, entropies, drawn = (torch.cat(parts).numpy() for parts in zip(*found))
+    return top_ids.astype(np.int32), round_logprobs(values, STEP), entropies, drawn.astype(np.int32)
+
+
+def measured_draws(ids: np.ndarray, length: int = 256) -> float:
+    """Bytes per token of drawn ids [rows * (length - 1), S]; a row's first token has none."""
+    count, rows = ids.shape[1], len(ids) // (length - 1)
+    present = np.tile(np.arange(length) > 0, rows)
+    filled = np.zeros((rows * length, count), np.int32)
+    filled[present] = ids[: rows * (length - 1)]
+    columns = {"ids": list_array(topk_array(filled, present), np.full(rows, length))}
+    with TemporaryDirectory() as folder:
+        return size_of(columns, Path(folder), count, length, rows, "sample_k")
+
+
+def real_claims(folder: Path, rows: int, counts: list[int]) -> list[Claim]:
+    """All tokens against those whose entropy is lowest, of a real model."""
+    claims = []
+    top_ids, logprobs, entropies, drawn = top_of_real(folder, rows, max(counts))
+    for count in DRAWS:
+        values = drawn[:, :: DRAWS[-1] // count]
+        claims.append(claim(f"{count} drawn tokens, {folder.name}: bytes per token", [measured_draws(values)]))
+    for k in counts:
+        own = np.ascontiguousarray(top_ids[:, :k]), np.ascontiguousarray(logprobs[:, :k])
+        for share in (1.0, 0.3, 0.25, 0.2):
+            kept = entropies <= np.quantile(entropies, share)
+            what = "all tokens" if share == 1 else f"the {share:.0%} of lowest entropy"
+            claims.append(claim(f"top {k}, {folder.name}, {what}: bytes per token", [measured(*own, kept=kept)]))
+    return claims
+
+
+def measured(top_ids: np.ndarray, logprobs: np.ndarray, length: int = 256, kept: np.ndarray | None = None) -> float:
+    """Bytes per token of ids and log-probs [rows * (length - 1), k]; a row's first token has none, and none has one where `kept`
+    is False."""
     k, rows = top_ids.shape[1], len(top_ids) // (length - 1)
     present = np.tile(np.arange(length) > 0, rows)
+    shown = present.copy()
+    if kept is not None:
+        shown[present] = kept[: int(present.sum())]
     columns = {}
     for name, values in (("ids", top_ids), ("logprobs", logprobs)):
         filled = np.zeros((rows * length, k), values.dtype)
         filled[present] = values[: rows * (length - 1)]
-        columns[name] = list_array(topk_array(filled, present), np.full(rows, length))
+        columns[name] = list_array(topk_array(filled, shown), np.full(rows, length))
     with TemporaryDirectory() as folder:
         return size_of(columns, Path(folder), k, length, rows)
 
@@ -100,9 +153,12 @@ def main() -> int:
     parser.add_argument("--sample", type=Path, default=Path(".cache/sample"))
     parser.add_argument("--rows", type=int, default=120)
     parser.add_argument("--top-k", type=int, nargs="+", default=[8, 32, 64])
+    parser.add_argument(
+        "--real", type=Path, help="also of this model, as .cache/real/smollm2: all tokens and the surest"
+    )
     options = parser.parse_args()
-    claims: list[Claim] = []
-    for k in options.top_k:
+    claims: list[Claim] = real_claims(options.real, options.rows, options.top_k) if options.real else []
+    for k in options.top_k if options.sample.exists() else ():
         top_ids, logprobs = top_of_sample(options.sample, options.rows, k)
         small, large = measured(top_ids, logprobs), measured(zipf_ids(len(logprobs), k), logprobs)
         claims.append(claim(f"top {k}, the sample's reference: bytes per token", [small]))

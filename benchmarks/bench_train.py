@@ -153,18 +153,21 @@ def variants(folder: Path, model: Path, num_steps: int, rows: int) -> list[Claim
 
 
 def objectives(folder: Path, model: Path, num_steps: int, rows: int) -> list[Claim]:
-    """RHO-1 and distillation against NTP: steps in turn, on the same rows."""
+    """RHO-1, distillation and the switch against NTP: steps in turn, on the same rows."""
     import torch
 
     from benchmarks.training import Steps, annotate
 
-    shards, device = annotate(folder / "packed", folder / "top", top_k=TOP_K), torch.device("cpu")
+    shards, device = annotate(folder / "packed", folder / "top", top_k=TOP_K, temperature=2.0), torch.device("cpu")
     # name: (objective, rows of a micro-batch, settings, the claim and its target)
     kinds: dict[str, tuple] = {
         "rho1 row": ("rho1", rows, {"scope": "row"}, "RHO-1, scope row / NTP step", 1.02),
         "rho1 micro": ("rho1", rows, {"scope": "micro"}, f"RHO-1, scope micro ({rows} rows) / NTP step", 1.02),
         "rho1 global": ("rho1", 1, {"scope": "global"}, f"RHO-1, scope global, {rows} micro-batches / NTP step", None),
         "kd": ("kd", rows, {}, f"KD, k = {TOP_K} / NTP step", 1.25),
+        "rkl": ("rkl", rows, {}, f"reverse KL, k = {TOP_K} / NTP step", 1.3),
+        "rkl 2": ("rkl", rows, {"temperature": 2.0}, f"reverse KL at temperature 2, k = {TOP_K} / NTP step", 1.3),
+        "switch": ("switch", rows, {}, f"switch at temperature 2, k = {TOP_K} / NTP step", 1.3),
     }
     claims = []
     for name, (objective, micro_batch_size, settings, text, target) in kinds.items():  # two models in memory at a time

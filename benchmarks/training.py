@@ -12,16 +12,18 @@ import pyarrow as pa
 import torch
 
 from shards import Manifest, ShardFolder, write_part
+from shards.entropy import entropy_columns
 from trainer.batch import MicroBatch, collate
+from trainer.batches import GlobalBatch, global_batches
 from trainer.config import TrainConfig
-from trainer.data import GlobalBatch, RowReader, global_batches
+from trainer.data import RowReader, RowReaders
 from trainer.distributed import World, scalar
 from trainer.first_pass import first_pass
 from trainer.head import token_losses
 from trainer.loss_model import LossModel
+from trainer.mix import MixedOrder
 from trainer.model import Base, load_base
 from trainer.objectives import ObjectiveSettings, make_objective
-from trainer.order import RowOrder
 from trainer.setup import make_optimizer
 from trainer.statistics import StepStatistics
 
@@ -31,12 +33,22 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def annotate(shards: Path, out: Path, step: float = 1 / 64, top_k: int = 0, context: str = "packed") -> ShardFolder:
-    """`shards` with columns of random log-probs, as a reference of that vocabulary would give them in that context."""
+def annotate(
+    shards: Path,
+    out: Path,
+    step: float = 1 / 64,
+    top_k: int = 0,
+    context: str = "packed",
+    temperature: float | None = None,
+) -> ShardFolder:
+    """`shards` with columns of random log-probs, as a reference of that vocabulary would give them in that context; with a
+    temperature also of random entropies."""
     rng = np.random.default_rng(1)
     manifest = Manifest.read(shards)
     reference = {"context": context, "logprob_step": step, "model": "random", "engine": "none"}
     reference |= {"top_k": top_k} if top_k else {}
+    vocabulary = manifest.tokenizer["vocab_size"]
+    reference |= {"entropy": True, "entropy_temperature": temperature, "vocab_size": vocabulary} if temperature else {}
     manifest = replace(manifest, references={"rl": reference})
     manifest.write(out)
     (out / "_tokenizer").mkdir()
@@ -56,7 +68,11 @@ def annotate(shards: Path, out: Path, step: float = 1 / 64, top_k: int = 0, cont
             top = []
             if top_k:
                 rows = batch.column("input_ids").to_pylist()
-                values, *top = random_top(rng, rows, manifest.tokenizer["vocab_size"], top_k, step)
+                values, *top = random_top(rng, rows, vocabulary, top_k, step)
+            for least, largest in entropy_columns("rl", reference).values():
+                own = [np.round(rng.uniform(least, largest, len(row)) / step) * step for row in values]
+                own = [[None if v is None else x for v, x in zip(row, xs.tolist())] for row, xs in zip(values, own)]
+                top.append(pa.array(own, pa.list_(pa.float32())))
             columns = [*batch.columns, pa.array(values, pa.list_(pa.float32())), *top]
             batches.append(pa.record_batch(columns, schema=manifest.schema))
         write_part(out, plan.name, manifest.schema, manifest.part_metadata(index), batches)
@@ -96,16 +112,18 @@ class Steps:
         **settings: Any,
     ) -> None:
         self.device, self.micro_batch_size, self.online = device, micro_batch_size, online
-        self.objective = make_objective(ObjectiveSettings(objective=objective, **settings))  # type: ignore[arg-type]
+        chosen = ObjectiveSettings(objective=objective, **settings)  # type: ignore[arg-type]
+        self.objective = make_objective(chosen, shards.manifest.references.get("rl"))
         stored = self.objective.columns and online is None
         self.base = load_base(model, dtype, device)
         self.base.prepare(False, compile_layers)
         self.model = LossModel(self.base)
-        self.optimizer = make_optimizer(self.model, TrainConfig("", "", Path("."), learning_rate=1e-5))
+        self.optimizer = make_optimizer(self.model, TrainConfig(("shards",), "", Path("run"), learning_rate=1e-5))
         reference = "rl" if stored else None
         reader = RowReader(shards, "packed", reference, self.base.num_embeddings, self.objective.columns)
-        order = RowOrder(reader.block_rows, seed=0)
-        self.batches: Iterator[GlobalBatch] = global_batches(reader, order, batch_size, 0, num_steps, None)
+        order = MixedOrder.of_one(reader.block_rows, seed=0)
+        read = RowReaders([reader]).read_packed
+        self.batches: Iterator[GlobalBatch] = global_batches(read, order, batch_size, 0, num_steps)
         self.waited = self.seconds = self.loss = 0.0
         self.tokens = 0
 
@@ -114,7 +132,7 @@ class Steps:
         synchronize(self.device)
         began = perf_counter()
         batch = next(self.batches)
-        statistics = StepStatistics(self.device, figures=self.objective.figures)
+        statistics = StepStatistics(self.device, figures=self.objective.figures, per=self.objective.per)
         predicted = sum(int(row.predicted.sum()) for row in batch.rows)
         micro_batches = batch.micro_batches(self.micro_batch_size, 1)
         padded = partial(collate, context="packed", device=self.device)

@@ -22,7 +22,8 @@ from shards.fingerprint import weights_fingerprint
 from shards.folder import ShardFolder
 from shards.modelfolder import require_language_model
 from shards.rows import Rows
-from shards.schema import logprobs_column, topk_columns
+from shards.samples import excess
+from shards.schema import logprobs_column, sample_column, topk_columns
 from trainer.objectives.remit import remit_weights
 
 WEIGHT_CHANGE = 0.02
@@ -36,7 +37,8 @@ class Numerics:
     weights_changed: by more than 0.02; clip_changed: clipped with the one log-prob and not with the other. Both
     with the losses of `base`; where none is given the reference stands in for it, which makes every weight as
     sensitive as it can be. topk_mean, entropy_mean: mean |difference| of the stored most probable tokens, and of the stored
-    entropies and log partition sums; None where there are none.
+    entropies and log partition sums; None where there are none. sample_excess: by how much the share of the most probable token
+    among the drawn ones is further from its probability than draws can be, in the mean.
 
     tolerance, topk_tolerance, entropy_tolerance: largest means that pass; bias_tolerance: largest |bias - rounding_bias|, which is what
     rounding to the column's step adds to these very log-probs. They come from own_mean: mean |difference| between a
@@ -62,12 +64,15 @@ class Numerics:
     topk_tolerance: float | None = None
     entropy_mean: float | None = None
     entropy_tolerance: float | None = None
+    sample_excess: float | None = None
 
     @property
     def passes(self) -> bool:
         if self.topk_mean is not None and not self.topk_mean <= (self.topk_tolerance or 0.0):
             return False
         if self.entropy_mean is not None and not self.entropy_mean <= (self.entropy_tolerance or 0.0):
+            return False
+        if self.sample_excess is not None and not self.sample_excess <= self.tolerance:
             return False
         if not np.isfinite(self.tolerance):  # a forward in that dtype overflows: nothing tells what is right
             return False
@@ -137,13 +142,17 @@ def measure(
     rounding: list[np.ndarray] = []
     top_differences: list[tuple[np.ndarray, np.ndarray]] = []
     entropy_differences: list[tuple[np.ndarray, np.ndarray]] = []
+    drawn: list[np.ndarray] = []
     changed = clip_changed = used = weighed = 0
     entropies = list(entropy_columns(name, reference))
     columns = [logprobs_column(name), *(topk_columns(name) if reference.get("top_k") else ()), *entropies]
+    columns += [sample_column(name)] if reference.get("sample_k") else []
     for row in folder.rows(np.sort(chosen), columns):
         stored, again, own, losses = _row(row, name, forward, own_forward, base_forward)
         if reference.get("top_k"):
             top_differences.append(_top_row(row, name, forward, own_forward))
+        if reference.get("sample_k"):
+            drawn.append(_sample_row(row, name, forward))
         if entropies:
             entropy_differences.append(_entropy_row(row, name, forward, own_forward))
         on_row()
@@ -192,6 +201,7 @@ def measure(
         topk_tolerance=None if topk is None else limits.topk_mean + step / 2,
         entropy_mean=entropy,
         entropy_tolerance=None if entropy is None else limits.entropy_mean + step / 2,
+        sample_excess=float(np.concatenate(drawn).mean()) if drawn else None,
     )
 
 
@@ -221,18 +231,30 @@ def _entropy_row(row: Rows, name: str, forward: Callable, own_forward: Callable)
     return np.concatenate(found), np.concatenate(own)
 
 
+def _sample_row(row: Rows, name: str, forward: Callable) -> np.ndarray:
+    """`excess` of the drawn tokens of a row, at each place that has any."""
+    found, ids_TS = [np.zeros(0)], row.values(sample_column(name))
+    for start, end in _scored_spans(row, name):
+        best = forward(row.ids[start:end], best=1)
+        probabilities = np.exp(best.topk_logprobs[:, 0].astype(np.float64))
+        found.append(excess(ids_TS[start + 1 : end], best.topk_ids[:, 0], probabilities))
+    return np.concatenate(found)
+
+
 def _top_row(row: Rows, name: str, forward: Callable, own_forward: Callable) -> tuple[np.ndarray, np.ndarray]:
     """|stored - rescored| of the most probable tokens of a row, and |in the column's dtype - rescored| of the same."""
     found, own = [np.zeros(0)], [np.zeros(0)]
     ids_TK, stored_TK = row.topk(name)
     for start, end in _scored_spans(row, name):
         prompt, ids_NK = row.ids[start:end], ids_TK[start + 1 : end]
+        kept_N = ids_NK[:, 0] >= 0  # not all places have any with --top-k-below-entropy
+        ids_NK = np.where(kept_N[:, None], ids_NK, 0)
         again_NK = forward(prompt, ids_NK=ids_NK)[1]
-        found.append(np.abs(stored_TK[start + 1 : end].astype(np.float64) - again_NK).ravel())
+        found.append(np.abs(stored_TK[start + 1 : end].astype(np.float64) - again_NK)[kept_N].ravel())
         if own_forward is not forward:
-            own.append(np.abs(own_forward(prompt, ids_NK=ids_NK)[1] - again_NK).ravel())
+            own.append(np.abs(own_forward(prompt, ids_NK=ids_NK)[1] - again_NK)[kept_N].ravel())
         else:
-            own.append(np.zeros(again_NK.size))
+            own.append(np.zeros(again_NK[kept_N].size))
     return np.concatenate(found), np.concatenate(own)
 
 
@@ -284,6 +306,10 @@ def show(numerics: Numerics, console: Console) -> None:
     if numerics.entropy_mean is not None:
         rows["mean |difference| of entropies"] = (
             f"{numerics.entropy_mean:.2e} nat (at most {numerics.entropy_tolerance:.2e})"
+        )
+    if numerics.sample_excess is not None:
+        rows["shares of drawn tokens"] = (
+            f"off by {numerics.sample_excess:.2e} more than draws are (at most {numerics.tolerance:.2e})"
         )
     print_table(console, ["", ""], rows.items(), left=2, ruled=False)
     console.print(numerics.verdict)

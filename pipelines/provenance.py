@@ -38,7 +38,7 @@ def print_references(
             _dtype(reference),
             reference["context"],
             _step(reference.get("logprob_step", 0)),
-            *([str(reference.get("top_k", "-"))] if top_k else []),
+            *([_top_k(reference)] if top_k else []),
             *([_entropy(reference)] if entropy else []),
             *(column[name] for column in (counts or {}).values()),
         ]
@@ -49,6 +49,12 @@ def print_references(
     for name, reference in manifest.references.items():
         if differences := reference.get("tokenizer_differences"):
             print_lines(console, f"tokenizer of {name}: {'; '.join(map(str, differences))}")
+
+
+def _top_k(reference: dict[str, Any]) -> str:
+    """How many, and where."""
+    threshold = reference.get("top_k_below_entropy")
+    return str(reference.get("top_k", "-")) + ("" if threshold is None else f" below {threshold:.4g} nat")
 
 
 def _entropy(reference: dict[str, Any]) -> str:

@@ -32,8 +32,8 @@ def train_on_ray(config: TrainConfig, should_stop: Callable[[], bool]) -> TrainR
     """
     # Ray's workers have another working directory
     config = replace(
-        config, out=config.out.absolute(), shards=absolute(config.shards), model=absolute(config.model),
-        eval_shards=config.eval_shards and absolute(config.eval_shards),
+        config, out=config.out.absolute(), shards=_absolute_shards(config), mix=config.mix and config.mix.absolute(),
+        model=absolute(config.model), eval_shards=config.eval_shards and absolute(config.eval_shards),
     )  # fmt: skip
     config.out.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -61,6 +61,22 @@ def train_on_ray(config: TrainConfig, should_stop: Callable[[], bool]) -> TrainR
         except Exception as error:
             raise RuntimeError(f"a worker of Ray Train failed: {_last_line(cause(error))}") from error
     return run_result(config.out)
+
+
+def _absolute_shards(config: TrainConfig) -> tuple[str, ...]:
+    """--shards with absolute paths; ValueError where a file's are not to be found from elsewhere."""
+    sources = config.mixture.sources
+    if config.mix is not None:
+        for source in sources:
+            if absolute(source.shards) != source.shards:
+                raise ValueError(
+                    f"--mix {config.mix}: {source.name} is {source.shards}, which Ray's workers, with another working directory, "
+                    "do not find; give an absolute path, or one relative to the file"
+                )
+        return ()
+    if not config.mixture.is_mixed and config.shards == (sources[0].shards,):
+        return (absolute(sources[0].shards),)
+    return tuple(f"{absolute(source.shards)}={source.weight!r}" for source in sources)
 
 
 def _work(settings: dict[str, Any]) -> None:

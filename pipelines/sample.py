@@ -152,7 +152,7 @@ def _train(
         PackConfig([str(work / "corpus")], tokenizer, str(work / "packed"), config.seq_len, debug=config.debug)
     )
     settings = TrainConfig(
-        shards=str(shards.path),
+        shards=(str(shards.path),),
         model=str(start),
         out=work / "run",
         objective="ntp",

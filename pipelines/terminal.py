@@ -81,7 +81,8 @@ def progress_bar(**options: Any) -> Iterator[tqdm]:
         try:
             yield bar
         except BaseException:
-            bar.leave = bar.leave and bar.n > bar.initial  # a bar that never moved says nothing beside an error
+            if not bar.disable:  # else it has neither
+                bar.leave = bar.leave and bar.n > bar.initial  # a bar that never moved says nothing beside an error
             raise
 
 

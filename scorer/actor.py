@@ -34,7 +34,7 @@ from shards.store_errors import NoTemporarySpace, StoreSilent
 @dataclass(frozen=True)
 class ScoringTask:
     """What every part of a run has in common. num_embeddings: ids of the reference are below it. entropies: columns of its
-    entropy, and the range of each column's values."""
+    entropy, and the range of each column's values. topk_limit: the one above whose value no most probable tokens are kept."""
 
     shards: str
     out: str
@@ -45,6 +45,8 @@ class ScoringTask:
     num_embeddings: int
     top_k: int = 0
     entropies: dict[str, tuple[float, float]] = field(default_factory=dict)
+    topk_limit: tuple[str, float] | None = None
+    sample_k: int = 0
 
 
 class ScoringActor:
@@ -146,7 +148,9 @@ class ScoringActor:
     def _submit(self, job: Job, rows: Rows) -> ScoredRows:
         """Send the prompts of a record batch to the engine."""
         task = self._task
-        scored = ScoredRows(rows, task.context, task.num_embeddings, task.top_k, task.entropies)
+        scored = ScoredRows(
+            rows, task.context, task.num_embeddings, task.top_k, task.entropies, task.topk_limit, task.sample_k
+        )  # fmt: skip
         for start, end, row in scored.spans:
             if row not in scored.faults:
                 self._loop.submit(job, job.asked, rows.ids[start:end])

@@ -61,6 +61,13 @@ class BestFitCutter:
         while len(self._rows) >= self.rows_per_batch:
             yield self._batch(self.rows_per_batch)
 
+    def add_many(self, doc_ids: np.ndarray, ids: np.ndarray, lengths: np.ndarray) -> Iterator[pa.RecordBatch]:
+        """Append documents as `add` does, all to be predicted and without BOS, one after the other in ids, int32: ordinals
+        and lengths, int64 [D] each."""
+        ends = np.cumsum(lengths)
+        for doc_id, end, length in zip(doc_ids.tolist(), ends.tolist(), lengths.tolist()):
+            yield from self.add(doc_id, TokenDocument(ids[end - length : end]))
+
     def finish(self) -> Iterator[pa.RecordBatch]:
         """The rest: full batches and the last one."""
         self._close()

@@ -16,6 +16,7 @@ from scorer.forward import load_forward
 from scorer.logits import Kept
 from shards.contract import check_documents
 from shards.folder import ShardFolder
+from shards.samples import excess
 
 SHORT_PROMPTS, SHORT_TOKENS = 3, 256  # beside a whole one, which has all positions that an engine will see
 FLOOR = 2e-3  # nat: float32 kernels that add in another order; a wrong model is off by tenths
@@ -125,7 +126,7 @@ def compute(model: Path, prompts: list[np.ndarray], kept: Kept, dtypes: tuple[st
 
     torch.set_num_threads(threads or node_cores())
     forward = load_forward(model)
-    wide = 4 * kept.top_k + 16 if kept.top_k else 0
+    wide = 4 * kept.top_k + 16 if kept.top_k or kept.sample_k else 0
     expected = [_answer(forward, prompt, wide, kept.temperatures) for prompt in prompts]
     del forward  # the weights of one dtype at a time
     distances = {}
@@ -214,6 +215,20 @@ def _topk_distance(answers: list[Answer], expected: list[Answer]) -> tuple[float
     return float(all_.mean()) if len(all_) else np.inf, missing / max(1, entries)
 
 
+def sample_excess(answers: list[Answer], expected: list[Answer]) -> float | None:
+    """By how much the share of the most probable token among an engine's draws is further from its probability in float32 than
+    draws can be, in the mean; None where nothing was drawn."""
+    sizes = []
+    for answer, wide in zip(answers, expected):
+        if answer.sample_ids is not None:
+            assert wide.topk_ids is not None
+            assert wide.topk_logprobs is not None
+            known = np.isfinite(wide.topk_logprobs[:, 0])
+            best, probabilities = wide.topk_ids[known, 0], np.exp(wide.topk_logprobs[known, 0].astype(np.float64))
+            sizes.append(excess(answer.sample_ids[known], best, probabilities))
+    return float(np.concatenate(sizes).mean()) if sizes else None
+
+
 def compare(answers: list[Answer], expected: list[Answer], limits: Limits) -> dict[str, float]:
     """How far an engine's answers are from the model's; CanaryFailed where that is more than `limits`."""
     if not np.isfinite(limits.mean):
@@ -236,7 +251,14 @@ def compare(answers: list[Answer], expected: list[Answer], limits: Limits) -> di
             f"transformers forward's in the mean, expected at most {limits.bias(found.tokens):.3g} either way in "
             f"{limits.dtype}; {remedy}, or --no-canary if you know why"
         )
+    drawn = sample_excess(answers, expected)
+    if drawn is not None and not drawn <= limits.mean:
+        raise CanaryFailed(
+            f"the engine's drawn tokens are not from the model's distribution: the share of the most probable one is off by "
+            f"{drawn:.3g} in the mean beyond what draws can be, expected at most {limits.mean:.3g} in {limits.dtype}{own}; {remedy}"
+        )
     facts = {"tokens": float(found.tokens), "mean": found.mean, "max": found.max, "bias": found.bias}
+    facts |= {} if drawn is None else {"sample_excess": drawn}
     if expected[0].entropies is not None:
         facts["entropy_mean"] = found.entropy_mean
         if not found.entropy_mean <= limits.entropy_mean:
@@ -245,7 +267,7 @@ def compare(answers: list[Answer], expected: list[Answer], limits: Limits) -> di
                 f"nat in the mean, expected at most {limits.entropy_mean:.3g} in {limits.dtype}{own}; {remedy}, or score without "
                 "--entropy"
             )
-    if expected[0].topk_ids is None:
+    if expected[0].topk_ids is None or answers[0].topk_ids is None:
         return facts
     if not found.topk_mean <= limits.topk_mean or found.topk_elsewhere > limits.topk_elsewhere:
         raise CanaryFailed(

@@ -7,11 +7,13 @@ from datetime import date
 from typing import Any, Literal
 
 from scorer.engine_args import parse_engine_args
+from scorer.fields import Fields
 from shards.entropy import require_entropy
 from shards.output_folder import require_new_folder
 from shards.ranges import require, require_at_least, require_not_negative
 from shards.schema import logprobs_column
 
+MARGIN = 0.05  # of a quantile: a step's own moves around that of the corpus
 OF_THE_TEMPLATE = (
     "messages",
     "tools",
@@ -49,7 +51,8 @@ class PackConfig:
 
     corpus: list[str]
     """Files, globs or folders (.jsonl, .ndjson or .json with an object a line, also with .gz, .zst, .bz2 or .xz behind
-    it; .parquet; in any case); or datasets: of the Hugging Face hub as NAME[@REVISION][:CONFIG[:SPLIT]], of a local
+    it; .parquet; .arrow; token ids as OLMo-core's .npy, Megatron's .bin with .idx, datatrove's .ds with .ds.index; in
+    any case); or datasets: of the Hugging Face hub as NAME[@REVISION][:CONFIG[:SPLIT]], of a local
     folder as FOLDER:[CONFIG][:SPLIT]. The split is train unless named."""
     tokenizer: str
     """Folder of the model's fast tokenizer, or NAME or NAME@REVISION of the hub."""
@@ -59,6 +62,19 @@ class PackConfig:
     """Tokens per row."""
     text_field: str = "text"
     """Field or column that holds the text."""
+    template: str | None = None
+    r"""Text of several fields instead: '{question}\n{answer}'. {{ and }} are braces, a dot leads into an object
+    ({meta.title}), \n, \t and \\ are a line break, a tab and a backslash."""
+    tokens_field: str | None = None
+    """Column of token ids, such as input_ids, to take instead of text; of tables, datasets and JSON lines."""
+    tokens_dtype: Literal["auto", "uint8", "uint16", "uint32", "uint64", "int16", "int32", "int64"] = "auto"
+    """Of the ids in .npy, .bin and .ds; auto: what the file or its index says, else the smallest that the tokenizer's ids
+    fit in."""
+    on_missing_eos: Literal["auto", "append", "stop"] = "auto"
+    """A document of token ids without EOS at its end: put one there and count it, or stop; auto: stop where nothing but EOS
+    says where documents end (.npy without .csv.gz)."""
+    keep_fields: str | None = None
+    """Fields or columns to keep beside the rows, by document: url,score. remit inspect shows them."""
     messages_field: str | None = None
     """Field or column that holds a conversation, as a list of messages with role and content, in the place of a text; the
     tokenizer's chat template makes its text."""
@@ -86,7 +102,7 @@ class PackConfig:
     encode it as ordinary text."""
     bos: Literal["auto", "always", "never"] = "auto"
     """Begin each document, and each row that begins inside one, with the tokenizer's BOS; auto: where the tokenizer's own
-    call puts it in front of a text, as of Gemma, Llama 3 and Mistral."""
+    call puts it in front of a text, as of Gemma, Llama 3 and Mistral; of token ids where the documents begin with it."""
     on_bad_document: Literal["stop", "reject"] = "stop"
     """A document that is not valid JSON, lacks the field or is not Unicode: stop, or leave it out and count it."""
     on_bad_file: Literal["stop", "reject"] = "stop"
@@ -107,6 +123,21 @@ class PackConfig:
             )
         require_not_negative(self, "grace_seconds")
         require_at_least(self, 1, "num_workers")
+        if self.template is not None and (self.text_field != "text" or self.tokens_field is not None):
+            other = "--tokens-field" if self.tokens_field is not None else "--text-field"
+            raise ValueError(f"--template and {other} are both given, expected one of them")
+        if self.tokens_field is not None and self.text_field != "text":
+            raise ValueError("--tokens-field and --text-field are both given, expected one: ids or text")
+        if self.tokens_field == "":
+            raise ValueError("--tokens-field is empty, expected the name of a column")
+        for name in ("", *self.kept_fields[:-1]):
+            if self.keep_fields is not None and self.kept_fields.count(name) > (name != ""):
+                raise ValueError(
+                    f"--keep-fields is {self.keep_fields!r}, expected names with commas between, each once"
+                )
+        _ = self.fields.names
+        for name in {"_source", "_doc_id"} & set(self.kept_fields):
+            raise ValueError(f"--keep-fields has {name!r}, which names a column of the table itself; leave it out")
         if not self.corpus:
             raise ValueError("--corpus is empty, expected at least one file, folder or dataset name")
         for entry in self.corpus:
@@ -122,6 +153,11 @@ class PackConfig:
                         f"{option}: is about conversations; name the field that holds them with --messages-field"
                     )
             return
+        for name in ("template", "tokens_field"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} and --messages-field are both given, expected one of them"
+                )
         if self.text_field != "text":
             raise ValueError(
                 "--text-field and --messages-field: expected one of them, documents are texts or conversations"
@@ -146,12 +182,51 @@ class PackConfig:
         return parse_template_args(self.chat_template_args)
 
     @property
+    def kept_fields(self) -> tuple[str, ...]:
+        """Names of --keep-fields."""
+        return () if self.keep_fields is None else tuple(name.strip() for name in self.keep_fields.split(","))
+
+    @property
+    def fields(self) -> Fields:
+        """What to read of a record."""
+        name = self.tokens_field or self.messages_field or self.text_field
+        return Fields(name, self.template, self.kept_fields)
+
+    @property
     def rows_per_part(self) -> int:
         return self.tokens_per_shard // self.seq_len
 
     @property
     def rows_per_batch(self) -> int:
         return max(1, min(self.rows_per_part, TOKENS_PER_BATCH // self.seq_len))
+
+
+@dataclass(frozen=True)
+class BelowEntropy:
+    """A threshold in nats, or a quantile of the corpus with the margin that is added to it."""
+
+    threshold: float | None = None
+    quantile: float | None = None
+    margin: float = 0.0
+
+
+def parse_below(text: str) -> BelowEntropy:
+    """The value of --top-k-below-entropy; ValueError where it is none."""
+    expected = "nats, for instance 1.5, or quantile:0.2, a share of the tokens, with a margin as in quantile:0.2+0.05"
+    word, colon, value = text.partition(":")
+    try:
+        if not colon:
+            found = BelowEntropy(threshold=float(word))
+            if 0 <= float(word) < math.inf:
+                return found
+        elif word == "quantile":
+            share, _, margin = value.partition("+")
+            found = BelowEntropy(quantile=float(share), margin=float(margin or MARGIN))
+            if float(share) > 0 and found.margin >= 0 and float(share) + found.margin < 1:
+                return found
+    except ValueError:
+        pass
+    raise ValueError(f"--top-k-below-entropy is {text}, expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -176,6 +251,13 @@ class ScoreConfig:
     top_k: int = 0
     """Also store the reference's most probable tokens at every place, this many, in columns NAME_topk_ids and
     NAME_topk_logprobs; 0: none."""
+    top_k_below_entropy: str | None = None
+    """With --top-k and --entropy: keep the most probable tokens only where the entropy (that at --entropy-temperature, if given)
+    is at most so many nats, null elsewhere; or quantile:0.2, for the share of the tokens with the lowest: the threshold is
+    estimated on a sample first, for that share and a margin of 0.05 (quantile:0.2+0.05)."""
+    sample_k: int = 0
+    """Also store this many tokens at every place that are drawn from the reference's whole distribution, in column
+    NAME_sample_ids, for --objective sampled; 0: none."""
     entropy: bool = False
     """Also store the entropy of the reference's prediction at every place, in column NAME_entropy."""
     entropy_temperature: float | None = None
@@ -210,10 +292,21 @@ class ScoreConfig:
                 f"--logprob-step is {self.logprob_step}, expected a power of two so that multiples are exact in float32"
             )
         require_not_negative(self, "top_k", expected="0 (store none) or more, for instance 8")
+        require(self, lambda draws: 0 <= draws <= 4096, "0 (store none) to 4096, for instance 25", "sample_k")
         require_entropy(self)
+        if self.below_entropy is not None and not (self.top_k and self.entropy):
+            missing = "--top-k" if not self.top_k else "--entropy"
+            raise ValueError(
+                f"--top-k-below-entropy is {self.top_k_below_entropy} without {missing}, expected all three"
+            )
         if self.grace_seconds < 0 or self.progress_timeout_seconds <= 0:
             raise ValueError("--grace-seconds and --progress-timeout-seconds must be positive")
         require_at_least(self, 1, "num_engines", "tensor_parallel_size", "max_num_batched_tokens")
+
+    @property
+    def below_entropy(self) -> "BelowEntropy | None":
+        """What --top-k-below-entropy says."""
+        return None if self.top_k_below_entropy is None else parse_below(self.top_k_below_entropy)
 
     @property
     def temperatures(self) -> tuple[float, ...]:

@@ -12,6 +12,7 @@ from datetime import date
 from typing import Any
 
 from scorer.corpus import BadDocument, TableRow
+from scorer.fields import Fields
 
 REJECT = "pass --on-bad-document reject to leave such documents out"
 
@@ -59,11 +60,13 @@ class ConversationFields:
 
     def columns(self, present: Iterable[str]) -> list[str]:
         """Which of the columns that are there to read."""
-        return [self.messages, *([self.tools] if self.tools in set(present) else [])]
+        there = set(present)
+        tools = [self.tools] if self.tools in there else []
+        return list(dict.fromkeys([self.messages, *tools, *Fields(self.messages, kept=self.kept).columns(there)]))
 
     def missing(self, present: Iterable[str]) -> list[str]:
         """The columns that are not among those that are there."""
-        return [] if self.messages in set(present) else [self.messages]
+        return Fields(self.messages, kept=self.kept).missing(present)
 
     def text_of(self, where: str, record: Mapping[str, Any]) -> Conversation | BadDocument:
         """The conversation of a record, or what is wrong with it."""
@@ -84,7 +87,8 @@ class ConversationFields:
         return Conversation(where, messages, tools)
 
     def kept_of(self, record: Mapping[str, Any]) -> tuple[Any, ...]:
-        return ()
+        """The kept fields of a record, None for one that it has not got."""
+        return Fields(kept=self.kept).kept_of(record)
 
 
 def _list(field: str, value: Any) -> list[Any]:

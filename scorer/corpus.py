@@ -4,120 +4,112 @@ import codecs
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.parquet
 
 from scorer.decompress import MAX_WINDOW, Damaged, Decompressed
-from scorer.formats import HEAD_BYTES, encoding_of, fault_of_head, fault_of_json, format_of, text_of_path
-from scorer.hf_datasets import HUB, REMEDY, Shard, columns_of, json_files, read_rows
+from scorer.faults import BadDocument, BadFile
+from scorer.fields import REMEDY as LEAVE_OUT
+from scorer.fields import Fields
+from scorer.formats import (
+    HEAD_BYTES,
+    TABLES,
+    TOKENS,
+    encoding_of,
+    fault_of_head,
+    fault_of_json,
+    format_of,
+    text_of_path,
+)
+from scorer.hf_datasets import HUB, REMEDY, Shard, json_files, read_rows
 from scorer.sources import Source
+from scorer.tables import MAGIC_BYTES, MARK, table_batches
 from shards.store import is_remote
 from shards.store_errors import StoreSilent
 
 if TYPE_CHECKING:
     from scorer.conversations import ConversationFields
 
-MAGIC_BYTES = 64
 BATCH_DOCUMENTS = 1024
 MAX_LINE_BYTES = 1 << 28
 BOMB_BYTES, BOMB_RATIO = 1 << 30, 2000
+CONVERSATION_CHARACTERS = 1 << 12  # about, of one that has no text yet
 BATCH_CHARACTERS = 1 << 20  # a token's encoding takes over 100 bytes until its ids are out
-
-
-class BadDocument(ValueError):
-    """A document that cannot be packed; the message names file, place, value and remedy."""
 
 
 class TableRow(dict[str, Any]):
     """A record out of a table, in which a key that a row has not got is null."""
 
 
-class BadFile(ValueError):
-    """A file whose bytes are at fault, so that it cannot be packed: where it is, and the reason."""
+class Documents(list[Any]):
+    """Documents in order: texts, conversations, or a BadDocument. kept: of each the values of the fields that are kept beside the rows."""
 
-    def __init__(self, where: str, reason: str) -> None:
-        super().__init__(where, reason)
-        self.reason = reason
-
-    def __str__(self) -> str:
-        where, reason = self.args
-        return f"{where}: {reason}; or pass --on-bad-file reject to leave such files out whole"
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[tuple[Any, ...]] = []
 
 
 def read_documents(
-    source: Source, text_field: "str | ConversationFields", max_window: int = MAX_WINDOW
-) -> Iterator[tuple[list[Any], int]]:
+    source: Source, fields: "Fields | ConversationFields | str", max_window: int = MAX_WINDOW
+) -> Iterator[tuple[Documents, int]]:
     """Batches of the documents of one source, in order; a bad one stands as a BadDocument in its place.
 
-    text_field: name of the field with the text; or the fields of a conversation, which then stands in the place of the text.
-    With each batch comes the number of bytes of the file that were read so far (0 for a dataset). max_window: bytes
-    that a compressed file may make its reader keep. Raises BadFile where the file itself cannot be read to its end:
-    cut off, not what its suffix says.
+    With each batch comes the number of bytes of the file that were read so far (0 for a dataset). fields: which of a
+    record's to read, or the name of the one with the text; those of a conversation give one in the place of a text. max_window: bytes that a compressed file may make its reader
+    keep. Raises BadFile where the file itself cannot be read to its end: cut off, not what its suffix says.
     """
-    if source.shard is not None:
-        values = _streamed_values(source.shard, text_field, max_window)
-    elif source.format[0] == ".parquet":
-        values = _parquet_values(source, text_field)
-    else:
-        values = _jsonl_values(source.where, source.open, source.format, text_field, max_window)
-    batch: list[Any] = []
+    fields = Fields(fields) if isinstance(fields, str) else fields
+    batch = Documents()
     characters = 0
     position = 0
-    for where, value, position in values:
-        document: Any = value
-        if isinstance(value, BadDocument):
-            pass
-        elif isinstance(text_field, str):
-            document = _text(where, value, text_field)
-        else:
-            document = text_field.text_of(where, value)
+    for where, record, position in records(source, fields, max_window):
+        bad = isinstance(record, BadDocument)
+        document = record if bad else fields.text_of(where, record)
         batch.append(document)
-        characters += len(document) if isinstance(document, str) else getattr(document, "characters", 0)
+        batch.kept.append((None,) * len(fields.kept) if bad else fields.kept_of(record))
+        characters += len(document) if isinstance(document, str) else CONVERSATION_CHARACTERS
         if len(batch) >= BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
             yield batch, position
-            batch, characters = [], 0
+            batch, characters = Documents(), 0
     if batch:
         yield batch, position
+
+
+def records(
+    source: Source, fields: "Fields | ConversationFields", max_window: int = MAX_WINDOW
+) -> Iterator[tuple[str, Any, int]]:
+    """The records of a source, in order, as dicts with the fields that are wanted, or more: where each is, itself or a
+    BadDocument, and the bytes of the file that were read so far."""
+    if source.shard is not None:
+        return _streamed_records(source.shard, fields, max_window)
+    if source.format[0] in TABLES:
+        return _table_records(source, fields)
+    return _jsonl_records(source.where, source.open, source.format, fields, max_window)
 
 
 def require_kind(source: Source) -> None:
     """BadFile where the first bytes of a local file show that it is not what its suffix says."""
     if source.shard is None and source.location is not None and not is_remote(source.location):
         form, codec = source.format
+        if form in TOKENS:  # which their own readers tell
+            return
         with source.open() as file:
-            fault = fault_of_head(file.read(MAGIC_BYTES), "parquet" if form == ".parquet" else codec)
+            fault = fault_of_head(file.read(MAGIC_BYTES), MARK.get(form, codec))
         if fault:
             raise BadFile(source.where, fault)
 
 
-def _text(where: str, value: Any, text_field: str) -> str | BadDocument:
-    if not isinstance(value, str):
-        return BadDocument(
-            f"{where}: field {text_field!r} is {type(value).__name__} {str(value)[:40]!r}, expected a string; "
-            "correct the document, or pass --on-bad-document reject to leave such documents out"
-        )
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        return BadDocument(
-            f"{where}: field {text_field!r} has an unpaired surrogate at character {error.start}, expected valid "
-            "Unicode; correct the document, or pass --on-bad-document reject to leave such documents out"
-        )
-    return value
-
-
-def _jsonl_values(
+def _jsonl_records(
     where: str,
     open_file: Callable[[], pa.NativeFile],
     form: tuple[str, str],
-    text_field: "str | ConversationFields",
+    fields: "Fields | ConversationFields",
     max_window: int,
 ) -> Iterator[tuple[str, Any, int]]:
-    """The field of each line that is not empty. where: name of the file; form: its format and codec."""
+    """The object in each line that is not empty. where: name of the file; form: its format and codec."""
     with open_file() as raw:
         fault = fault_of_head(raw.read(MAGIC_BYTES), form[1])
         if fault:
@@ -158,7 +150,7 @@ def _jsonl_values(
                 if first:
                     _require_lines(where, line, form)
                     first = False
-                yield f"{where}:{number}", _json_field(f"{where}:{number}", line, text_field), raw.tell()
+                yield f"{where}:{number}", _json_object(f"{where}:{number}", line, fields), raw.tell()
 
 
 def _without_mark(line: bytes) -> bytes:
@@ -186,8 +178,8 @@ def _object(text: str) -> Any:
         return json.loads(text, parse_int=float)  # thousands of digits, in a field that nobody asked for
 
 
-def _json_field(where: str, line: bytes, text_field: "str | ConversationFields") -> Any:
-    remedy = "correct the line, or pass --on-bad-document reject to leave such documents out"
+def _json_object(where: str, line: bytes, fields: "Fields | ConversationFields") -> Any:
+    remedy = f"correct the line, or {LEAVE_OUT}"
     try:
         value = _object(line.decode())
     except UnicodeDecodeError as error:
@@ -198,46 +190,22 @@ def _json_field(where: str, line: bytes, text_field: "str | ConversationFields")
         return BadDocument(f"{where}: not JSON ({error}): {line[:40]!r}; {remedy}")
     if not isinstance(value, dict):
         return BadDocument(
-            f"{where}: is a JSON {type(value).__name__}, expected an object with {columns_of(text_field, ())[0][0]!r}; {remedy}"
+            f"{where}: is a JSON {type(value).__name__}, expected an object with {fields.names[0]!r}; {remedy}"
         )
-    if not isinstance(text_field, str):
-        return value
-    if text_field not in value:
-        return _no_field(where, text_field, value)
-    return value[text_field]
+    return value
 
 
-def _parquet_values(source: Source, text_field: "str | ConversationFields") -> Iterator[tuple[str, Any, int]]:
-    where = source.where
-    try:
-        file = pyarrow.parquet.ParquetFile(source.open(), pre_buffer=False)
-    except StoreSilent:
-        raise
-    except (pa.ArrowException, OSError) as error:
-        if getattr(error, "errno", None):  # the disk's, not the file's
-            raise
-        with source.open() as raw:
-            fault = fault_of_head(raw.read(MAGIC_BYTES), "parquet")
-        reason = fault or f"not a parquet file ({str(error).splitlines()[0]}); write it again"
-        raise BadFile(where, reason) from None
-    with file:
-        names = file.schema_arrow.names
-        columns, option = columns_of(text_field, names)
-        if columns[0] not in names:
-            raise BadFile(where, f"has no column {columns[0]!r}, only {', '.join(names)[:80]}; set {option}")
-        row, size, num_rows = 0, source.size() or 0, max(1, file.metadata.num_rows)
-        try:
-            for batch in file.iter_batches(batch_size=64, columns=columns, use_threads=False):
-                for values in zip(*(_column_values(batch.column(name)) for name in columns)):
-                    value = values[0] if isinstance(text_field, str) else TableRow(zip(columns, values))
-                    yield f"{where}: row {row}", value, size * row // num_rows
-                    row += 1
-        except StoreSilent:
-            raise
-        except (pa.ArrowException, OSError) as error:
-            if getattr(error, "errno", None):
-                raise
-            raise BadFile(where, f"cannot be read beyond row {row} ({error}); write it again") from None
+def _table_records(source: Source, fields: "Fields | ConversationFields") -> Iterator[tuple[str, Any, int]]:
+    def choose(names: list[str]) -> list[str]:
+        if missing := fields.missing(names):
+            option = "--keep-fields" if missing[0] not in fields.names else fields.option
+            raise BadFile(source.where, f"has no column {missing[0]!r}, only {', '.join(names)[:80]}; set {option}")
+        return fields.columns(names)
+
+    for batch, first, position in table_batches(source, choose):
+        columns = [list(_column_values(column)) for column in batch.columns]
+        for row, values in enumerate(zip(*columns)):
+            yield f"{source.where}: row {first + row}", TableRow(zip(batch.schema.names, values)), position
 
 
 def _column_values(column: pa.Array) -> Iterator[Any]:
@@ -249,21 +217,21 @@ def _column_values(column: pa.Array) -> Iterator[Any]:
             yield scalar.as_buffer().to_pybytes() if hasattr(scalar, "as_buffer") else b""
 
 
-def _streamed_values(
-    shard: Shard, text_field: "str | ConversationFields", max_window: int
+def _streamed_records(
+    shard: Shard, fields: "Fields | ConversationFields", max_window: int
 ) -> Iterator[tuple[str, Any, int]]:
     files = json_files(shard)
     if files is None:
-        yield from _row_values(shard, text_field, None)
+        yield from _row_records(shard, fields, None)
         return
     for file in files:
         form = format_of(file)
         if form is None or _holds_no_lines(file, form, max_window):  # a .zip, or an array
-            yield from _row_values(shard, text_field, file)
+            yield from _row_records(shard, fields, file)
         else:
             name, opener = text_of_path(file), partial(_open_found, file)
             try:
-                for where, value, _ in _jsonl_values(name, opener, form, text_field, max_window):
+                for where, value, _ in _jsonl_records(name, opener, form, fields, max_window):
                     yield where, value, 0
             except BadFile:
                 raise
@@ -273,16 +241,12 @@ def _streamed_values(
                 raise ValueError(f"{name}: cannot be read to its end ({error}); {REMEDY}") from None
 
 
-def _row_values(
-    shard: Shard, text_field: "str | ConversationFields", file: str | None
+def _row_records(
+    shard: Shard, fields: "Fields | ConversationFields", file: str | None
 ) -> Iterator[tuple[str, Any, int]]:
     try:
-        for number, row in enumerate(read_rows(shard, text_field, file)):
-            where = f"{shard.name}: row {number}"
-            if isinstance(text_field, str):
-                yield where, row[text_field] if text_field in row else _no_field(where, text_field, row), 0
-            else:
-                yield where, TableRow(row), 0
+        for number, row in enumerate(read_rows(shard, fields, file)):
+            yield f"{shard.name}: row {number}", TableRow(row), 0
     except ValueError as error:
         if shard.revision:  # of the hub: it may have been the network
             raise
@@ -307,10 +271,3 @@ def _holds_no_lines(file: str, form: tuple[str, str], max_window: int) -> bool:
         except Damaged:  # said better when it is read
             return False
     return fault_of_json(head, len(head) < HEAD_BYTES) is not None
-
-
-def _no_field(where: str, text_field: str, names: Iterable[str]) -> BadDocument:
-    return BadDocument(
-        f"{where}: has no field {text_field!r}, only {', '.join(names)[:80]}; set --text-field, or leave such documents "
-        "out with --on-bad-document reject"
-    )

@@ -52,6 +52,38 @@ class RowCutter:
         while self._pending >= self.seq_len * self.rows_per_batch:
             yield self._cut(self.rows_per_batch * self.seq_len)
 
+    def add_many(self, doc_ids: np.ndarray, ids: np.ndarray, lengths: np.ndarray) -> Iterator[pa.RecordBatch]:
+        """Append documents as `add` does, all to be predicted and without BOS, one after the other in ids, int32: ordinals
+        and lengths, int64 [D] each."""
+        if not len(doc_ids):
+            return
+        if self.bos is not None:
+            ids, lengths = self._many_with_bos(ids, lengths, self.bos)
+        if self._predict is not None:
+            self._predict.append(np.ones(len(ids), dtype=bool))
+        self._ids.append(ids)
+        self._lengths += lengths.tolist()
+        self._doc_ids += doc_ids.tolist()
+        self._pending += len(ids)
+        while self._pending >= self.seq_len * self.rows_per_batch:
+            yield self._cut(self.rows_per_batch * self.seq_len)
+
+    def _many_with_bos(self, ids: np.ndarray, lengths: np.ndarray, bos: int) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of documents with a BOS in front of each of their pieces, and their lengths then."""
+        seq_len, place, start = self.seq_len, self._pending % self.seq_len, 0
+        starts: list[int] = []
+        counts: list[int] = []
+        for length in lengths.tolist():
+            room = seq_len - place - 1  # of this row for the first piece, after its BOS
+            pieces = 1 + max(0, -(-(length - room) // (seq_len - 1)))
+            starts.append(start)
+            if pieces > 1:
+                starts.extend(range(start + room, start + length, seq_len - 1))
+            counts.append(pieces)
+            place, start = (place + length + pieces) % seq_len, start + length
+        self.bos_tokens += len(starts)
+        return np.insert(ids, starts, bos), lengths + np.array(counts)
+
     def finish(self) -> Iterator[pa.RecordBatch]:
         """The rest: full rows and the short last one."""
         if self._pending:

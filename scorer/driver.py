@@ -27,7 +27,7 @@ from scorer.telemetry import ScoreLog, ScoreProgress, engine_line
 from scorer.watch import Watch, after_failure
 from shards.asking import tell_of_silence
 from shards.crash import crash_point
-from shards.entropy import entropy_columns
+from shards.entropy import entropy_columns, topk_limit
 from shards.folder import ShardFolder
 from shards.lease import Lease, LeaseLost
 from shards.quarantine import write_failure
@@ -36,6 +36,7 @@ from shards.store import NO_SPACE
 SAMPLED_PARTS = 32  # whose sizes stand for all in the estimate of the disk's need
 COLUMN_BYTES_PER_TOKEN = {True: 1.5, False: 4.0}  # rounded or exact; measured 1.39 and 3.78
 # An id and a log-prob, rounded or exact; measured 3.3 and 5.4 for 32 of 150,000 tokens, 4.3 and 6.2 for the best one
+SAMPLE_BYTES_PER_DRAW = 1.5  # of ids, many of which repeat; measured 0.9 to 1.4
 TOPK_BYTES_PER_ENTRY = {True: 4.5, False: 6.5}
 
 Progress = Callable[[ScoreProgress], None]
@@ -85,6 +86,7 @@ class Drive:
         task = ScoringTask(
             config.shards, config.out, lease.fence, config.name, config.context, config.logprob_step,
             engine.vocab_size, config.top_k, entropy_columns(config.name, folder.manifest.references[config.name]),
+            topk_limit(config.name, folder.manifest.references[config.name]), config.sample_k,
         )  # fmt: skip
         cores = int(self.bundle.get("CPU", 1))
         self.pool = EnginePool(
@@ -191,7 +193,9 @@ class Drive:
         rounded = self.config.logprob_step > 0
         per_token = bytes_ / max(1, tokens) + COLUMN_BYTES_PER_TOKEN[rounded]
         per_token += self.engine.kept.num_entropies * COLUMN_BYTES_PER_TOKEN[rounded]
-        per_token += self.config.top_k * TOPK_BYTES_PER_ENTRY[rounded]
+        record = self.folder.manifest.references[self.config.name].get("top_k_quantile") or {}
+        per_token += self.config.top_k * TOPK_BYTES_PER_ENTRY[rounded] * record.get("share", 1.0)
+        per_token += self.config.sample_k * SAMPLE_BYTES_PER_DRAW
         return per_token * self.folder.manifest.tokens
 
     def _assign(self) -> None:

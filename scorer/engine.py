@@ -56,11 +56,12 @@ class EngineConfig:
     text_alone: bool = False
     temperatures: tuple[float, ...] = ()
     arguments: dict[str, Any] = field(default_factory=dict)
+    sample_k: int = 0
 
     @property
     def kept(self) -> Kept:
         """What is kept of each distribution beside the log-prob of the row's own token."""
-        return Kept(self.top_k, self.temperatures)
+        return Kept(self.top_k, self.temperatures, self.sample_k)
 
     @property
     def world_size(self) -> int:
@@ -73,13 +74,14 @@ class Answer(NamedTuple):
 
     logprobs: float32 [N]. topk_ids, topk_logprobs: int32 and float32 [N, K], each line by descending log-prob and
     ascending id where two are equal; None without top_k. entropies: float32 [N, E], the columns of `logits.entropies`; None
-    without temperatures.
+    without temperatures. sample_ids: int32 [N, S], ascending in each line; None without sample_k.
     """
 
     logprobs: np.ndarray
     topk_ids: np.ndarray | None = None
     topk_logprobs: np.ndarray | None = None
     entropies: np.ndarray | None = None
+    sample_ids: np.ndarray | None = None
 
 
 class Engine(Protocol):
@@ -260,7 +262,7 @@ class VllmEngine:
 
     def _answer(self, key: str, prompt: np.ndarray, tensors: Any) -> Answer:
         """tensors: ids and values, [tokens - 1, W], the columns of `token_scores`."""
-        shape, end = (len(prompt) - 1, self._kept.width), 1 + self._kept.top_k
+        shape, (best, drawn, last) = (len(prompt) - 1, self._kept.width), self._kept.places
         if not hasattr(tensors, "logprob_token_ids") or tuple(tensors.logprobs.shape) != shape:
             raise ValueError(f"the engine did not answer for each token of prompt {key}")
         ids_NW, values_NW = tensors.logprob_token_ids.numpy(), tensors.logprobs.numpy()
@@ -269,9 +271,10 @@ class VllmEngine:
         # copies: a GPU's answers come in pinned memory, of which there is little
         answer = Answer(values_NW[:, 0].copy())
         if self._kept.top_k:
-            ids_NK = ids_NW[:, 1:end].astype(np.int32)
-            answer = answer._replace(topk_ids=ids_NK, topk_logprobs=values_NW[:, 1:end].copy())
-        return answer._replace(entropies=values_NW[:, end:].copy()) if self._kept.temperatures else answer
+            answer = answer._replace(topk_ids=ids_NW[:, best].astype(np.int32), topk_logprobs=values_NW[:, best].copy())
+        if self._kept.sample_k:
+            answer = answer._replace(sample_ids=ids_NW[:, drawn].astype(np.int32))
+        return answer._replace(entropies=values_NW[:, last].copy()) if self._kept.temperatures else answer
 
 
 def common_runner(runners: list[str | None], kept: Kept, version: str) -> str:
@@ -284,7 +287,7 @@ def common_runner(runners: list[str | None], kept: Kept, version: str) -> str:
     runner = found.pop() if len(found) == 1 else "none"
     if runner == "none" and kept.width > 1:
         raise ValueError(
-            f"vLLM {version} computes log-probs by other functions than those of release 0.32, so --top-k and --entropy are not to "
+            f"vLLM {version} computes log-probs by other functions than those of release 0.32, so --top-k, --sample-k and --entropy are not to "
             "be had with it; install release 0.32 or 0.33, or score without them"
         )
     return runner

@@ -2,7 +2,7 @@
 
 It starts at once and gives the same numbers everywhere, so that a run which was killed can be compared with one
 which was not. REMIT_FAKE_ENGINE, a JSON object, makes it fail: {"nan": [17]} answers NaN for prompts that hold the
-token 17, likewise inf, positive, zeros, topk one token twice among the most probable, and entropy a negative entropy; hang,
+token 17, likewise inf, positive, zeros, topk one token twice among the most probable, sample a drawn token beyond the vocabulary, and entropy a negative entropy; hang,
 die and raise do what they say; "once": FILE limits that to the first time; "seconds": S makes each step take S seconds.
 REMIT_FAKE_NODE, of a node's own environment, likewise: "start": raise or S seconds, "wrong": true for numbers that are off
 by half a nat, which "canary": true of all nodes finds out.
@@ -19,6 +19,7 @@ import numpy as np
 from scorer.canary import Distance, Forwards
 from scorer.engine import Answer
 from scorer.logits import Kept
+from shards.samples import draw
 
 PROMPTS_PER_STEP = 8
 SETTINGS = ("once", "seconds", "start", "wrong", "canary")  # what is not looked for in prompts
@@ -74,6 +75,16 @@ def hashed_entropies(logprobs: np.ndarray, vocab_size: int, temperatures: tuple[
     return np.stack(found, axis=1).astype(np.float32)
 
 
+def hashed_samples(prompt: np.ndarray, logprobs: np.ndarray, vocab_size: int, draws: int) -> np.ndarray:
+    """Ids, int32 [tokens - 1, draws], drawn from the first tokens of `hashed_topk`."""
+    found = hashed_topk(prompt, logprobs, vocab_size, min(vocab_size, 16))
+    assert found.topk_ids is not None
+    assert found.topk_logprobs is not None
+    whole = np.zeros((len(logprobs), vocab_size))
+    np.put_along_axis(whole, found.topk_ids.astype(np.int64), np.exp(found.topk_logprobs.astype(np.float64)), axis=1)
+    return draw(whole, np.abs(logprobs.astype(np.float64)) * 618.034 % 1, draws)
+
+
 class FakeEngine:
     """Answers eight prompts a step."""
 
@@ -105,6 +116,9 @@ class FakeEngine:
             answer = hashed_topk(prompt, logprobs, self._vocab_size, self._kept.top_k)
         if self._kept.temperatures:
             answer = answer._replace(entropies=hashed_entropies(logprobs, self._vocab_size, self._kept.temperatures))
+        if self._kept.sample_k:
+            drawn = hashed_samples(prompt, logprobs, self._vocab_size, self._kept.sample_k)
+            answer = answer._replace(sample_ids=drawn)
         for fault, tokens in self._faults.items():
             if fault in SETTINGS or not np.isin(prompt, tokens).any() or not self._first_time():
                 continue
@@ -117,6 +131,9 @@ class FakeEngine:
             elif fault == "topk":
                 assert answer.topk_ids is not None
                 answer.topk_ids[len(logprobs) // 3, -1] = answer.topk_ids[len(logprobs) // 3, 0]
+            elif fault == "sample":
+                assert answer.sample_ids is not None
+                answer.sample_ids[len(logprobs) // 3, 0] = self._vocab_size
             elif fault == "entropy":
                 assert answer.entropies is not None
                 answer.entropies[len(logprobs) // 3, 0] = -0.5

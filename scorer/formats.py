@@ -10,26 +10,40 @@ import os
 import re
 
 LINES = (".jsonl", ".ndjson", ".json")
+TABLES = (".parquet", ".arrow")
+TOKENS = (".npy", ".bin", ".ds")  # OLMo-core's, Megatron's, datatrove's
 CODECS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bzip2", ".xz": "xz"}
-EXPECTED = ".jsonl, .ndjson or .json with an object a line, also with .gz, .zst, .bz2 or .xz behind it, or .parquet"
+EXPECTED = (
+    ".jsonl, .ndjson or .json with an object a line, also with .gz, .zst, .bz2 or .xz behind it, .parquet or .arrow, or "
+    "tokens as .npy, .bin with .idx or .ds with .ds.index"
+)
 HEAD_BYTES = 1 << 16  # of a .json file, to see whether it has an object a line
 HIDDEN = (".", "_")
 NO_SUFFIX = "no suffix"
 MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"PAR1": "parquet",
-         b"PK\x03\x04": "zip"}  # fmt: skip
+         b"ARROW1": "arrow", b"PK\x03\x04": "zip"}  # fmt: skip
 _SUFFIX = re.compile(r"\.(?=[0-9]*[a-z])[a-z0-9_+-]{1,12}")
 
 
 def format_of(name: str) -> tuple[str, str] | None:
-    """Format (".jsonl", ".ndjson", ".json" or ".parquet") and codec ("" or as in CODECS) by a file's suffixes in any
-    case, or None where a corpus cannot have such a file."""
+    """Format (".jsonl", ".parquet" and so on) and codec ("" or as in CODECS) by a file's suffixes in any case, or None
+    where a corpus cannot have such a file."""
     stem, suffix = os.path.splitext(name.rpartition("/")[2].lower())
-    if suffix == ".parquet":
+    if suffix in TABLES + TOKENS:
         return suffix, ""
     codec = CODECS.get(suffix, "")
     if codec:
         suffix = os.path.splitext(stem)[1]
     return (suffix, codec) if suffix in LINES else None
+
+
+def fault_of_name(name: str) -> str:
+    """Why a file with this name is not read."""
+    stem, suffix = os.path.splitext(name.rpartition("/")[2].lower())
+    inner = os.path.splitext(stem)[1]
+    if suffix in CODECS and inner in TABLES + TOKENS:
+        return f"not a corpus file: {inner} files are read at any place, so not compressed; decompress it"
+    return f"not a corpus file; expected {EXPECTED}"
 
 
 def suffix_of(name: str) -> str:
@@ -70,8 +84,8 @@ def encoding_of(head: bytes) -> str | None:
 
 
 def fault_of_head(head: bytes, kind: str) -> str | None:
-    """Why a file whose bytes begin with `head` is not what its suffix says, or None. kind: its codec, "parquet", or ""
-    for plain JSON lines."""
+    """Why a file whose bytes begin with `head` is not what its suffix says, or None. kind: its codec, "parquet", "arrow", or
+    "" for plain JSON lines."""
     if head.startswith(b"version https://git-lfs"):
         return "is a pointer of Git LFS, not the file itself; run git lfs pull"
     if not kind and (encoding := encoding_of(head)):
@@ -83,7 +97,7 @@ def fault_of_head(head: bytes, kind: str) -> str | None:
     if kind == "zstd" and re.match(rb"[\x50-\x5f]\x2a\x4d\x18", head, re.DOTALL):  # a skippable frame
         return None
     found = next((name for magic, name in MAGIC.items() if head.startswith(magic)), "")
-    if found == kind or (kind == "parquet" and not found):  # its reader says more
+    if found == kind or (kind in ("parquet", "arrow") and not found):  # its reader says more
         return None
     if found:
         return f"holds {found} data, its name says {kind or 'JSON lines'}; give it the suffix of what it is"

@@ -4,11 +4,14 @@ In: an entry of --corpus. Out: its shards, one for each data file, so that they 
 the rows of a shard. Nothing is downloaded whole, no loading script is run.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
+from scorer.fields import Fields
 from scorer.listing import absolute
 
 if TYPE_CHECKING:
@@ -135,43 +138,62 @@ def json_files(shard: Shard) -> list[str] | None:
     return stream.of_shard(shard) if isinstance(stream, JsonFiles) else None
 
 
-def columns_of(text_field: "str | ConversationFields", present: Iterable[str]) -> tuple[list[str], str]:
-    """The columns to read of those that are there, that of the text or the messages first, and the option that names it."""
-    if isinstance(text_field, str):
-        return [text_field], "--text-field"
-    return text_field.columns(present), text_field.option
-
-
-def read_rows(
-    shard: Shard, text_field: "str | ConversationFields", file: str | None = None
-) -> Iterator[dict[str, Any]]:
-    """The rows of a shard, with the field of the text, or those of a conversation, where they have it; ValueError where they cannot be read to the end.
+def read_rows(shard: Shard, fields: "Fields | ConversationFields", file: str | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a shard, with the fields that they have of those wanted; ValueError where they cannot be read to the end.
 
     file: the one to read, of a shard of JSON files.
     """
-    import pyarrow.dataset
-
     number = 0
     try:
-        builder, stream = open_stream(shard)
-        if file is not None:
-            builder.config.data_files = {shard.split: [file]}
-            stream = builder.as_streaming_dataset(split=shard.split)
-        columns = list(stream.features or columns_of(text_field, ())[0])
-        wanted, option = columns_of(text_field, columns)
-        if wanted[0] in columns and builder.name == "parquet":
-            # as it comes, a whole file is asked for at once, with all its columns
-            builder.config.columns, builder.config.batch_size = wanted, ROWS_AT_ONCE
-            options = pyarrow.dataset.ParquetFragmentScanOptions(pre_buffer=False, use_buffered_stream=True)
-            builder.config.fragment_scan_options = options
-            stream = builder.as_streaming_dataset(split=shard.split)
-        if shard.count > 1 and file is None:
-            stream = stream.shard(num_shards=shard.count, index=shard.index)
-        if wanted[0] in columns:
+        stream, columns = _open_rows(shard, fields, file)
+        missing = fields.missing(columns)
+        if not missing:
             for row in stream:
                 yield row
                 number += 1
     except Exception as error:
         raise ValueError(f"{shard.name}: cannot be read beyond row {number} ({_reason(error)}); {REMEDY}") from None
-    if wanted[0] not in columns:
-        raise ValueError(f"{shard.name}: has no column {wanted[0]!r}, only {', '.join(columns)[:80]}; set {option}")
+    _require_columns(shard, missing, columns, fields)
+
+
+def read_columns(shard: Shard, fields: "Fields | ConversationFields", rows: int) -> Iterator[pa.Table]:
+    """The rows of a shard as tables of up to `rows` rows, with the columns that are wanted; errors as of read_rows."""
+    number = 0
+    try:
+        stream, columns = _open_rows(shard, fields, None)
+        missing = fields.missing(columns)
+        if not missing:
+            for table in stream.with_format("arrow").iter(batch_size=rows):
+                yield table.select(fields.columns(columns))
+                number += len(table)
+    except Exception as error:
+        raise ValueError(f"{shard.name}: cannot be read beyond row {number} ({_reason(error)}); {REMEDY}") from None
+    _require_columns(shard, missing, columns, fields)
+
+
+def _open_rows(shard: Shard, fields: "Fields | ConversationFields", file: str | None) -> tuple[Any, list[str]]:
+    """The stream of a shard's rows, and the names of its columns."""
+    import pyarrow.dataset
+
+    builder, stream = open_stream(shard)
+    if file is not None:
+        builder.config.data_files = {shard.split: [file]}
+        stream = builder.as_streaming_dataset(split=shard.split)
+    columns = list(stream.features or fields.columns(()))
+    if builder.name == "parquet" and not fields.missing(columns):
+        # as it comes, a whole file is asked for at once, with all its columns
+        builder.config.columns, builder.config.batch_size = fields.columns(columns), ROWS_AT_ONCE
+        options = pyarrow.dataset.ParquetFragmentScanOptions(pre_buffer=False, use_buffered_stream=True)
+        builder.config.fragment_scan_options = options
+        stream = builder.as_streaming_dataset(split=shard.split)
+    if shard.count > 1 and file is None:
+        stream = stream.shard(num_shards=shard.count, index=shard.index)
+    return stream, columns
+
+
+def _require_columns(
+    shard: Shard, missing: list[str], columns: list[str], fields: "Fields | ConversationFields"
+) -> None:
+    if missing:
+        option = "--keep-fields" if missing[0] not in fields.names else fields.option
+        raise ValueError(f"{shard.name}: has no column {missing[0]!r}, only {', '.join(columns)[:80]}; set {option}")

@@ -140,8 +140,9 @@ def replace_in_v2(module: Any, kept: Kept, block_entries: int) -> bool:
     def chunk_scores(logits_TV: Any, num_logprobs: int, token_ids_T: Any, *rest: Any, **named: Any) -> Any:
         if num_logprobs != kept.width - 1 or rest or any(named.values()):
             return original(logits_TV, num_logprobs, token_ids_T, *rest, **named)
-        if kept.top_k:
-            ids_TW, values_TW = token_scores(logits_TV, token_ids_T, Kept(kept.top_k), block_entries)
+        if kept.top_k or kept.sample_k:
+            plain = Kept(kept.top_k, (), kept.sample_k)
+            ids_TW, values_TW = token_scores(logits_TV, token_ids_T, plain, block_entries)
         else:
             ids_TW, values_TW = token_ids_T[:, None].int(), own_logprobs(logits_TV, token_ids_T[:, None])
         if kept.temperatures:

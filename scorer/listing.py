@@ -7,15 +7,20 @@ object store; how many files were passed over, by kind.
 import glob
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from scorer import formats
-from scorer.formats import EXPECTED, HEAD_BYTES, HIDDEN, format_of, suffix_of, text_of_path
+from scorer.formats import EXPECTED, HEAD_BYTES, HIDDEN, fault_of_name, format_of, suffix_of, text_of_path
+from scorer.tokens.beside import MASK, kind_of, lacks_index, stands_beside
+from shards.asking import asked_again
 from shards.store import open_store
 
+CACHE = "cache-"  # files in which `datasets` keeps what it computed, beside those of the dataset
 HIDDEN_KIND = "hidden"
 HEADS_AT_ONCE = 16  # first bytes of .json files in an object store
 
@@ -55,7 +60,7 @@ def list_local(entry: str, text_field: str, own: set[str]) -> Listing | None:
         path = absolute(entry)
         _require_readable(path)
         if format_of(path) is None and format_of(os.path.realpath(path)) is None:
-            raise ValueError(f"{text_of_path(path)}: not a corpus file; expected {EXPECTED}")
+            raise ValueError(f"{text_of_path(path)}: {fault_of_name(path)}")
         fault = _json_fault(path, None)
         if fault:
             raise ValueError(f"{text_of_path(path)}: {fault}")
@@ -122,8 +127,10 @@ def _walk(
 
 def _take(listing: Listing, path: str, shown: str, text_field: str) -> None:
     """Add a file of a folder or glob, or say why not."""
-    if format_of(path) is None:
-        listing.leave(suffix_of(path), shown)
+    kind = _kind_left(path, os.path.exists)
+    if kind is not None:
+        if kind:
+            listing.leave(kind, shown)
         return
     _require_readable(path)
     fault = _json_fault(path, text_field)
@@ -131,6 +138,20 @@ def _take(listing: Listing, path: str, shown: str, text_field: str) -> None:
         listing.leave(".json without an object a line", shown)
     else:
         listing.files.append(path)
+
+
+def _kind_left(name: str, exists: Callable[[str], bool]) -> str | None:
+    """As what a file of a folder or glob is passed over, "" where it belongs to another file, None where it is taken."""
+    if stands_beside(name, exists):
+        return ""
+    if format_of(name) is None:
+        return suffix_of(name)
+    if kind_of(name) == MASK:
+        return "mask without token ids"
+    if lacks_index(name, exists):
+        return ".bin without .idx"
+    is_cache = name.rpartition("/")[2].startswith(CACHE) and name.endswith(".arrow")
+    return "cache of datasets" if is_cache else None
 
 
 def _require_readable(path: str) -> None:
@@ -169,7 +190,6 @@ def _fault(head: bytes, whole: bool, text_field: str | None) -> str | None:
 
 def list_remote(entry: str, text_field: str, own: set[str]) -> Listing:
     """What a URL or a glob of one stands for: the same files in the same order as of a local folder."""
-    from shards.asking import asked_again
     from shards.remote import filesystem
 
     fs, path = filesystem(entry)
@@ -185,7 +205,7 @@ def list_remote(entry: str, text_field: str, own: set[str]) -> Listing:
         found = asked_again(lambda: fs.find(path, detail=True), entry)  # the file itself, or all below a folder
         literal, folder = len(path.split("/")), list(found) != [path]
         if not folder and format_of(path) is None:
-            raise ValueError(f"{entry}: not a corpus file; expected {EXPECTED}")
+            raise ValueError(f"{entry}: {fault_of_name(path)}")
     owned = tuple(url.partition("://")[2] + "/" for url in own if url.startswith(f"{protocol}://"))
     names = [
         name
@@ -197,9 +217,12 @@ def list_remote(entry: str, text_field: str, own: set[str]) -> Listing:
     for name in sorted(hidden):
         listing.leave(HIDDEN_KIND, "/".join(name.split("/")[literal:]))
     names = [name for name in names if not folder or not _hidden(name, literal, HIDDEN)]
+    there = _names_there(fs, names if folder or glob.has_magic(path) else [])
     for name in sorted(names, key=lambda name: name.split("/")):
-        if format_of(name) is None:
-            listing.leave(suffix_of(name), shown[name])
+        kind = _kind_left(name, there) if folder or glob.has_magic(path) else None
+        if kind is not None:
+            if kind:
+                listing.leave(kind, shown[name])
         else:
             url = f"{protocol}://{name}"
             listing.files.append(url)
@@ -214,6 +237,17 @@ def list_remote(entry: str, text_field: str, own: set[str]) -> Listing:
         has = f" (there are {listing.summary()})" if listing.passed_over else ""
         raise ValueError(f"{entry}: no corpus file there{has}; expected some of {EXPECTED}")
     return listing
+
+
+def _names_there(fs: Any, names: list[str]) -> Callable[[str], bool]:
+    """Says whether a file of an object store is there; the folder of one that is not among `names` is listed once."""
+    known = set(names)
+
+    @lru_cache(maxsize=256)
+    def in_folder(folder: str) -> frozenset[str]:
+        return frozenset(asked_again(lambda: fs.ls(folder, detail=False), folder))
+
+    return lambda name: name in known or name in in_folder(name.rpartition("/")[0])
 
 
 def _hidden(name: str, literal: int, first: tuple[str, ...]) -> str:

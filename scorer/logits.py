@@ -17,13 +17,14 @@ LEAST = (
 
 @dataclass(frozen=True)
 class Kept:
-    """What is kept beside a token's own log-prob. temperatures: at which the entropy is asked for; 1 is the first, if any.
+    """What is kept beside a token's own log-prob. sample_k: tokens to draw from the distribution. temperatures: at which the entropy is asked for; 1 is the first, if any.
 
     At any other temperature the log partition sum is kept too (shards/entropy.py).
     """
 
     top_k: int = 0
     temperatures: tuple[float, ...] = ()
+    sample_k: int = 0
 
     @property
     def num_entropies(self) -> int:
@@ -33,18 +34,25 @@ class Kept:
     @property
     def width(self) -> int:
         """Columns of `token_scores`."""
-        return 1 + self.top_k + self.num_entropies
+        return 1 + self.top_k + self.sample_k + self.num_entropies
+
+    @property
+    def places(self) -> tuple[slice, slice, slice]:
+        """Columns of the most probable tokens, of the drawn ones and of the entropies."""
+        first, second = 1 + self.top_k, 1 + self.top_k + self.sample_k
+        return slice(1, first), slice(first, second), slice(second, self.width)
 
 
 def token_scores(logits_TV: Any, token_ids_T: Any, kept: Kept, block_entries: int) -> tuple[Any, Any]:
-    """Ids, int32, and values, float32, both [T, 1 + K + E]: log-probs of the token itself and of the K best, then entropies.
+    """Ids, int32, and values, float32, both [T, 1 + K + S + E]: log-probs of the token itself and of the K best, the S drawn
+    tokens, which have no values (0), then entropies, which have no ids (0).
 
-    The last E ids are 0. At most block_entries logits at a time are turned into log-probs.
+    At most block_entries logits at a time are turned into log-probs.
     """
     import torch
 
     tokens, vocabulary = logits_TV.shape
-    rows, end = max(1, block_entries // vocabulary), 1 + kept.top_k
+    rows, (best, drawn, last) = max(1, block_entries // vocabulary), kept.places
     ids_TW = torch.zeros(tokens, kept.width, dtype=torch.int32, device=logits_TV.device)
     values_TW = torch.empty(tokens, kept.width, dtype=torch.float32, device=logits_TV.device)
     ids_TW[:, 0] = token_ids_T
@@ -53,9 +61,12 @@ def token_scores(logits_TV: Any, token_ids_T: Any, kept: Kept, block_entries: in
         block_TV = logits_TV[place].log_softmax(dim=-1, dtype=torch.float32)
         values_TW[place, :1] = block_TV.gather(-1, token_ids_T[place, None])
         if kept.top_k:
-            ids_TW[place, 1:end], values_TW[place, 1:end] = most_probable(block_TV, kept.top_k)
+            ids_TW[place, best], values_TW[place, best] = most_probable(block_TV, kept.top_k)
+        if kept.sample_k:
+            ids_TW[place, drawn] = draws(block_TV, token_ids_T[place], kept.sample_k).int()
+            values_TW[place, drawn] = 0
         if kept.temperatures:
-            values_TW[place, end:] = entropies(block_TV, kept.temperatures)
+            values_TW[place, last] = entropies(block_TV, kept.temperatures)
     return ids_TW, values_TW
 
 
@@ -80,6 +91,34 @@ def most_probable(logprobs_TV: Any, top_k: int) -> tuple[Any, Any]:
     ids_TK = ids_TK.sort(dim=-1).values
     ordered = logprobs_TV.gather(-1, ids_TK).sort(dim=-1, descending=True, stable=True)
     return ids_TK.gather(-1, ordered.indices), ordered.values
+
+
+def draws(logprobs_TV: Any, token_ids_T: Any, count: int) -> Any:
+    """Ids, int64 [T, S], drawn as shards/samples.py says; u comes from the bits of the place's own numbers, so that the same
+    logits give the same ids, whichever engine has them and however often."""
+    import torch
+
+    probabilities_TV = logprobs_TV.exp()
+    sums_TV = probabilities_TV.cumsum(-1, dtype=torch.float64)
+    own_T = logprobs_TV.gather(-1, token_ids_T[:, None].long())[:, 0]
+    uniform_T1 = _uniform(token_ids_T.long(), own_T, logprobs_TV.amax(-1))[:, None]
+    points_TS = (torch.arange(count, device=sums_TV.device) + uniform_T1) / count * sums_TV[:, -1:]
+    return torch.searchsorted(sums_TV, points_TS, right=True).clamp_(max=sums_TV.shape[1] - 1)
+
+
+def _uniform(ids_T: Any, *values_T: Any) -> Any:
+    """float64 in 0..1, [T], from the bits of ids and of float32 values: the mixing steps of splitmix64."""
+    import torch
+
+    mixed_T = ids_T
+    for value_T in (None, *values_T):
+        if value_T is not None:
+            mixed_T = mixed_T ^ value_T.contiguous().view(torch.int32).long()
+        mixed_T = mixed_T - 0x61C8864680B583EB
+        mixed_T = (mixed_T ^ (mixed_T >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47
+        mixed_T = (mixed_T ^ (mixed_T >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15
+        mixed_T = mixed_T ^ (mixed_T >> 31 & (1 << 33) - 1)
+    return (mixed_T >> 11 & (1 << 53) - 1).double() / (1 << 53)
 
 
 def entropies(logprobs_TV: Any, temperatures: tuple[float, ...]) -> Any:

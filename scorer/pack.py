@@ -7,7 +7,6 @@ end, so that the output folder appears with its manifest or not at all.
 """
 
 import hashlib
-import json
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,10 +23,21 @@ from scorer.corpus import require_kind
 from scorer.known import remember, stamps
 from scorer.pack_tasks import stage_source, write_part_from_staging
 from scorer.placement import wait_for_nodes
-from scorer.plan import packing_entry, plan_parts, refuse_other_plan, say_what_changed
+from scorer.plan import (
+    packing_entry,
+    plan_parts,
+    reading,
+    refuse_other_plan,
+    say_what_changed,
+    say_what_was_added,
+)
+from scorer.rejected import REJECTED, save_rejected
+from scorer.side_tables import write_tables
 from scorer.sources import Corpus, Source, find_corpus, staged_estimate
 from scorer.stopping import StopGuard
 from scorer.tokenizer import PackTokenizer, describe_tokenizer, load_tokenizer
+from scorer.tokens.bos import bos_of_corpus, own_bos
+from scorer.tokens.read import is_token_file, require_side_files
 from scorer.vocabulary import Vocabulary, hashes
 from shards.crash import crash_point
 from shards.fingerprint import model_origin
@@ -35,10 +45,10 @@ from shards.folder import TOKEN_IDS, TOKENIZER, ShardFolder
 from shards.lease import LEASE, Lease, LeaseLost
 from shards.manifest import MANIFEST, PartPlan
 from shards.output_folder import SHARD_FOLDERS, instead_of, require_empty, writing
+from shards.side_table import FIELDS
 from shards.store import Store, absolute, open_store
 from shards.tokens import added_tokens, other_beginning
 
-REJECTED = "_rejected.jsonl"
 ORIGIN = ("model", "revision")  # what the manifest says of a tokenizer of the hub beside what it is
 KEEP_STAGING_BYTES = 1 << 26
 
@@ -64,7 +74,7 @@ def pack(
     if parent.endswith(":/"):
         raise ValueError(f"{config.out.rstrip('/')}: is a whole bucket; name a folder in it")
     stages = f"{parent}/.{last}.staging"
-    corpus = find_corpus(config.corpus, config.messages_field or config.text_field, own=(config.out, stages))
+    corpus = find_corpus(config.corpus, config.fields.names[0].partition(".")[0], own=(config.out, stages))
     sources = corpus.sources
     tokenizer = load_tokenizer(config.tokenizer)
     chat = chat_settings(config)
@@ -72,7 +82,9 @@ def pack(
         template = chat["templates"]["default"].encode()
         tokenizer = replace(tokenizer, files=tokenizer.files | {"chat_template.jinja": template})
     begins = None if chat is None else template_bos(config, chat, tokenizer)
-    description = describe_tokenizer(tokenizer, config.special_tokens, config.bos, begins)
+    description = describe_tokenizer(
+        tokenizer, config.special_tokens, bos_of_corpus(config, sources, tokenizer), begins
+    )
     for line in filter(None, [*tokenizer.notes, other_beginning(tokenizer.encoder, description["bos_token_id"])]):
         note(line)
     model, revision = model_origin(Path(config.tokenizer))
@@ -81,6 +93,13 @@ def pack(
         "seq_len": config.seq_len,
         "tokenizer": description,
         "text_field": config.text_field,
+        "template": config.template,
+        "tokens_field": config.tokens_field,
+        "tokens_dtype": config.tokens_dtype,
+        "on_missing_eos": config.on_missing_eos,
+        "keep_fields": list(config.kept_fields),
+        "bos": config.bos,
+        "own_bos": own_bos(tokenizer),
         "chat": chat,
         "conversation_fields": [config.messages_field, config.tools_field],
         "packing": packing_entry(config),
@@ -106,8 +125,15 @@ def pack(
     require_empty(out, MANIFEST, "a shard folder")
     if corpus.note:
         note(corpus.note)
+    for source in sources:
+        if is_token_file(source) and config.kept_fields:
+            raise ValueError(
+                f"{source.where}: has no fields that --keep-fields could keep; leave it out, or pack it alone"
+            )
     for source in sources if config.on_bad_file == "stop" else []:
         require_kind(source)
+        if is_token_file(source):
+            require_side_files(source)
     out.require_free(int(2 * staged_estimate(sources)), "packing this corpus")
     with writing(out, note, SHARD_FOLDERS) as lease:
         before = stamps(sources)
@@ -121,10 +147,10 @@ def pack(
                 staged = _stage_all(config, sources, staging, raw, settings, out, lease, progress, stop, vocabulary)
                 crash_point("staging.done")
                 say_what_changed(staged, note)
-                conversations = chat_entry(config, chat)
-                folder = _begin(
-                    config, corpus, staged, vocabulary, tokenizer, description | origin, conversations, out, lease
-                )
+                say_what_was_added(staged, note)
+                types = write_tables(config.kept_fields, staging, staged, out, lease)
+                more = {"conversations": chat_entry(config, chat), "kept_fields": types}
+                folder = _begin(config, corpus, staged, vocabulary, tokenizer, description | origin, more, out, lease)
                 out.require_free(staging.used_bytes(), "writing the parts")
                 _write_parts(folder, staging, staged, lease, progress, stop)
             files = folder.manifest.corpus
@@ -145,6 +171,7 @@ def pack(
             if out.size(MANIFEST) is None:
                 out.delete(REJECTED)
                 out.remove(TOKENIZER)
+                out.remove(FIELDS)
             raise
     return folder
 
@@ -156,7 +183,7 @@ def _begin(
     vocabulary: Vocabulary,
     tokenizer: PackTokenizer,
     description: dict[str, Any],
-    conversations: dict[str, Any],
+    more: dict[str, Any],
     out: Store,
     lease: Lease,
 ) -> ShardFolder:
@@ -168,7 +195,12 @@ def _begin(
         decisive = {name: known[name] for name in ("tokenizer.json", TOKEN_IDS)}
         known = begun.manifest.tokenizer.get("files", {}) | decisive
     tokens = {"added_tokens": vocabulary.added_tokens(), "files": known}
-    manifest = replace(plan_parts(config, staged, description | tokens, conversations), passed_over=corpus.passed_over)
+    manifest = replace(
+        plan_parts(config, staged, description | tokens, more["conversations"]),
+        passed_over=corpus.passed_over,
+        reading=reading(config),
+        kept_fields=more["kept_fields"],
+    )
     lease.check()
     if begun is None:  # what is there may be half a tokenizer, of a run that died
         out.remove(TOKENIZER)
@@ -183,27 +215,12 @@ def _begin(
                 f"{out.url}: holds another pack, with other documents or counts; was it begun with another "
                 f"--text-field, --on-bad-document or --on-bad-file? {instead_of(begun)}"
             )
-    _save_rejected(staged, out)
+    save_rejected(staged, out)
     crash_point("output.begun")
     lease.check()
     manifest.write(out)
     crash_point("driver.planned")
     return ShardFolder(out)
-
-
-def _save_rejected(staged: list[dict], out: Store) -> None:
-    """List the documents and whole files that were left out, with the reason of each, in _rejected.jsonl."""
-    lines = []
-    for index, record in enumerate(staged):
-        file = record["file"]
-        reasons = [f"the whole file: {file['left_out']}"] if file["left_out"] else record["rejected"]
-        for reason in reasons:
-            entry = {"source": index, "path": file["path"], "reason": reason}
-            lines.append(json.dumps(entry, ensure_ascii=False))
-    if lines:
-        out.replace(REJECTED, ("\n".join(lines) + "\n").encode())
-    else:
-        out.delete(REJECTED)
 
 
 # --- first pass: one task per corpus file ---------------------------------------------------------------

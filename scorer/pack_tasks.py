@@ -18,14 +18,18 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 from scorer.best_fit import BestFitCutter, encode_lengths
-from scorer.chat_mask import chat_document
-from scorer.conversations import ChatTemplate, Conversation, ConversationFields, Rendered
+from scorer.conversations import ChatTemplate, Conversation, Rendered
 from scorer.corpus import BadDocument, BadFile, read_documents
 from scorer.cutter import RowCutter
 from scorer.decompress import window_of_each
 from scorer.documents import TokenDocument
+from scorer.encode import may_mask, tokenise
+from scorer.kept_fields import KeptFields, staged_name
 from scorer.roundtrip import DocumentSample
 from scorer.sources import Source
+from scorer.tokens.documents import Found, one_by_one
+from scorer.tokens.read import has_mask, holds_tokens
+from scorer.tokens.stage import fields_of, ready_blocks
 from scorer.vocabulary import pack_bits
 from shards.crash import crash_point
 from shards.folder import ShardFolder
@@ -59,53 +63,6 @@ def _ids(encoder: Tokenizer) -> int:
     return max(encoder.get_vocab(with_added_tokens=True).values()) + 1
 
 
-def _encode(encoder: Tokenizer, texts: list[str], source: Source, offsets: bool = False) -> Any:
-    """Encodings of the texts; ValueError where the tokenizer has no way to spell one of them."""
-    encode = encoder.encode_batch if offsets else encoder.encode_batch_fast
-    try:
-        return encode(texts, add_special_tokens=False)
-    except Exception as error:  # the library raises no other kind
-        raise ValueError(
-            f"{source.where}: the tokenizer cannot encode a document ({error}); give it an unknown token, or leave out what it "
-            "cannot spell"
-        ) from None
-
-
-def may_mask(settings: dict) -> bool:
-    """Whether documents of a pack with these settings may say what is to be predicted."""
-    chat = settings.get("chat")
-    return chat is not None and chat["train_on"] == "assistant"
-
-
-def _tokenise(
-    encoder: Tokenizer,
-    documents: list[tuple[int, str | Rendered | TokenDocument]],
-    eos: int,
-    bos: int | None,
-    source: Source,
-) -> Iterator[tuple[int, str, TokenDocument]]:
-    """The tokens of each document, with its number and its text, which is empty where it came as tokens.
-
-    EOS ends a text; one that has no tokens has none, and a conversation has what its template gives it.
-    """
-    texts = [
-        text.text if isinstance(text, Rendered) else text
-        for _, text in documents
-        if not isinstance(text, TokenDocument)
-    ]
-    offsets = any(isinstance(document, Rendered) and document.spans for _, document in documents)
-    encodings = iter(_encode(encoder, texts, source, offsets))
-    for doc_id, document in documents:
-        if isinstance(document, str):
-            ids = next(encodings).ids
-            yield doc_id, document, TokenDocument(np.array([*ids, eos] if ids else [], dtype=np.int32))
-        elif isinstance(document, Rendered):
-            chat = chat_document(document, next(encodings), bos)
-            yield doc_id, document.text, chat
-        else:
-            yield doc_id, "", document
-
-
 def stage_source(
     source: Source,
     index: int,
@@ -123,14 +80,18 @@ def stage_source(
     """
     os.environ["RAYON_NUM_THREADS"] = str(threads)  # the tokenizer's, read when it first encodes
     final, record_name = f"source-{index:05d}.arrow", f"source-{index:05d}.json"
-    size, version, sha256 = source.size(), source.version(), source.sha256()
+    size, version, sha256, beside = source.size(), source.version(), source.sha256(), source.sha256_beside()
     key: dict[str, Any] = {"path": source.name, "size": size, "sha256": sha256}
+    key |= {"beside": beside} if beside else {}
     recorded = {
         name: value for name, value in settings.items() if name != "added_tokens"
     }  # of the tokenizer that it names
     if staging.size(record_name) is not None:
         record = json.loads(staging.read(record_name))
         same = record["key"] == key and record["settings"] == recorded and staging.size(final) is not None
+        fields_sha256, fields_name = record.get("fields_sha256"), staged_name(index)
+        if fields_sha256 and same:
+            same = staging.size(fields_name) is not None and staging.sha256(fields_name) == fields_sha256
         if same and staging.sha256(final) == record["staged_sha256"]:
             yield {"bytes": size or 0, "tokens": record["file"]["tokens"], "record": record}
             return
@@ -139,9 +100,10 @@ def stage_source(
     description = settings["tokenizer"]
     encoder, eos = _encoder(tokenizer_json, description["special_tokens"]), description["eos_token_id"]
     bos = description.get("bos_token_id")
-    masked = may_mask(settings)
+    fields, has_tokens = fields_of(settings), holds_tokens(source, settings.get("tokens_field"))
+    found, window = Found(), window_of_each(threads)
+    masked = has_mask(source) if has_tokens else may_mask(settings)
     chat = None if settings.get("chat") is None else ChatTemplate(settings["chat"])
-    fields = settings["text_field"] if chat is None else ConversationFields(*settings["conversation_fields"])
     packing = settings.get("packing")
     row_settings = (settings["seq_len"], settings["rows_per_batch"], index, bos, masked)
     cutter = BestFitCutter(*row_settings, Window.of(packing)) if packing else RowCutter(*row_settings)
@@ -159,6 +121,7 @@ def stage_source(
         if out is not None:
             check_fence(out, *lease)
 
+    side = KeptFields(staging.temporary(staged_name(index)), fields.kept)
     try:
         with (
             staging.space_errors(final, 4 * (size or 0)),
@@ -177,7 +140,20 @@ def stage_source(
                     predicted_tokens += batch.column(PREDICT).flatten().true_count if masked else len(ids)
                     occurrences_V[:] += np.bincount(ids, minlength=len(occurrences_V))
 
-            batches = read_documents(source, fields, window_of_each(threads))
+            blocks = ready_blocks(source, settings, encoder, found, window) if has_tokens else iter(())
+            for block, position in _until_bad_file(blocks, left_out) if reject_file else blocks:
+                if block.predict is None:
+                    write(cutter.add_many(block.doc_ids, block.ids, block.lengths))
+                else:
+                    for doc_id, found_document in one_by_one(block, bos):
+                        write(cutter.add(doc_id, found_document))
+                side.add(block.doc_ids.tolist(), block.fields or [])
+                counts, rejected = found.counts(), found.rejected
+                if monotonic() - checked > 1:
+                    may_go_on()
+                    checked = monotonic()
+                yield {"bytes": position, "tokens": tokens}
+            batches = iter(()) if has_tokens else read_documents(source, fields, window)
             for documents, position in _until_bad_file(batches, left_out) if reject_file else batches:
                 good: list[tuple[int, str | Rendered | TokenDocument]] = []
                 for offset, document in enumerate(documents):
@@ -190,14 +166,16 @@ def stage_source(
                     else:
                         counts["rejected"] += 1
                         rejected.append(str(document))
+                first = counts["read"]
                 counts["read"] += len(documents)
-                for doc_id, text, document in _tokenise(encoder, good, eos, bos, source):
+                for doc_id, text, document in tokenise(encoder, good, eos, bos, source):
                     if text:  # nothing comes back of an empty one
                         sample.offer(doc_id, text)
                     if not len(document.ids):
                         counts["empty"] += 1
                         continue
                     counts["packed"] += 1
+                    side.add([doc_id], [documents.kept[doc_id - first]])
                     without_eos += int(document.ids[-1]) != eos
                     write(cutter.add(doc_id, document))
                 if monotonic() - checked > 1:
@@ -205,15 +183,18 @@ def stage_source(
                     checked = monotonic()
                 yield {"bytes": position, "tokens": tokens}
             write(cutter.finish())
-        if source.version() != version or (not version and source.sha256() != sha256):
+        changed_beside = beside and source.sha256_beside() != beside
+        if changed_beside or source.version() != version or (not version and source.sha256() != sha256):
             raise ValueError(f"{source.where}: changed while it was read; run again when nothing writes to it")
         if left_out:  # what came before the fault goes too
-            counts, rejected = dict.fromkeys(counts, 0), []
+            counts, rejected, found = dict.fromkeys(counts, 0), [], Found()
+            side.clear()
             rows = tokens = predicted_tokens = without_eos = 0
             pa.ipc.new_file(temporary, cutter.schema).close()
             sample, cutter.bos_tokens, occurrences_V[:], row_lengths = DocumentSample(index), 0, 0, []
         with pa.OSFile(str(temporary)) as staged:
             changed = sample.changed(staged, encoder, bos, as_found=chat is not None)
+        kinds = side.close()
         unknown = settings.get("unknown_id")
         # by pack, where it is one of these
         added = {eos: 0 if chat else counts["packed"], bos: cutter.bos_tokens}.get(unknown, 0)
@@ -221,6 +202,8 @@ def stage_source(
             "key": key,
             "settings": recorded,
             "staged_sha256": sha256_file(temporary),
+            "fields_sha256": sha256_file(side.path) if fields.kept else None,
+            "field_kinds": kinds,
             "file": asdict(
                 CorpusFile(
                     **key,
@@ -232,6 +215,8 @@ def stage_source(
                     documents_sampled=len(sample.texts),
                     documents_changed=len(changed),
                     left_out="".join(left_out),
+                    documents_with_bos=found.with_bos if has_tokens else None,
+                    eos_added=found.eos_added if has_tokens else None,
                     predicted_tokens=predicted_tokens,
                     without_eos=without_eos or None,
                 )
@@ -248,9 +233,12 @@ def stage_source(
         }
         crash_point("staging.written")
         may_go_on()
+        if fields.kept:
+            staging.put(side.path, staged_name(index))
         staging.put(temporary, final)
     except BaseException:
         temporary.unlink(missing_ok=True)
+        side.path.unlink(missing_ok=True)
         raise
     staging.replace(record_name, encode_json(record))
     yield {"bytes": size or 0, "tokens": tokens, "record": record}

@@ -24,6 +24,10 @@ OPTIONS = {
     "seq_len": "--seq-len",
     "tokens_per_shard": "--tokens-per-shard",
     "tokenizer.special_tokens": "--special-tokens",
+    "keep_fields": "--keep-fields",
+    "template": "--template",
+    "tokens_field": "--tokens-field",
+    "tokens_dtype": "--tokens-dtype",
     "packing": "--packing",
     "conversations": "--messages-field",
     "conversations.messages_field": "--messages-field",
@@ -35,6 +39,14 @@ OPTIONS = {
 }
 """What a user calls fields of a pack."""
 NOTED_SHARE = 0.01  # of unknown tokens, of documents that do not come back
+
+
+def reading(config: PackConfig) -> dict[str, str]:
+    """What the manifest says of how records were read, where it is not one field of text."""
+    asked = {"template": config.template, "tokens_field": config.tokens_field}
+    if config.tokens_dtype != "auto":
+        asked["tokens_dtype"] = config.tokens_dtype
+    return {name: value for name, value in asked.items() if value is not None}
 
 
 def plan_parts(
@@ -114,6 +126,17 @@ def say_what_changed(staged: list[dict], note: Callable[[str], None]) -> None:
         )
 
 
+def say_what_was_added(staged: list[dict], note: Callable[[str], None]) -> None:
+    """A note where documents of token ids had no EOS."""
+    added = [(record["file"]["path"], record["file"]["eos_added"]) for record in staged if record["file"]["eos_added"]]
+    if added:
+        total = sum(count for _, count in added)
+        note(
+            f"{total:,} documents of {len(added):,} files of token ids did not end in EOS, so pack put one there, for instance "
+            f"{added[0][1]:,} of {added[0][0]}; --on-missing-eos stop refuses them"
+        )
+
+
 def refuse_other_plan(
     config: PackConfig,
     folder: ShardFolder,
@@ -137,8 +160,11 @@ def refuse_other_plan(
         hashes_then = [file.sha256 for file in manifest.corpus]
         for ours, theirs, now, then in zip(asked, corpus, hashes_now(config.out, sources, hashes_then), hashes_then):
             ours["sha256"], theirs["sha256"] = now, then
+        for ours, theirs, source, file in zip(asked, corpus, sources, manifest.corpus):
+            ours["beside"], theirs["beside"] = source.sha256_beside(), file.beside
     ours = {"seq_len": config.seq_len, "tokens_per_shard": config.tokens_per_shard}
     theirs = {"seq_len": manifest.seq_len, "tokens_per_shard": manifest.rows_per_part * manifest.seq_len}
+    ours_read, theirs_read = reading(config), manifest.reading
     if (manifest.seq_len, manifest.rows_per_part) == (config.seq_len, config.rows_per_part):  # a part has whole rows
         ours = {"seq_len": config.seq_len, "rows_per_batch": config.rows_per_batch}
         theirs = {"seq_len": manifest.seq_len, "rows_per_batch": manifest.rows_per_batch}
@@ -147,8 +173,22 @@ def refuse_other_plan(
     refuse_other(
         str(folder.path),
         "pack",
-        {**ours, "tokenizer": description, "corpus": asked, "references": []},
-        {**theirs, "tokenizer": packed, "corpus": corpus, "references": sorted(manifest.references)},
+        {
+            **ours,
+            **ours_read,
+            "keep_fields": sorted(config.kept_fields),
+            "tokenizer": description,
+            "corpus": asked,
+            "references": [],
+        },
+        {
+            **theirs,
+            **theirs_read,
+            "keep_fields": sorted(manifest.kept_fields),
+            "tokenizer": packed,
+            "corpus": corpus,
+            "references": sorted(manifest.references),
+        },
         instead_of(folder),
         OPTIONS,
     )

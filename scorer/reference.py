@@ -106,10 +106,15 @@ def require_head_size(model_config: dict[str, Any], path: Path, device: str) -> 
 
 
 def provenance(
-    config: ScoreConfig, reference: Reference, engine: EngineConfig, tokenizer_differences: list[str]
+    config: ScoreConfig,
+    reference: Reference,
+    engine: EngineConfig,
+    tokenizer_differences: list[str],
+    kept: dict[str, Any],
 ) -> dict[str, Any]:
     """What the manifest records of a reference; top_k, entropy and the size of its vocabulary only where they are
-    stored, differences of its tokenizer only where there are any."""
+    stored, differences of its tokenizer only where there are any. kept: fields that say where its most probable tokens are.
+    """
     entry: dict[str, Any] = {
         "model": reference.name,
         "revision": reference.revision,
@@ -135,6 +140,9 @@ def provenance(
         entry["engine_args"] = lasting
     if config.top_k:
         entry |= {"top_k": config.top_k, "vocab_size": engine.vocab_size}
+    entry |= kept
+    if config.sample_k:
+        entry |= {"sample_k": config.sample_k, "vocab_size": engine.vocab_size}
     if config.entropy:
         entry |= {"entropy": True, "vocab_size": engine.vocab_size}
     if config.entropy_temperature is not None:

@@ -6,7 +6,9 @@ engine, take a part, score it and commit it. The same command again does the par
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
+from scorer.below_entropy import estimate, kept_entry
 from scorer.canary import Forwards
 from scorer.cluster import ray_cluster, ray_errors
 from scorer.config import ScoreConfig
@@ -37,7 +39,7 @@ from shards.store import Store, absolute, open_store
 __all__ = ["PartsFailed", "score"]
 
 OPTIONS = (
-    *("dtype", "context", "logprob_step", "top_k", "entropy", "entropy_temperature"),
+    *("dtype", "context", "logprob_step", "top_k", "entropy", "entropy_temperature", "top_k_below_entropy", "sample_k"),
     *("tensor_parallel_size", "engine", "engine_args"),
 )
 """Fields of a reference that options decide."""
@@ -98,9 +100,12 @@ def score(
             text_alone=model_config["text_alone"],
             temperatures=config.temperatures,
             arguments=engine_args,
+            sample_k=config.sample_k,
         )
         source = as_begun(out, shards.manifest)
-        manifest = with_reference(source, config, reference, engine, tokenizer_differences)
+        recorded = {} if out.size(MANIFEST) is None else Manifest.read(out).references.get(config.name, {})
+        kept = kept_entry(config, recorded)
+        manifest = with_reference(source, config, reference, engine, tokenizer_differences, kept)
         names = manifest.schema.names
         if len(set(names)) < len(names):  # rl with --top-k beside a reference called rl_topk
             raise ValueError(f"{config.shards}: --name {config.name} would give two columns one name; choose another")
@@ -109,7 +114,9 @@ def score(
         forwards = None
         if dtype is None:  # of a new folder: one that was begun has it recorded
             engine, forwards = choose_dtype(config, shards, engine, should_stop, note)
-            manifest = with_reference(source, config, reference, engine, tokenizer_differences)
+        if config.below_entropy is not None and "top_k_below_entropy" not in kept:
+            kept = estimate(config, shards, engine, model_config, bundle, should_stop, note)
+        manifest = with_reference(source, config, reference, engine, tokenizer_differences, kept)
         with writing(out, note, SHARD_FOLDERS) as lease:
             refuse_other_scoring(out, manifest, config.name)  # another driver may have had the lease since we looked
             folder = begin_shards(shards, out, manifest, lease)
@@ -133,9 +140,10 @@ def with_reference(
     reference: Reference,
     engine: EngineConfig,
     tokenizer_differences: list[str],
+    kept: dict[str, Any],
 ) -> Manifest:
     """The plan of the annotated folder."""
-    entry = {config.name: provenance(config, reference, engine, tokenizer_differences)}
+    entry = {config.name: provenance(config, reference, engine, tokenizer_differences, kept)}
     return replace(manifest, references=manifest.references | entry)
 
 
@@ -188,6 +196,8 @@ def refuse_other_scoring(out: Store, manifest: Manifest, name: str) -> None:
             for each, entry in ours["references"].items()
         }
     options = {f"references.{name}.{field}": "--" + field.replace("_", "-") for field in OPTIONS}
+    below = ("top_k_quantile", "top_k_quantile.quantile", "top_k_quantile.margin")
+    options |= {f"references.{name}.{field}": "--top-k-below-entropy" for field in below}
     arguments = {*then.get(name, {}).get("engine_args", {}), *now.get("engine_args", {})}
     options |= {f"references.{name}.engine_args.{key}": f"--engine-args {key}" for key in arguments}
     refuse_other(out.url, "scoring", ours, theirs, instead_of(there), options)

@@ -10,9 +10,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from scorer.formats import format_of, text_of_path
+from scorer.formats import TOKENS, format_of, text_of_path
 from scorer.hf_datasets import HUB, Shard, find_shards
 from scorer.listing import Listing, list_local, list_remote
+from scorer.tokens.beside import find_beside
 from shards.store import is_remote, open_store
 
 TEXT_BYTES_PER_STAGED_BYTE = 2.5  # plain text against its token ids in zstd; for the estimate of the disk's need
@@ -24,7 +25,7 @@ class Source:
     """One corpus file. location: its path or URL, or None where it is the hub's; name: what the manifest calls it.
 
     listed_size, listed_version: as an object store listed them, which saves a request for each of many files. shard:
-    what `datasets` reads; None for a file that is read by itself.
+    what `datasets` reads; None for a file that is read by itself. beside: files that say more about one of tokens.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Source:
     listed_size: int | None = None
     shard: Shard | None = None
     listed_version: str | None = None
+    beside: tuple[str, ...] = ()
 
     @property
     def where(self) -> str:
@@ -73,6 +75,15 @@ class Source:
                 raise ValueError(f"{self.where}: changed since it was listed; run again when nothing writes to it")
         return digest.hexdigest()
 
+    def sha256_beside(self) -> dict[str, str] | None:
+        """sha256 of each file beside it, by its name without the folder; None where there are none."""
+        found = {}
+        for location in self.beside:
+            sha256 = Source(location, location).sha256()
+            assert sha256 is not None
+            found[text_of_path(location.rpartition("/")[2])] = sha256
+        return found or None
+
     def version(self) -> str:
         """What a store changes with every write to the file; empty where only the bytes can tell."""
         if self.location is None or not is_remote(self.location):
@@ -111,10 +122,15 @@ def find_corpus(corpus: list[str], text_field: str = "text", own: tuple[str, ...
         else:
             listings.append((entry, listing))
     found = [location for _, listing in listings for location in listing.files]
-    root = _common_folder(found)
+    root, beside = _common_folder(found), find_beside(found)
     sources = [
         Source(
-            text_of_path(file[len(root) :].lstrip("/")), file, listing.sizes.get(file), None, listing.versions.get(file)
+            text_of_path(file[len(root) :].lstrip("/")),
+            file,
+            listing.sizes.get(file),
+            None,
+            listing.versions.get(file),
+            beside.get(file, ()),
         )
         for _, listing in listings
         for file in listing.files
@@ -193,5 +209,8 @@ def staged_estimate(sources: list[Source]) -> float:
     estimate = 0.0
     for source in sources:
         form, codec = format_of(source.location or "") or ("", "")
-        estimate += (source.size() or 0) * INFLATION.get(codec or form, 1.0)
+        if form in TOKENS:  # staged as they are, in 4 bytes
+            estimate += 2.0 * (source.size() or 0) * TEXT_BYTES_PER_STAGED_BYTE
+        else:
+            estimate += (source.size() or 0) * INFLATION.get(codec or form, 1.0)
     return estimate / TEXT_BYTES_PER_STAGED_BYTE

@@ -11,10 +11,11 @@ from typing import NoReturn
 
 import numpy as np
 
-from shards.entropy import entropy_columns, outside
+from shards.entropy import entropy_columns, outside, topk_limit
 from shards.part import REMEDY
 from shards.rows import Rows
-from shards.schema import PREDICT, list_lengths, logprobs_column, topk_columns
+from shards.samples import fault_of_samples
+from shards.schema import PREDICT, list_lengths, logprobs_column, sample_column, topk_columns
 from shards.topk import fault_of_topk
 
 LARGEST = np.finfo(np.float32).max
@@ -33,6 +34,8 @@ def check(rows: Rows) -> Rows:
             _check_logprobs(rows, name)
         if reference.get("top_k") and names & {*topk_columns(name)}:  # a reference may be called rl_topk
             _check_topk(rows, name)
+        if reference.get("sample_k") and sample_column(name) in names:
+            _check_samples(rows, name)
         for column, bounds in entropy_columns(name, reference).items():
             if column in names:
                 _check_entropy(rows, name, column, bounds)
@@ -103,13 +106,11 @@ def _check_values(rows: Rows, name: str, column: str, valid_T: np.ndarray, reaso
 
 def _check_topk(rows: Rows, name: str) -> None:
     reference, predicted_T, columns = rows.part.manifest.references[name], rows.predicted(name), topk_columns(name)
+    limit = topk_limit(name, reference)
+    if limit is not None:
+        predicted_T = predicted_T & (rows.values(limit[0]).astype(np.float64) <= limit[1])
     for column in columns:
-        _check_length(rows, column)
-        _check_null(rows, column, predicted_T)
-        entries = rows.batch.column(column).flatten()
-        if entries.values.null_count and entries.flatten().null_count:  # flatten leaves out null entries
-            row = next(row for row in range(len(rows)) if rows.batch.column(column)[row].values.flatten().null_count)
-            fail(rows, row, f"{column} has a null in an entry")
+        _check_entries(rows, column, predicted_T, "" if limit is None else f", above an entropy of {limit[1]:g}")
     step, vocab_size = reference["logprob_step"], reference.get("vocab_size")
     ids_TK, logprobs_TK = rows.topk(name)
     for row in range(len(rows)):  # a row fits the processor's cache, a record batch does not
@@ -121,6 +122,26 @@ def _check_topk(rows: Rows, name: str) -> None:
             fault = f"a log-prob is not a multiple of {step:g}"
         if fault:
             fail(rows, row, f"{', '.join(columns)}: {fault}")
+
+
+def _check_entries(rows: Rows, column: str, predicted_T: np.ndarray, also: str = "") -> None:
+    """ValueError unless a column has an entry without nulls exactly where it must. also: see `_check_null`."""
+    _check_length(rows, column)
+    _check_null(rows, column, predicted_T, also)
+    entries = rows.batch.column(column).flatten()
+    if entries.values.null_count and entries.flatten().null_count:  # flatten leaves out null entries
+        row = next(row for row in range(len(rows)) if rows.batch.column(column)[row].values.flatten().null_count)
+        fail(rows, row, f"{column} has a null in an entry")
+
+
+def _check_samples(rows: Rows, name: str) -> None:
+    column, predicted_T = sample_column(name), rows.predicted(name)
+    _check_entries(rows, column, predicted_T)
+    vocab_size, ids_TS = rows.part.manifest.references[name]["vocab_size"], rows.values(column)
+    for row in range(len(rows)):
+        here = rows.place(row)
+        if fault := fault_of_samples(ids_TS[here][predicted_T[here]], vocab_size):
+            fail(rows, row, f"{column}: {fault}")
 
 
 def _are_multiples(values: np.ndarray, step: float) -> np.ndarray:
@@ -136,12 +157,12 @@ def _check_length(rows: Rows, column: str) -> None:
     )  # fmt: skip
 
 
-def _check_null(rows: Rows, column: str, predicted_T: np.ndarray) -> None:
+def _check_null(rows: Rows, column: str, predicted_T: np.ndarray, also: str = "") -> None:
     present_T = rows.batch.column(column).flatten().is_valid().to_numpy(zero_copy_only=False)
     refuse_tokens(
         rows, present_T != predicted_T,
         lambda token: f"{column} is {'null' if predicted_T[token] else 'not null'}, expected null exactly where nothing "
-        "precedes, and in quarantined rows",
+        f"precedes{also}, and in quarantined rows",
     )  # fmt: skip
 
 

@@ -18,6 +18,11 @@ LEAST_TEMPERATURE, LARGEST_TEMPERATURE = 0.1, 100.0
 SLACK = 1e-3  # nat, for sums over a whole vocabulary in float32
 
 
+def temperature_label(temperature: float) -> str:
+    """A temperature in the name of a column: t2, t1p5."""
+    return f"t{temperature:g}".replace(".", "p")
+
+
 def entropy_columns(name: str, reference: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
     """Columns of the entropy of the reference called `name`, in the schema's order, and the range of each column's values.
 
@@ -30,11 +35,21 @@ def entropy_columns(name: str, reference: Mapping[str, Any]) -> dict[str, tuple[
     columns = {f"{stem}_entropy": (0.0, largest)}
     temperature = reference.get("entropy_temperature")
     if temperature:
-        label = f"{temperature:g}".replace(".", "p")
+        label = temperature_label(temperature)
         bound = (1 - 1 / temperature) * largest  # of the log partition sum: where all tokens are equally probable
-        columns[f"{stem}_entropy_t{label}"] = (0.0, largest)
-        columns[f"{stem}_log_partition_t{label}"] = (min(0.0, bound), max(0.0, bound))
+        columns[f"{stem}_entropy_{label}"] = (0.0, largest)
+        columns[f"{stem}_log_partition_{label}"] = (min(0.0, bound), max(0.0, bound))
     return columns
+
+
+def topk_limit(name: str, reference: Mapping[str, Any]) -> tuple[str, float] | None:
+    """Column of the entropy above which no most probable tokens of the reference `name` are stored, and the threshold in
+    nats, at which they are; None where they are stored everywhere. The column is that at the last temperature."""
+    threshold = reference.get("top_k_below_entropy")
+    if not reference.get("top_k") or threshold is None:
+        return None
+    columns = [column for column in entropy_columns(name, reference) if "_log_partition_" not in column]
+    return columns[-1], threshold
 
 
 def is_temperature(temperature: float) -> bool:

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from shards.batch_reader import open_batches
 from shards.contract import check
+from shards.entropy import topk_limit
 from shards.fingerprint import parse_tokenizer_json, vocabulary
 from shards.manifest import MANIFEST, Manifest
 from shards.record import COMMITS, REMEDY, SUMS, CommitRecord, read_record, record_name, summed_record
@@ -162,8 +163,34 @@ class ShardFolder:
                 )
         return contexts[first]
 
-    def require_top_k(self, name: str) -> None:
-        """ValueError unless the most probable tokens of the reference `name` are stored."""
+    def require_columns(self, name: str, columns: Iterable[str]) -> None:
+        """ValueError unless these columns of the reference `name`, given without its name, are stored."""
+        columns = tuple(columns)
+        gated = any(column.startswith("entropy") for column in columns)  # who reads it knows where a token has none
+        for column in columns:
+            if column.startswith("topk_"):
+                self.require_top_k(name, everywhere=not gated)
+            elif column == "sample_ids" and not self.require_reference(name).get("sample_k"):
+                raise ValueError(
+                    f"{self.path}: has log-probs of {name!r}, but no tokens drawn from it ({name}_sample_ids); score with --sample-k 25, "
+                    "for instance"
+                )
+            elif f"{name}_{column}" not in self.schema.names:
+                temperature = column.rpartition("_t")[2].replace("p", ".")
+                option = f" --entropy-temperature {temperature}" if column != "entropy" else ""
+                raise ValueError(
+                    f"{self.path}: has log-probs of {name!r}, but no column {name}_{column}; score with --entropy{option}, or "
+                    f"train at a --temperature that is stored"
+                )
+
+    def require_top_k(self, name: str, everywhere: bool = True) -> None:
+        """ValueError unless the most probable tokens of the reference `name` are stored, at every token if `everywhere`."""
+        limit = topk_limit(name, self.require_reference(name))
+        if everywhere and limit is not None:
+            raise ValueError(
+                f"{self.path}: has the most probable tokens of {name!r} only where {limit[0]} is at most {limit[1]:g}, which "
+                "is enough for --objective switch; score without --top-k-below-entropy"
+            )
         if not self.require_reference(name).get("top_k"):
             raise ValueError(
                 f"{self.path}: has log-probs of {name!r}, but not its most probable tokens ({topk_columns(name)[0]}); "

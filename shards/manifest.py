@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from shards.corpus_file import CorpusFile
 from shards.entropy import entropy_columns, is_temperature
 from shards.packing import Window
 from shards.part import publish_json
 from shards.record import checksum_of, with_checksum
 from shards.schema import CONTEXTS, logprobs_column, row_schema
+from shards.side_table import TYPES
 from shards.store import Store, open_store
 
 FORMAT = "remit-shards"
@@ -33,45 +35,6 @@ _PART_NAME = re.compile(r"part-\d{5,}\.arrow")
 def part_name(index: int) -> str:
     """File name of part `index`; names sort in corpus order."""
     return f"part-{index:05d}.arrow"
-
-
-@dataclass(frozen=True)
-class CorpusFile:
-    """One corpus file as it was packed.
-
-    path: relative to the corpus; of a dataset NAME:CONFIG:SPLIT#SHARD-of-COUNT, which of the hub is hf://NAME@REVISION
-    and has no size and sha256.
-    documents_read = documents_packed + documents_empty + documents_rejected.
-    Folders packed by earlier releases have none of the next four: bos_tokens: of the tokens those that pack put in front
-    of document pieces; unknown_tokens: those with the id that stands for text the tokenizer cannot spell;
-    documents_sampled, documents_changed: documents that were decoded again from the rows, and those of them that did not
-    come back as they were.
-    left_out: why nothing of the file was packed (--on-bad-file reject); "" for all others.
-    predicted_tokens: of the tokens those that are to be predicted; None where the folder has no such column, or rows were
-    selected. without_eos: documents that do not end in EOS, as they were found; None where each does.
-    """
-
-    path: str
-    size: int | None
-    sha256: str | None
-    documents_read: int
-    documents_packed: int
-    documents_empty: int
-    documents_rejected: int
-    rows: int
-    tokens: int
-    bos_tokens: int | None = None
-    unknown_tokens: int | None = None
-    documents_sampled: int | None = None
-    documents_changed: int | None = None
-    left_out: str = ""
-    predicted_tokens: int | None = None
-    without_eos: int | None = None
-
-    def entry(self) -> dict[str, Any]:
-        """As a JSON object, without what says nothing: left_out, or what an earlier release did not count."""
-        always = ("size", "sha256")
-        return {name: value for name, value in vars(self).items() if name in always or value not in (None, "")}
 
 
 @dataclass(frozen=True)
@@ -97,11 +60,14 @@ class Manifest:
     was put there; files: sha256 of each file in _tokenizer/; added_tokens: how often each of
     those that occur does; model and revision where it came from the hub. Folders of earlier releases have fingerprint, eos_token_id, vocab_size, special_tokens.
     references: per name its model name, revision, weights_sha256, dtype, engine, engine_version,
-    engine_distribution, device, head_dtype (these three are missing in older ones), tensor_parallel_size, context, logprob_step, top_k where its most probable tokens are stored, and
+    engine_distribution, device, head_dtype (these three are missing in older ones), tensor_parallel_size, context, logprob_step, top_k where its most probable tokens are stored, sample_k where tokens drawn from it are,
+    top_k_below_entropy where they are only at an entropy of at most so many nats (top_k_quantile: how that was estimated), and
     entropy (true) where its entropy is, with entropy_temperature where it is at another temperature too.
     selections: by which rule rows of the packed corpus were kept, oldest first: method, rows_read, rows_unscored,
     rows_kept, source_manifest_sha256, and what else the method says (scorer/select.py).
     passed_over: files of the corpus folders that were not read, counted by suffix or what else they are.
+    reading: what of a record was packed where it is not one field of text: template, or tokens_field; tokens_dtype.
+    kept_fields: names and kinds of the fields that are kept beside the rows.
     format_version: 2 where commit records have the sums of what readers read, 1 where they have that of the whole part.
     packing: how documents share rows, as shards/packing.py has it; empty where they are laid end to end.
     conversations: how documents became text where they are conversations: messages_field, tools_field, train_on,
@@ -118,6 +84,8 @@ class Manifest:
     references: dict[str, dict[str, Any]] = field(default_factory=dict)
     selections: tuple[dict[str, Any], ...] = ()
     passed_over: dict[str, int] = field(default_factory=dict)
+    reading: dict[str, str] = field(default_factory=dict)
+    kept_fields: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     predict: bool = False
     packing: dict[str, Any] = field(default_factory=dict)
@@ -144,6 +112,7 @@ class Manifest:
             {name: entry.get("top_k", 0) for name, entry in self.references.items()},
             {name: entropy_columns(name, entry) for name, entry in self.references.items()},
             self.predict,
+            {name: entry.get("sample_k", 0) for name, entry in self.references.items()},
         )
 
     @cached_property
@@ -173,8 +142,8 @@ class Manifest:
         common |= {"selections": list(self.selections)} if self.selections else {}
         common |= {"predict": True} if self.predict else {}
         common |= {"packing": self.packing | {"unused_positions": self.unused_positions}} if self.packing else {}
-        common |= {"conversations": self.conversations} if self.conversations else {}
-        return common | ({"passed_over": self.passed_over} if self.passed_over else {})
+        optional = {name: getattr(self, name) for name in ("conversations", "passed_over", "reading", "kept_fields")}
+        return common | {name: value for name, value in optional.items() if value}
 
     def _text(self) -> str:
         """The JSON text from its second line on; corpus files and parts one a line."""
@@ -245,6 +214,8 @@ class Manifest:
                 references={name: dict(reference) for name, reference in value["references"].items()},
                 selections=tuple(dict(selection) for selection in value.get("selections", [])),
                 passed_over=dict(value.get("passed_over", {})),
+                reading=dict(value.get("reading", {})),
+                kept_fields=dict(value.get("kept_fields", {})),
                 format_version=value["format_version"],
                 predict=value.get("predict", False),
                 packing={key: x for key, x in value.get("packing", {}).items() if key != "unused_positions"},
@@ -296,14 +267,19 @@ class Manifest:
             logprobs_column(name)
             if reference.get("context") not in CONTEXTS:
                 raise ValueError(f"reference {name}: context is {reference.get('context')!r}")
-            for key in ("top_k", "vocab_size"):
+            for key in ("top_k", "sample_k", "vocab_size"):
                 value = reference.get(key, 0)
                 if not isinstance(value, int) or not 0 <= value < 1 << 31:  # the size of an Arrow list is an int32
                     raise ValueError(f"reference {name}: {key} is {value!r}")
+            if reference.get("sample_k") and not reference.get("vocab_size"):
+                raise ValueError(f"reference {name}: sample_k is {reference['sample_k']!r} without a vocab_size")
             _check_entropy(name, reference)
+            _check_below_entropy(name, reference)
         twice = [name for name in self.schema.names if self.schema.names.count(name) > 1]
         if twice:
             raise ValueError(f"two references have a column {twice[0]}")
+        if unknown := sorted(set(self.kept_fields.values()) - set(TYPES)):
+            raise ValueError(f"a kept field is of kind {unknown[0]!r}, expected one of {', '.join(TYPES)}")
         kept = [selection["rows_kept"] for selection in self.selections]
         read = [selection["rows_read"] for selection in self.selections]
         if kept != [*read[1:], self.rows][: len(kept)]:
@@ -317,3 +293,10 @@ def _check_entropy(name: str, reference: dict[str, Any]) -> None:
     is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
     if temperature is not None and not (entropy and is_number and is_temperature(temperature)):
         raise ValueError(f"reference {name}: entropy_temperature is {temperature!r}")
+
+
+def _check_below_entropy(name: str, reference: dict[str, Any]) -> None:
+    threshold = reference.get("top_k_below_entropy")
+    is_number = isinstance(threshold, int | float) and not isinstance(threshold, bool) and threshold >= 0
+    if threshold is not None and not (is_number and reference.get("entropy") and reference.get("top_k")):
+        raise ValueError(f"reference {name}: top_k_below_entropy is {threshold!r}")

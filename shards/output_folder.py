@@ -24,11 +24,12 @@ from shards.manifest import FORMAT_VERSION, MANIFEST, Manifest
 from shards.part import publish_json
 from shards.quarantine import QUARANTINE
 from shards.record import COMMITS, SUMS, encode_json
+from shards.side_table import FIELDS, copy_tables
 from shards.store import Store, is_remote, open_store
 
 MODEL = "model"
 """The last thing that a run writes into its folder."""
-SHARD_FOLDERS = ("", COMMITS, SUMS, LEASE, TOKENIZER, f"{QUARANTINE}/rows", f"{QUARANTINE}/failed")
+SHARD_FOLDERS = ("", COMMITS, SUMS, LEASE, TOKENIZER, FIELDS, f"{QUARANTINE}/rows", f"{QUARANTINE}/failed")
 """Where the writers of a shard folder have temporary files."""
 ALIASES = {"s3a": "s3", "gcs": "gs"}  # two names of one protocol
 NAMED_DIFFERENCES = 3
@@ -100,6 +101,8 @@ def begin_shards(shards: ShardFolder, out: Store, manifest: Manifest, lease: Lea
         lease.check()
         out.remove(TOKENIZER)  # of a run that died while it copied one
         shards.copy_tokenizer_to(out)
+        out.remove(FIELDS)
+        copy_tables(shards, out)
         crash_point("output.begun")
         lease.check()
         manifest.write(out)

@@ -11,10 +11,10 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 
-from shards.entropy import entropy_columns
+from shards.entropy import entropy_columns, topk_limit
 from shards.manifest import Manifest
 from shards.part import REMEDY
-from shards.schema import PREDICT, has_predecessor, list_lengths, logprobs_column, topk_columns
+from shards.schema import PREDICT, has_predecessor, list_lengths, logprobs_column, sample_column, topk_columns
 
 
 class Batches(Protocol):
@@ -212,6 +212,8 @@ def columns_to_read(columns: Iterable[str], manifest: Manifest) -> list[str]:
     wanted = {*columns, "doc_lengths", "doc_ids", "source", PREDICT}
     for name, reference in manifest.references.items():
         if reference.get("top_k") and wanted & {*topk_columns(name)}:
-            wanted |= {*topk_columns(name), logprobs_column(name)}
+            limit = topk_limit(name, reference)
+            wanted |= {*topk_columns(name), logprobs_column(name), *([limit[0]] if limit else [])}
+        wanted |= {"input_ids"} if reference.get("sample_k") and sample_column(name) in wanted else set()
         wanted |= {"input_ids"} if wanted & {logprobs_column(name), *entropy_columns(name, reference)} else set()
     return [field.name for field in manifest.schema if field.name in wanted]

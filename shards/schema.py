@@ -35,18 +35,25 @@ def topk_columns(name: str) -> tuple[str, str]:
     return f"{stem}_topk_ids", f"{stem}_topk_logprobs"
 
 
+def sample_column(name: str) -> str:
+    """Column that holds the tokens drawn from the distributions of the reference called `name`."""
+    return f"{logprobs_column(name).removesuffix(LOGPROBS_SUFFIX)}_sample_ids"
+
+
 def row_schema(
     references: Iterable[str] = (),
     top_k: Mapping[str, int] | None = None,
     entropy: Mapping[str, Iterable[str]] | None = None,
     predict: bool = False,
+    sample_k: Mapping[str, int] | None = None,
 ) -> pa.Schema:
     """Arrow schema of a part with one log-prob column per reference.
 
     All list columns have one entry per token, except doc_lengths and doc_ids: one per document piece. top_k: per
     reference the number of most probable tokens that are stored for each token, 0 or absent for none; an entry is
     then a list of that fixed size. entropy: per reference the columns of its entropy (shards/entropy.py), absent for none.
-    predict: with the column of what is to be predicted.
+    predict: with the column of what is to be predicted. sample_k: per reference the number of tokens that are drawn for each
+    token, 0 or absent for none.
     """
     fields = [
         pa.field("input_ids", pa.list_(pa.int32()), nullable=False),
@@ -63,6 +70,8 @@ def row_schema(
             ids, logprobs = topk_columns(name)
             fields.append(pa.field(ids, pa.list_(pa.list_(pa.int32(), k)), nullable=False))
             fields.append(pa.field(logprobs, pa.list_(pa.list_(pa.float32(), k)), nullable=False))
+        if draws := (sample_k or {}).get(name, 0):
+            fields.append(pa.field(sample_column(name), pa.list_(pa.list_(pa.int32(), draws)), nullable=False))
         for column in (entropy or {}).get(name, ()):
             fields.append(pa.field(column, pa.list_(pa.float32()), nullable=False))
     return pa.schema(fields)

@@ -16,6 +16,7 @@ from shards.follow import Followed, follow
 from shards.manifest import CorpusFile, PartPlan
 from shards.quarantine import failure_reason, read_quarantined_rows, rows_name
 from shards.rows import Rows
+from shards.side_table import table_problems
 from shards.verify_tokenizer import VocabularyCount, tokenizer_problems
 
 NAMES = {"predicted_tokens": "tokens to predict", "without_eos": "documents without EOS"}
@@ -44,7 +45,7 @@ def verify_folder(folder: ShardFolder, on_part: Callable[[PartPlan], object] = l
     report = Report(logprobs=dict.fromkeys(names, 0), quarantined=dict.fromkeys(names, 0))
     counts = [follow(folder.manifest, file) for file in folder.manifest.corpus]
     vocabulary = VocabularyCount(folder)
-    report.problems += tokenizer_problems(folder)
+    report.problems += tokenizer_problems(folder) + table_problems(folder)
     for plan in folder.manifest.parts:
         try:
             _verify_part(folder, plan, counts, vocabulary, report)

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+GATED = "gated"  # column that trainer/gate.py adds
+
 
 @dataclass(frozen=True)
 class Row:
@@ -31,7 +33,7 @@ class Row:
 @dataclass(frozen=True)
 class MicroBatch:
     """Rows padded on the right. predicted_BT: bool, true where x_t counts (never at t = 0), on the CPU so that a GPU need
-    not be waited for. columns: as of a Row, [B, T] or [B, T, K]. document_BT: int64, which document piece of the row;
+    not be waited for. gated_BT: bool, likewise on the CPU, of an objective with a gate. columns: as of a Row, [B, T] or [B, T, K]. document_BT: int64, which document piece of the row;
     None: it is one. position_ids_BT: None in packed context, else they restart with each document. sources: corpus file
     of each row, for the figures of a step. lengths: tokens of each row, without the padding."""
 
@@ -42,6 +44,7 @@ class MicroBatch:
     position_ids_BT: Tensor | None = None
     sources: tuple[int, ...] | None = None
     lengths: tuple[int, ...] = ()
+    gated_BT: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -74,6 +77,8 @@ def collate(rows: list[Row], context: str, device: torch.device | str, length: i
         document[index, :tokens] = np.repeat(np.arange(len(starts)), row.doc_lengths)
         document[index, tokens:] = len(starts)
 
+    gated = columns.pop(GATED, None)
+
     def move(values: np.ndarray) -> Any:
         tensor = torch.from_numpy(values)
         # pinned memory lets the copy run beside the computation
@@ -87,4 +92,5 @@ def collate(rows: list[Row], context: str, device: torch.device | str, length: i
         move(positions) if context == "document" else None,
         tuple(row.source for row in rows) or (0,),
         tuple(len(row.input_ids) for row in rows) or (0,),
+        torch.zeros(shape, dtype=torch.bool) if gated is None else torch.from_numpy(gated),
     )

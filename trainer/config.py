@@ -2,11 +2,15 @@
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+import tyro
+
 from shards.output_folder import require_new_folder
 from shards.ranges import require, require_at_least, require_not_negative, require_positive
+from trainer.mixture import Mixture, given_mixture
 from trainer.objectives.settings import ObjectiveSettings
 
 LOWEST = 1e-7
@@ -16,12 +20,14 @@ LOWEST = 1e-7
 class TrainConfig(ObjectiveSettings):
     """Mid-train a base model from annotated shards."""
 
-    shards: str
-    """Shard folder with the log-probs of the reference."""
-    model: str
+    shards: tuple[str, ...] = ()
+    """Shard folder with the log-probs of the reference; or several, each with its weight: A=0.7 B=0.3. Shares are of the tokens."""
+    model: str = tyro.MISSING
     """Base model: a Hugging Face folder, or NAME or NAME@REVISION (branch, tag or commit) of the hub."""
-    out: Path
+    out: Path = tyro.MISSING
     """Folder for metrics, checkpoints and the trained model; the same command again resumes."""
+    mix: Path | None = None
+    """In place of --shards: YAML file that describes a mixture of shard folders, with weights, max_epochs and stages."""
     reference: str = "rl"
     """Name of the reference whose stored log-probs the objective reads (the --name of remit score)."""
     leave_out: Literal["any", "reference"] = "any"
@@ -30,9 +36,9 @@ class TrainConfig(ObjectiveSettings):
     context: Literal["auto", "packed", "document"] = "auto"
     """Attention over the whole row or within each document; auto: as the reference was scored."""
     max_steps: int | None = None
-    """Optimizer steps; overrides --epochs."""
+    """Optimizer steps; overrides --epochs. A mixture needs them, since it has no end of its own."""
     epochs: float = 1.0
-    """Passes over the rows."""
+    """Passes over the rows of one folder."""
     global_batch_size: int = 64
     """Rows per optimizer step."""
     micro_batch_size: int = 1
@@ -95,11 +101,26 @@ class TrainConfig(ObjectiveSettings):
     debug: bool = field(default=False, repr=False)
     """Show tracebacks."""
 
+    @cached_property
+    def mixture(self) -> Mixture:
+        """The folder or folders that train; ValueError where a file of --mix does not describe any."""
+        mixture = given_mixture(self.shards, self.mix)
+        for folder in mixture.folders:
+            require_new_folder(self.out, "remit train", shards=folder)
+        if mixture.is_mixed and self.epochs != 1:
+            raise ValueError(
+                f"--epochs is {self.epochs:g}, and a mixture has no passes of its own; give --max-steps, and max_epochs to "
+                "sources that must not be repeated more"
+            )
+        return mixture
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_new_folder(
-            self.out, "remit train", shards=self.shards, eval_shards=self.eval_shards, model=self.model
-        )  # fmt: skip
+        if isinstance(self.shards, str | Path):
+            object.__setattr__(self, "shards", (str(self.shards),))
+        if self.mix is None or self.shards:  # a file is read when it is asked for
+            _ = self.mixture
+        require_new_folder(self.out, "remit train", eval_shards=self.eval_shards, model=self.model)
         require_at_least(self, 1, "global_batch_size", "micro_batch_size", "keep_checkpoints", "max_steps")
         require_positive(self, "max_grad_norm", "epochs", "timeout_seconds")
         require_not_negative(self, "learning_rate", "min_learning_rate", "weight_decay", "warmup_steps")

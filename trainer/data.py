@@ -1,30 +1,35 @@
-"""Read rows of a shard folder in training order, and check them. T tokens of a row, K most probable ones of each."""
+"""Read rows of shard folders by block, and check them. T tokens of a row, K most probable ones of each."""
 
-import math
+import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from time import perf_counter
 
 import numpy as np
 
 from shards.contract import check, refuse_tokens
 from shards.folder import ShardFolder
+from shards.quarantine import QUARANTINE, rows_name
 from shards.rows import PartRows, Rows
-from shards.schema import logprobs_column, topk_columns
 from trainer.batch import Row
-from trainer.order import WINDOW_BLOCKS, RowOrder
+from trainer.mixed_shards import block_rows
+from trainer.packed_rows import pack_rows
 
 OPEN_FILES = 256
 """Local parts that stay open; each came through its hash when it was opened."""
+OPEN_REMOTE = 8  # these may be in memory
+KEPT_BLOCKS = 32  # of RowReader.rows
 
 
 def unscored_rows(folder: ShardFolder) -> dict[str, set[tuple[str, int]]]:
-    """Part and row of all rows that a reference could not score, by the reference's name."""
+    """Part and row of all rows that a reference could not score, by the reference's name.
+
+    Only the records of parts are opened that have rows set aside (_quarantine/rows): few, where a folder has 100,000.
+    """
     names = list(folder.manifest.references)
     found: dict[str, set[tuple[str, int]]] = {name: set() for name in names}
-    parts = [plan.name for plan in folder.manifest.parts] if names else []
+    aside = set(folder.store.names(f"{QUARANTINE}/rows")) if names else set()
+    parts = [plan.name for plan in folder.manifest.parts if rows_name(plan.name).rsplit("/", 1)[1] in aside]
     with ThreadPoolExecutor(16) as pool:  # a small file each, perhaps in an object store
         for part, record in zip(parts, pool.map(folder.record, parts)):
             for name in names:
@@ -36,10 +41,11 @@ class RowReader:
     """Rows of a complete shard folder by block and place, where a block is a record batch of a part.
 
     context: "packed" or "document", which decides what is predicted. reference: name of the reference whose columns
-    are read (ShardFolder.require_scored says whether they can be), or None. columns: which of them: "logprobs",
-    "topk_ids", "topk_logprobs". num_embeddings: token ids must be below it. left_out: names of references whose unscored
-    rows predict nothing; default: the reference alone. A part is hashed against its commit record before the first of
-    its rows is read. ValueError for a row that breaks the contract (shards/contract.py) or does not fit the model.
+    are read (ShardFolder.require_scored says whether they can be), or None. columns: which of them, without its name:
+    "logprobs", "topk_ids", "topk_logprobs", "entropy_t2" and so on. num_embeddings: token ids must be below it. left_out:
+    names of references whose unscored rows predict nothing; default: the reference alone. first_source: what is added to the
+    corpus file of a row. What is read is hashed against its commit record first. Used by several threads. ValueError for a
+    row that breaks the contract (shards/contract.py) or does not fit the model.
     """
 
     def __init__(
@@ -50,17 +56,16 @@ class RowReader:
         num_embeddings: int,
         columns: tuple[str, ...] = ("logprobs",),
         left_out: tuple[str, ...] | None = None,
+        first_source: int = 0,
     ) -> None:
         folder.require_complete()
+        self.first_source = first_source
         self.left_out = left_out if left_out is not None else () if reference is None else (reference,)
         self._names: dict[str, str] = {}  # of the columns in the folder
         if reference is not None:
             assert folder.require_reference(reference)["context"] == context, "ask folder.require_scored before"
-            top_ids, top_logprobs = topk_columns(reference)
-            known = {"logprobs": logprobs_column(reference), "topk_ids": top_ids, "topk_logprobs": top_logprobs}
-            self._names = {column: known[column] for column in columns}
-            if "topk_ids" in columns:
-                folder.require_top_k(reference)
+            folder.require_columns(reference, columns)
+            self._names = {column: f"{reference}_{column}" for column in columns}
         self.folder, self.context, self.reference, self.num_embeddings, self.columns = (
             folder,
             context,
@@ -68,23 +73,21 @@ class RowReader:
             num_embeddings,
             columns,
         )
-        manifest = folder.manifest
-        blocks = [-(-plan.rows // manifest.rows_per_batch) for plan in manifest.parts]
-        self._first_block = np.cumsum([0, *blocks])
-        self.block_rows = np.full(self._first_block[-1], manifest.rows_per_batch, dtype=np.int64)
-        for plan, last in zip(manifest.parts, self._first_block[1:] - 1):
-            self.block_rows[last] = (plan.rows - 1) % manifest.rows_per_batch + 1
+        size = folder.manifest.rows_per_batch
+        self._first_block = np.cumsum([0, *(-(-plan.rows // size) for plan in folder.manifest.parts)])
+        self.block_rows = block_rows(folder.manifest)
         # an embedding may have more rows than the tokenizer has tokens, and the reference's more than the base's
         self.reference_rows = 0
-        if reference is not None and "topk_ids" in columns:
+        if reference is not None and {"topk_ids", "sample_ids"} & {*columns}:
             self.reference_rows = folder.require_reference(reference).get("vocab_size", 0)
-        self._parts: OrderedDict[int, PartRows] = OrderedDict()
+        self._parts: OrderedDict[int, tuple[threading.Lock, list[PartRows]]] = OrderedDict()
         self._blocks: OrderedDict[int, list[Row]] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple:
         # opens its own files
-        arguments = (self.folder, self.context, self.reference, self.num_embeddings, self.columns, self.left_out)
-        return RowReader, arguments
+        known = (self.folder, self.context, self.reference, self.num_embeddings, self.columns, self.left_out)
+        return RowReader, (*known, self.first_source)
 
     def require_top_k_fits(self, blocks: int = 16) -> str | None:
         """ValueError, before the first step, where one of some blocks has a most probable token that the base lacks.
@@ -95,7 +98,7 @@ class RowReader:
             return None
         step = max(1, len(self.block_rows) // blocks)
         for block in range(0, len(self.block_rows), step):
-            self._read_block(block)
+            self.read_block(block)
         if step == 1:
             return None
         return (
@@ -105,36 +108,42 @@ class RowReader:
         )
 
     def rows(self, places: np.ndarray) -> list[Row]:
-        """The rows at `places`, [rows, 2] block and row within the block."""
+        """The rows at `places`, [rows, 2] block and row within the block; not in several threads."""
         return [self._block(int(block))[int(row)] for block, row in places]
 
     def _block(self, block: int) -> list[Row]:
         if block not in self._blocks:
-            self._blocks[block] = self._read_block(block)
-            if len(self._blocks) > 2 * WINDOW_BLOCKS:
+            self._blocks[block] = self.read_block(block)
+            if len(self._blocks) > KEPT_BLOCKS:
                 self._blocks.popitem(last=False)
         self._blocks.move_to_end(block)
         return self._blocks[block]
 
-    def _part(self, part: int) -> PartRows:
-        if part not in self._parts:
-            name = self.folder.manifest.parts[part].name
-            self._parts[part] = self.folder.open_rows(name, ["input_ids", *self._names.values()])
-            if len(self._parts) > (2 * WINDOW_BLOCKS if self.folder.store.local is None else OPEN_FILES):
+    def _batch(self, part: int, number: int) -> Rows:
+        """A record batch of a part, which is opened unless it is open; a file is read by one thread at a time."""
+        with self._lock:
+            lock, opened = self._parts.setdefault(part, (threading.Lock(), []))
+            self._parts.move_to_end(part)
+            if len(self._parts) > (OPEN_REMOTE if self.folder.store.local is None else OPEN_FILES):
                 self._parts.popitem(last=False)
-        self._parts.move_to_end(part)
-        return self._parts[part]
+        with lock:
+            if not opened:
+                name = self.folder.manifest.parts[part].name
+                opened.append(self.folder.open_rows(name, ["input_ids", *self._names.values()]))
+            return opened[0].batch(number)
 
-    def _read_block(self, block: int) -> list[Row]:
+    def read_block(self, block: int) -> list[Row]:
+        """The rows of a block, each checked."""
         part = int(np.searchsorted(self._first_block, block, side="right")) - 1
-        rows = check(self._part(part).batch(block - int(self._first_block[part])))
+        rows = check(self._batch(part, block - int(self._first_block[part])))
         predicted_T = rows.trained(self.context)
         # a row that a reference could not score keeps its place in the order, and predicts nothing
         scored_R = rows.scored(*self.left_out, *([self.reference] if self.reference else []))
         if not scored_R.all():
             predicted_T &= np.repeat(scored_R, rows.lengths)
         columns = {column: rows.values(name) for column, name in self._names.items()}
-        self._require_model_fits(rows, columns.get("topk_ids"))
+        for column in ("topk_ids", "sample_ids"):
+            self._require_model_fits(rows, column, columns.get(column))
         for column, values in columns.items():
             columns[column] = values.copy()
             columns[column][~predicted_T] = 0
@@ -142,7 +151,7 @@ class RowReader:
         return [
             Row(
                 rows.where(row),
-                source[row],
+                self.first_source + source[row],
                 rows.ids[rows.place(row)],
                 rows.doc_lengths[rows.piece_place(row)],
                 predicted_T[rows.place(row)],
@@ -151,8 +160,8 @@ class RowReader:
             for row in range(len(rows))
         ]
 
-    def _require_model_fits(self, rows: Rows, topk_ids_TK: np.ndarray | None) -> None:
-        """ValueError where the model has no embedding for a token of the rows, or for one of the most probable ones."""
+    def _require_model_fits(self, rows: Rows, column: str, topk_ids_TK: np.ndarray | None) -> None:
+        """ValueError where the model has no embedding for a token of the rows, or for one of the most probable or drawn ones."""
         bound = self.num_embeddings
         if rows.ids.max() >= bound:
             refuse_tokens(
@@ -165,7 +174,7 @@ class RowReader:
             refuse_tokens(
                 rows, most_T >= bound,
                 lambda token: (
-                    f"{self._names['topk_ids']} has token {most_T[token]}, and the base has {bound} embedding rows, the "
+                    f"{self._names[column]} has token {most_T[token]}, and the base has {bound} embedding rows, the "
                     f"reference {self.reference!r} {self.reference_rows or 'more'}: the reference holds one of its padding rows "
                     "probable there"
                 ),
@@ -173,47 +182,25 @@ class RowReader:
             )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class GlobalBatch:
-    """This rank's rows of a global batch: places rank, rank + world_size, ... of `num_rows`."""
+class RowReaders:
+    """Blocks of several readers, numbered on through all of them as those of a MixedOrder are."""
 
-    rows: list[Row]
-    num_rows: int
-    data_wait_seconds: float
+    def __init__(self, readers: Sequence[RowReader]) -> None:
+        self.readers = readers
+        self._first_blocks = np.cumsum([0, *(len(reader.block_rows) for reader in readers)])
 
-    def micro_batches(self, size: int, world_size: int) -> list[list[Row]]:
-        """As many on every rank, because all take part in the exchange of gradients; the last ones may be empty."""
-        count = math.ceil(self.num_rows / (world_size * size))
-        return [self.rows[index * size : (index + 1) * size] for index in range(count)]
+    def read_packed(self, block: int) -> list[bytes]:
+        """The rows of a block, each checked, as trainer.packed_rows has them. May be called in several threads."""
+        number = int(np.searchsorted(self._first_blocks, block, side="right")) - 1
+        return pack_rows(self.readers[number].read_block(block - int(self._first_blocks[number])))
 
 
-def global_batches(
-    reader: RowReader,
-    order: RowOrder,
-    batch_size: int,
-    first_step: int,
-    last_step: int,
-    last_row: int | None,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Iterator[GlobalBatch]:
-    """The global batches of steps first_step .. last_step - 1.
-
-    One batch is read ahead in a thread; what fails there is raised here. last_row: position at which the
-    data ends (None: it goes on with the next epoch), so that the very last batch may be smaller.
-    """
-
-    def load(step: int) -> tuple[list[Row], int]:
-        start = step * batch_size
-        stop = start + batch_size if last_row is None else min(start + batch_size, last_row)
-        return reader.rows(order.rows(start, stop - start)[rank::world_size]), stop - start
-
-    with ThreadPoolExecutor(1, thread_name_prefix="rows") as pool:
-        following = pool.submit(load, first_step) if first_step < last_step else None
-        for step in range(first_step, last_step):
-            assert following is not None
-            began = perf_counter()
-            rows, num_rows = following.result()
-            waited = perf_counter() - began
-            following = pool.submit(load, step + 1) if step + 1 < last_step else None
-            yield GlobalBatch(rows, num_rows, waited)
+def top_k_problem(readers: list[RowReader]) -> tuple[str, list[str]]:
+    """Why one of the readers has most probable tokens that do not fit the base, "" for none; and what to note."""
+    lines = []
+    for reader in readers:
+        try:
+            lines.append(reader.require_top_k_fits())
+        except ValueError as error:
+            return str(error), []
+    return "", [line for line in lines if line]

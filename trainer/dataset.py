@@ -9,7 +9,8 @@ args needs remove_unused_columns=False, and max_steps, because an IterableDatase
 also accelerator_config={"dispatch_batches": False}, because batches are padded to different lengths.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from shards.folder import ShardFolder
 from trainer.batch import Row, collate
-from trainer.data import RowReader
+from trainer.data import RowReader, RowReaders
 from trainer.head import token_losses
+from trainer.mixed_shards import MixedShards
+from trainer.mixture import given_mixture
 from trainer.objectives import ObjectiveSettings, make_objective
 from trainer.objectives.objective import Tokens
-from trainer.order import RowOrder
+from trainer.packed_rows import unpack_rows
+from trainer.windows import OwnRows
 
 READ_AHEAD_ROWS = 64
+"""Taken at a time."""
 IGNORED = -100
 
 
@@ -35,19 +39,23 @@ class RowDataset(IterableDataset):
     The state lives where the rows are read: torchdata's StatefulDataLoader collects it from its workers, torch's own
     DataLoader does so without workers only.
 
-    Each item is a trainer.batch.Row. reference: name of the stored log-probs, or None for plain next-token prediction.
-    Rows that a reference of the folder could not score predict nothing, whatever `reference` is.
+    Each item is a trainer.batch.Row. shards: a shard folder; or mix: a file that describes a mixture, as for remit train, with
+    global_batch_size, of which its stages count steps. reference: name of the stored log-probs, or None for plain next-token
+    prediction. Rows that a reference of their folder could not score predict nothing, whatever `reference` is.
     context: as trainer.config says; None: as the reference was scored, packed without one. num_embeddings: token ids
     must be below it. rank and world_size: this process takes every world_size-th row; the workers of a DataLoader
-    divide those among them in turn, so the order within a batch depends on num_workers (0 and 1 are exact).
+    divide those among them in turn, so the order within a batch depends on num_workers (0 and 1 are exact). Each of these
+    readers reads every block, since they cannot exchange rows as remit train does.
     ValueError as for remit train.
     """
 
     def __init__(
         self,
-        shards: str | Path,
-        reference: str | None,
+        shards: str | Path | Sequence[str] = (),
+        reference: str | None = None,
         *,
+        mix: str | Path | None = None,
+        global_batch_size: int | None = None,
         seed: int = 0,
         epochs: float | None = None,
         context: str | None = None,
@@ -55,14 +63,25 @@ class RowDataset(IterableDataset):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        folder = ShardFolder(str(shards))
-        folder.require_complete()
-        if reference:
-            context = folder.require_scored(reference, context)["context"]
-        context = context or "packed"
+        given = (str(shards),) if isinstance(shards, str | Path) else tuple(shards)
+        mixture = given_mixture(given, None if mix is None else Path(mix))
+        if len(mixture.stages) > 1 and global_batch_size is None:
+            raise ValueError(f"{mix}: has stages, which begin after a number of steps; give global_batch_size too")
+        if mixture.is_mixed and epochs is not None:
+            raise ValueError(f"epochs is {epochs:g}, and a mixture has no passes of its own; leave it out")
+        mixed = MixedShards.open(mixture)
+        mixed.require_alike(reference)
+        readers, files = [], 0
+        for folder in mixed.folders:
+            if reference:
+                context = folder.require_scored(reference, context)["context"]
+            context = context or "packed"
+            left_out = tuple(folder.manifest.references)
+            readers.append(RowReader(folder, context, reference, num_embeddings, left_out=left_out, first_source=files))
+            files += len(folder.manifest.corpus)
         self.context = context
-        self._reader = RowReader(folder, context, reference, num_embeddings, left_out=tuple(folder.manifest.references))
-        self._order = RowOrder(self._reader.block_rows, seed)
+        self._readers_of_sources = RowReaders(readers)
+        self._order = mixed.order(seed, global_batch_size or 1)
         self._end = None if epochs is None else round(epochs * self._order.num_rows)
         self._rank, self._world_size = rank, world_size
         self._next: int | None = None
@@ -77,14 +96,16 @@ class RowDataset(IterableDataset):
             raise ValueError(f"the state is of {self._loaded}, this is {here}; rows would be lost and train twice")
         if self._next is None:
             self._next = index * self._world_size + self._rank
-        while self._end is None or self._next < self._end:
-            count = (
-                READ_AHEAD_ROWS if self._end is None else min(READ_AHEAD_ROWS, -(-(self._end - self._next) // stride))
-            )
-            places = self._order.rows(self._next, (count - 1) * stride + 1)[::stride]
-            for row in self._reader.rows(places):
-                self._next += stride  # before the yield: the state after it is that of the row that was taken
-                yield row
+        first, span = self._next, READ_AHEAD_ROWS * stride
+        own = OwnRows(
+            self._order, self._readers_of_sources.read_packed, first, self._end, reader=first % stride, readers=stride
+        )
+        with closing(own):
+            while self._end is None or self._next < self._end:
+                count = span if self._end is None else min(span, self._end - self._next)
+                for row in unpack_rows(own.take(self._next, count)[1]):
+                    self._next += stride  # before the yield: the state after it is that of the row that was taken
+                    yield row
         self._next = None
 
     def state_dict(self) -> dict[str, Any]:

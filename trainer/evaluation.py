@@ -5,22 +5,24 @@ through the same forward, with the weights rounded as the export has them.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from shards.folder import ShardFolder
 from trainer.batch import collate
+from trainer.batches import GlobalBatch
 from trainer.checks import check_document_attention, check_fits
 from trainer.config import TrainConfig
-from trainer.data import GlobalBatch, RowReader
+from trainer.data import RowReader, RowReaders
+from trainer.exchange import Alone, Exchange, Processes, make_parcels, open_parcels
 from trainer.export import rounded, rounds
 from trainer.loss_model import LossModel
 from trainer.model import Base
 from trainer.objectives.ntp import NTP
+from trainer.packed_rows import unpack_rows
 from trainer.run_folder import EVALUATION, keep_lines
 from trainer.session import Session
 from trainer.statistics import StepStatistics
@@ -53,15 +55,14 @@ def open_measure(
             )
     world = session.world
     reader = RowReader(shards, context, None, base.num_embeddings)
+    exchange: Exchange = Processes(world) if world.size > 1 else Alone()
     pad_to = shards.manifest.seq_len if config.deterministic else None
 
     def measure() -> dict[str, Any]:
         statistics = StepStatistics(world.device)
         model.eval()
         with torch.no_grad():
-            for block, num_rows in enumerate(reader.block_rows):
-                places = np.array([(block, row) for row in range(num_rows)])[world.rank :: world.size]
-                batch = GlobalBatch(reader.rows(places), int(num_rows), 0)
+            for batch in in_corpus_order(reader, exchange):
                 for rows in batch.micro_batches(config.micro_batch_size, world.size):
                     model(collate(rows, context, world.device, pad_to), NTP, 1, 1, statistics)
         model.train()
@@ -75,6 +76,22 @@ def open_measure(
         }
 
     return measure
+
+
+def in_corpus_order(reader: RowReader, exchange: Exchange) -> Iterator[GlobalBatch]:
+    """The rows of a folder, as many blocks at a time as there are processes: each reads one, and all get every n-th row."""
+    readers, block_rows = RowReaders([reader]), reader.block_rows.tolist()
+    for first in range(0, len(block_rows), exchange.size):
+        counts = block_rows[first : first + exchange.size]
+        own, start = first + exchange.rank, sum(counts[: exchange.rank])
+        rows, error = list[bytes](), None
+        try:
+            rows = readers.read_packed(own) if own < len(block_rows) else []
+        except Exception as raised:
+            error = raised
+        parcels = make_parcels(range(start, start + len(rows)), rows, exchange.size)
+        mine = open_parcels(exchange.swap(parcels, error))
+        yield GlobalBatch(unpack_rows(mine[place] for place in sorted(mine)), sum(counts), 0)
 
 
 class Evaluation:

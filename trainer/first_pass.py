@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from trainer.batch import MicroBatch, Row
 from trainer.distributed import World
+from trainer.gate import gate_rows
 from trainer.objectives.objective import Objective, Tokens, Weighted
 from trainer.statistics import StepStatistics
 
@@ -32,7 +33,9 @@ def first_pass(
     collate: Callable[[list[Row]], MicroBatch],
     world: World,
 ) -> tuple[list[list[Row]], Objective]:
-    """Micro-batches and objective of the training pass: the given ones, unless the objective has "global" scope."""
+    """Micro-batches and objective of the training pass: the given ones, unless the objective has "global" scope or a gate."""
+    if objective.gate is not None:
+        return gate_rows(objective, micro_batches, world), replace(objective, scope="row")
     if objective.scope != "global":
         return micro_batches, objective
     if len(micro_batches) * world.size == 1:

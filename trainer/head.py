@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from trainer.batch import MicroBatch
-from trainer.objectives.objective import Objective, Tokens
+from trainer.objectives.objective import LogitLoss, Objective, Tokens, exponentiate
 from trainer.statistics import StepStatistics
 
 LOGITS_BUDGET_BYTES = 3 << 30
@@ -61,17 +61,6 @@ class _Logits:
             logits_NV.copy_(torch.mm(hidden_NH, self._weight_VH.T))
         return logits_NV if self._bias_V is None else logits_NV.add_(self._bias_V)
 
-    @staticmethod
-    def exponentiate(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-        """-log p of the targets and the normaliser of the probabilities that are left in place of the logits.
-
-        Half the passes over the logits of log-sum-exp and softmax, one after the other.
-        """
-        target_N = logits_NV.gather(1, targets_N[:, None])[:, 0]
-        largest_N = logits_NV.amax(-1)
-        normaliser_N = logits_NV.sub_(largest_N[:, None]).exp_().sum(-1)
-        return largest_N + normaliser_N.log() - target_N, normaliser_N
-
 
 class _Gradients:
     """Gradients of hidden states, weight and bias, which pieces of logits add to; None where none are wanted."""
@@ -93,6 +82,14 @@ class _Gradients:
             self.weight_VH += torch.mm(grad_NV.T, hidden_NH, out_dtype=torch.float32)
         else:  # CPUs have no product of bfloat16 that leaves float32: one rounding per piece
             self.weight_VH += grad_NV.T @ hidden_NH
+
+
+def _losses(batch: MicroBatch, objective: Objective) -> list[tuple[Tensor, LogitLoss | None]]:
+    """Tokens of the batch, bool [B, T], and the loss that the objective has of its own for them, if any."""
+    if objective.gate is None:
+        return [(batch.predicted_BT, objective.loss)]
+    assert batch.gated_BT is not None
+    return [(batch.predicted_BT & ~batch.gated_BT, objective.ungated_loss), (batch.gated_BT, objective.loss)]
 
 
 class _ObjectiveLoss(torch.autograd.Function):
@@ -118,11 +115,12 @@ class _ObjectiveLoss(torch.autograd.Function):
         scopes = [list(rows)] if objective.scope == "micro" else [[row] for row in rows]
         counts = batch.predicted_BT.sum(1).tolist()
         sources = batch.sources or (0,) * len(rows)
-        most = max(sum(counts[row] for row in scope) for scope in scopes)
+        taken = [(scope, mask_BT, own_loss) for scope in scopes for mask_BT, own_loss in _losses(batch, objective)]
+        most = max(int(mask_BT[scope].sum()) for scope, mask_BT, _ in taken)
         logits = _Logits(compute_VH, bias_V, min(length, max(1, most)))
 
-        for scope in scopes:
-            place_N2 = batch.predicted_BT[scope].nonzero().to(hidden_BTH.device, non_blocking=True)
+        for scope, mask_BT, own_loss in taken:
+            place_N2 = mask_BT[scope].nonzero().to(hidden_BTH.device, non_blocking=True)
             if not len(place_N2):
                 continue  # a one-token row has nothing to predict
             inner_N, position_N = place_N2.unbind(1)
@@ -139,11 +137,11 @@ class _ObjectiveLoss(torch.autograd.Function):
                 if gradients is not None:
                     gradients.add(grad_NV, hidden_NH[span], compute_VH, row_N[span], position_N[span])  # noqa: B023
 
-            if objective.loss is not None:
+            if own_loss is not None:
                 for span in spans:
                     logits_NV = logits(hidden_NH[span])
                     here = {name: values[span] for name, values in columns.items()}
-                    result = objective.loss(logits_NV, targets_N[span], here)
+                    result = own_loss(logits_NV, targets_N[span], here)
                     statistics.add_losses(sources[scope[0]], result, here.get("logprobs"))
                     loss += result.losses_N.sum() / normaliser
                     if gradients is not None:
@@ -154,7 +152,7 @@ class _ObjectiveLoss(torch.autograd.Function):
             passes = []
             for span in spans:
                 probabilities_NV = logits(hidden_NH[span])
-                passes.append(logits.exponentiate(probabilities_NV, targets_N[span]))
+                passes.append(exponentiate(probabilities_NV, targets_N[span]))
             losses_N, sums_N = (torch.cat(parts) for parts in zip(*passes))
             document_N = torch.zeros_like(row_N) if batch.document_BT is None else batch.document_BT[row_N, position_N]
             weighted = objective.weigh(Tokens(losses_N, inner_N, document_N, columns))
@@ -172,7 +170,7 @@ class _ObjectiveLoss(torch.autograd.Function):
             for span in spans:
                 if len(spans) > 1:
                     probabilities_NV = logits(hidden_NH[span])
-                    logits.exponentiate(probabilities_NV, targets_N[span])
+                    exponentiate(probabilities_NV, targets_N[span])
                 # d loss / d logits = scale * (softmax - onehot), built in the logits' own memory
                 grad_NV = probabilities_NV.mul_((scale_N[span] / sums_N[span])[:, None])
                 grad_NV.scatter_add_(1, targets_N[span, None], -scale_N[span, None])

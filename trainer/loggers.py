@@ -23,7 +23,7 @@ from trainer.statistics import WEIGHT_STEP
 
 WANDB_IDS = "wandb.json"
 DETAILS_EVERY = 10  # steps between histograms and the metrics of each source
-NOT_SHOWN = ("step", "sources", "weight_histogram", "delta_quantiles")
+NOT_SHOWN = ("step", "sources", "mixture", "weight_histogram", "delta_quantiles")
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def step_groups(metrics: dict[str, Any]) -> Iterator[Group]:
     yield _group("train", metrics, has_details)
     if has_details and len(metrics["sources"]) > 1:
         for name, of_source in metrics["sources"].items():
-            yield _group(f"source {name}", of_source, has_details)
+            yield _group(f"source {name}", of_source | (metrics.get("mixture") or {}).get(name, {}), has_details)
 
 
 def _group(name: str, metrics: dict[str, Any], has_details: bool) -> Group:

@@ -16,14 +16,26 @@ from shards.store import temporary_name
 from trainer.config import TrainConfig
 from trainer.data import unscored_rows
 from trainer.export import EXPORTS
+from trainer.mixed_shards import MixedShards
 from trainer.objectives.settings import OPTIONS
+from trainer.order import WINDOW_BLOCKS
 
 METRICS = "metrics.jsonl"
 EVALUATION = "evaluation.jsonl"
 TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
 NOT_SETTINGS = (
-    *("out", "debug", "shards", "model", "eval_shards", "checkpoint_every", "keep_checkpoints", "timeout_seconds"),
+    *(
+        "out",
+        "debug",
+        "shards",
+        "mix",
+        "model",
+        "eval_shards",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "timeout_seconds",
+    ),
     *("export_every", "export_dtype", "ray_workers", "wandb_project"),
     # these change the machine's work and the last digits, not what is computed
     *("micro_batch_size", "sharding", "activation_checkpointing", "compile", "deterministic"),
@@ -43,35 +55,58 @@ class TrainResult:
     clipped_high: float
 
 
-def run_settings(config: TrainConfig, shards: ShardFolder, context: str, processes: int) -> dict[str, Any]:
+ORDER = f"windows of {WINDOW_BLOCKS} blocks"
+"""How rows are put in order, for run.json: runs of releases with another order cannot go on."""
+
+
+def run_settings(config: TrainConfig, mixed: MixedShards, context: str, processes: int) -> dict[str, Any]:
     """All that decides the outcome of a run; a resume under other settings is refused."""
     settings = {name: value for name, value in asdict(config).items() if name not in NOT_SETTINGS}
     used = OPTIONS[config.objective]
     for name in {name for options in OPTIONS.values() for name in options} - {*used}:
         del settings[name]  # of other objectives
-    if config.objective == "rho1" and config.scope == "micro":  # what is ranked together depends on both
+    if "scope" in used and config.scope == "micro":  # what is ranked together depends on both
         settings |= {"micro_batch_size": config.micro_batch_size, "processes": processes}
     if config.router_aux_loss is None:
         del settings["router_aux_loss"]  # of a base without experts
     settings = {name: str(value) if value == math.inf else value for name, value in settings.items()}
-    unscored = unscored_rows(shards)
-    left_out = {row for name in references_left_out(config, shards) for row in unscored[name]}
-    if config.leave_out == "reference" or left_out == unscored.get(
-        config.reference if config.objective != "ntp" else "", set()
-    ):
-        del settings["leave_out"]  # as in runs from before there was a choice, which go on
+    unscored = [unscored_rows(folder) for folder in mixed.folders]
+    left_out = {
+        (source, *row) if config.mixture.is_mixed else row
+        for source, folder, of_folder in zip(mixed.names, mixed.folders, unscored)
+        for name in references_left_out(config, folder)
+        for row in of_folder[name]
+    }
+    by_reference: dict[str, int] = {}
+    for name, rows in (entry for of_folder in unscored for entry in of_folder.items()):
+        by_reference[name] = by_reference.get(name, 0) + len(rows)
+    reads = config.reference if config.objective != "ntp" else ""
+    of_reads = {
+        (source, *row) if config.mixture.is_mixed else row
+        for source, of_folder in zip(mixed.names, unscored)
+        for row in of_folder.get(reads, set())
+    }
+    if config.leave_out == "reference" or left_out == of_reads:
+        del settings["leave_out"]  # there is nothing to choose between
     name, revision = model_origin(Path(config.model))
     return settings | {
         "base": {"model": name, "revision": revision},
         "rows_left_out": {
             "rows": len(left_out),
-            "by_reference": {reference: len(rows) for reference, rows in unscored.items()},
+            "by_reference": by_reference,
             "sha256": hashlib.sha256(json.dumps(sorted(left_out)).encode()).hexdigest(),
         },
         "context": context,
-        "shards": shards.manifest.provenance(),
+        "order": ORDER,
+        **_what_trains(mixed, reads),
         "base_weights_sha256": weights_fingerprint(Path(config.model)),
     }
+
+
+def _what_trains(mixed: MixedShards, reads: str) -> dict[str, Any]:
+    if not mixed.mixture.is_mixed:
+        return {"shards": mixed.first.manifest.provenance()}
+    return {"mixture": mixed.identity(), "shards": mixed.common(reads or None)}
 
 
 def references_left_out(config: TrainConfig, shards: ShardFolder) -> tuple[str, ...]:
@@ -89,6 +124,11 @@ def refuse_other_settings(out: Path, settings: dict[str, Any]) -> None:
     ours, theirs = ({key: run[key] for key in run if key not in RECORDED} for run in (settings, before))
     if ours.get("router_aux_loss") == 0:  # runs from before there was a choice trained without, too
         theirs.setdefault("router_aux_loss", ours["router_aux_loss"])
+    if "order" in ours and "order" not in theirs:
+        raise ValueError(
+            f"{out}: was begun by an earlier release, whose rows train in another order (order is not set there, {ORDER!r} "
+            "now); finish it with that release, or choose another --out"
+        )
     hints = {"leave_out": " (runs of earlier releases go on with --leave-out reference)"}
     began = before.get("base") or {}
     if began.get("revision"):  # a branch moves on

@@ -4,8 +4,7 @@ Everything that can be refused is refused here, before OUT is written to, and in
 minutes of loading.
 """
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,21 +18,24 @@ from shards.folder import ShardFolder
 from shards.output_folder import MODEL, RUN, write_record
 from shards.part import sha256_file
 from trainer.batch import MicroBatch, Row, collate
+from trainer.batches import GlobalBatch, global_batches
 from trainer.checkpoint import Checkpoints
 from trainer.checks import check_document_attention, check_fits
 from trainer.config import TrainConfig
-from trainer.data import GlobalBatch, RowReader, global_batches
+from trainer.data import RowReader, RowReaders, top_k_problem
 from trainer.distributed import spread
 from trainer.evaluation import Evaluation, open_measure
+from trainer.exchange import Processes
 from trainer.experts import RouterLoss, check_experts, describe, router_loss
 from trainer.exported import Exported, untrained_notes
 from trainer.layout import Layout, read_layout
 from trainer.loggers import require_wandb
 from trainer.loss_model import LossModel
+from trainer.mix import MixedOrder
+from trainer.mixed_shards import MixedShards, choose_steps, table
 from trainer.model import Base, load_base
 from trainer.objectives import make_objective
 from trainer.objectives.objective import Objective
-from trainer.order import RowOrder
 from trainer.run_folder import (
     CHECKPOINTS,
     EVALUATION,
@@ -55,7 +57,7 @@ class Run:
 
     settings: what run.json says. collate: pads rows to a micro-batch on the device. balance: the balancing loss of a base
     with experts. loss_model: body and loss head, which hold the weights; model: the same spread over the ranks, to be
-    called. batches: of the steps first_step + 1 .. num_steps. tokens: that the steps up to first_step have trained on.
+    called. order: of the rows; batches: of the steps first_step + 1 .. num_steps. tokens: that the steps up to first_step have trained on.
     """
 
     config: TrainConfig
@@ -72,7 +74,8 @@ class Run:
     optimizer: Optimizer
     evaluation: Evaluation
     checkpoints: Checkpoints
-    batches: Iterator[GlobalBatch]
+    order: MixedOrder
+    batches: Generator[GlobalBatch]
     first_step: int
     num_steps: int
     tokens: int
@@ -87,25 +90,36 @@ def prepare(config: TrainConfig, session: Session) -> Run | None:
         require_wandb()  # before minutes of loading
     torch.manual_seed(config.seed)
     world = session.world
-    shards = ShardFolder(config.shards)
-    shards.require_complete()
+    mixed = MixedShards.open(config.mixture)
     objective = make_objective(config)
     reference = config.reference if objective.columns else None
-    context = choose_context(config, shards, reference)
-    settings = check_settings(config, session, shards, context)
+    context = choose_context(config, mixed, reference)
+    if reference is not None:
+        objective = make_objective(config, mixed.first.require_reference(reference))
+        for folder in mixed.folders:
+            folder.require_columns(reference, objective.columns)
+        if objective.note:
+            session.note(objective.note)
+    for line in mixed.require_alike(reference, objective.columns):
+        session.note(line)
+    order = mixed.order(config.seed, config.global_batch_size)
+    num_steps, last_row = choose_steps(mixed, order, config.max_steps, config.epochs, config.global_batch_size)
+    settings = check_settings(config, session, mixed, context)
     if world.from_first(session.lease is None or (config.out / MODEL).exists()):
         return None
+    if config.mixture.is_mixed:
+        for line in table(mixed, order, num_steps, config.global_batch_size):
+            session.note(line)
 
-    base = load_trainable(config, session, shards, context)
+    base = load_trainable(config, session, mixed, context)
     balance = balancing_loss(config, session, base)
     layout = world.from_first(read_layout(Path(config.model), base.model) if world.first else None)
     for line in untrained_notes(layout, type(base.model).__name__):
         session.note(line)
-    reader = open_rows(config, session, shards, context, objective, base, settings["rows_left_out"])
-    sources = Sources(shards.manifest.corpus)
-    order = RowOrder(reader.block_rows, config.seed)
-    last_row = None if config.max_steps else math.ceil(config.epochs * order.num_rows)
-    num_steps = config.max_steps or math.ceil(last_row / config.global_batch_size)  # type: ignore[operator]
+    readers = open_rows(config, session, mixed, context, objective, base, settings["rows_left_out"])
+    shards, sources = mixed.first, Sources(mixed.first.manifest.corpus)
+    if config.mixture.is_mixed:
+        sources = Sources.of_mixture({name: of.manifest.corpus for name, of in zip(mixed.names, mixed.folders)})
 
     base.prepare(config.activation_checkpointing, config.compile, static=config.deterministic)
     pad_to = shards.manifest.seq_len if config.deterministic else None  # few shapes, since each is compiled
@@ -115,8 +129,9 @@ def prepare(config: TrainConfig, session: Session) -> Run | None:
     measure = open_measure(config, session, base, model, context, shards)
     evaluation = Evaluation(config, session, measure, loss_model, layout.rounding(config.export_dtype))
     checkpoints, first_step, tokens = resume(config, session, settings, loss_model, optimizer, layout)
+    exchange = Processes(world) if world.size > 1 else None
     batches = global_batches(
-        reader, order, config.global_batch_size, first_step, num_steps, last_row, world.rank, world.size
+        readers.read_packed, order, config.global_batch_size, first_step, num_steps, last_row, exchange
     )  # fmt: skip
     return Run(
         config=config,
@@ -133,6 +148,7 @@ def prepare(config: TrainConfig, session: Session) -> Run | None:
         optimizer=optimizer,
         evaluation=evaluation,
         checkpoints=checkpoints,
+        order=order,
         batches=batches,
         first_step=first_step,
         num_steps=num_steps,
@@ -140,29 +156,31 @@ def prepare(config: TrainConfig, session: Session) -> Run | None:
     )
 
 
-def choose_context(config: TrainConfig, shards: ShardFolder, reference: str | None) -> str:
+def choose_context(config: TrainConfig, mixed: MixedShards, reference: str | None) -> str:
     """The context to train in; ValueError where the reference is missing or was scored in another one.
 
-    auto: as the reference was scored; without one as all references of the folder were, so that NTP and ReMiT
+    auto: as the reference was scored; without one as all references of the folders were, so that NTP and ReMiT
     runs from the same shards compare like with like, and packed where they differ or there are none.
     """
-    contexts = {entry["context"] for entry in shards.manifest.references.values()}
+    contexts = {entry["context"] for shards in mixed.folders for entry in shards.manifest.references.values()}
     context: str = config.context
     if context == "auto" and reference is not None:
-        context = shards.require_reference(reference)["context"]
+        context = mixed.first.require_reference(reference)["context"]
     elif context == "auto":
         context = contexts.pop() if len(contexts) == 1 else "packed"
     if reference is not None:
-        shards.require_scored(reference, context)
+        for shards in mixed.folders:
+            shards.require_scored(reference, context)
     return context
 
 
-def check_settings(config: TrainConfig, session: Session, shards: ShardFolder, context: str) -> dict[str, Any]:
+def check_settings(config: TrainConfig, session: Session, mixed: MixedShards, context: str) -> dict[str, Any]:
     """What run.json says of this run; ValueError where --out holds a run with other settings."""
     world = session.world
-    differences = check_tokenizer(Path(config.model), shards, session.note)
+    lines = (line for shards in mixed.folders for line in check_tokenizer(Path(config.model), shards, session.note))
+    differences = list(dict.fromkeys(lines))
     settings: dict[str, Any] = world.from_first(
-        run_settings(config, shards, context, world.size) if world.first else None
+        run_settings(config, mixed, context, world.size) if world.first else None
     )  # fmt: skip
     if differences:
         settings["tokenizer_differences"] = differences
@@ -172,13 +190,14 @@ def check_settings(config: TrainConfig, session: Session, shards: ShardFolder, c
     return settings
 
 
-def load_trainable(config: TrainConfig, session: Session, shards: ShardFolder, context: str) -> Base:
+def load_trainable(config: TrainConfig, session: Session, mixed: MixedShards, context: str) -> Base:
     """The base on the device, ValueError where it does not fit the rows or the options."""
     check_experts(Path(config.model), config.router_aux_loss)
     base = load_base(Path(config.model), config.dtype, session.world.device, context)
-    check_fits(base, Path(config.model), shards)
+    for shards in mixed.folders:
+        check_fits(base, Path(config.model), shards)
     if context == "document":
-        check_document_attention(base, shards.manifest.seq_len)
+        check_document_attention(base, mixed.first.manifest.seq_len)
     if base.dropout:
         settings = ", ".join(f"{name} {value:g}" for name, value in base.dropout.items())
         session.note(f"off while training, kept in the export: {settings}")
@@ -201,24 +220,31 @@ def balancing_loss(config: TrainConfig, session: Session, base: Base) -> RouterL
 def open_rows(
     config: TrainConfig,
     session: Session,
-    shards: ShardFolder,
+    mixed: MixedShards,
     context: str,
     objective: Objective,
     base: Base,
     rows_left_out: dict[str, Any],
-) -> RowReader:
+) -> RowReaders:
     """The rows that train, with the columns that the objective reads. rows_left_out: as run.json has it."""
-    left_out = references_left_out(config, shards)
     reference = config.reference if objective.columns else None
-    reader = RowReader(shards, context, reference, base.num_embeddings, objective.columns, left_out)
+    readers, files, names = [], 0, dict[str, None]()
+    for shards in mixed.folders:
+        left_out = references_left_out(config, shards)
+        readers.append(RowReader(shards, context, reference, base.num_embeddings, objective.columns, left_out, files))
+        files += len(shards.manifest.corpus)
+        names |= dict.fromkeys(left_out)
     if rows_left_out["rows"]:
-        counts = ", ".join(f"{name} {rows_left_out['by_reference'][name]:,}" for name in left_out)
+        counts = ", ".join(f"{name} {rows_left_out['by_reference'][name]:,}" for name in names)
         session.note(
             f"{rows_left_out['rows']:,} rows train on nothing, since they could not be scored ({counts})"
         )  # fmt: skip
-    if line := reader.require_top_k_fits():
+    problem, lines = session.world.from_first(top_k_problem(readers) if session.world.first else None)
+    if problem:
+        raise ValueError(problem)
+    for line in lines:
         session.note(line)
-    return reader
+    return RowReaders(readers)
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:

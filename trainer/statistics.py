@@ -5,7 +5,7 @@ All of it is counts and sums, so micro-batches and ranks add up. The quantiles c
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -51,6 +51,14 @@ class Sources:
         self.names = list(dict.fromkeys(labels))
         self.group = [self.names.index(label) for label in labels]
 
+    @classmethod
+    def of_mixture(cls, corpora: Mapping[str, Sequence[CorpusFile]]) -> "Sources":
+        """The sources of a mixture; corpora: by name the corpus files of each, which are numbered on."""
+        sources = cls(())
+        sources.names = list(corpora)
+        sources.group = [index for index, files in enumerate(corpora.values()) for _ in files]
+        return sources
+
 
 def _folder(path: str) -> str:
     parts = PurePosixPath(path).parts
@@ -63,7 +71,7 @@ class StepStatistics:
     """Sums over predicted tokens, float64 [groups, columns], added to by every call of the loss head.
 
     group: for each corpus file the group that its tokens count for (default: all in one). figures: names of an
-    objective's own figures. table is what ranks add up.
+    objective's own figures; per: figures whose mean is over what another one counts. table is what ranks add up.
     """
 
     def __init__(
@@ -71,8 +79,9 @@ class StepStatistics:
         device: torch.device | str = "cpu",
         group: Sequence[int] | None = None,
         figures: Sequence[str] = (),
+        per: Mapping[str, str] | None = None,
     ) -> None:
-        self._group, self._names = group, (*SUMS, *figures)
+        self._group, self._names, self._per = group, (*SUMS, *figures), per or {}
         groups = 1 if group is None else max(group) + 1
         columns = len(self._names) + WEIGHT_BINS + DELTA_BINS
         self.table = torch.zeros(groups, columns, dtype=torch.float64, device=device)
@@ -146,8 +155,12 @@ class StepStatistics:
             },
             "delta_mean": sums["delta"] / sums["deltas"] if sums["deltas"] else None,
             "delta_quantiles": _quantiles(row_C[first + WEIGHT_BINS :]) if sums["deltas"] else None,
-            **{name: sums[name] / tokens for name in self._names[len(SUMS) :]},
+            **{name: _mean(sums[name], sums[self._per.get(name, "tokens")]) for name in self._names[len(SUMS) :]},
         }
+
+
+def _mean(total: float, count: float) -> float | None:
+    return total / count if count else None
 
 
 def _count(bins: Tensor, values_N: Tensor) -> None:

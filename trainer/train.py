@@ -11,14 +11,15 @@ import math
 from collections.abc import Callable
 from functools import partial
 from time import perf_counter
+from typing import Any
 
 import torch
 
 from shards.output_folder import MODEL, writing_run
 from trainer.batch import Row
+from trainer.batches import GlobalBatch
 from trainer.checkpoint import whole_weights
 from trainer.config import TrainConfig, learning_rate_at
-from trainer.data import GlobalBatch
 from trainer.deterministic import deterministic
 from trainer.distributed import World, accumulate_only, connect, scalar
 from trainer.experts import Balancing
@@ -74,16 +75,20 @@ def train_in(session: Session, config: TrainConfig) -> TrainResult:
 def train_steps(run: Run, session: Session) -> bool:
     """Train to the last step; False where the caller asked to stop before it, after a checkpoint."""
     config, world = run.config, session.world
-    tokens = run.tokens
+    tokens, told = run.tokens, False
     if run.first_step == 0:
         run.evaluation.write(0, of_export=False)
-    with open_loggers(config, run.first_step, run.settings, session.lease is not None) as log, run.checkpoints:
+    with (
+        open_loggers(config, run.first_step, run.settings, session.lease is not None) as log,
+        run.checkpoints,
+        contextlib.closing(run.batches),
+    ):
         for step, batch in enumerate(run.batches, start=run.first_step + 1):
             began = perf_counter()
             learning_rate = learning_rate_at(step, config, run.num_steps)
             for group in run.optimizer.param_groups:
                 group["lr"] = learning_rate
-            statistics = StepStatistics(world.device, run.sources.group, run.objective.figures)
+            statistics = StepStatistics(world.device, run.sources.group, run.objective.figures, run.objective.per)
             # Eq. 6 divides by the predicted tokens of the whole global batch, so micro-batches and ranks just add up
             predicted, step_tokens = count_tokens(step, batch, world)
             balancing = run.balance and Balancing(run.balance, config.router_aux_loss or 0.0, step_tokens)
@@ -108,6 +113,11 @@ def train_steps(run: Run, session: Session) -> bool:
             metrics |= {"grad_norm": grad_norm, "lr": learning_rate, "tokens_per_second": step_tokens / seconds}
             metrics |= {"data_wait_seconds": batch.data_wait_seconds}
             metrics |= {"peak_memory_bytes": peak_memory_bytes(world.device)}
+            if config.mixture.is_mixed:
+                metrics["mixture"] = passes(run, step)
+            if metrics.get("gate_without_topk") and not told:
+                session.note(without_topk(step, metrics))
+                told = True
             if balancing:
                 metrics["router_aux_loss"] = statistics.router_loss.item()
             if log and session.lease:
@@ -132,6 +142,15 @@ def train_steps(run: Run, session: Session) -> bool:
     return True
 
 
+def passes(run: Run, step: int) -> dict[str, Any]:
+    """Of each source of a mixture the rows that trained so far, and how often that is all of them."""
+    rows = run.order.counts(step * run.config.global_batch_size).tolist()
+    return {
+        name: {"rows": count, "epochs": count / order.num_rows}
+        for name, count, order in zip(run.sources.names, rows, run.order.orders)
+    }
+
+
 def is_due(step: int, every: int) -> bool:
     """Whether what is done every so many steps, 0 for never, is done after this one."""
     return bool(every) and step % every == 0
@@ -146,6 +165,16 @@ def count_tokens(step: int, batch: GlobalBatch, world: World) -> tuple[int, int]
             f"step {step}: no row of the batch has a token to predict ({where(batch.rows)}); raise --global-batch-size"
         )
     return predicted, tokens
+
+
+def without_topk(step: int, metrics: dict[str, Any]) -> str:
+    """A line about tokens that the gate wants and the store has no top k of."""
+    share, tokens = metrics["gate_without_topk"], metrics["predicted_tokens"]
+    return (
+        f"step {step}: {round(share * tokens):,} of {tokens:,} tokens at or below the gate's {metrics['gate_entropy']:.4g} nat have "
+        "no most probable tokens stored, since the folder keeps them for lower entropies alone; they train on next-token loss, "
+        "here and in later steps (gate_without_topk in metrics.jsonl)"
+    )
 
 
 def require_finite(step: int, loss: float, grad_norm: float, batch: GlobalBatch) -> None:

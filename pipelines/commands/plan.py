@@ -16,6 +16,11 @@ def run(config: PlanConfig, should_stop: ShouldStop) -> int:
     """The command: count both models, print, write --json."""
     options = {"--base": config.base, "--reference": config.reference}
     models = {option: find_model(option, model) for option, model in options.items()}  # a mistyped path is told at once
+    mixed = None
+    if config.is_mixed:
+        from pipelines.plan.mixture import add_mixture, with_folders
+
+        config, mixed = with_folders(config)
     from pipelines.plan.figures import plan_costs
     from pipelines.plan.model_shape import count, read_config
 
@@ -24,6 +29,8 @@ def run(config: PlanConfig, should_stop: ShouldStop) -> int:
     dtype = compute_dtype(config.gpu, config.dtype)
     base, reference = (count(*entry, config.seq_len, dtype) for entry in configs)
     figures = plan_costs(config, base, reference)
+    if mixed is not None:
+        add_mixture(figures, mixed)
     show(figures, Console(file=sys.stdout, highlight=False))
     if config.json is not None:
         write_json(config.json, figures)

@@ -17,7 +17,7 @@ from trainer.config import TrainConfig
 
 def run(config: TrainConfig, should_stop: ShouldStop) -> int:
     began = monotonic()
-    for folder in filter(None, (config.shards, config.eval_shards)):
+    for folder in filter(None, (*config.mixture.folders, config.eval_shards)):
         require_shards(folder)
     model = resolve_model("--model", config.model)
     require_base(model.path)  # before Ray starts workers, or the corpus is looked at
@@ -38,7 +38,7 @@ def run(config: TrainConfig, should_stop: ShouldStop) -> int:
             numbers = f"loss {metrics['ntp_loss']:.3f}, "
             if clips:
                 numbers += f"clipped {metrics['clipped_low']:.0%}/{metrics['clipped_high']:.0%}, "
-            if "kd_loss" in metrics:
+            if metrics.get("kd_loss") is not None:  # of the switch none where nothing is gated
                 numbers += f"KL {metrics['kd_loss']:.3f}, "
             bar.set_postfix_str(f"{numbers}{metrics['tokens_per_second']:,.0f} tokens/s", refresh=False)
             bar.update(done - bar.n)

@@ -8,13 +8,13 @@ from rich.console import Console
 from pipelines.pages import write_json
 from pipelines.terminal import DONE, ShouldStop, progress_bar
 from pipelines.weights.settings import WeightsConfig
-from shards.folder import ShardFolder
+from trainer.mixed_shards import MixedShards
 
 
 def run(config: WeightsConfig, should_stop: ShouldStop) -> int:
     """The command: read, print, write --json."""
-    folder = ShardFolder(config.shards)
-    began, total = monotonic(), folder.manifest.rows  # a mistyped path is told before the heavy imports
+    mixed = MixedShards.open(config.mixture)  # a mistyped path is told before the heavy imports
+    began, total = monotonic(), sum(folder.manifest.rows for folder in mixed.folders)
     from pipelines.weights.figures import weights_of_corpus
     from pipelines.weights.tables import show
 
@@ -24,7 +24,7 @@ def run(config: WeightsConfig, should_stop: ShouldStop) -> int:
             bar.set_postfix_str(f"{tokens / max(1e-9, monotonic() - began):,.0f} tokens/s", refresh=False)
             bar.update(rows - bar.n)
 
-        figures = weights_of_corpus(folder, config, progress)
+        figures = weights_of_corpus(mixed, config, progress)
     show(figures, Console(file=sys.stdout, highlight=False))
     if config.json is not None:
         write_json(config.json, figures)

@@ -11,16 +11,17 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_type_hints
 
+import tyro
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 
 from pipelines.cli import COMMANDS, find
 from pipelines.flywheel.values import Text, Words, as_yaml_spells, check, known_keys, read_yaml, to_text, to_words
 from pipelines.terminal import BadUsage
-from trainer.objectives.settings import OPTIONS
+from trainer.objectives.settings import OPTIONS, TEMPERATURES
 
 # options of the stages' commands, by what they mean to the loop
 DECIDED = {
-    **dict.fromkeys(("debug", "model", "name", "out", "reference", "shards"), "the loop decides it"),
+    **dict.fromkeys(("debug", "mix", "model", "name", "out", "reference", "shards"), "the loop decides it"),
     **{name: f"give {name} at the top" for name in ("corpus", "seed", "seq_len", "tokenizer")},
     "compare": "use remit eval --compare afterwards",
 }
@@ -45,7 +46,7 @@ def command_of(section: str) -> str:
 def fast_options(section: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a section that may change without a repetition."""
     decides = set()
-    if options.get("objective") == "rho1" and options.get("scope") == "micro":
+    if "scope" in OPTIONS.get(options.get("objective", ""), ()) and options.get("scope") == "micro":
         decides.add("micro_batch_size")  # which tokens are ranked together
     if section == "rmt":
         decides.add("num_engines")  # which prompts are sampled together, and so what is sampled
@@ -167,7 +168,7 @@ def read_options(where: str, section: str, values: Any, **beside: Any) -> Option
     entries = {
         entry.name: (
             Annotated[hints[entry.name], BeforeValidator(partial(as_yaml_spells, hints[entry.name]))],
-            ... if entry.default is entry.default_factory is MISSING else None,
+            ... if entry.default is tyro.MISSING or entry.default is entry.default_factory is MISSING else None,
         )
         for entry in fields(settings)
     }
@@ -181,7 +182,7 @@ def read_options(where: str, section: str, values: Any, **beside: Any) -> Option
     options: Options = check(where, options_model, values).model_dump(exclude_unset=True)
     for name in FILES & options.keys():
         require_there(f"{where}.{name}", options[name], folder=name != "data")
-    loop = {"corpus": [NOWHERE]} | beside
+    loop = {"corpus": [NOWHERE], "shards": NOWHERE} | beside
     needed = {name: hints[name] for name, (_, default) in entries.items() if name in decided and default is ...}
     loop |= {name: kind(NOWHERE) for name, kind in needed.items() if name not in loop}
     try:
@@ -232,8 +233,19 @@ def check_together(config: FlywheelConfig) -> None:
         raise ValueError(
             "score.engine is 'fake', expected vllm; the fake engine's numbers are a hash, which training refuses"
         )
-    if train.get("objective") == "kd" and score.get("top_k", 0) == 0 and config.rounds:
-        raise ValueError("score.top_k is 0, expected at least 1, for instance 32, since train.objective is kd")
+    objective = train.get("objective")
+    if objective in TEMPERATURES and score.get("top_k", 0) == 0 and config.rounds:
+        raise ValueError(
+            f"score.top_k is 0, expected at least 1, for instance 32, since train.objective is {objective}"
+        )
+    if objective == "switch" and config.rounds:
+        temperature = train.get("temperature", TEMPERATURES["switch"])
+        stored = score.get("entropy_temperature") if temperature != 1 else 1
+        if not score.get("entropy") or stored != temperature:
+            raise ValueError(
+                f"score.entropy is {score.get('entropy', False)!r} with entropy_temperature {score.get('entropy_temperature')}, "
+                f"expected true with {temperature:g}, the temperature of train.objective switch"
+            )
     scored, trained = score.get("context", "packed"), train.get("context", "auto")
     if trained not in ("auto", scored) and config.rounds:
         raise ValueError(f"train.context is {trained!r}, expected {scored}, as score.context is, or auto")

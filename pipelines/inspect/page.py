@@ -18,6 +18,7 @@ from markupsafe import Markup, escape
 
 from pipelines.inspect.colours import LOW, classes, colour_rules, legends, scale
 from pipelines.inspect.find_rows import Found
+from pipelines.inspect.places import field_lines
 from pipelines.inspect.ranking import ranking_for_page
 from pipelines.inspect.settings import InspectConfig
 from pipelines.inspect.token_deltas import TokenFigures, choose_base, entropy_column, token_figures
@@ -145,6 +146,7 @@ def _facts(folder: ShardFolder, row: Rows, figures: TokenFigures, epsilon: float
         manifest.corpus[int(row.source[0])].path,
         counted(len(row.ids), "token"),
         counted(len(row.doc_ids), "document piece"),
+        *field_lines(folder, row),
     ]
     if manifest.predict:
         facts.append(f"{counted(int(figures.predict_T.sum()), 'token')} to predict")

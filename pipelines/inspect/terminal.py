@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pipelines.inspect.places import document_lines
 from pipelines.inspect.settings import InspectConfig
 from pipelines.provenance import print_lines, print_references, selection_line
 from pipelines.terminal import counted, tokens_summary
@@ -42,6 +43,8 @@ def _show_row(folder: ShardFolder, row: Rows, text: TokenText, config: InspectCo
     line += f", {counted(int(row.predict.sum()), 'token')} to predict" if folder.manifest.predict else ""
     line += "".join(f"; quarantined: no log-probs of {name}" for name in names if not row.scored(name)[0])
     console.print(Text(line), soft_wrap=True)
+    for document in document_lines(folder, row):
+        console.print(Text(document), soft_wrap=True)
     marked = [] if config.search is None else _marked_tokens(text, ids, config.search)
     places = _window(len(ids), config.tokens or len(ids), marked)
     console.print(_table(row, text, places, set(marked), console))
@@ -99,7 +102,7 @@ def _table(row: Rows, text: TokenText, places: range, marked: set[int], console:
         min(MAX_LABEL if header == TEXT else 99, max(map(cell_len, [*header.split(), *cells])))
         for header, cells in columns.items()
     ]
-    taken = sum(widths) + 3 * (len(widths) - 1)
+    taken = sum(widths) + 3 * (len(widths) - 1) + 2  # two more than releases of rich from 14 on need
     bar = min(BAR, (console.width - taken) // max(1, len(nats)) - 3)
     if bar < 4:
         bar = 0
@@ -143,6 +146,8 @@ def _show_folder(folder: ShardFolder, console: Console) -> None:
             f"corpus file {index}: {file.path}, {counted(file.tokens, 'token')}"
             for index, file in enumerate(manifest.corpus)
         ),
+        *(f"read as {name.replace('_', ' ')}: {value!r}" for name, value in manifest.reading.items()),
+        *([f"kept fields: {', '.join(manifest.kept_fields)} (--row shows them)"] if manifest.kept_fields else []),
         *map(selection_line, manifest.selections),
     )
     print_references(console, manifest)

@@ -15,6 +15,7 @@ from pipelines.plan.settings import PlanConfig
 from pipelines.terminal import counted
 
 RUNS = (1, 2, 3, 5, 10)
+SAMPLE_BYTES = 1.1
 NETWORK = (
     "400 Gb/s for each GPU between machines; replicas exchange beside the backward of their last micro-batch, sharded weights "
     "beside everything"
@@ -45,12 +46,15 @@ def assume(config: PlanConfig) -> list[dict[str, Any]]:
         ("score_rate", None, "tokens/s per GPU", "--mfu-score"),
         ("mfu_score", 0.4 if config.score_rate is None else None, "of the peak",
          "a guess for prefill with log-probs; give --score-rate"),
+        ("online_rate", None, "tokens/s per GPU", "--mfu-train"),
         ("remit_cost", 1.01, "x an NTP step", "bound of make bench-train"),
         ("score_start_seconds", 18 if is_cpu else 180, "s", start),
         ("train_start_seconds", 5 if is_cpu else 120, "s", start),
         ("packed_bytes", 2.1, "B per token", "zstd of Zipf-distributed ids, V = 100,000"),
         ("logprob_bytes", 1.4, "B per token", "measured by this project, steps of 1/64 nat; exact ones take 3.8"),
         ("topk_entry_bytes", 4.3 if config.top_k else None, "B per entry", "make bench-topk"),
+        ("top_k_share", 1.0 if config.top_k else None, "of the tokens have top k", "--top-k-below-entropy"),
+        ("sample_bytes", SAMPLE_BYTES if config.sample_k else None, "B per drawn token", "make bench-topk"),
         ("entropy_bytes", 1.4 if config.entropy else None, "B per token and column", "the sample project: 0.8 to 1.4"),
         *rmt_assumptions(config),
     ):  # fmt: skip
@@ -87,7 +91,8 @@ def plan_costs(config: PlanConfig, base: ModelShape, reference: ModelShape) -> d
     rates = Rates(
         score=1 / score_rate,
         train=1 / train_rate,
-        online=reference.forward_flops / train_flops / train_rate,  # at the utilisation of training
+        # at the utilisation of training, unless measured
+        online=1 / config.online_rate if config.online_rate else reference.forward_flops / train_flops / train_rate,
         remit_cost=value["remit_cost"],
         score_start_seconds=value["score_start_seconds"],
         train_start_seconds=value["train_start_seconds"],
@@ -139,7 +144,8 @@ def plan_costs(config: PlanConfig, base: ModelShape, reference: ModelShape) -> d
             {
                 "packed": value["packed_bytes"],
                 "log-probs": value["logprob_bytes"],
-                "top-k entries": config.top_k * value.get("topk_entry_bytes", 0),
+                "top-k entries": config.top_k * value.get("topk_entry_bytes", 0) * value.get("top_k_share", 1.0),
+                "drawn tokens": config.sample_k * value.get("sample_bytes", 0),
                 "entropy": config.num_entropies * value.get("entropy_bytes", 0),
             },
         ),

@@ -10,6 +10,7 @@ from pipelines.pages import check_output_file
 from pipelines.plan.hardware import GPUS
 from shards.entropy import require_entropy
 from shards.ranges import require, require_at_least, require_not_negative, require_positive
+from trainer.mixture import given_mixture
 
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
@@ -23,7 +24,11 @@ class PlanConfig:
     reference: str
     """Reference model, likewise."""
     tokens: str
-    """Tokens of the corpus: 50e9, 50B, 2.1M or 50_000_000."""
+    """Tokens of the corpus: 50e9, 50B, 2.1M or 50_000_000. With --shards or --mix: tokens that the run trains on."""
+    shards: tuple[str, ...] = ()
+    """Packed or scored folders that the run is to draw from, as for remit train: A=0.7 B=0.3. The corpus is all of them."""
+    mix: Path | None = None
+    """In place of --shards: file that describes a mixture, as for remit train."""
     json: Path | None = None
     """File to write the figures to, as JSON."""
     epochs: float = 1.0
@@ -49,6 +54,10 @@ class PlanConfig:
     """auto: only where training does not fit without."""
     top_k: int = 0
     """As for remit score: entries stored per token."""
+    top_k_share: float | None = None
+    """Share of the tokens with top k, default all; 0.25 for --top-k-below-entropy quantile:0.2 of remit score with its margin."""
+    sample_k: int = 0
+    """As for remit score: drawn tokens stored per token."""
     entropy: bool = False
     """As for remit score."""
     entropy_temperature: float | None = None
@@ -58,6 +67,8 @@ class PlanConfig:
     """Measured tokens/s per GPU of NTP training (tokens_per_second of metrics.jsonl / GPUs), in place of --mfu-train."""
     score_rate: float | None = None
     """Measured tokens/s per GPU of scoring (tokens_per_second of _score.jsonl / GPUs), in place of --mfu-score."""
+    online_rate: float | None = None
+    """Measured tokens/s per GPU of the reference's forward inside of the training step; default: at the utilisation of training."""
     mfu_train: float | None = None
     """Share of the peak that training reaches between two exchanges; default 0.45, with cpu and unknown GPUs 0.4."""
     mfu_score: float | None = None
@@ -103,10 +114,16 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         _ = self.num_tokens
+        if self.shards and self.mix is None:
+            given_mixture(self.shards, None)
+        if self.is_mixed and self.epochs != 1:
+            raise ValueError(f"--epochs is {self.epochs:g}, and --tokens says what a mixture trains on; leave it out")
         require_at_least(self, 1, "num_gpus", "gpus_per_node", "global_batch_size", "micro_batch_size")
         require(self, lambda length: length >= 2, "at least 2: nothing precedes a row's first token", "seq_len")
         require_positive(self, "epochs", "peak_tflops", "gpu_memory_gb", "link", "network", "logprob_bytes")
-        require_positive(self, "train_rate", "score_rate", "mfu_train", "mfu_score")
+        require_positive(self, "train_rate", "score_rate", "online_rate", "mfu_train", "mfu_score")
+        require(self, lambda share: 0 < share <= 1, "a share of the tokens above 0, up to 1", "top_k_share")
+        require_not_negative(self, "sample_k")
         require(self, lambda share: share <= 1, "a share of at most 1, for instance 0.4", "mfu_train", "mfu_score")
         require_not_negative(self, "top_k")
         require_entropy(self)
@@ -139,6 +156,11 @@ class PlanConfig:
         require_positive(self, "rmt_prompt", "prefill_rate", "decode_rate", "mfu_prefill", "mfu_decode")
         require_not_negative(self, "rmt_answer")
         require(self, lambda share: share <= 1, "a share of at most 1, for instance 0.1", "mfu_prefill", "mfu_decode")
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether folders are given."""
+        return bool(self.shards) or self.mix is not None
 
     @property
     def num_entropies(self) -> int:

@@ -21,6 +21,13 @@ def show(figures: dict[str, Any], console: Console) -> None:
         f"{job['tokens']:,} tokens, {epochs}, {counted(job['steps'], 'step')} of {job['global_batch_size']} rows "
         f"of {job['seq_len']:,}; {machine['num_gpus']} x {machine['gpu']}, {machine['dtype']}"
     )
+    if mixture := figures.get("mixture"):
+        lines = [
+            [name, f"{of['tokens']:,}", f"{of['tokens_of_folder']:,}", f"{of['rows']:,}", f"{of['epochs']:.3f}"]
+            for name, of in mixture["sources"].items()
+        ]
+        title = f"Mixture, up to step {mixture['steps']:,}"
+        print_table(console, ["source", "tokens drawn", "tokens there are", "rows drawn", "epochs"], lines, title)
     lines = [
         [
             *(role, model["name"], f"{model['parameters']:,}{' (tied)' if model['tied'] else ''}"),

@@ -15,7 +15,15 @@ from pipelines.report.tables import ABSENT, Row, provenance_rows, settings_rows
 from pipelines.terminal import counted
 from trainer.objectives.settings import OPTIONS
 
-NAMES = {"ntp": "NTP", "remit": "ReMiT", "rho1": "RHO-1", "kd": "KD"}
+NAMES = {
+    "ntp": "NTP",
+    "remit": "ReMiT",
+    "rho1": "RHO-1",
+    "kd": "KD",
+    "rkl": "reverse KL",
+    "switch": "switch",
+    "sampled": "sampled KD",
+}
 # what belongs to an objective: itself, and what it reads
 OF_AN_OBJECTIVE = {"objective", "reference", *(name for names in OPTIONS.values() for name in names)}
 OF_RHO1 = {"micro_batch_size", "processes"}  # with --scope micro, which ranks the tokens of a forward pass

@@ -28,7 +28,14 @@ class Row:
         return len(set(self.cells)) > 1
 
 
-_ORIGIN = ("shards", "base_weights_sha256", "weights_sha256", "data_sha256", "reward_sha256")  # of provenance
+_ORIGIN = (
+    "shards",
+    "mixture",
+    "base_weights_sha256",
+    "weights_sha256",
+    "data_sha256",
+    "reward_sha256",
+)  # of provenance
 
 
 def settings_rows(settings: Sequence[dict[str, Any]]) -> list[Row]:
@@ -56,9 +63,12 @@ def _provenance(settings: dict[str, Any]) -> dict[str, Any]:
         }
     # what tells runs apart before what describes the folder
     first = {key: shards.pop(key) for key in ("tokenizer", "references") if key in shards}
+    mixture = settings.get("mixture") or {}
+    stages = {f"after step {stage['after_step']:,}": stage["weights"] for stage in mixture.get("stages", [])}
+    mixed = {"mixture": {**stages, **mixture["sources"]}} if mixture else {}
     of_stage = {key: settings[key] for key in ("data_sha256", "reward_sha256") if key in settings}
     weights = settings.get("base_weights_sha256", settings.get("weights_sha256"))  # post-training calls them so
-    return _flatten({"base_weights_sha256": weights} | of_stage | first | shards)
+    return _flatten({"base_weights_sha256": weights} | mixed | of_stage | first | shards)
 
 
 def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

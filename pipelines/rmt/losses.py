@@ -23,7 +23,7 @@ from pipelines.rmt.rollouts import Rollout, Shape, outcome, sample_rollouts
 from pipelines.rmt.setup import Run, distribution, tier_names
 from pipelines.rmt.warmup import format_budgets, format_rows
 from trainer.batch import Row, collate
-from trainer.data import GlobalBatch
+from trainer.batches import GlobalBatch
 from trainer.distributed import World, accumulate_only
 from trainer.objectives.ntp import NTP
 from trainer.session import Session

@@ -203,7 +203,7 @@ class RmtConfig:
     def train_config(self) -> TrainConfig:
         """The same, as the parts of remit train want it that this command shares."""
         return TrainConfig(
-            shards=self.shards,
+            shards=(self.shards,),
             model=self.model,
             out=self.out,
             objective="ntp",

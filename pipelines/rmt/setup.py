@@ -29,6 +29,7 @@ from trainer.distributed import spread
 from trainer.experts import num_experts
 from trainer.layout import Layout, read_layout
 from trainer.loggers import require_wandb
+from trainer.mixed_shards import MixedShards
 from trainer.model import Base
 from trainer.run_folder import RECORDED, keep_lines
 from trainer.session import Session
@@ -91,12 +92,12 @@ def prepare(config: RmtConfig, session: Session, count: Callable[[ShardFolder, i
             f"--model {config.model}: has experts, expected a base without: remit rmt has no loss that balances them; remit train "
             "has"
         )
-    shards = ShardFolder(config.shards)
-    shards.require_complete()
+    mixed = MixedShards.open(shared.mixture)
+    shards = mixed.first
     entropy_column(shards, config.reference)
     if config.eval_shards is not None:  # here, and not after minutes
         entropy_column(ShardFolder(config.eval_shards), config.reference)
-    context = choose_context(shared, shards, config.reference)
+    context = choose_context(shared, mixed, config.reference)
     others = [] if config.baseline is None else [config.baseline]
     for name in others:
         require_baseline(config, shards, name, context)
@@ -109,7 +110,7 @@ def prepare(config: RmtConfig, session: Session, count: Callable[[ShardFolder, i
     if world.from_first(session.lease is None or (config.out / MODEL).exists()):
         return None
 
-    base = load_trainable(shared, session, shards, context)
+    base = load_trainable(shared, session, mixed, context)
     layout = world.from_first(read_layout(Path(config.model), base.model) if world.first else None)
     tokenizer = load_tokenizer(Path(config.model), shards, config.out)
     prompter = make_prompter(config, tokenizer, base.max_position)

@@ -6,7 +6,7 @@ which pipelines/weights/tables.py prints. N = predicted tokens of a row. Losses 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from pipelines.weights.settings import WeightsConfig
 from shards.folder import ShardFolder
 from shards.rows import Rows
 from shards.schema import logprobs_column
+from trainer.mixed_shards import MixedShards
 from trainer.objectives.objective import Tokens
 from trainer.objectives.remit import make
 from trainer.objectives.settings import ObjectiveSettings
@@ -31,63 +32,67 @@ RANKED_AT_ONCE = 256
 
 
 def weights_of_corpus(
-    folder: ShardFolder, config: WeightsConfig, progress: Callable[[int, int], None]
+    mixed: MixedShards, config: WeightsConfig, progress: Callable[[int, int], None]
 ) -> dict[str, Any]:  # fmt: skip
     """The figures, as --json writes them. progress(rows, tokens) is told how far it is after each row.
 
     Weights are those of a first training step with this base: the same function, row by row, in float32.
     """
-    folder.require_complete()
-    context = _context(folder, config)
+    for name in (config.reference, config.base):
+        mixed.require_alike(name if all(name in folder.manifest.references for folder in mixed.folders) else None)
+    contexts = [_context(folder, config) for folder in mixed.folders]
     objectives = {
         epsilon: make(ObjectiveSettings(epsilon=epsilon, centring=config.centring, weight_map=config.weight_map))
         for epsilon in (*config.epsilon_values, config.show_epsilon)
     }
-    statistics = {epsilon: StepStatistics() for epsilon in objectives}
-    manifest = folder.manifest
-    ranking = TokenRanking(manifest.tokenizer["vocab_size"])
+    group = range(len(mixed.folders))
+    statistics = {epsilon: StepStatistics(group=group) for epsilon in objectives}
+    manifest = mixed.first.manifest
+    ranking = TokenRanking(max(folder.manifest.tokenizer["vocab_size"] for folder in mixed.folders))
     to_rank: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    columns = [logprobs_column(name) for name in (config.reference, config.base)]
-    chosen = choose_rows(manifest, config.rows, config.seed).tolist()
+    chosen = choose_rows_of(mixed, config)
+    total = sum(map(len, chosen))
     done = used = tokens = 0
-    for row in folder.rows(chosen, columns):
+    for source, row in rows_of(mixed, chosen, [logprobs_column(name) for name in (config.reference, config.base)]):
         done += 1
         if row.scored(config.reference, config.base)[0]:
             used, tokens = used + 1, tokens + len(row.ids)
-            ids_N, seen = _seen(row, context, config)
+            ids_N, seen = _seen(row, contexts[source], config)
             if len(ids_N):  # else nothing precedes any of its tokens
                 for epsilon, objective in objectives.items():
                     assert objective.weigh is not None
                     weighted = objective.weigh(seen)
-                    statistics[epsilon].add_weights(0, seen.losses_N, weighted)
+                    statistics[epsilon].add_weights(source, seen.losses_N, weighted)
                     if epsilon == config.show_epsilon:
                         assert weighted.delta_N is not None
                         to_rank.append((ids_N, weighted.weights_N.numpy(), weighted.delta_N.numpy()))
-        if to_rank and (len(to_rank) == RANKED_AT_ONCE or done == len(chosen)):
+        if to_rank and (len(to_rank) == RANKED_AT_ONCE or done == total):
             ranking.add(*map(np.concatenate, zip(*to_rank)))
             to_rank.clear()
         progress(done, tokens)
     if not ranking.count_V.any():
+        where = ", ".join(str(folder.path) for folder in mixed.folders)
         raise ValueError(
-            f"{folder.path}: none of the {done:,} rows that were read has a token with log-probs of both; raise --rows"
+            f"{where}: none of the {done:,} rows that were read has a token with log-probs of both; raise --rows"
         )
     steps = [manifest.references[name].get("logprob_step", 0) for name in (config.reference, config.base)]
-    metrics = {epsilon: statistics[epsilon].metrics(Sources(())) for epsilon in objectives}
+    sources = Sources.of_mixture({name: folder.manifest.corpus for name, folder in zip(mixed.names, mixed.folders)})
+    metrics = {epsilon: statistics[epsilon].metrics(sources) for epsilon in objectives}
     some = metrics[config.show_epsilon]
-    return {
+    figures = {
         "sample": {
             "rows": done,
-            "rows_total": manifest.rows,
+            "rows_total": sum(folder.manifest.rows for folder in mixed.folders),
             "rows_quarantined": done - used,
             "tokens": tokens,
-            "tokens_total": manifest.tokens,
+            "tokens_total": sum(folder.manifest.tokens for folder in mixed.folders),
             "predicted_tokens": some["predicted_tokens"],
             "seed": config.seed,
         },
         "reference": config.reference,
         "base": config.base,
         "base_logprob_step": steps[1],
-        "context": context,
+        "context": contexts[0],
         "centring": config.centring,
         "weight_map": config.weight_map,
         "manifest_sha256": manifest.checksum,
@@ -97,8 +102,38 @@ def weights_of_corpus(
             "quantiles": some["delta_quantiles"],
             "step": max(*steps, QUANTILE_STEP),  # the quantiles are no finer
         },
-        "vocabulary": _vocabulary(folder, config, ranking),
+        "vocabulary": _vocabulary(mixed.first, config, ranking),
     }
+    if mixed.mixture.is_mixed:
+        figures["manifest_sha256"] = {name: of.manifest.checksum for name, of in zip(mixed.names, mixed.folders)}
+        figures["sources"] = {
+            name: {"predicted_tokens": own["predicted_tokens"], "excess_loss_mean": own["delta_mean"], **_figures(own)}
+            for name, own in some["sources"].items()
+        }
+    return figures
+
+
+def choose_rows_of(mixed: MixedShards, config: WeightsConfig) -> list[list[int]]:
+    """The rows to read of each folder: of a mixture by its first shares, as many as the smallest source has enough for."""
+    if not mixed.mixture.is_mixed:
+        return [choose_rows(mixed.first.manifest, config.rows, config.seed).tolist()]
+    if not config.rows:
+        raise ValueError("--rows is 0, which reads all; a mixture is sampled by its weights, expected a number of rows")
+    shares = mixed.shares(mixed.mixture.stages[0].weights.values())
+    there = [folder.manifest.rows for folder in mixed.folders]
+    total = min(config.rows, *(int(rows / share) for rows, share in zip(there, shares) if share))
+    wanted = [min(rows, round(total * share)) for rows, share in zip(there, shares)]
+    return [
+        choose_rows(folder.manifest, count, config.seed).tolist() if count else []
+        for folder, count in zip(mixed.folders, wanted)
+    ]
+
+
+def rows_of(mixed: MixedShards, chosen: list[list[int]], columns: list[str]) -> Iterator[tuple[int, Rows]]:
+    """These rows of each folder, each with the number of its folder."""
+    for source, (folder, rows) in enumerate(zip(mixed.folders, chosen)):
+        for row in folder.rows(rows, columns):
+            yield source, row
 
 
 def _context(folder: ShardFolder, config: WeightsConfig) -> str:

@@ -1,11 +1,13 @@
 """Settings of remit weights. Light to import, so that --help answers at once."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 from pipelines.pages import check_output_file
 from shards.ranges import require_at_least, require_not_negative
+from trainer.mixture import Mixture, given_mixture
 from trainer.objectives.settings import check_epsilon
 
 
@@ -13,8 +15,10 @@ from trainer.objectives.settings import check_epsilon
 class WeightsConfig:
     """What an epsilon would do to a scored corpus: clipped shares and most affected tokens, without a model."""
 
-    shards: str
-    """Shard folder with the log-probs of both: remit score, once with each of them."""
+    shards: tuple[str, ...] = ()
+    """Shard folder with the log-probs of both: remit score, once with each of them; or several, as for remit train: A=0.7 B=0.3."""
+    mix: Path | None = None
+    """In place of --shards: file that describes a mixture, as for remit train. Its first weights count."""
     reference: str = "rl"
     """Name of the reference's log-probs (--name of remit score)."""
     base: str = "base"
@@ -30,7 +34,7 @@ class WeightsConfig:
     weight_map: Literal["sigmoid", "exp", "linear"] = "sigmoid"
     """As for remit train."""
     rows: int = 10_000
-    """Random rows to read; 0: all."""
+    """Random rows to read; 0: all. Of a mixture those of each source by its share."""
     top: int = 20
     """Tokens to show, of the most up-weighted and of the most down-weighted."""
     min_count: int = 20
@@ -40,7 +44,16 @@ class WeightsConfig:
     debug: bool = field(default=False, repr=False)
     """Show tracebacks."""
 
+    @cached_property
+    def mixture(self) -> Mixture:
+        """The folder or folders."""
+        return given_mixture(self.shards, self.mix)
+
     def __post_init__(self) -> None:
+        if isinstance(self.shards, str | Path):
+            object.__setattr__(self, "shards", (str(self.shards),))
+        if self.mix is None or self.shards:  # a file is read when it is asked for
+            _ = self.mixture
         if self.reference == self.base:
             raise ValueError(
                 f"--reference and --base are both {self.base!r}, expected the names of two columns; score the folder "

@@ -40,6 +40,14 @@ def show(figures: dict[str, Any], console: Console) -> None:
     ]
     headers = ["epsilon", *(header for header, _ in COLUMNS.values())]
     print_table(console, headers, lines, "Tokens by --epsilon; effective: (sum w)^2 / sum w^2, of all", left=0)
+    if sources := figures.get("sources"):
+        lines = [
+            [name, f"{own['predicted_tokens']:,}", _text(own["excess_loss_mean"], "+.3f"),
+             *(_text(own[column], format_) for column, (_, format_) in COLUMNS.items() if column != "in_between")]
+            for name, own in sources.items()
+        ]  # fmt: skip
+        headers = ["source", "tokens", "excess loss", *(of[0] for name, of in COLUMNS.items() if name != "in_between")]
+        print_table(console, headers, lines, f"Sources, at epsilon {vocabulary['epsilon']}", width=16)
     digits = math.ceil(-math.log10(excess["step"]))
     headers = [*(f"{float(share):.0%}" for share in excess["quantiles"]), "mean"]
     cells = [*(f"{value:+.{digits}f}" for value in excess["quantiles"].values()), f"{excess['mean']:+.3f}"]

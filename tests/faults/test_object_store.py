@@ -29,6 +29,7 @@ import pyarrow.dataset
 import pyarrow.fs
 import pytest
 import ray
+import token_files
 from annotated import annotate, by_model
 from botocore.exceptions import ClientError
 from conftest import make_model, source_texts, write_corpus
@@ -42,11 +43,13 @@ from scorer.corpus import read_documents
 from scorer.known import hashes_now
 from scorer.pack_tasks import stage_source
 from scorer.sources import find_corpus, find_sources
+from scorer.tokens.read import Reading, read_tokens
 from shards import ShardFolder, write_part
 from shards.lease import Lease
 from shards.remote import RemoteStore
 from shards.store import open_store
 from shards.store_errors import StoreSilent, may_pass, plain
+from shards.verify import verify_folder
 from trainer.data import RowReader
 
 Remit = Callable[..., tuple[int, str, str]]
@@ -941,3 +944,52 @@ def test_pa_file_from_the_store(server: S3Server) -> None:
         reader = pa.ipc.open_file(file)
         assert reader.get_batch(77)["x"][3].as_py() == 77_003
         assert reader.read_all().equals(table)
+
+
+def test_token_ids_are_read_as_in_a_folder(server: S3Server, tmp_path: Path, tokenizer_folder: Path) -> None:
+    """By ranges of the files, which the requests show: no file is asked for as a whole, and a folder is listed once."""
+    documents = [[5, 6, 0], [7, 0], [8] * 40 + [0]]
+    folder = tmp_path / "ids"
+    token_files.write_ds(folder / "ds", documents)
+    token_files.write_megatron(folder / "megatron", [[ids] for ids in documents])
+    token_files.write_raw_npy(folder / "x.npy", documents)
+    (folder / "x.csv.gz").write_bytes(gzip.compress(b"0,3\n3,5\n5,46\n"))
+    (folder / "model.bin").write_bytes(b"weights")
+    url = server.upload(folder, "ids")
+    reading = Reading(None, "auto", 521, 0)
+    for below in ("", "/*/*", "/x.npy", "/ds/*.ds"):
+        ours, theirs = find_corpus([f"{folder}{below}"]), find_corpus([f"{url}{below}"])
+        assert [source.name for source in ours.sources] == [source.name for source in theirs.sources]
+        assert ours.passed_over == theirs.passed_over
+        for one, other in zip(ours.sources, theirs.sources):
+            assert [name.rpartition("/")[2] for name in one.beside] == [
+                name.rpartition("/")[2] for name in other.beside
+            ]
+            assert one.sha256_beside() == other.sha256_beside()
+            blocks = [list(read_tokens(source, reading, 1 << 27)) for source in (one, other)]
+            assert [block.ids.tolist() for block in blocks[0]] == [block.ids.tolist() for block in blocks[1]]
+            assert [block.lengths.tolist() for block in blocks[0]] == [block.lengths.tolist() for block in blocks[1]]
+    assert find_corpus([url]).passed_over == {".bin without .idx": 1}
+    run_here(pack_arguments(folder, tokenizer_folder, tmp_path / "local"))
+    run_here(pack_arguments(url, tokenizer_folder, f"s3://{BUCKET}/ids-packed"))
+    assert without_log(server.files("ids-packed")) == without_log(contents(tmp_path / "local"))
+
+
+def test_kept_fields_in_a_bucket(server: S3Server, tmp_path: Path, tokenizer_folder: Path, model: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        lines = "".join(
+            json.dumps({"text": f"some text {number}", "url": f"{name}/{number}"}) + "\n" for number in range(9)
+        )
+        server.put(f"kept/{name}", lines.encode())
+        (tmp_path / "kept").mkdir(exist_ok=True)
+        (tmp_path / "kept" / name).write_text(lines)
+    more = ["--keep-fields", "url"]
+    run_here([*pack_arguments(tmp_path / "kept", tokenizer_folder, tmp_path / "local"), *more])
+    run_here([*pack_arguments(f"s3://{BUCKET}/kept", tokenizer_folder, f"s3://{BUCKET}/kept-packed"), *more])
+    assert server.files("kept-packed") == contents(tmp_path / "local")
+    run_here(score_arguments(f"s3://{BUCKET}/kept-packed", model, f"s3://{BUCKET}/kept-scored"))
+    scored = server.files("kept-scored")
+    assert all(
+        scored[name] == data for name, data in contents(tmp_path / "local").items() if name.startswith("_fields/")
+    )
+    assert not verify_folder(ShardFolder(f"s3://{BUCKET}/kept-scored")).problems

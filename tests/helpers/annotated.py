@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 from oracles import load, read_rows, row_distributions, row_logprobs
 
 from shards import ShardFolder, write_part
+from shards.entropy import entropy_columns
 from shards.manifest import Manifest
 from trainer.config import TrainConfig
 from trainer.data import RowReader
@@ -28,12 +29,17 @@ def annotate(
     name: str = "rl",
     top: Callable[[dict], list] | None = None,
     entropy: Callable[[dict], list] | None = None,
+    temperature: float | None = None,
+    unscored: Collection[int] = (),
+    below: float | None = None,
     **provenance: object,
 ) -> Path:
     """Write `shards` again with a column NAME_logprobs that `values` gives for each row: scoring without an engine.
 
     top: for each row a pair (ids, log-probs) for each token, or None, for the columns of the most probable tokens.
-    entropy: for each row the entropy for each token, or None.
+    entropy: for each row the entropy for each token, or None; with a temperature a tuple with those and the log partition
+    sum at that temperature behind it. unscored: rows, counted over all parts, of which nothing is known.
+    below: the most probable tokens are kept where the entropy, that at the temperature if there is one, is at most this.
     """
     old = Manifest.read(shards)
     reference = {"context": context, "logprob_step": step, "model": "oracle", **provenance}
@@ -43,6 +49,10 @@ def annotate(
         reference["top_k"] = len(next(pair for rows in tops.values() for row in rows for pair in row if pair)[0])
     if entropy:
         reference |= {"entropy": True, "vocab_size": 1000}
+    if temperature:
+        reference["entropy_temperature"] = temperature
+    if below is not None:
+        reference["top_k_below_entropy"] = below
     plan = replace(old, references=old.references | {name: reference})
     shutil.copytree(shards / "_tokenizer", out / "_tokenizer")
     plan.write(out)
@@ -50,13 +60,27 @@ def annotate(
         columns = {column: table.column(column) for column in table.column_names}
         columns[f"{name}_logprobs"] = pa.array([values(row) for row in table.to_pylist()], pa.list_(pa.float32()))
         if entropy:
-            columns[f"{name}_entropy"] = pa.array([entropy(row) for row in table.to_pylist()], pa.list_(pa.float32()))
+            found = [[v if temperature or v is None else (v,) for v in entropy(row)] for row in table.to_pylist()]
+            for place, column in enumerate(entropy_columns(name, reference)):
+                own = [[None if v is None else v[place] for v in row] for row in found]
+                columns[column] = pa.array(own, pa.list_(pa.float32()))
         for place, column in enumerate((f"{name}_topk_ids", f"{name}_topk_logprobs") if top else ()):
             entries = [[None if pair is None else pair[place] for pair in row] for row in tops[part]]
+            if below is not None:
+                gates = columns[f"{name}_entropy" + (f"_t{temperature:g}" if temperature else "")].to_pylist()
+                entries = [
+                    [None if e is None or e > below else one for e, one in zip(*pair)] for pair in zip(gates, entries)
+                ]
             columns[column] = pa.array(entries, plan.schema.field(column).type)
+        first = index * old.rows_per_part
+        bad = [number - first for number in unscored if 0 <= number - first < len(table)]
+        for column in [column for column in columns if bad and column.startswith(f"{name}_")]:
+            own = columns[column].to_pylist()
+            own = [[None] * len(row) if number in bad else row for number, row in enumerate(own)]
+            columns[column] = pa.array(own, plan.schema.field(column).type)
         whole = pa.table([columns[column] for column in plan.schema.names], schema=plan.schema)
         batches = whole.combine_chunks().to_batches(max_chunksize=plan.rows_per_batch)
-        write_part(out, part, plan.schema, plan.part_metadata(index), batches)
+        write_part(out, part, plan.schema, plan.part_metadata(index), batches, {name: bad} if bad else {})
     return out
 
 
@@ -76,6 +100,31 @@ def top_by_model(model: Path, context: str, k: int, step: float = 0.0) -> Callab
         return pairs
 
     return top
+
+
+def entropies_by_model(
+    model: Path, context: str, temperature: float | None, step: float = 0.0
+) -> Callable[[dict], list]:
+    """Entropy, and with a temperature that at it and the log partition sum, from the definitions in float64."""
+    reference = load(model)
+
+    @torch.no_grad()
+    def values(row: dict) -> list:
+        found: list = []
+        for logprobs_V in row_distributions(reference, row, context):
+            if logprobs_V is None:
+                found.append(None)
+                continue
+            own = [-(logprobs_V.exp() * logprobs_V).sum().item()]
+            if temperature:
+                z = (logprobs_V / temperature).exp().sum().log()
+                hot_V = logprobs_V / temperature - z
+                own += [-(hot_V.exp() * hot_V).sum().item(), z.item()]
+            own = [round(value / step) * step if step else value for value in own]
+            found.append(tuple(own) if temperature else own[0])
+        return found
+
+    return values
 
 
 def by_model(model: Path, context: str, step: float) -> Callable[[dict], list]:

@@ -140,8 +140,10 @@ def read_to_rescore(folder: Path, model: Path) -> None:
 def read_to_weigh(folder: Path, model: Path) -> None:
     from pipelines.weights.figures import weights_of_corpus
     from pipelines.weights.settings import WeightsConfig
+    from trainer.mixed_shards import MixedShards
 
-    weights_of_corpus(ShardFolder(folder), WeightsConfig(str(folder)), lambda rows, tokens: None)
+    config = WeightsConfig(str(folder))
+    weights_of_corpus(MixedShards.open(config.mixture), config, lambda rows, tokens: None)
 
 
 def read_to_inspect(folder: Path, model: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from unittest import mock
 
 import scorer.pack
+import scorer.side_tables
 from scorer.config import PackConfig
 from shards import ShardFolder
 
@@ -56,6 +57,7 @@ def pack_inline(config: PackConfig) -> ShardFolder:
 
     with (
         mock.patch.object(scorer.pack, "ray", _InlineRay),
+        mock.patch.object(scorer.side_tables, "ray", _InlineRay),
         mock.patch.object(scorer.pack, "ray_cluster", nothing),
         mock.patch.object(scorer.pack, "require_ray"),
         mock.patch.object(scorer.pack, "wait_for_nodes"),

@@ -1,5 +1,6 @@
 """Independent computations that the tests compare against: transformers and float64, no code of this project."""
 
+import math
 from pathlib import Path
 
 import pyarrow.dataset
@@ -158,3 +159,104 @@ def kd_step(model: transformers.PreTrainedModel, rows: list[dict], context: str,
         "kd_loss": kl.item() / count,
         "missing_mass": missing / count,
     }
+
+
+def rkl_token(
+    logprobs_V: torch.Tensor,
+    ids: list[int],
+    stored: list[float],
+    temperature: float,
+    log_partition: float | None = None,
+    least: float = 1e-6,
+) -> torch.Tensor:
+    """KL(base || reference) of one token from the definition, float64, with base log-probs as given.
+
+    log_partition: of the reference at the temperature; None: the k + 1 outcomes at temperature 1 are softened.
+    """
+    stored_K = torch.tensor(stored, dtype=torch.float64)
+    inside = torch.zeros(len(logprobs_V), dtype=torch.bool)
+    inside[ids] = True
+    if len(ids) == len(logprobs_V):
+        p, q = (stored_K / temperature).softmax(-1), (logprobs_V / temperature).softmax(-1)[ids]
+        return (q * (q.log() - p.log())).sum()
+    exact = log_partition is not None
+    p = (stored_K / temperature - log_partition).exp() if exact else stored_K.exp()
+    q_V = (logprobs_V / temperature).softmax(-1) if exact else logprobs_V.exp()
+    if 1 - p.sum() < least:
+        p = p / p.sum() * (1 - least)
+    p, q = torch.cat([p, 1 - p.sum(0, keepdim=True)]), torch.cat([q_V[ids], q_V[~inside].sum(0, keepdim=True)])
+    if not exact:
+        p, q = p ** (1 / temperature), q ** (1 / temperature)
+        p, q = p / p.sum(), q / q.sum()
+    return torch.where(q > 0, q * (q.log() - p.log()), 0.0).sum()
+
+
+def places(model: transformers.PreTrainedModel, rows: list[dict], context: str) -> list[tuple[int, int, torch.Tensor]]:
+    """Row, position and float64 log-probs of every predicted token of a step that its reference has scored."""
+    found = []
+    for r, row in enumerate(rows):
+        for t, logprobs_V in enumerate(row_distributions(model, row, context)):
+            if logprobs_V is not None and row["rl_logprobs"][t] is not None:
+                found.append((r, t, logprobs_V))
+    return found
+
+
+def of_token(row: dict, t: int, temperature: float, least: float) -> tuple:
+    """What `rkl_token` takes of a stored token."""
+    label = f"{temperature:g}".replace(".", "p")
+    z = row.get(f"rl_log_partition_t{label}", {t: None})[t] if temperature != 1 else 0.0
+    return row["rl_topk_ids"][t], row["rl_topk_logprobs"][t], temperature, z, least
+
+
+def rkl_step(
+    model: transformers.PreTrainedModel,
+    rows: list[dict],
+    context: str,
+    kd_weight: float,
+    temperature: float,
+    least: float,
+) -> dict:
+    """Reverse KL in float64 over the rows of one global batch."""
+    plain = kl = 0.0
+    tokens = places(model, rows, context)
+    for r, t, logprobs_V in tokens:
+        plain = plain - logprobs_V[rows[r]["input_ids"][t]]
+        kl = kl + rkl_token(logprobs_V, *of_token(rows[r], t, temperature, least))
+    count = len(tokens)
+    loss = ((1 - kd_weight) * plain + kd_weight * temperature**2 * kl) / count
+    return {"loss": loss, "ntp_loss": plain.item() / count, "kd_loss": kl.item() / count}
+
+
+def switch_step(
+    model: transformers.PreTrainedModel,
+    rows: list[dict],
+    context: str,
+    groups: list[list[int]],
+    share: float,
+    temperature: float,
+    least: float,
+) -> dict:
+    """Switch distillation in float64. groups: row numbers of each scope; a scope counts by its predicted tokens."""
+    label = f"{temperature:g}".replace(".", "p")
+    column = "rl_entropy" if temperature == 1 else f"rl_entropy_t{label}"
+    tokens = places(model, rows, context)
+    loss, plain, kl_sum, chosen = 0.0, 0.0, 0.0, set()
+    for group in groups:
+        own = [token for token in tokens if token[0] in group]
+        if not own:
+            continue
+        entropies = sorted(rows[r][column][t] for r, t, _ in own)
+        tau = entropies[math.floor(share * (len(own) - 1) + 1e-9)]
+        sure = [x for x in own if rows[x[0]][column][x[1]] <= tau and rows[x[0]]["rl_topk_ids"][x[1]] is not None]
+        gated = {(r, t) for r, t, _ in sure}
+        ce = [-logprobs_V[rows[r]["input_ids"][t]] for r, t, logprobs_V in own]
+        kl = [rkl_token(logprobs_V, *of_token(rows[r], t, temperature, least)) for r, t, logprobs_V in sure]
+        others = [value for value, (r, t, _) in zip(ce, own) if (r, t) not in gated]
+        mean = (sum(others) / len(others) if others else 0.0) + (temperature**2 * sum(kl) / len(kl) if kl else 0.0)
+        loss = loss + mean * len(own) / len(tokens)
+        plain, kl_sum, chosen = plain + sum(ce).item(), kl_sum + sum(float(value) for value in kl), chosen | gated
+    count = len(tokens)
+    return {
+        "loss": loss, "ntp_loss": plain / count, "kd_loss": kl_sum / max(1, len(chosen)), "gated": len(chosen) / count,
+        "predicted_tokens": count,
+    }  # fmt: skip

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -214,7 +215,7 @@ def test_what_is_no_run(tmp_path: Path, remit: Remit) -> None:
             f"otherr: no such folder; {tmp_path} has the runs one, other, unevaluated; give",
         ),
         ((one, other / "model"), 1, f"model: is a part of the run {other}; give"),
-        ((one, tmp_path), 1, "it is not a run of remit train; "),
+        ((one, tmp_path), 1, "it is not a run; "),
         ((one, tmp_path / "scored"), 1, "holds no run.json, so it is a shard folder; give the --out of remit train"),
         ((one, other / "run.json"), 1, "is a file"),
         ((one, unevaluated), 1, "has no held-out loss; run remit train with --eval-shards and --eval-every"),
@@ -228,8 +229,7 @@ def test_what_is_no_run(tmp_path: Path, remit: Remit) -> None:
 
 def test_only_settings_of_objectives_may_differ() -> None:
     """Whoever gives train a new setting decides here whether runs with another value trained on the same rows."""
-    fields = set(vars(TrainConfig("s", "m", Path("o"))))
-    assert fields & MAY_DIFFER == {
+    assert {field.name for field in fields(TrainConfig)} & MAY_DIFFER == {
         *(name for names in OPTIONS.values() for name in names),
         *("objective", "reference", "eval_every", "micro_batch_size", "leave_out"),
     }

@@ -285,6 +285,23 @@ def test_measured_rates_stand_for_flops() -> None:
     assert not {"--mfu-train", "--mfu-score"} & {*options}
 
 
+def test_a_published_run_with_a_large_teacher_online() -> None:
+    """arXiv 2609.01532: 60.4B tokens on 32 GPUs, 26 hours without the 7B teacher and 56 with it; its rates give its hours."""
+    rate, online = 60.4e9 / 32 / 3600 / 26, 60.4e9 / 32 / 3600 / 30
+    common = ("plan", "--base", "x", "--reference", "y", "--tokens", "60.4B", "--gpu", "h200", "--num-gpus", "32")
+    measured = ("--train-rate", str(rate), "--online-rate", str(online), "--score-rate", "30000", "--top-k", "32")
+    found = plan_costs(parse([*common, *measured, "--top-k-share", "0.25"]), ONE_B, EIGHT_B)
+    hours = {name: entry["wall_seconds"] / 3600 for name, entry in found["costs"].items()}
+    assert hours["train NTP"] == pytest.approx(26, abs=0.1)
+    assert hours["train ReMiT, reference online"] == pytest.approx(56, abs=0.5)
+    assert hours["score once"] == pytest.approx(60.4e9 / 32 / 30000 / 3600 + 180 / 3600)
+    assert found["break_even"]["epochs"] == pytest.approx(hours["score once"] / 30, rel=1e-3)
+    assert found["disk_bytes"]["top-k entries"] == pytest.approx(60.4e9 * 32 * 4.3 * 0.25)
+    drawn = plan_costs(parse([*common, "--sample-k", "50"]), ONE_B, EIGHT_B)
+    assert drawn["disk_bytes"]["drawn tokens"] == pytest.approx(60.4e9 * 50 * 1.1)
+    assert {"--online-rate", "--top-k-share"} <= {entry["option"] for entry in found["assumptions"]}
+
+
 def test_memory_by_hand() -> None:
     sharded = memory(EIGHT_B, machine(), Layout("full", 8, 2, True), 4096)
     tables = 128_256 * 4096

@@ -209,10 +209,7 @@ def test_files_of_a_local_dataset_are_told_apart(local: Path, tokenizer_folder: 
         ("configs:fr", "BuilderConfig 'fr' not found. Available: ['en', 'de']"),
         ("splits::dev", "Bad split: dev. Available splits: ["),
         ("scripted:", "cannot be opened as a dataset (RuntimeError: Dataset scripts are no longer supported"),
-        (
-            "saved",
-            ".zst, .bz2 or .xz behind it, or .parquet, or saved:CONFIG:SPLIT for one that `datasets` opens",
-        ),
+        ("scripted", ".ds with .ds.index, or scripted:CONFIG:SPLIT for one that `datasets` opens"),
         ("nowhere/else:en", "neither a local file nor a dataset that the Hugging Face hub answers for"),
     ],
 )

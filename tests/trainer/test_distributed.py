@@ -28,14 +28,15 @@ Remit = Callable[..., tuple[int, str, str]]
 VOLATILE = ("tokens_per_second", "data_wait_seconds", "peak_memory_bytes")
 
 
-def arguments(out: Path, shards: Path, model: Path, options: tuple[object, ...]) -> list[object]:
+def arguments(out: Path, shards: Path | None, model: Path, options: tuple[object, ...]) -> list[object]:
+    """shards: None where the options say what trains."""
     return [
-        "train", "--shards", shards, "--model", model, "--out", out, "--dtype", "float32", "--global-batch-size", 7,
+        "train", *(() if shards is None else ("--shards", shards)), "--model", model, "--out", out, "--dtype", "float32", "--global-batch-size", 7,
         "--micro-batch-size", 2, "--max-steps", STEPS, "--checkpoint-every", 0, *options,
     ]  # fmt: skip
 
 
-def launch(out: Path, shards: Path, model: Path, ranks: int, *options: object, machines: int = 1) -> Ranks:
+def launch(out: Path, shards: Path | None, model: Path, ranks: int, *options: object, machines: int = 1) -> Ranks:
     """remit train on several ranks, forked from a process that has imported all: what a rank does is the same."""
     return Ranks(out.parent, arguments(out, shards, model, options), ranks, machines)
 

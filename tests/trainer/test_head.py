@@ -1,8 +1,10 @@
 """The loss head against float64 autograd through full logits, written from the equations."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from oracles import kd_token
+from oracles import kd_token, rkl_token
 
 from trainer.batch import MicroBatch
 from trainer.head import objective_loss
@@ -240,3 +242,37 @@ def test_first_position_cannot_be_predicted() -> None:
     predicted[1, 0] = True
     with pytest.raises(ValueError, match="position 0"):
         objective_loss(hidden, weight, MicroBatch(ids, predicted), NTP, 1.0)
+
+
+@pytest.mark.parametrize("budget", [1 << 30, 4 * 101 * 5, 1])
+def test_gated_tokens_have_a_loss_of_their_own(budget: int) -> None:
+    """A switch: next-token loss of the others, weighted, and reverse KL of the gated; in one piece or in several."""
+    hidden, weight, ids, predicted, _ = case(2, 4, 17, 16, 101, spread=3.0)
+    g = torch.Generator().manual_seed(3)
+    gated = predicted & (torch.rand(predicted.shape, generator=g) < 0.4)
+    gated[0], gated[3] = predicted[0], False  # all of a row, none of another
+    top = torch.randn(*ids.shape, 101, generator=g).log_softmax(-1).topk(7)
+    columns = {"topk_ids": top.indices, "topk_logprobs": top.values, "weight": torch.rand(ids.shape, generator=g) + 0.5}
+    columns |= {"gate_entropy": torch.full(ids.shape, 1.5), "gate_without_topk": torch.zeros(ids.shape)}
+    switch = replace(make_objective(ObjectiveSettings(objective="switch", temperature=1.0)), scope="row")
+    leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    statistics = StepStatistics(figures=switch.figures, per=switch.per)
+    batch = MicroBatch(ids, predicted, columns, gated_BT=gated)
+    loss = objective_loss(*leaves, batch, switch, 37.0, statistics=statistics, logits_budget_bytes=budget)
+    loss.backward()
+    exact = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
+    total = kl_sum = 0.0
+    for row, position in predicted.nonzero().tolist():
+        logprobs_V = (exact[0][row, position - 1] @ exact[1].T).log_softmax(-1)
+        own = -logprobs_V[ids[row, position]]
+        if gated[row, position]:
+            place = (row, position)
+            own = rkl_token(logprobs_V, top.indices[place].tolist(), top.values[place].tolist(), 1.0, 0.0)
+            kl_sum += own.item()
+        total = total + columns["weight"][row, position].double() * own / 37
+    total.backward()
+    assert loss.item() == pytest.approx(total.item(), rel=1e-5)
+    for got, want in zip(leaves, exact):
+        torch.testing.assert_close(got.grad.double(), want.grad, rtol=2e-4, atol=2e-6)
+    assert statistics.sums["gated"] == gated.sum()
+    assert statistics.sums["kd_loss"] == pytest.approx(kl_sum, rel=1e-5)

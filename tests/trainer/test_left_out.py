@@ -15,6 +15,8 @@ from oracles import load, read_rows, remit_step
 from pipelines.report.compare import differs_in
 from shards import ShardFolder, write_part
 from shards.manifest import Manifest
+from shards.quarantine import write_quarantined_rows
+from shards.store import open_store
 from trainer.dataset import RowDataset
 
 Remit = Callable[..., tuple[int, str, str]]
@@ -41,6 +43,12 @@ def annotate_badly(shards: Path, out: Path, unscored: dict[str, list[int]] = UNS
         }
         batches = table.combine_chunks().to_batches(max_chunksize=plan.rows_per_batch)
         record = {name: places for name, places in here.items() if places}
+        aside = [
+            {"reference": name, "row": row, "reason": "test", "input_ids": []}
+            for name in record
+            for row in record[name]
+        ]
+        write_quarantined_rows(open_store(out), part.name, aside)
         write_part(out, part.name, plan.schema, plan.part_metadata(index), batches, record)
     return out
 
@@ -86,7 +94,7 @@ def test_reference_alone(tmp_path: Path, shards: Path, models: dict[str, Path]) 
     assert differs_in(*both) == "rows_left_out"
 
 
-def test_the_number_is_printed_and_older_runs_go_on(
+def test_the_number_is_printed_and_other_runs_are_refused(
     tmp_path: Path, shards: Path, annotated: dict[str, Path], models: dict[str, Path], remit: Remit
 ) -> None:
     options = ["--model", models["base"], "--objective", "ntp", "--max-steps", 2, "--global-batch-size", 8]
@@ -96,16 +104,18 @@ def test_the_number_is_printed_and_older_runs_go_on(
     assert (code, "4 rows train on nothing, since they could not be scored (rl 2, sft 3)" in error) == (0, True), error
     code, _, error = remit(*good)
     assert (code, "train on nothing" in error) == (0, False), error
-    for out in ("bad", "good"):  # as written before there was a choice
+    assert remit(*bad)[1].startswith("nothing to do")
+    code, _, error = remit(*bad, "--leave-out", "reference")
+    assert (code, "--leave-out is 'any' there, not set now" in error) == (1, True), error
+    for out, arguments in (("bad", bad), ("good", good)):  # as written when rows trained in another order
         old = json.loads((tmp_path / out / "run.json").read_text())
         assert ("leave_out" in old) == (out == "bad")
-        (tmp_path / out / "run.json").write_text(
-            json.dumps({key: value for key, value in old.items() if key not in ("leave_out", "rows_left_out")})
+        (tmp_path / out / "run.json").write_text(json.dumps({key: old[key] for key in old if key != "order"}))
+        code, _, error = remit(*arguments)
+        assert (code, "begun by an earlier release, whose rows train in another order (order is not set" in error) == (
+            1,
+            True,
         )
-    assert remit(*good)[1].startswith("nothing to do")
-    code, _, error = remit(*bad)
-    assert (code, "--leave-out is not set there, 'any' asked for now" in error) == (1, True), error
-    assert remit(*bad, "--leave-out", "reference")[1].startswith("nothing to do")
 
 
 def test_rows_for_other_loops(shards: Path) -> None:

@@ -2,13 +2,14 @@
 
 import math
 import random
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
-from oracles import kd_token
+from oracles import kd_token, rkl_token
 
 from pipelines.commands.verify import VerifyConfig
 from pipelines.inspect.settings import InspectConfig
@@ -19,6 +20,7 @@ from trainer.objectives.kd import kd_losses
 from trainer.objectives.objective import Tokens, differentiable
 from trainer.objectives.remit import remit_weights
 from trainer.objectives.rho1 import top_share
+from trainer.objectives.rkl import divergence, least_rest
 from trainer.objectives.settings import OPTIONS, Name
 
 
@@ -197,6 +199,96 @@ def test_kd_where_probabilities_underflow(missing_mass: str, temperature: float)
     torch.testing.assert_close(buffer.double(), leaf.grad, rtol=1e-4, atol=2e-6 * max(1, temperature**2 / 10))
 
 
+def rkl_case(case: tuple, temperature: float, plain: float, partition: bool, step: float) -> tuple[torch.Tensor, ...]:
+    """Loss, KL and gradient of the project, and loss and gradient of the definition in float64."""
+    logits, targets, ids, stored, teacher = case
+    log_partition = (teacher.double() / temperature).exp().sum(-1).log().float()
+    if step:
+        log_partition = torch.round(log_partition / step) * step
+    columns = {"topk_ids": ids, "topk_logprobs": stored}
+    if partition and temperature != 1:
+        columns[f"log_partition_t{temperature:g}".replace(".", "p")] = log_partition
+    scale = (1 - plain) * temperature**2 * torch.linspace(0.5, 2, len(logits))
+    leaf, want = logits.double().requires_grad_(), []
+    for n in range(len(logits)):
+        logprobs_V = leaf[n].log_softmax(-1)
+        z = 0.0 if temperature == 1 else log_partition[n].item() if partition else None
+        kl = rkl_token(logprobs_V, ids[n].tolist(), stored[n].tolist(), temperature, z, least_rest(step))
+        want.append(plain * -logprobs_V[targets[n]] + scale[n].double() * kl)
+    torch.stack(want).sum().backward()
+    buffer = logits.clone()
+    ntp, kl, _ = divergence(buffer, targets, columns, plain, scale[:, None], temperature, least_rest(step))
+    assert ntp.tolist() == pytest.approx(
+        torch.nn.functional.cross_entropy(logits.double(), targets, reduction="none").tolist(), abs=1e-5
+    )
+    return (plain * ntp + scale * kl).double(), buffer.double(), torch.stack(want).detach(), leaf.grad
+
+
+@pytest.mark.parametrize("plain", [0.0, 0.4])
+@pytest.mark.parametrize("partition", [True, False])
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0, 8.0])
+@pytest.mark.parametrize(
+    ("vocabulary", "k", "spread", "step"),
+    [(50, 1, 1, 0), (131, 32, 3, 1 / 64), (40, 39, 6, 0.25), (40, 40, 2, 0), (2000, 8, 2, 0)],
+)
+def test_rkl_equals_float64_autograd(
+    plain: float, partition: bool, temperature: float, vocabulary: int, k: int, spread: float, step: float
+) -> None:
+    g = torch.Generator().manual_seed(vocabulary + k)
+    logits, teacher = (
+        spread * torch.randn(70, vocabulary, generator=g),
+        spread * torch.randn(70, vocabulary, generator=g),
+    )
+    teacher = teacher.log_softmax(-1)
+    stored, ids = teacher.topk(k)
+    stored = torch.round(stored / step) * step if step else stored
+    targets = torch.randint(0, vocabulary, (70,), generator=g)
+    case = (logits, targets, ids, stored, teacher)
+    losses, gradient, want, want_gradient = rkl_case(case, temperature, plain, partition, step)
+    noise = max(1, temperature**2 / 10)
+    torch.testing.assert_close(losses, want, rtol=2e-5, atol=1e-5 * noise)
+    torch.testing.assert_close(gradient, want_gradient, rtol=1e-4, atol=1e-5 * noise)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 8.0])
+def test_rkl_with_the_whole_vocabulary_is_dense(temperature: float) -> None:
+    """Against torch's own KL; also where the base is sure beyond float32's exponent and disagrees."""
+    logits, targets, ids, stored = kd_case(2, 33, 97, 97, 3.0, 0)
+    logits[0, 5] += 110
+    teacher = torch.zeros(33, 97, dtype=torch.float64).scatter_(1, ids, stored.double())
+    leaf = logits.double().requires_grad_()
+    student, reference = (leaf / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
+    dense = torch.nn.functional.kl_div(reference, student, reduction="none", log_target=True).sum(-1)
+    (temperature**2 * dense).sum().backward()
+    buffer = logits.clone()
+    scale = torch.full((33, 1), temperature**2)
+    _, kl, missing = divergence(
+        buffer, targets, {"topk_ids": ids, "topk_logprobs": stored}, 0.0, scale, temperature, 1e-6
+    )  # fmt: skip
+    torch.testing.assert_close(kl.double(), dense.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(buffer.double(), leaf.grad, rtol=1e-4, atol=1e-5)
+    assert missing.abs().max() == 0
+
+
+def test_rkl_of_certain_predictions_is_finite() -> None:
+    """The reference leaves nothing outside of the stored ids, the base has all there: what rounding leaves open bounds it."""
+    logits = torch.zeros(3, 50)
+    logits[0, 4], logits[1, 9], logits[2, 4] = 200.0, 200.0, -200.0
+    ids = torch.tensor([[4, 5]] * 3)
+    stored = torch.tensor([[0.0, -100.0], [0.0, -100.0], [0.0, 0.0]])  # the last sums to 2
+    for temperature, step in product((0.5, 1.0, 2.0), (0.0, 1 / 64)):
+        buffer, columns = logits.clone(), {"topk_ids": ids, "topk_logprobs": stored}
+        scale = torch.ones(3, 1)
+        _, kl, missing = divergence(buffer, torch.tensor([4, 4, 4]), columns, 0.5, scale, temperature, least_rest(step))
+        assert torch.isfinite(buffer).all()
+        assert missing.tolist() == [0, 0, 0]
+        if temperature == 1:
+            # all of the base is outside: -log of what the reference has there at least
+            assert kl[1].item() == pytest.approx(-math.log(least_rest(step)), rel=1e-4)
+        assert kl[0].item() == pytest.approx(0, abs=0.1)
+        assert torch.isfinite(kl).all()
+
+
 def test_a_loss_by_automatic_differentiation() -> None:
     """The wrapper for plain functions: dense distillation written in one line gives kd's loss and gradient."""
     logits, targets, ids, stored = kd_case(4, 20, 60, 60, 2.0, 0)
@@ -211,6 +303,13 @@ def test_a_loss_by_automatic_differentiation() -> None:
     torch.testing.assert_close(got.ntp_N, want.ntp_N)
 
 
+def test_the_default_temperature_is_that_of_the_objective() -> None:
+    found = {name: ObjectiveSettings(objective=name).temperature for name in OPTIONS}
+    softened = {"kd": 1.0, "rkl": 1.0, "switch": 2.0}
+    assert found == dict.fromkeys(("remit", "ntp", "rho1", "sampled")) | softened
+    assert replace(ObjectiveSettings(objective="switch"), gate_quantile=0.3).temperature == 2.0
+
+
 def test_every_objective_is_registered() -> None:
     assert set(OPTIONS) == set(get_args(Name))
     for name in OPTIONS:
@@ -221,7 +320,7 @@ def test_every_objective_is_registered() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"objective": "sft"}, "--objective is 'sft', expected one of remit, ntp, rho1, kd"),
+        ({"objective": "sft"}, "--objective is 'sft', expected one of remit, ntp, rho1, kd, rkl, switch"),
         ({"epsilon": 0.0}, "--epsilon is 0,"),
         ({"epsilon": 1.0}, "or inf for no clip"),
         ({"epsilon": math.nan}, "--epsilon is nan"),
@@ -234,6 +333,14 @@ def test_every_objective_is_registered() -> None:
         ({"objective": "kd", "kd_weight": 1.5}, "--kd-weight is 1.5"),
         ({"objective": "kd", "temperature": 0.0}, "--temperature is 0.0"),
         ({"objective": "kd", "temperature": math.inf}, "--temperature is inf"),
+        ({"objective": "rkl", "kd_weight": 2.0}, "--kd-weight is 2.0"),
+        ({"objective": "rkl", "missing_mass": "renormalise"}, "--missing-mass belongs to --objective kd"),
+        ({"objective": "rkl", "scope": "micro"}, "--scope belongs to --objective rho1 or switch"),
+        ({"objective": "switch", "gate_quantile": 0.0}, "--gate-quantile is 0.0"),
+        ({"objective": "switch", "gate_quantile": 1.0}, "a share of the tokens between 0 and 1"),
+        ({"objective": "switch", "gate_quantile": math.nan}, "--gate-quantile is nan"),
+        ({"objective": "switch", "scope": "row"}, "--scope is 'row', expected global or micro"),
+        ({"objective": "switch", "kd_weight": 0.7}, "--kd-weight belongs to --objective kd or rkl"),
         ({"objective": "kd", "missing_mass": "drop"}, "--missing-mass is 'drop'"),
         ({"objective": "remit", "keep_ratio": 0.5}, "--keep-ratio belongs to --objective rho1"),
         ({"objective": "ntp", "epsilon": 0.5}, "--epsilon belongs to --objective remit"),

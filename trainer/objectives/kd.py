@@ -107,7 +107,7 @@ def make(settings: ObjectiveSettings) -> Objective:
     def loss(logits_NV: Tensor, targets_N: Tensor, columns: Mapping[str, Tensor]) -> TokenLosses:
         return kd_losses(
             logits_NV, targets_N, columns["topk_ids"], columns["topk_logprobs"],
-            settings.kd_weight, settings.temperature, settings.missing_mass,
+            settings.kd_weight, settings.used_temperature, settings.missing_mass,
         )  # fmt: skip
 
     columns = ("logprobs", "topk_ids", "topk_logprobs")  # the first for the figures of a step alone

@@ -17,7 +17,8 @@ class Tokens:
 
     losses_N: float32, -log p of the base, without gradient. row_N: int64, ascending, the row of each token.
     document_N: int64, ascending within a row, the document piece of the row. columns: what the objective asked for:
-    "logprobs", float32 [N], log p of the reference; "topk_ids", int64 [N, K], "topk_logprobs", float32 [N, K].
+    "logprobs", float32 [N], log p of the reference; "topk_ids", int64 [N, K], "topk_logprobs", float32 [N, K]; "entropy",
+    "entropy_t2", "log_partition_t2", float32 [N].
     """
 
     losses_N: Tensor
@@ -50,6 +51,17 @@ class TokenLosses:
     figures: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+def exponentiate(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """-log p of the targets and the normaliser of the probabilities that are left in place of the logits.
+
+    Half the passes over the logits of log-sum-exp and softmax, one after the other.
+    """
+    target_N = logits_NV.gather(1, targets_N[:, None])[:, 0]
+    largest_N = logits_NV.amax(-1)
+    normaliser_N = logits_NV.sub_(largest_N[:, None]).exp_().sum(-1)
+    return largest_N + normaliser_N.log() - target_N, normaliser_N
+
+
 Weigh = Callable[[Tokens], Weighted]
 LogitLoss = Callable[[Tensor, Tensor, Mapping[str, Tensor]], TokenLosses]
 """(logits_NV float32, targets_N int64, columns) -> TokenLosses; leaves d losses_N / d logits_NV in the place of the
@@ -57,20 +69,34 @@ logits. A token's loss may depend on its own logits only."""
 
 
 @dataclass(frozen=True)
+class Gate:
+    """Tokens are gated whose stored `column` is at most its `quantile` over a scope (trainer/gate.py)."""
+
+    column: str
+    quantile: float
+
+
+@dataclass(frozen=True)
 class Objective:
     """One of weigh and loss is given. columns: stored columns of the reference that are read. scope: the tokens that
-    weigh sees at once: those of a "row", of one forward pass ("micro"), of the optimizer step ("global"). figures:
-    names of the figures of loss."""
+    weigh, or the gate, sees at once: those of a "row", of one forward pass ("micro"), of the optimizer step ("global").
+    gate: with it loss is of the gated tokens and ungated_loss of the others. figures: names of the figures of loss; a mean is
+    over all predicted tokens, or over those that another figure counts, which `per` names. note: what its user should know."""
 
     weigh: Weigh | None = None
     loss: LogitLoss | None = None
     columns: tuple[str, ...] = ()
     scope: str = "row"
     figures: tuple[str, ...] = ()
+    gate: Gate | None = None
+    ungated_loss: LogitLoss | None = None
+    per: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
 
     def __post_init__(self) -> None:
         assert (self.weigh is None) != (self.loss is None)
-        assert self.loss is None or self.scope == "row"
+        assert (self.gate is None) == (self.ungated_loss is None)
+        assert self.loss is None or self.scope == "row" or self.gate
 
 
 def differentiable(function: Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]) -> LogitLoss:

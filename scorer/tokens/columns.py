@@ -1,0 +1,194 @@
+"""Columns of token ids: lists of integers in a parquet or Arrow file, a dataset, or JSON lines.
+
+A document is a row. In: a source and the name of the column. Out: blocks of documents, and of the kept fields.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from scorer.corpus import records
+from scorer.faults import BadDocument, BadFile
+from scorer.fields import MISSING, REMEDY, Fields, find
+from scorer.formats import TABLES
+from scorer.hf_datasets import json_files, read_columns
+from scorer.sources import Source
+from scorer.tables import table_batches
+from scorer.tokens.blocks import BLOCK_TOKENS, TokenBlock, require_length
+
+MOST_ROWS = 4096  # that are read at once
+DATASET_ROWS = 256
+PADDING = "attention_mask"
+
+
+def column_blocks(source: Source, fields: Fields, max_window: int) -> Iterator[TokenBlock]:
+    """Blocks of the documents of a source. fields: text is the column with the ids."""
+    if source.shard is not None and json_files(source.shard) is None:
+        yield from _joined(_dataset_blocks(source, fields))
+    elif source.shard is None and source.format[0] in TABLES:
+        yield from _joined(_table_blocks(source, fields))
+    else:
+        yield from _joined(_record_blocks(source, fields, max_window))
+
+
+def _joined(blocks: Iterator[TokenBlock]) -> Iterator[TokenBlock]:
+    """Small blocks put together: what follows costs some time per block."""
+    held: list[TokenBlock] = []
+    tokens = 0
+    for block in blocks:
+        held.append(block)
+        tokens += len(block.ids)
+        if tokens >= BLOCK_TOKENS:
+            yield join(held)
+            held, tokens = [], 0
+    if held:
+        yield join(held)
+
+
+def join(blocks: list[TokenBlock]) -> TokenBlock:
+    """One block of the documents of several, whose masks are not kept."""
+    if len(blocks) == 1:
+        return blocks[0]
+    bad: dict[int, BadDocument] = {}
+    before = 0
+    for block in blocks:
+        bad |= {before + place: fault for place, fault in block.bad.items()}
+        before += len(block.lengths)
+    kept = [row for block in blocks for row in block.fields or []]
+    return TokenBlock(
+        np.concatenate([block.ids for block in blocks]),
+        np.concatenate([block.lengths for block in blocks]),
+        blocks[-1].position,
+        bad=bad,
+        fields=kept if blocks[0].fields is not None else None,
+    )
+
+
+def _table_blocks(source: Source, fields: Fields) -> Iterator[TokenBlock]:
+    padded = False
+
+    def choose(names: list[str]) -> list[str]:
+        nonlocal padded
+        if missing := fields.missing(names):
+            option = "--tokens-field" if missing[0] == fields.text else "--keep-fields"
+            raise BadFile(source.where, f"has no column {missing[0]!r}, only {', '.join(names)[:80]}; set {option}")
+        padded = PADDING in names and fields.text != PADDING
+        return list(dict.fromkeys([*fields.columns(names), *([PADDING] if padded else [])]))
+
+    def rows_at_once(file: Any) -> int:
+        """So many that a block comes of them, by what the file says of its values."""
+        metadata = file.metadata
+        names = [metadata.schema.column(index).path.split(".")[0] for index in range(metadata.num_columns)]
+        values = [
+            metadata.row_group(group).column(names.index(fields.text)).num_values
+            for group in range(min(metadata.num_row_groups, 1))
+        ]
+        rows = metadata.row_group(0).num_rows if values else 1
+        each = max(1, sum(values) // max(1, rows))
+        return max(1, min(MOST_ROWS, BLOCK_TOKENS // each))
+
+    for batch, first, position in table_batches(source, choose, rows_at_once):
+        where = f"{source.where}: row"
+        if padded:
+            _refuse_padding(batch.column(PADDING), where, first)
+        yield _block_of(batch, fields, where, first, position)
+
+
+def _dataset_blocks(source: Source, fields: Fields) -> Iterator[TokenBlock]:
+    assert source.shard is not None
+    first = 0
+    try:
+        for table in read_columns(source.shard, fields, DATASET_ROWS):
+            for batch in table.combine_chunks().to_batches():
+                yield _block_of(batch, fields, f"{source.where}: row", first, 0)
+                first += batch.num_rows
+    except BadFile:
+        raise
+    except ValueError as error:
+        if source.shard.revision:
+            raise
+        raise BadFile(source.where, str(error).removeprefix(f"{source.shard.name}: ")) from None
+
+
+def _block_of(batch: pa.RecordBatch, fields: Fields, where: str, first: int, position: int) -> TokenBlock:
+    column = batch.column(batch.schema.names.index(fields.text))
+    ids, lengths, bad = _lists(column, fields.text, where, first)
+    kept = None
+    if fields.kept:
+        roots = [
+            name for name in fields.columns(batch.schema.names) if name in batch.schema.names and name != fields.text
+        ]
+        rows = batch.select(roots).to_pylist() if roots else [{}] * batch.num_rows
+        kept = [fields.kept_of(row) for row in rows]
+    return TokenBlock(ids, lengths, position, bad=bad, fields=kept)
+
+
+def _lists(
+    column: pa.Array, name: str, where: str, first: int
+) -> tuple[np.ndarray, np.ndarray, dict[int, BadDocument]]:
+    """Values, lengths and bad rows of a column of lists."""
+    kind = column.type
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if pa.types.is_null(kind):
+        column, is_list = pa.nulls(len(column), pa.list_(pa.int32())), True
+    elif not is_list or not (pa.types.is_integer(kind.value_type) or pa.types.is_null(kind.value_type)):
+        raise BadFile(
+            where.removesuffix(": row"),
+            f"column {name!r} is of type {kind}, expected lists of integers; set --tokens-field",
+        )
+    bad = {}
+    if column.null_count:
+        for row in np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False)).tolist():
+            bad[row] = BadDocument(
+                f"{where} {first + row}: {name} is null, expected token ids; correct it, or {REMEDY}"
+            )
+    values = column.flatten()  # leaves out what null lists have
+    lengths = pa.compute.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+    if not len(values):
+        return np.zeros(0, np.int32), lengths, bad
+    if values.null_count:
+        place = int(np.argmax(values.is_null().to_numpy(zero_copy_only=False)))
+        row = int(np.searchsorted(np.cumsum(lengths), place, side="right"))
+        raise BadFile(f"{where} {first + row}", f"{name} has a null among its ids; correct it")
+    return values.to_numpy(zero_copy_only=False), lengths, bad
+
+
+def _refuse_padding(column: pa.Array, where: str, first: int) -> None:
+    """BadFile where the attention mask says that some of the ids are padding."""
+    values = column.flatten().to_numpy(zero_copy_only=False)
+    if len(values) and not values.all():
+        lengths = pa.compute.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False)
+        row = int(np.searchsorted(np.cumsum(lengths), int(np.argmin(values != 0)), side="right"))
+        raise BadFile(
+            f"{where} {first + row}",
+            f"{PADDING} is 0 somewhere, so it has padding among its ids; write it without padding",
+        )
+
+
+def _record_blocks(source: Source, fields: Fields, max_window: int) -> Iterator[TokenBlock]:
+    """Blocks of JSON lines."""
+    for number, (where, record, position) in enumerate(records(source, fields, max_window)):
+        value = record if isinstance(record, BadDocument) else find(record, fields.text)
+        kept = [(None,) * len(fields.kept) if isinstance(record, BadDocument) else fields.kept_of(record)]
+        ids: Any = value
+        if value is MISSING:
+            names = ", ".join(map(str, record))[:80]
+            ids = BadDocument(f"{where}: has no field {fields.text!r}, only {names}; set --tokens-field, or {REMEDY}")
+        elif isinstance(value, list) and all(type(token) is int for token in value):
+            require_length(source.where, number, len(value))
+        elif not isinstance(value, BadDocument):
+            what = str(value)[:40] if isinstance(value, list) else f"{type(value).__name__} {str(value)[:40]!r}"
+            ids = BadDocument(
+                f"{where}: field {fields.text!r} is {what}, expected a list of integers; set --tokens-field, correct the line, "
+                f"or {REMEDY}"
+            )
+        if isinstance(ids, BadDocument):
+            yield TokenBlock(np.zeros(0, np.int64), np.zeros(1, np.int64), position, bad={0: ids}, fields=kept or None)
+            continue
+        try:
+            array = np.array(ids, dtype=np.int64)
+        except OverflowError:
+            raise BadFile(where, f"field {fields.text!r} has a number of more than 64 bits, which is no id") from None
+        yield TokenBlock(array, np.array([len(ids)], np.int64), position, fields=kept)
