@@ -111,7 +111,7 @@ def differences_table(results: Results, other: str) -> Table:
     rows = [
         [arm_name(arm), *(cell(name, paired(results.get(arm, "mid", name), results.get(other, "mid", name)), True) for name in metrics)]
         for arm in ordered(results, "mid")
-        if arm != other
+        if arm != other and metrics
     ]  # fmt: skip
     note = (
         "Each arm minus the other on the same seeds: mean ± half a 95 % interval, not corrected for the number of cells. All "
