@@ -199,3 +199,30 @@ def test_selection_scores_what_is_to_be_predicted(tmp_path: Path, shards: dict[s
     assert folder.manifest.predict
     assert verify_folder(folder).problems == []
     assert len(scores) < len(rows)
+
+
+def test_steps_that_predict_nothing_change_nothing(
+    tmp_path: Path, shards: dict[str, Path], models: dict[str, Path]
+) -> None:
+    """With one row a step some steps are such: the run goes on past them, and a resume knows them too."""
+    silent = sum(not any(row["predict"][1:]) for row in read_rows(shards["packed"]))
+    assert silent
+    notes: list[str] = []
+    settings = {
+        "objective": "ntp", "epochs": 1, "global_batch_size": 1, "dtype": "float32", "learning_rate": 1e-4, "checkpoint_every": 5
+    }  # fmt: skip
+    done = train(TrainConfig(shards["packed"], models["base"], tmp_path / "run", **settings), note=notes.append)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    steps = len(read_rows(shards["packed"]))
+    assert done.finished
+    assert sum("none of its rows has a token to predict" in line for line in notes) == silent == steps - len(lines)
+    assert lines[-1]["tokens"] <= sum(len(row["input_ids"]) for row in read_rows(shards["packed"]))
+
+    asked = iter([False] * 7 + [True] * steps)
+    half = TrainConfig(shards["packed"], models["base"], tmp_path / "again", **settings)
+    assert not train(half, should_stop=lambda: next(asked)).finished
+    assert train(half).finished
+    again = [json.loads(line) for line in (tmp_path / "again/metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["tokens"], line["loss"]) for line in again] == [
+        (line["step"], line["tokens"], line["loss"]) for line in lines
+    ]
