@@ -27,14 +27,21 @@ def held_out_positions(config: RmtConfig, base: Base) -> list[Position]:
     shards.require_complete()
     check_fits(base, Path(config.model), shards)
     check_tokenizer(Path(config.model), shards)
-    entropy_column(shards, config.reference)
-    context = shards.require_reference(config.reference)["context"]
-    index = count_tiers(shards, config.reference, config.thresholds)
-    reader = PositionReader(shards, index, config.reference, config.thresholds, context, base.num_embeddings)
+    return draw_held_out(shards, config.reference, config.thresholds, config.eval_positions, base.num_embeddings)
+
+
+def draw_held_out(
+    shards: ShardFolder, reference: str, thresholds: Sequence[float], count: int, num_embeddings: int
+) -> list[Position]:
+    """`count` positions of each tier from easy up, or as many as there are. num_embeddings: token ids are below it."""
+    entropy_column(shards, reference)
+    context = shards.require_reference(reference)["context"]
+    index = count_tiers(shards, reference, thresholds)
+    reader = PositionReader(shards, index, reference, thresholds, context, num_embeddings)
     found: list[Draw] = []
     for tier in range(1, len(TIERS)):
         only = [float(other == tier) for other in range(len(TIERS))]
-        size = min(config.eval_positions, index.counts[tier])
+        size = min(count, index.counts[tier])
         drawn = draw(0, 0, np.array(only), index.counts, size, HELD_OUT) if size else []
         found += sorted(drawn, key=lambda each: each.ordinal)
     return [reader.position(each) for each in found]
