@@ -14,6 +14,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+from pipelines.rmt.model import count_positions_from_the_mask
 from pipelines.rmt.rollouts import Rollout
 from pipelines.rmt.settings import RmtConfig
 
@@ -92,6 +93,8 @@ class Grpo:
             processing_class=tokenizer,
             rollout_func=self._roll_out,
         )
+        if self._trainer.ref_model is not None:  # TRL's own copy of the base, for the KL
+            count_positions_from_the_mask(self._trainer.ref_model)
         torch.set_rng_state(random)
         scratch.cleanup()
         # The rollouts come from vLLM, so TRL is to weigh them by what the model says of them now: that covers both the

@@ -83,8 +83,9 @@ class RmtConfig:
     """GRPO clips the ratio of probabilities to 1 - clip .. 1 + clip."""
     kl: float = 0.0
     """Weight of the KL divergence to the base, beta; 0: a copy of the base is not even loaded."""
-    loss_type: Literal["grpo", "dapo", "dr_grpo", "bnpo"] = "grpo"
-    """How TRL averages over tokens: within each rollout first (grpo), or one of its variants."""
+    loss_type: Literal["grpo", "dapo", "dr_grpo"] = "grpo"
+    """How TRL averages over tokens: within each rollout first (grpo), or one of its variants. Its bnpo is left out: it
+    divides by the tokens of a micro-batch, so that what is learned would depend on --micro-batch-size."""
 
     ntp_weight: float = 0.1
     """Weight lambda of the next-token loss over all other positions of the step's rows; 0: without it."""

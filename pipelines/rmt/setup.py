@@ -1,4 +1,8 @@
-"""What a run of remit rmt needs before its first step. All that can be refused is refused here, before OUT is written to."""
+"""What a run of remit rmt needs before its first step.
+
+All that can be refused is refused here, before OUT holds a run. Before run.json nothing is written into OUT but names with an
+underscore in front, which another command may write anew: the index of the tiers and a copy of the tokenizer.
+"""
 
 import json
 from collections.abc import Callable, Sequence
@@ -18,9 +22,17 @@ from pipelines.rmt.model import RmtModel
 from pipelines.rmt.positions import PositionReader
 from pipelines.rmt.prompts import Prompter
 from pipelines.rmt.settings import TIERS, RmtConfig
-from pipelines.rmt.tier_index import TierIndex, count_tiers, entropy_column, load_or_count
+from pipelines.rmt.tier_index import (
+    NO_LIMITS,
+    Limits,
+    TierIndex,
+    count_tiers,
+    counted_for,
+    entropy_column,
+    load_or_count,
+)
 from shards.fingerprint import model_origin, weights_fingerprint
-from shards.folder import ShardFolder
+from shards.folder import TOKENIZER, ShardFolder
 from shards.modelfolder import read_config
 from shards.output_folder import MODEL, read_record, refuse_other
 from trainer.batch import MicroBatch, Row, collate
@@ -182,20 +194,25 @@ def tier_index(
     shards: ShardFolder,
     others: Sequence[str],
     count: Callable[[ShardFolder, int], None],
+    limits: Limits = NO_LIMITS,
 ) -> TierIndex:
     """The index in OUT, made by the first process; ValueError where a tier has too few positions."""
 
+    borders = thresholds(config)
+    wanted = counted_for(shards, config.reference, borders, others, limits)
+
     def make() -> TierIndex:
         session.phase("count tiers")
-        return count_tiers(shards, config.reference, thresholds(config), others, lambda rows: count(shards, rows))
+        return count_tiers(shards, config.reference, borders, others, lambda rows: count(shards, rows), limits)
+
+    def check(index: TierIndex) -> None:
+        distributions = [distribution(config, index.counts, step) for step in (1, config.max_steps)]
+        require_enough(index.counts, distributions, config.positions_per_step, tier_names(config), config.shards)
 
     if session.world.first:
-        load_or_count(config.out, make, session.check_lease)
+        load_or_count(config.out, make, session.check_lease, wanted, check)
     session.world.barrier()
-    index = load_or_count(config.out, make, session.check_lease)
-    distributions = [distribution(config, index.counts, step) for step in (1, config.max_steps)]
-    require_enough(index.counts, distributions, config.positions_per_step, tier_names(config), config.shards)
-    return index
+    return load_or_count(config.out, make, session.check_lease, wanted, check)
 
 
 def require_baseline(config: RmtConfig, shards: ShardFolder, name: str, context: str) -> None:
@@ -215,7 +232,7 @@ def load_tokenizer(model: Path, shards: ShardFolder, out: Path) -> Any:
 
     folder = model
     if not (model / "tokenizer.json").exists() and not (model / "tokenizer_config.json").exists():
-        folder = out / "tokenizer"
+        folder = out / TOKENIZER
         folder.mkdir(parents=True, exist_ok=True)
         shards.copy_tokenizer(folder)
     # some classes of transformers leave parts of tokenizer.json out, and its ids are what the rows have

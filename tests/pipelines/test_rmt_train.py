@@ -2,21 +2,24 @@
 
 import contextlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from built_once import BuiltOnce
 from fake_rollouts import FakeEngines
 from oracles import load
-from rmt_shards import places_by_tier, with_entropy
+from rmt_shards import THRESHOLDS, places_by_tier, with_entropy
 from safetensors.torch import load_file
 
 import pipelines.rmt.run as running
-from pipelines.rmt.settings import RmtConfig
+from pipelines.rmt import setup, tier_index
+from pipelines.rmt.settings import TIERS, RmtConfig
 
 Run = Callable[..., Any]
 
@@ -24,6 +27,11 @@ Run = Callable[..., Any]
 @pytest.fixture(scope="module")
 def shards(built_once: BuiltOnce, packed: Path) -> Path:
     return built_once("rmt-rows", lambda out: with_entropy(packed, out))
+
+
+@contextlib.contextmanager
+def scripted(run: Any, session: Any) -> Iterator[FakeEngines | None]:
+    yield FakeEngines(run.prompter.close_ids, 500)
 
 
 @pytest.fixture
@@ -124,6 +132,51 @@ def test_a_run_that_dies_goes_on_with_the_same_positions_and_weights(
         ]
     assert same_weights(tmp_path / "whole", tmp_path / "killed")
     assert running.rmt(config).finished  # nothing to do
+
+
+def test_a_run_that_is_killed_before_its_settings_are_written_begins_again(
+    tmp_path: Path, settings: dict, started: list[FakeEngines], monkeypatch: pytest.MonkeyPatch, models: dict[str, Path]
+) -> None:
+    """A copy of OUT at each point holds what a kill would leave there, the lease of a dead process aside."""
+    short = settings | {"model": str(models["base"]), "format_steps": 0, "max_steps": 1}
+    out, left = tmp_path / "run", dict[frozenset, Path]()
+
+    def watch(module: Any, name: str) -> None:
+        call = getattr(module, name)
+
+        def copied(*arguments: Any, **named: Any) -> Any:
+            files = frozenset(path.relative_to(out) for path in out.rglob("*") if path.is_file())
+            if not (out / "run.json").exists() and files not in left:
+                left[files] = tmp_path / f"killed in {name} {len(left)}"
+                shutil.copytree(out, left[files], ignore=shutil.ignore_patterns("_lease"))
+            return call(*arguments, **named)
+
+        monkeypatch.setattr(module, name, copied)
+
+    for name in ("load_tokenizer", "token_bytes", "PositionReader", "resume"):
+        watch(setup, name)
+    watch(tier_index, "sha256_file")
+    watch(np, "save")
+    assert running.rmt(RmtConfig(out=out, **short)).finished
+    monkeypatch.undo()
+    assert len(left) >= 5  # nothing, the tokenizer, the counts under two names, their record
+    monkeypatch.setattr(running, "engines", scripted)
+    for path in left.values():
+        is_last = path == [*left.values()][-1]
+        thresholds = (0.25, 0.75, 1.25) if is_last else THRESHOLDS  # the counts that are there are not of this command
+        assert running.rmt(RmtConfig(out=path, **short, thresholds=thresholds)).finished
+        places = places_by_tier(Path(short["shards"]), thresholds)
+        found = json.loads((path / "run.json").read_text())["resolved"]["tiers"]
+        assert [found[name] for name in TIERS] == [len(tier) for tier in places]
+
+
+def test_a_command_that_was_refused_can_be_given_again(
+    tmp_path: Path, settings: dict, started: list[FakeEngines]
+) -> None:
+    short = settings | {"format_steps": 0, "max_steps": 1}
+    with pytest.raises(ValueError, match="change --thresholds"):
+        running.rmt(RmtConfig(out=tmp_path / "run", **short, thresholds=(0.5, 1.0, 1.99)))
+    assert running.rmt(RmtConfig(out=tmp_path / "run", **short)).finished
 
 
 def test_a_run_stops_where_the_engines_get_new_weights(
