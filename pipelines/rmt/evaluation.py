@@ -13,14 +13,14 @@ from pipelines.rmt.positions import Position, PositionReader
 from pipelines.rmt.prompts import Prompter
 from pipelines.rmt.rollouts import Rollout, Shape, outcome, sample_rollouts
 from pipelines.rmt.settings import TIERS, RmtConfig
-from pipelines.rmt.tier_index import count_tiers, entropy_column
+from pipelines.rmt.tier_index import NO_LIMITS, Limits, count_tiers, entropy_column
 from shards.folder import ShardFolder
 from trainer.checks import check_fits
 from trainer.model import Base
 from trainer.tokenizer import check_tokenizer
 
 
-def held_out_positions(config: RmtConfig, base: Base) -> list[Position]:
+def held_out_positions(config: RmtConfig, base: Base, limits: Limits = NO_LIMITS) -> list[Position]:
     """--eval-positions of each of the three tiers of --eval-shards, or as many as there are; the same in every run."""
     assert config.eval_shards is not None
     shards = ShardFolder(config.eval_shards)
@@ -29,8 +29,10 @@ def held_out_positions(config: RmtConfig, base: Base) -> list[Position]:
     check_tokenizer(Path(config.model), shards)
     entropy_column(shards, config.reference)
     context = shards.require_reference(config.reference)["context"]
-    index = count_tiers(shards, config.reference, config.thresholds)
-    reader = PositionReader(shards, index, config.reference, config.thresholds, context, base.num_embeddings)
+    index = count_tiers(shards, config.reference, config.thresholds, limits=limits)
+    reader = PositionReader(
+        shards, index, config.reference, config.thresholds, context, base.num_embeddings, limits=limits
+    )
     found: list[Draw] = []
     for tier in range(1, len(TIERS)):
         only = [float(other == tier) for other in range(len(TIERS))]

@@ -125,6 +125,12 @@ def described(run: Run) -> list[str]:
         "filter": f"positions from {config.thresholds[0]:g} nat of {config.reference}_entropy up ({counts[-1]:,} of {sum(counts):,})",
         "off": f"all {sum(counts):,} positions alike",
     }[config.curriculum]
+    if run.index.beyond:
+        why = {
+            "prefix": "no \\boxed{} can hold their token",
+            "gain": f"a prompt does not hold the text before them ({prompter.max_prefix:,} tokens), which the baseline has seen",
+        }.get(config.reward, "")
+        tiers += f", and {run.index.beyond:,} more are not drawn: {why}"
     budget = "none"
     if config.budget == "on":
         budget = (

@@ -1,5 +1,6 @@
 """Settings of remit rmt, checked once. Light to import. docs/rmt.md says why the defaults are what they are."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -148,14 +149,14 @@ class RmtConfig:
         require(self, lambda share: 0 < share <= 1, "a factor above 0, up to 1", "budget_decay")
         require(self, lambda share: 0 <= share < 1, "a weight from 0, below 1", "length_weight")
         require(self, lambda share: 0 < share < 1, "a share above 0, below 1", "clip", "engine_memory")
-        rising = 0 < self.thresholds[0] < self.thresholds[1] < self.thresholds[2]
+        rising = 0 < self.thresholds[0] < self.thresholds[1] < self.thresholds[2] < math.inf
         if not rising:
             raise ValueError(
                 f"--thresholds are {_numbers(self.thresholds)}, expected three rising numbers above 0, in nats"
             )
         for name in ("first_distribution", "last_distribution"):
             shares: Tiers = getattr(self, name)
-            if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+            if not (all(share >= 0 for share in shares) and abs(sum(shares) - 1) <= 1e-6):  # NaN fails both
                 raise ValueError(
                     f"--{name.replace('_', '-')} is {_numbers(shares)}, expected three probabilities that sum to 1"
                 )

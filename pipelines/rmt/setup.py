@@ -6,7 +6,7 @@ underscore in front, which another command may write anew: the index of the tier
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from pipelines.rmt.answers import token_bytes
+from pipelines.rmt.answers import can_be_boxed, token_bytes
 from pipelines.rmt.curriculum import distribution_at, require_enough
 from pipelines.rmt.model import RmtModel
 from pipelines.rmt.positions import PositionReader
@@ -72,6 +72,7 @@ class Run:
     sources: Sources
     index: TierIndex
     reader: PositionReader
+    limits: Limits
     prompter: Prompter
     token_bytes: list[bytes]
     collate: Callable[[list[Row]], MicroBatch]
@@ -125,15 +126,17 @@ def prepare(config: RmtConfig, session: Session, count: Callable[[ShardFolder, i
     base = load_trainable(shared, session, mixed, context)
     layout = world.from_first(read_layout(Path(config.model), base.model) if world.first else None)
     tokenizer = load_tokenizer(Path(config.model), shards, config.out)
-    prompter = make_prompter(config, tokenizer, base.max_position)
+    prompter = make_prompter(config, tokenizer, base.max_position, ends_of(base.model))
     spelled = token_bytes(tokenizer, base.num_embeddings)
-    index = tier_index(config, session, shards, others, count)
+    limits = reward_limits(config, prompter, spelled)
+    index = tier_index(config, session, shards, others, count, limits)
     reader = PositionReader(
-        shards, index, config.reference, thresholds(config), context, base.num_embeddings, config.baseline
+        shards, index, config.reference, thresholds(config), context, base.num_embeddings, config.baseline, limits
     )
 
     settings[RESOLVED] = {
         "prompt": "chat" if prompter.chat else "plain",
+        "prompt_sha256": prompter.fingerprint,
         "max_prefix": prompter.max_prefix,
         "tiers": dict(zip(tier_names(config), index.counts, strict=True)),
     }
@@ -153,6 +156,7 @@ def prepare(config: RmtConfig, session: Session, count: Callable[[ShardFolder, i
         sources=Sources(shards.manifest.corpus),
         index=index,
         reader=reader,
+        limits=limits,
         prompter=prompter,
         token_bytes=spelled,
         collate=partial(collate, context=context, device=world.device),
@@ -169,23 +173,23 @@ def prepare(config: RmtConfig, session: Session, count: Callable[[ShardFolder, i
 
 def thresholds(config: RmtConfig) -> Sequence[float]:
     """Borders of the tiers that the curriculum tells apart."""
-    return config.thresholds if config.curriculum == "tiers" else config.thresholds[:1]
+    return {"tiers": config.thresholds, "filter": config.thresholds[:1], "off": ()}[config.curriculum]
 
 
 def tier_names(config: RmtConfig) -> Sequence[str]:
     """What the tiers of the curriculum are called."""
-    return TIERS if config.curriculum == "tiers" else (TIERS[0], "above")
+    return {"tiers": TIERS, "filter": (TIERS[0], "above"), "off": ("all",)}[config.curriculum]
 
 
 def distribution(config: RmtConfig, counts: Sequence[int], step: int) -> np.ndarray:
-    """Probabilities of the tiers in step 1..max_steps, the one below the first threshold included."""
+    """Probabilities of the tiers of `tier_names` in step 1..max_steps. counts: positions of each."""
     if config.curriculum == "tiers":
         return np.array(
             [0.0, *distribution_at(step, config.max_steps, config.first_distribution, config.last_distribution)]
         )
     if config.curriculum == "filter":
         return np.array([0.0, 1.0])
-    return np.asarray(counts, dtype=np.float64) / sum(counts)  # so that all positions are equally probable
+    return np.array([1.0])
 
 
 def tier_index(
@@ -218,6 +222,12 @@ def tier_index(
 def require_baseline(config: RmtConfig, shards: ShardFolder, name: str, context: str) -> None:
     """ValueError unless the log-probs of the frozen base are those of --model itself."""
     scored = shards.require_scored(name, context)
+    if context != "document":
+        raise ValueError(
+            f"--reward gain with --baseline {name}: was scored in {context} context, where a token has seen the documents before "
+            "its own, expected document context, since a prompt holds one document; score the shards again, with the base and "
+            "with the reference, with --context document"
+        )
     ours = weights_fingerprint(Path(config.model))
     if scored.get("weights_sha256") not in (None, ours):
         raise ValueError(
@@ -245,15 +255,31 @@ def load_tokenizer(model: Path, shards: ShardFolder, out: Path) -> Any:
     return tokenizer
 
 
-def make_prompter(config: RmtConfig, tokenizer: Any, max_position: int | None) -> Prompter:
+def ends_of(model: Any) -> tuple[int, ...]:
+    """Ids that end what a transformers model writes, as its generation_config.json says."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return tuple(ends) if isinstance(ends, list | tuple) else () if ends is None else (ends,)
+
+
+def reward_limits(config: RmtConfig, prompter: Prompter, spelled: Sequence[bytes]) -> Limits:
+    """Which positions --reward can be given for. spelled: bytes of each token."""
+    if config.reward == "prefix":
+        return Limits(tokens_V=can_be_boxed(spelled, {*prompter.end_ids, *prompter.tokenizer.all_special_ids}))
+    # the base's stored log-prob has seen the whole of the document before
+    return Limits(longest_prefix=prompter.max_prefix) if config.reward == "gain" else NO_LIMITS
+
+
+def make_prompter(
+    config: RmtConfig, tokenizer: Any, max_position: int | None, more_ends: tuple[int, ...] = ()
+) -> Prompter:
     """The prompts of a run; ValueError where the thought leaves no room for a text, or there is no template for chat."""
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if config.prompt == "chat" and not has_template:
         raise ValueError("--prompt is chat, and the tokenizer of --model has no chat template; expected plain or auto")
-    prompter = Prompter(
-        tokenizer, config.prompt == "chat" or (config.prompt == "auto" and has_template), config.answer, 1
-    )
-    needed = prompter.overhead + len(prompter.close_ids) + config.most_thought + config.most_answer
+    chat = config.prompt == "chat" or (config.prompt == "auto" and has_template)
+    prompter = Prompter(tokenizer, chat, config.answer, 1, more_ends)
+    tags = 2 if config.reward == "gain" else 1  # a thought that was cut off within its tag is closed for it
+    needed = prompter.overhead + tags * len(prompter.close_ids) + config.most_thought + config.most_answer
     room = MOST_PREFIX if max_position is None else max_position - needed
     if room < LEAST_PREFIX or (config.max_prefix or 0) > room:
         asked = f"--max-prefix is {config.max_prefix}" if config.max_prefix else "no text before it"
@@ -262,7 +288,7 @@ def make_prompter(config: RmtConfig, tokenizer: Any, max_position: int | None) -
             f"model's {max_position} positions, which leaves {max(0, room)} tokens for the text ({asked}); expected at least "
             f"{LEAST_PREFIX}; give a smaller --first-budget{' or --max-prefix' if config.max_prefix else ''}"
         )
-    return Prompter(tokenizer, prompter.chat, config.answer, config.max_prefix or min(room, MOST_PREFIX))
+    return replace(prompter, max_prefix=config.max_prefix or min(room, MOST_PREFIX))
 
 
 def rmt_settings(config: RmtConfig, shards: ShardFolder, context: str) -> dict[str, Any]:
