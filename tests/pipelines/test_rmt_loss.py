@@ -197,6 +197,27 @@ def test_the_kl_of_a_model_with_learned_positions_is_zero_before_the_first_step(
     assert abs(grpo.metrics()["kl"]) < 1e-6
 
 
+def test_the_entropy_of_the_policy_is_a_mean_over_tokens(
+    tmp_path: Path, models: dict[str, Path], tokenizer_folder: Path
+) -> None:
+    """In float64, and whatever the micro-batch: rollouts have unequal lengths."""
+    scored, oracle, entropies = rollouts(models["base"]), load(models["base"]).double(), []
+    for each in scored:
+        prompt, completion = list(each.rollout.prompt_ids), list(each.rollout.completion_ids)
+        with torch.no_grad():
+            logprobs = (oracle(input_ids=torch.tensor([prompt + completion])).logits[0] / 0.7).log_softmax(-1)
+        entropies += (-(logprobs.exp() * logprobs).sum(-1))[len(prompt) - 1 : -1].tolist()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
+    for size in (1, 2, 12):
+        base = load_base(models["base"], "float32", CPU)
+        settings = config(tmp_path / "out", micro_batch_size=size, temperature=0.7)
+        grpo = Grpo(settings, base.model, RmtModel(base), tokenizer, 12, torch.float32)
+        for _ in range(2):  # of each step by itself
+            for batch in grpo.batches(scored):
+                grpo.loss(batch)
+            assert grpo.metrics()["policy_entropy"] == pytest.approx(np.mean(entropies), abs=1e-5)
+
+
 @pytest.mark.parametrize("loss_type", get_args(get_type_hints(RmtConfig)["loss_type"]))
 def test_the_gradient_does_not_depend_on_the_micro_batch(
     tmp_path: Path, models: dict[str, Path], tokenizer_folder: Path, loss_type: str
