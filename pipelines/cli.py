@@ -33,6 +33,7 @@ COMMANDS = {
     "score": ("scorer.config:ScoreConfig", "pipelines.commands.score:run"),
     "select": ("scorer.config:SelectConfig", "pipelines.commands.select:run"),
     "train": ("trainer.config:TrainConfig", "pipelines.commands.train:run"),
+    "average": ("pipelines.commands.average:AverageConfig", "pipelines.commands.average:run"),
     "verify": ("pipelines.commands.verify:VerifyConfig", "pipelines.commands.verify:run"),
     "upgrade": ("pipelines.commands.upgrade:UpgradeConfig", "pipelines.commands.upgrade:run"),
     "inspect": ("pipelines.inspect.settings:InspectConfig", "pipelines.commands.inspect:run"),

@@ -30,11 +30,7 @@ def train_on_ray(config: TrainConfig, should_stop: Callable[[], bool]) -> TrainR
 
     RuntimeError with the worker's own error where one fails; the run can be resumed then, also with another number.
     """
-    # Ray's workers have another working directory
-    config = replace(
-        config, out=config.out.absolute(), shards=_absolute_shards(config), mix=config.mix and config.mix.absolute(),
-        model=absolute(config.model), eval_shards=config.eval_shards and absolute(config.eval_shards),
-    )  # fmt: skip
+    config = for_workers(config)
     config.out.parent.mkdir(parents=True, exist_ok=True)
     with (
         ray_cluster(config.debug),
@@ -57,10 +53,20 @@ def train_on_ray(config: TrainConfig, should_stop: Callable[[], bool]) -> TrainR
             run_config=RunConfig(storage_path=storage, name="remit"),
         )
         try:
-            trainer.fit()
+            fit(trainer)
         except Exception as error:
             raise RuntimeError(f"a worker of Ray Train failed: {_last_line(cause(error))}") from error
     return run_result(config.out)
+
+
+def for_workers(config: TrainConfig) -> TrainConfig:
+    """The same run for Ray's workers, which have another working directory."""
+    return replace(
+        config, out=config.out.absolute(), shards=_absolute_shards(config), mix=config.mix and config.mix.absolute(),
+        model=absolute(config.model), eval_shards=config.eval_shards and absolute(config.eval_shards),
+        resume_from=config.resume_from and config.resume_from.absolute(),
+        prometheus=config.prometheus and config.prometheus.absolute(),
+    )  # fmt: skip
 
 
 def _absolute_shards(config: TrainConfig) -> tuple[str, ...]:
@@ -77,6 +83,24 @@ def _absolute_shards(config: TrainConfig) -> tuple[str, ...]:
     if not config.mixture.is_mixed and config.shards == (sources[0].shards,):
         return (absolute(sources[0].shards),)
     return tuple(f"{absolute(source.shards)}={source.weight!r}" for source in sources)
+
+
+def fit(trainer: TorchTrainer) -> None:
+    """trainer.fit() beside the main thread, in which Ray Train would take Ctrl-C over and end the workers unsaved."""
+    raised: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=work, name="ray-train", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(1.0)  # handlers of signals run in between
+    if raised:
+        raise raised[0]
 
 
 def _work(settings: dict[str, Any]) -> None:

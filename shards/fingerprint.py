@@ -76,6 +76,8 @@ def model_origin(model_folder: Path) -> tuple[str, str | None]:
         return hub_id.replace("--", "/", 1), folder.name
     if folder.name == "model" and (folder.parent / RUN).exists():
         return folder.parent.name, None
+    if folder.name == "model-average" and (folder.parent / RUN).exists():
+        return f"{folder.parent.name}-average", None
     if folder.parent.name == "exports" and (folder.parents[1] / RUN).exists():
         return f"{folder.parents[1].name}-{folder.name}", None
     return folder.name, None

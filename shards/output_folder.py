@@ -1,7 +1,8 @@
 """A folder that a command writes: what it was made of, one writer at a time, finished by the same command.
 
-One file in it, written first and never changed, says what the folder was made of: settings, and inputs by their
-content. It is _manifest.json in a shard folder and run.json in that of a training. The same command again finds its own
+One file in it, written first, says what the folder was made of: settings, and inputs by their
+content. It is _manifest.json in a shard folder and never changes; it is run.json in that of a training,
+where later commands may add what they change. The same command again finds its own
 values there and finishes the folder; another one is refused with the field and both values. Who writes holds the
 folder's lease (shards/lease.py), and a writer that lost it publishes and deletes nothing more.
 """
@@ -22,10 +23,11 @@ from shards.folder import TOKENIZER, ShardFolder
 from shards.lease import LEASE, Lease, LeaseLost
 from shards.manifest import FORMAT_VERSION, MANIFEST, Manifest
 from shards.part import publish_json
+from shards.publish import fsync_folder
 from shards.quarantine import QUARANTINE
 from shards.record import COMMITS, SUMS, encode_json
 from shards.side_table import FIELDS, copy_tables
-from shards.store import Store, is_remote, open_store
+from shards.store import Store, is_remote, open_store, temporary_name
 
 MODEL = "model"
 """The last thing that a run writes into its folder."""
@@ -120,14 +122,18 @@ def instead_of(there: ShardFolder) -> str:
 
 @contextlib.contextmanager
 def writing_run(
-    out: Path, what: str, first: bool = True, on_wait: Callable[[str], None] = lambda line: None
+    out: Path,
+    what: str,
+    first: bool = True,
+    on_wait: Callable[[str], None] = lambda line: None,
+    goes_on: bool = False,
 ) -> Iterator[Lease | None]:
     """Be the only writer of the folder of a run for the block, as `writing`, on the first of its processes.
 
-    None on the other processes, and where the run is finished: it writes no more. what: the kind of run, for the
-    ValueError where the folder holds something else.
+    None on the other processes, and where the run is finished: it writes no more, unless it `goes_on`. what: the kind of
+    run, for the ValueError where the folder holds something else.
     """
-    if not first or (out / MODEL).exists():
+    if not first or ((out / MODEL).exists() and not goes_on):
         yield None
         return
     if (out / MANIFEST).exists():
@@ -154,6 +160,17 @@ def write_record(folder: Store | Path | str, settings: dict[str, Any]) -> None:
     out = open_store(folder)
     if out.size(RUN) is None:
         publish_json(out, RUN, encode_json(settings), "")
+
+
+def replace_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write another record in place of the one of a run that its writer holds the lease of; whole or not at all."""
+    temporary = temporary_name(folder / RUN)
+    with open(temporary, "wb") as file:
+        file.write(encode_json(record))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, folder / RUN)
+    fsync_folder(folder)
 
 
 def refuse_other(

@@ -3,7 +3,7 @@
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from time import perf_counter
@@ -11,6 +11,7 @@ from time import perf_counter
 from trainer.batch import Row
 from trainer.exchange import Alone, Exchange, make_parcels, open_parcels
 from trainer.mix import MixedOrder
+from trainer.option_text import Ranges, contains
 from trainer.packed_rows import unpack_rows
 from trainer.windows import OwnRows
 
@@ -41,18 +42,24 @@ def global_batches(
     last_step: int,
     last_row: int | None = None,
     exchange: Exchange | None = None,
+    left_out: Ranges = (),
 ) -> Generator[GlobalBatch]:
     """The global batches of steps first_step .. last_step - 1, for this process of those that `exchange` connects.
 
     read: the packed rows of a block (RowReaders.read_packed); called in threads, for the blocks of this process. A few batches
     are read ahead; what fails there, in any process, is raised here. last_row: position at which the data ends (None: it goes on with the
-    next epoch), so that the very last batch may be smaller.
+    next epoch), so that the very last batch may be smaller. left_out: steps, counted from 1, that have no batch, the same in all
+    processes; their rows keep their positions.
     """
     exchange = exchange or Alone()
     stop = last_step * batch_size if last_row is None else min(last_step * batch_size, last_row)
-    if first_step >= last_step:
+    steps = [step for step in range(first_step, last_step) if not contains(left_out, step + 1)]
+    if not steps:
         return
-    own = OwnRows(order, read, first_step * batch_size, stop, exchange.rank, exchange.size)
+    own = OwnRows(
+        order, read, first_step * batch_size, stop, exchange.rank, exchange.size,
+        left_out=[((first - 1) * batch_size, last * batch_size) for first, last in left_out],
+    )  # fmt: skip
 
     def load(step: int) -> tuple[list[Row], int]:
         start = step * batch_size
@@ -69,8 +76,8 @@ def global_batches(
         return unpack_rows(mine[place] for place in places), count
 
     ahead = max(1, min(READ_AHEAD_STEPS, READ_AHEAD_ROWS // math.ceil(batch_size / exchange.size)))
-    with closing(own), closing(ReadAhead(load, first_step, last_step, ahead, exchange.size > 1)) as loaded:
-        for _ in range(first_step, last_step):
+    with closing(own), closing(ReadAhead(load, steps, ahead, exchange.size > 1)) as loaded:
+        for _ in steps:
             began = perf_counter()
             rows, num_rows = loaded.next()
             yield GlobalBatch(rows, num_rows, perf_counter() - began)
@@ -87,8 +94,8 @@ class ReadAhead:
     where all processes stop after the same step, all their exchanges come to an end.
     """
 
-    def __init__(self, load: Callable, first_step: int, last_step: int, ahead: int, together: bool) -> None:
-        self._load, self._steps, self._together = load, range(first_step, last_step), together
+    def __init__(self, load: Callable, steps: Sequence[int], ahead: int, together: bool) -> None:
+        self._load, self._steps, self._together = load, steps, together
         self._loaded: deque = deque()
         self._error: BaseException | None = None
         self._changed = threading.Condition()

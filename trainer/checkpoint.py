@@ -1,7 +1,8 @@
 """Resumable state of a run: written beside the training, hashed, then renamed into place.
 
 OUT/checkpoints/step-000100/ holds a torch.distributed.checkpoint and checkpoint.json: the position in the data,
-the world size, a fingerprint of the run's settings, the random state of each rank, and the sha256 of every file.
+the world size, a fingerprint of the run's settings, the random state of each rank, what the guard and the average of the
+weights go on from, and the sha256 of every file.
 A folder that does not match its list is passed over, never loaded.
 """
 
@@ -31,6 +32,7 @@ from shards.lease import Lease, LeaseLost
 from shards.part import encode_json, publish_json, sha256_file
 from shards.publish import fsync_folder
 from shards.store import open_store, temporary_name
+from trainer.average import Average
 from trainer.distributed import World
 
 INDEX = "checkpoint.json"
@@ -45,7 +47,8 @@ class Checkpoints:
     """The checkpoints of a run under `folder`, which all ranks see; the newest `keep` of them are kept.
 
     settings: a fingerprint of all that decides the outcome; a checkpoint with another one is not loaded. lease: of the
-    run's folder; once another process has taken it over, a save publishes and deletes nothing.
+    run's folder; once another process has taken it over, a save publishes and deletes nothing. average: of the weights,
+    saved with them.
     """
 
     def __init__(
@@ -57,9 +60,12 @@ class Checkpoints:
         settings: str,
         keep: int,
         lease: Lease | None = None,
+        average: Average | None = None,
     ) -> None:
         self.folder, self.model, self.optimizer, self.world = folder, model, optimizer, world
-        self.settings, self.keep, self.lease = settings, keep, lease
+        self.settings, self.keep, self.lease, self.average = settings, keep, lease, average
+        self.run_state: dict[str, Any] = {}
+        """What `save` was given with the checkpoint that was loaded; empty in those of older versions."""
         self._passed_over: list[Path] = []  # damaged ones, newer than what was loaded; the next save deletes them
         # a save runs beside the training and must not meet its collectives
         self._group = dist.new_group(backend="gloo", timeout=world.timeout) if world.size > 1 else None
@@ -73,17 +79,22 @@ class Checkpoints:
         with contextlib.suppress(Exception) if kind else contextlib.nullcontext():  # the first error is the one to show
             self.wait()
 
-    def save(self, step: int, position: int) -> None:
-        """Copy the state after `step` steps and begin to save it; raises what went wrong in the save before."""
+    def save(self, step: int, position: int, run_state: dict[str, Any] | None = None) -> None:
+        """Copy the state after `step` steps and begin to save it; raises what went wrong in the save before.
+
+        run_state: more of the run's state, as JSON.
+        """
         self.wait()
         final = self.folder / f"step-{step:06d}"
         temporary = Path(self.world.from_first(str(temporary_name(final))))
         self.folder.mkdir(parents=True, exist_ok=True)
         random = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
-        written: Any = dcp.async_save(
-            _state(self.model, self.optimizer), checkpoint_id=temporary, process_group=self._group
-        )
+        state = _state(self.model, self.optimizer)
+        if self.average is not None and self.average.tensors:
+            state["average"] = self.average.tensors
+        written: Any = dcp.async_save(state, checkpoint_id=temporary, process_group=self._group)
         index = {"step": step, "position": position, "world_size": self.world.size, "settings": self.settings}
+        index["run"] = (run_state or {}) | ({"average": self.average.state()} if self.average else {})
         self._saving = self._thread.submit(self._publish, written, temporary, final, index, random)
 
     def wait(self) -> None:
@@ -151,16 +162,34 @@ class Checkpoints:
                     f"{self.folder}: no checkpoint can be used: {'; '.join(problems)}; delete the run's folder to start over"
                 )
             return 0, problems
+        return self._load(checkpoint_found), problems
+
+    def load_from(self, checkpoint: Path) -> int:
+        """Load a checkpoint of another run, whatever its settings; the steps that it has done. ValueError if it is damaged."""
+        problem = self.world.from_first(_damage(checkpoint, None) if self.world.first else None)
+        if problem is not None:
+            raise ValueError(f"--resume-from {problem}; choose another checkpoint")
+        return self._load(checkpoint)
+
+    def _load(self, checkpoint: Path) -> int:
+        index = json.loads((checkpoint / INDEX).read_text())
+        self.run_state = index.get("run", {})
         state = _state(self.model, self.optimizer)
-        dcp.load(state, checkpoint_id=checkpoint_found, process_group=self._group, no_dist=self._group is None)
+        if self.average is not None and (tensors := self.average.tensors_to_load(self.run_state.get("average"))):
+            state["average"] = tensors
+        groups = [
+            {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
+        ]
+        dcp.load(state, checkpoint_id=checkpoint, process_group=self._group, no_dist=self._group is None)
         set_state_dict(
             self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )  # fmt: skip
-        index = json.loads((checkpoint_found / INDEX).read_text())
+        for group, ours in zip(self.optimizer.param_groups, groups):
+            group.update(ours)  # weight decay and the like are those that were asked for
         if self.world.rank < len(index["random"]):
             random = bytearray(base64.b64decode(index["random"][self.world.rank]))
             torch.set_rng_state(torch.frombuffer(random, dtype=torch.uint8))
-        return index["step"], problems
+        return int(index["step"])
 
 
 def whole_weights(model: nn.Module) -> dict[str, Any]:
@@ -186,13 +215,13 @@ def _checksum(index: dict[str, Any]) -> str:
     return hashlib.sha256(encode_json(index)).hexdigest()
 
 
-def _damage(checkpoint: Path, settings: str) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+def _damage(checkpoint: Path, settings: str | None) -> str | None:
+    """What is wrong with a checkpoint, or None. settings: that it must have, None: any."""
     try:
         index = json.loads((checkpoint / INDEX).read_text(encoding="utf-8"))
         if index.pop("checksum") != _checksum(index):
             return f"{checkpoint / INDEX}: altered since it was written"
-        if index["settings"] != settings:
+        if settings is not None and index["settings"] != settings:
             return f"{checkpoint}: of a run with other settings"
         files = sorted(index["files"])
         with ThreadPoolExecutor(8) as pool:

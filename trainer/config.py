@@ -12,6 +12,7 @@ from shards.output_folder import require_new_folder
 from shards.ranges import require, require_at_least, require_not_negative, require_positive
 from trainer.mixture import Mixture, given_mixture
 from trainer.objectives.settings import ObjectiveSettings
+from trainer.option_text import parse_average, parse_on_nonfinite, parse_steps
 
 LOWEST = 1e-7
 
@@ -36,7 +37,8 @@ class TrainConfig(ObjectiveSettings):
     context: Literal["auto", "packed", "document"] = "auto"
     """Attention over the whole row or within each document; auto: as the reference was scored."""
     max_steps: int | None = None
-    """Optimizer steps; overrides --epochs. A mixture needs them, since it has no end of its own."""
+    """Optimizer steps; overrides --epochs. A mixture needs them, since it has no end of its own. A larger number lets a run go
+    on where its --schedule allows it."""
     epochs: float = 1.0
     """Passes over the rows of one folder."""
     global_batch_size: int = 64
@@ -52,15 +54,35 @@ class TrainConfig(ObjectiveSettings):
     decay_fraction: float = 0.2
     """Share of the steps in which the learning rate of --schedule wsd falls, along a line."""
     min_learning_rate: float = LOWEST
-    """Learning rate at the last step, or --learning-rate where that is less."""
+    """Learning rate at the last step, or --learning-rate where that is less; 0: it falls to nothing."""
     warmup_steps: int | None = None
     """Steps of linear warm-up; default: 1 % of the steps."""
     weight_decay: float = 0.1
     """AdamW weight decay, on matrices only."""
+    decay_embeddings: bool = False
+    """Weight decay on the input embedding too. OLMo 2, Olmo 3 and SmolLM3 spare it, and with it a head that is tied to it; an
+    output embedding of its own decays like any matrix."""
     beta1: float = 0.9
     beta2: float = 0.95
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
+    z_loss: float = 0.0
+    """Coefficient of the mean square of the softmax's log-normaliser, added to the loss so that logits do not drift; OLMo 2
+    and Olmo 3: 1e-5. 0: without."""
+    skip_spikes: float | None = None
+    """Leave out the update of a step whose loss or gradient norm is more than so many standard deviations above the mean of
+    the 128 steps before it; OLMo-core: 6. Default: never."""
+    average: str | None = None
+    """Also export the mean of the weights of several steps, to OUT/model-average: last:N, of the last N steps, or
+    ema:DECAY, an exponential moving average, as ema:0.999."""
+    on_nonfinite: str = "stop"
+    """Where a loss or a gradient is not finite: stop, or skip:N, leave out the update and stop after N such steps in a row."""
+    skip_steps: tuple[str, ...] = ()
+    """Steps that train on nothing and whose rows are not read, such as 9001..9002, for a batch that a run cannot get over; a
+    resume may add some."""
+    resume_from: Path | None = None
+    """Begin with weights and optimizer of a checkpoint of another run, RUN/checkpoints/step-000100, and go on after its step,
+    for instance to let the learning rate fall from there."""
     seed: int = 0
     """Decides the order of the rows, together with the epoch."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -98,6 +120,11 @@ class TrainConfig(ObjectiveSettings):
     """Steps between evaluations; 0: only before the first and after the last step, if --eval-shards is given."""
     wandb_project: str | None = None
     """Also log to this project of Weights & Biases (in your checkout of remit: pip install '.[wandb]'); WANDB_MODE=offline: to OUT/wandb."""
+    profile: int | None = None
+    """Write a profile of this step to OUT/profile, a trace that Perfetto and chrome://tracing show."""
+    prometheus: Path | None = None
+    """Keep the metrics of the newest step in this file, in the text format of Prometheus, for the textfile collector of its
+    node exporter."""
     debug: bool = field(default=False, repr=False)
     """Show tracebacks."""
 
@@ -121,12 +148,16 @@ class TrainConfig(ObjectiveSettings):
         if self.mix is None or self.shards:  # a file is read when it is asked for
             _ = self.mixture
         require_new_folder(self.out, "remit train", eval_shards=self.eval_shards, model=self.model)
-        require_at_least(self, 1, "global_batch_size", "micro_batch_size", "keep_checkpoints", "max_steps")
-        require_positive(self, "max_grad_norm", "epochs", "timeout_seconds")
+        require_at_least(self, 1, "global_batch_size", "micro_batch_size", "keep_checkpoints", "max_steps", "profile")
+        require_positive(self, "max_grad_norm", "epochs", "timeout_seconds", "skip_spikes")
         require_not_negative(self, "learning_rate", "min_learning_rate", "weight_decay", "warmup_steps")
-        require_not_negative(self, "checkpoint_every", "export_every", "eval_every", "seed", "ray_workers")
+        require_not_negative(self, "checkpoint_every", "export_every", "eval_every", "seed", "ray_workers", "z_loss")
         require_not_negative(self, "router_aux_loss", expected="0 (without) or more, as 0.001")
         require(self, lambda share: 0 < share <= 1, "a share of the steps above 0, up to 1", "decay_fraction")
+        if self.average is not None:
+            parse_average(self.average)
+        parse_on_nonfinite(self.on_nonfinite)
+        parse_steps(self.skip_steps)
         if self.wandb_project is not None and not self.wandb_project.strip():
             raise ValueError(f"--wandb-project is {self.wandb_project!r}, expected the name of a project")
         if self.min_learning_rate > max(self.learning_rate, LOWEST):
@@ -135,11 +166,21 @@ class TrainConfig(ObjectiveSettings):
             )
 
 
-def learning_rate_at(step: int, config: TrainConfig, num_steps: int) -> float:
-    """Learning rate of step 1..num_steps: linear warm-up to the peak, then as --schedule says."""
-    warmup = math.ceil(num_steps / 100) if config.warmup_steps is None else config.warmup_steps
+def warmup_of(config: TrainConfig, num_steps: int) -> int:
+    """Steps of warm-up; none by default where a run begins with the weights of another one's checkpoint."""
+    if config.warmup_steps is not None:
+        return config.warmup_steps
+    return math.ceil(num_steps / 100) if config.resume_from is None else 0
+
+
+def learning_rate_at(step: int, config: TrainConfig, num_steps: int, begin: int = 0) -> float:
+    """Learning rate of step begin + 1..num_steps: linear warm-up to the peak, then as --schedule says.
+
+    begin: the step whose checkpoint the run began with (--resume-from), from which warm-up and decay are counted.
+    """
+    warmup = begin + warmup_of(config, num_steps)
     if step <= warmup:
-        return config.learning_rate * step / warmup
+        return config.learning_rate * (step - begin) / (warmup - begin)
     decay_from = warmup
     if config.schedule == "wsd":
         decay_from = max(warmup, num_steps - math.ceil(config.decay_fraction * num_steps))

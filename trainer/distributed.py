@@ -144,6 +144,6 @@ def accumulate_only(model: nn.Module) -> Any:
     return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
 
 
-def scalar(value: Tensor) -> float:
-    """A number that may be spread over the ranks."""
-    return (value.full_tensor() if isinstance(value, DTensor) else value).item()
+def whole(value: Tensor) -> Tensor:
+    """A tensor that may be spread over the ranks, whole on each."""
+    return value.full_tensor() if isinstance(value, DTensor) else value

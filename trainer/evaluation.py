@@ -1,7 +1,8 @@
 """Held-out loss of a run, of its float32 weights and of what is exported, as lines of OUT/evaluation.jsonl.
 
 A line: step, loss and tokens; where a model of that step is exported, exported_loss and export_dtype too: the same rows
-through the same forward, with the weights rounded as the export has them.
+through the same forward, with the weights rounded as the export has them. With --average the last line has average_loss,
+that of the averaged weights before they are rounded.
 """
 
 import json
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from shards.folder import ShardFolder
+from trainer.average import Average
 from trainer.batch import collate
 from trainer.batches import GlobalBatch
 from trainer.checks import check_document_attention, check_fits
@@ -96,7 +98,7 @@ def in_corpus_order(reader: RowReader, exchange: Exchange) -> Iterator[GlobalBat
 
 class Evaluation:
     """Appends to evaluation.jsonl, if there are --eval-shards. loss_model: has the weights; dtypes: to which an export
-    rounds each of them."""
+    rounds each of them; average: of the weights, measured after the last step."""
 
     def __init__(
         self,
@@ -105,7 +107,9 @@ class Evaluation:
         measure: Measure | None,
         loss_model: LossModel,
         dtypes: Mapping[str, torch.dtype],
+        average: Average | None = None,
     ) -> None:
+        self.average = average
         self.session, self.measure, self.loss_model, self.dtypes = session, measure, loss_model, dtypes
         self.path, self.export_dtype = config.out / EVALUATION, config.export_dtype
 
@@ -120,6 +124,9 @@ class Evaluation:
         if of_export and rounds(self.dtypes):
             with rounded(self.loss_model, self.dtypes):
                 line["exported_loss"] = self.measure()["loss"]
+        if self.average and step == self.average.num_steps:
+            with self.average.in_place():
+                line["average_loss"] = self.measure()["loss"]
         self.session.phase("train")
         if self.session.lease:
             self.session.check_lease()

@@ -55,8 +55,13 @@ class Exported:
         models = {name: entry for name, entry in self.read()["models"].items() if (self.out / name).exists()}
         self._write({"carried_over": layout.carried_over, "not_trained": layout.frozen, "models": models})
 
-    def add(self, name: str, step: int, export_dtype: str, rounding: Rounding) -> None:
-        """Write down an export that gets its name next; LeaseLost where another process has taken `out` over."""
+    def add(
+        self, name: str, step: int, export_dtype: str, rounding: Rounding, more: dict[str, Any] | None = None
+    ) -> None:
+        """Write down an export that gets its name next; LeaseLost where another process has taken `out` over.
+
+        more: to be written besides.
+        """
         if self.lease:
             self.lease.check()
         value = self.read()
@@ -65,8 +70,15 @@ class Exported:
             "export_dtype": export_dtype,
             **asdict(rounding),
             "returned_share": rounding.returned_share,
+            **(more or {}),
         }
         self._write(value | {"models": value["models"] | {name: entry}})
+
+    def rename(self, names: dict[str, str]) -> None:
+        """Give exports that were moved their new names."""
+        value = self.read()
+        models = {names.get(name, name): entry for name, entry in value["models"].items()}
+        self._write(value | {"models": models})
 
     def _write(self, value: dict[str, Any]) -> None:
         path = self.out / EXPORTED

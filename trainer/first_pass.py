@@ -96,7 +96,7 @@ def own_tokens(
         seen.append(Tokens(tokens.losses_N.cpu(), tokens.row_N, tokens.document_N.int().cpu(), columns))
         return Weighted(torch.ones_like(tokens.losses_N))
 
-    recording = replace(objective, weigh=record, scope="row")
+    recording = replace(objective, weigh=record, scope="row", z_loss=0.0)
     for rows in micro_batches:
         model(collate(rows), recording, 1, 1, StepStatistics(world.device))
     return seen

@@ -110,7 +110,10 @@ class _ObjectiveLoss(torch.autograd.Function):
         compute_VH = weight_VH.to(hidden_BTH.dtype)
         gradients = _Gradients(hidden_BTH, weight_VH, bias_V) if any(ctx.needs_input_grad[:3]) else None
         loss = hidden_BTH.new_zeros((), dtype=torch.float32)
+        z_scale = objective.z_loss / normaliser
         length = max(1, logits_budget_bytes // (4 * weight_VH.shape[0]))  # of a piece, in positions
+        if z_scale and objective.loss is not None:
+            length = max(1, length // 2)  # two sets of logits are needed there
         rows = range(hidden_BTH.shape[0])
         scopes = [list(rows)] if objective.scope == "micro" else [[row] for row in rows]
         counts = batch.predicted_BT.sum(1).tolist()
@@ -141,11 +144,17 @@ class _ObjectiveLoss(torch.autograd.Function):
                 for span in spans:
                     logits_NV = logits(hidden_NH[span])
                     here = {name: values[span] for name, values in columns.items()}
+                    plain_NV = logits_NV.clone() if z_scale else None  # the gradient takes the place of the others
                     result = own_loss(logits_NV, targets_N[span], here)
                     statistics.add_losses(sources[scope[0]], result, here.get("logprobs"))
                     loss += result.losses_N.sum() / normaliser
-                    if gradients is not None:
-                        add_gradient(span, logits_NV.div_(normaliser))
+                    grad_NV = logits_NV if gradients is None else logits_NV.div_(normaliser)
+                    if plain_NV is not None:
+                        _, sum_N, log_z_N = exponentiate(plain_NV, targets_N[span])
+                        loss += z_scale * log_z_N.square().sum()
+                        statistics.add_z_loss(log_z_N)
+                        grad_NV.addcmul_(plain_NV, (2 * z_scale * log_z_N / sum_N)[:, None])
+                    add_gradient(span, grad_NV)
                 continue
 
             assert objective.weigh is not None
@@ -153,7 +162,7 @@ class _ObjectiveLoss(torch.autograd.Function):
             for span in spans:
                 probabilities_NV = logits(hidden_NH[span])
                 passes.append(exponentiate(probabilities_NV, targets_N[span]))
-            losses_N, sums_N = (torch.cat(parts) for parts in zip(*passes))
+            losses_N, sums_N, log_z_N = (torch.cat(parts) for parts in zip(*passes))
             document_N = torch.zeros_like(row_N) if batch.document_BT is None else batch.document_BT[row_N, position_N]
             weighted = objective.weigh(Tokens(losses_N, inner_N, document_N, columns))
             if weighted.delta_N is None and "logprobs" in columns:
@@ -165,6 +174,11 @@ class _ObjectiveLoss(torch.autograd.Function):
                 first += counts[row]
             scale_N = weighted.weights_N / normaliser
             loss += (scale_N * losses_N).sum()
+            softmax_scale_N = scale_N
+            if z_scale:
+                loss += z_scale * log_z_N.square().sum()
+                statistics.add_z_loss(log_z_N)
+                softmax_scale_N = scale_N + 2 * z_scale * log_z_N  # d log Z^2 / d logits = 2 log Z softmax
             if gradients is None:
                 continue
             for span in spans:
@@ -172,7 +186,7 @@ class _ObjectiveLoss(torch.autograd.Function):
                     probabilities_NV = logits(hidden_NH[span])
                     exponentiate(probabilities_NV, targets_N[span])
                 # d loss / d logits = scale * (softmax - onehot), built in the logits' own memory
-                grad_NV = probabilities_NV.mul_((scale_N[span] / sums_N[span])[:, None])
+                grad_NV = probabilities_NV.mul_((softmax_scale_N[span] / sums_N[span])[:, None])
                 grad_NV.scatter_add_(1, targets_N[span, None], -scale_N[span, None])
                 add_gradient(span, grad_NV)
 
@@ -211,7 +225,8 @@ def objective_loss(
     logits_budget_bytes: int = LOGITS_BUDGET_BYTES,
 ) -> Tensor:
     """Sum over predicted tokens of w_t * -log p(x_t | x_<t), or of the objective's own loss, divided by `normaliser`
-    (Eq. 6), a scalar.
+    (Eq. 6), a scalar. With objective.z_loss that many times the sum of log^2 Z is added before the division, Z the softmax's
+    normaliser (PaLM, arXiv 2204.02311, section 5).
 
     hidden_BTH: last hidden states, float32 or bfloat16; weight_VH, bias_V: of the output embedding; normaliser: the
     number of predicted tokens of the whole global batch, so that micro-batches add up. Gradients flow to hidden_BTH,

@@ -184,22 +184,27 @@ class Drawn:
     epochs: float
 
 
-def drawn(mixed: MixedShards, order: MixedOrder, num_rows: int) -> list[Drawn]:
-    """What the first `num_rows` positions take of each source."""
+def drawn(mixed: MixedShards, order: MixedOrder, num_rows: int, first_row: int = 0) -> list[Drawn]:
+    """What positions first_row .. num_rows - 1 take of each source."""
     found = []
-    for name, folder, rows in zip(mixed.names, mixed.folders, order.counts(num_rows).tolist()):
+    counts = order.counts(num_rows) - order.counts(first_row)
+    for name, folder, rows in zip(mixed.names, mixed.folders, counts.tolist()):
         manifest = folder.manifest
         found.append(Drawn(name, rows, round(rows * manifest.tokens / manifest.rows), rows / manifest.rows))
     return found
 
 
-def most_steps(mixed: MixedShards, order: MixedOrder, global_batch_size: int) -> tuple[float, str]:
-    """The steps that max_epochs of the sources allow, inf without any, and the source that allows no more."""
+def most_steps(mixed: MixedShards, order: MixedOrder, global_batch_size: int, first_step: int = 0) -> tuple[float, str]:
+    """The steps that max_epochs of the sources allow, inf without any, and the source that allows no more.
+
+    first_step: only rows after this many steps train, all steps are counted.
+    """
     found = (math.inf, "")
+    before = order.counts(first_step * global_batch_size)
     for number, (source, folder) in enumerate(zip(mixed.mixture.sources, mixed.folders)):
         if source.max_epochs is None:
             continue
-        rows, low, high = source.max_epochs * folder.manifest.rows, 0, 1
+        rows, low, high = source.max_epochs * folder.manifest.rows + before[number], 0, 1
         while high < 2**48 and order.counts(high * global_batch_size)[number] <= rows:
             low, high = high, 2 * high
         if high >= 2**48:  # the last stage leaves it out
@@ -211,12 +216,15 @@ def most_steps(mixed: MixedShards, order: MixedOrder, global_batch_size: int) ->
     return found
 
 
-def require_epochs(mixed: MixedShards, order: MixedOrder, num_steps: int, global_batch_size: int) -> None:
-    """ValueError where a source would be repeated more than its max_epochs allow."""
-    allowed, name = most_steps(mixed, order, global_batch_size)
+def require_epochs(
+    mixed: MixedShards, order: MixedOrder, num_steps: int, global_batch_size: int, first_step: int = 0
+) -> None:
+    """ValueError where a source would be repeated more than its max_epochs allow; first_step: as of most_steps."""
+    allowed, name = most_steps(mixed, order, global_batch_size, first_step)
     if num_steps <= allowed:
         return
-    epochs = next(of.epochs for of in drawn(mixed, order, num_steps * global_batch_size) if of.name == name)
+    of_run = drawn(mixed, order, num_steps * global_batch_size, first_step * global_batch_size)
+    epochs = next(of.epochs for of in of_run if of.name == name)
     limit = next(source.max_epochs for source in mixed.mixture.sources if source.name == name)
     raise ValueError(
         f"{name}: {num_steps:,} steps go through it {epochs:.3g} times, max_epochs is {limit:g}; at most --max-steps "
@@ -237,14 +245,14 @@ def choose_steps(
             f"once after {math.floor(shortest / batch):,} steps, {last} after {math.ceil(longest / batch):,}"
         )
     last_row = None if max_steps else math.ceil(epochs * order.num_rows)
-    num_steps = max_steps or math.ceil(last_row / batch)  # type: ignore[operator]
-    require_epochs(mixed, order, num_steps, batch)
-    return num_steps, last_row
+    return max_steps or math.ceil(last_row / batch), last_row  # type: ignore[operator]
 
 
-def table(mixed: MixedShards, order: MixedOrder, num_steps: int, global_batch_size: int) -> list[str]:
-    """Lines that say what the run takes of each source."""
-    of_run = drawn(mixed, order, num_steps * global_batch_size)
+def table(
+    mixed: MixedShards, order: MixedOrder, num_steps: int, global_batch_size: int, first_step: int = 0
+) -> list[str]:
+    """Lines that say what the run takes of each source; first_step: the step after which its rows train."""
+    of_run = drawn(mixed, order, num_steps * global_batch_size, first_step * global_batch_size)
     width = max(len(name) for name in mixed.names)
     tokens = sum(of.tokens for of in of_run)
     lines = [f"mixture of {len(of_run)} sources, {num_steps:,} steps, {tokens:,} tokens (shares are of tokens):"]

@@ -16,6 +16,7 @@ from shards.store import temporary_name
 from trainer.config import TrainConfig
 from trainer.data import unscored_rows
 from trainer.export import EXPORTS
+from trainer.going_on import CHANGES, LENGTH, RESUMED_FROM
 from trainer.mixed_shards import MixedShards
 from trainer.objectives.settings import OPTIONS
 from trainer.order import WINDOW_BLOCKS
@@ -25,23 +26,18 @@ EVALUATION = "evaluation.jsonl"
 TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
 NOT_SETTINGS = (
-    *(
-        "out",
-        "debug",
-        "shards",
-        "mix",
-        "model",
-        "eval_shards",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "timeout_seconds",
-    ),
-    *("export_every", "export_dtype", "ray_workers", "wandb_project"),
+    *("out", "debug", "shards", "mix", "model", "eval_shards"),
+    *("checkpoint_every", "keep_checkpoints", "timeout_seconds"),
+    *("export_every", "export_dtype", "ray_workers", "wandb_project", "profile", "prometheus"),
+    # trainer/going_on.py records these
+    *("on_nonfinite", "skip_steps", "resume_from"),
     # these change the machine's work and the last digits, not what is computed
     *("micro_batch_size", "sharding", "activation_checkpointing", "compile", "deterministic"),
 )
 # what run.json says beside the settings: not compared by a resume, since the base's folder may be moved and older runs lack it
 RECORDED = ("base", "rows_left_out", "tokenizer_differences")
+# options that a run began without where they are off, as all runs of older versions
+OFF: dict[str, Any] = {"z_loss": 0.0, "skip_spikes": None, "average": None, "decay_embeddings": True}
 
 
 @dataclass(frozen=True)
@@ -67,6 +63,10 @@ def run_settings(config: TrainConfig, mixed: MixedShards, context: str, processe
         del settings[name]  # of other objectives
     if "scope" in used and config.scope == "micro":  # what is ranked together depends on both
         settings |= {"micro_batch_size": config.micro_batch_size, "processes": processes}
+    if not config.weight_decay:
+        settings["decay_embeddings"] = True  # it decides nothing
+    for name in [name for name, off in OFF.items() if settings[name] == off]:
+        del settings[name]
     if config.router_aux_loss is None:
         del settings["router_aux_loss"]  # of a base without experts
     settings = {name: str(value) if value == math.inf else value for name, value in settings.items()}
@@ -121,7 +121,8 @@ def refuse_other_settings(out: Path, settings: dict[str, Any]) -> None:
     before = read_record(out)
     if before is None:
         return
-    ours, theirs = ({key: run[key] for key in run if key not in RECORDED} for run in (settings, before))
+    apart = (*RECORDED, CHANGES, *LENGTH)  # trainer/going_on.py decides about the length
+    ours, theirs = ({key: run[key] for key in run if key not in apart} for run in (settings, before))
     if ours.get("router_aux_loss") == 0:  # runs from before there was a choice trained without, too
         theirs.setdefault("router_aux_loss", ours["router_aux_loss"])
     if "order" in ours and "order" not in theirs:
@@ -129,11 +130,15 @@ def refuse_other_settings(out: Path, settings: dict[str, Any]) -> None:
             f"{out}: was begun by an earlier release, whose rows train in another order (order is not set there, {ORDER!r} "
             "now); finish it with that release, or choose another --out"
         )
-    hints = {"leave_out": " (runs of earlier releases go on with --leave-out reference)"}
+    hints = {
+        "leave_out": " (runs of earlier releases go on with --leave-out reference)",
+        "decay_embeddings": " (runs of earlier releases go on with --decay-embeddings)",
+    }
     began = before.get("base") or {}
     if began.get("revision"):  # a branch moves on
         hints["base_weights_sha256"] = f" (it began with {began['model']}@{began['revision']})"
     options = {field.name: f"--{field.name.replace('_', '-')}" for field in fields(TrainConfig)}
+    options[RESUMED_FROM] = "--resume-from"
     remedy = "choose another --out, or delete that run to start over"
     refuse_other(str(out), "run", ours, theirs, remedy, options, hints)
 

@@ -5,7 +5,7 @@ minutes of loading.
 """
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from shards.folder import ShardFolder
-from shards.output_folder import MODEL, RUN, write_record
-from shards.part import sha256_file
+from trainer.average import Average
 from trainer.batch import MicroBatch, Row, collate
 from trainer.batches import GlobalBatch, global_batches
 from trainer.checkpoint import Checkpoints
@@ -28,24 +27,18 @@ from trainer.evaluation import Evaluation, open_measure
 from trainer.exchange import Processes
 from trainer.experts import RouterLoss, check_experts, describe, router_loss
 from trainer.exported import Exported, untrained_notes
+from trainer.going_on import RESUMED_FROM, begins_at, describe_source, left_out_steps, plan_changes, rows_begin_at
+from trainer.guard import Guard
 from trainer.layout import Layout, read_layout
 from trainer.loggers import require_wandb
 from trainer.loss_model import LossModel
 from trainer.mix import MixedOrder
-from trainer.mixed_shards import MixedShards, choose_steps, table
+from trainer.mixed_shards import MixedShards, choose_steps, require_epochs, table
 from trainer.model import Base, load_base
 from trainer.objectives import make_objective
 from trainer.objectives.objective import Objective
-from trainer.run_folder import (
-    CHECKPOINTS,
-    EVALUATION,
-    METRICS,
-    drop_exports,
-    keep_lines,
-    references_left_out,
-    refuse_other_settings,
-    run_settings,
-)
+from trainer.resume import first_warmup, is_finished, require_steps_fit, resume
+from trainer.run_folder import references_left_out, refuse_other_settings, run_settings
 from trainer.session import Session
 from trainer.statistics import Sources
 from trainer.tokenizer import check_tokenizer
@@ -57,11 +50,14 @@ class Run:
 
     settings: what run.json says. collate: pads rows to a micro-batch on the device. balance: the balancing loss of a base
     with experts. loss_model: body and loss head, which hold the weights; model: the same spread over the ranks, to be
-    called. order: of the rows; batches: of the steps first_step + 1 .. num_steps. tokens: that the steps up to first_step have trained on.
+    called. average: of the weights, where one is asked for. order: of the rows; batches: of the steps first_step + 1 ..
+    num_steps but for those that `changes`, what later commands changed, leaves out. begin: the step that the run began with, of
+    another run; rows_from: the one after which the run's own rows train, an earlier one where that run has the same.
     """
 
     config: TrainConfig
     settings: dict[str, Any]
+    changes: dict[str, Any]
     shards: ShardFolder
     objective: Objective
     sources: Sources
@@ -74,11 +70,14 @@ class Run:
     optimizer: Optimizer
     evaluation: Evaluation
     checkpoints: Checkpoints
+    guard: Guard
+    average: Average | None
     order: MixedOrder
     batches: Generator[GlobalBatch]
+    begin: int
+    rows_from: int
     first_step: int
     num_steps: int
-    tokens: int
 
 
 def prepare(config: TrainConfig, session: Session) -> Run | None:
@@ -100,15 +99,19 @@ def prepare(config: TrainConfig, session: Session) -> Run | None:
             folder.require_columns(reference, objective.columns)
         if objective.note:
             session.note(objective.note)
+    objective = replace(objective, z_loss=config.z_loss)
     for line in mixed.require_alike(reference, objective.columns):
         session.note(line)
     order = mixed.order(config.seed, config.global_batch_size)
     num_steps, last_row = choose_steps(mixed, order, config.max_steps, config.epochs, config.global_batch_size)
-    settings = check_settings(config, session, mixed, context)
-    if world.from_first(session.lease is None or (config.out / MODEL).exists()):
+    settings, changes = check_settings(config, session, mixed, context)
+    begin, rows_from = begins_at(settings), rows_begin_at(settings)
+    require_epochs(mixed, order, num_steps, config.global_batch_size, rows_from)
+    if world.from_first(is_finished(config, session)):
         return None
-    if config.mixture.is_mixed:
-        for line in table(mixed, order, num_steps, config.global_batch_size):
+    require_steps_fit(config, num_steps, begin)
+    if mixed.mixture.is_mixed:
+        for line in table(mixed, order, num_steps, config.global_batch_size, rows_from):
             session.note(line)
 
     base = load_trainable(config, session, mixed, context)
@@ -118,7 +121,7 @@ def prepare(config: TrainConfig, session: Session) -> Run | None:
         session.note(line)
     readers = open_rows(config, session, mixed, context, objective, base, settings["rows_left_out"])
     shards, sources = mixed.first, Sources(mixed.first.manifest.corpus)
-    if config.mixture.is_mixed:
+    if mixed.mixture.is_mixed:
         sources = Sources.of_mixture({name: of.manifest.corpus for name, of in zip(mixed.names, mixed.folders)})
 
     base.prepare(config.activation_checkpointing, config.compile, static=config.deterministic)
@@ -127,15 +130,23 @@ def prepare(config: TrainConfig, session: Session) -> Run | None:
     model = spread(loss_model, base.layers, world, config.sharding, base.dtype)
     optimizer = make_optimizer(loss_model, config)
     measure = open_measure(config, session, base, model, context, shards)
-    evaluation = Evaluation(config, session, measure, loss_model, layout.rounding(config.export_dtype))
-    checkpoints, first_step, tokens = resume(config, session, settings, loss_model, optimizer, layout)
-    exchange = Processes(world) if world.size > 1 else None
+    average = None if config.average is None else Average(config.average, loss_model, num_steps)
+    evaluation = Evaluation(config, session, measure, loss_model, layout.rounding(config.export_dtype), average)
+    guard = Guard(world, config.skip_spikes)
+    checkpoints, first_step = resume(
+        config, session, settings, changes, loss_model, optimizer, layout, guard, average
+    )  # fmt: skip
+    config = replace(
+        config, warmup_steps=world.from_first(first_warmup(config, order.num_rows) if world.first else None)
+    )
     batches = global_batches(
-        readers.read_packed, order, config.global_batch_size, first_step, num_steps, last_row, exchange
+        readers.read_packed, order, config.global_batch_size, first_step, num_steps, last_row,
+        Processes(world) if world.size > 1 else None, left_out_steps(changes),
     )  # fmt: skip
     return Run(
         config=config,
         settings=settings,
+        changes=changes,
         shards=shards,
         objective=objective,
         sources=sources,
@@ -148,11 +159,14 @@ def prepare(config: TrainConfig, session: Session) -> Run | None:
         optimizer=optimizer,
         evaluation=evaluation,
         checkpoints=checkpoints,
+        guard=guard,
+        average=average,
         order=order,
         batches=batches,
+        begin=begin,
+        rows_from=rows_from,
         first_step=first_step,
         num_steps=num_steps,
-        tokens=tokens,
     )
 
 
@@ -174,20 +188,29 @@ def choose_context(config: TrainConfig, mixed: MixedShards, reference: str | Non
     return context
 
 
-def check_settings(config: TrainConfig, session: Session, mixed: MixedShards, context: str) -> dict[str, Any]:
-    """What run.json says of this run; ValueError where --out holds a run with other settings."""
+def check_settings(
+    config: TrainConfig, session: Session, mixed: MixedShards, context: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What run.json says of this run, and its "changes"; ValueError where --out holds a run with other settings."""
     world = session.world
     lines = (line for shards in mixed.folders for line in check_tokenizer(Path(config.model), shards, session.note))
     differences = list(dict.fromkeys(lines))
-    settings: dict[str, Any] = world.from_first(
-        run_settings(config, mixed, context, world.size) if world.first else None
-    )  # fmt: skip
-    if differences:
-        settings["tokenizer_differences"] = differences
+    found: Any = None
     if world.first:
+        settings = run_settings(config, mixed, context, world.size)
+        if differences:
+            settings["tokenizer_differences"] = differences
+        line = None
+        if config.resume_from is not None:
+            settings[RESUMED_FROM], line = describe_source(config, settings)
         refuse_other_settings(config.out, settings)
+        changes = plan_changes(config, settings, sum(shards.manifest.rows for shards in mixed.folders))
         Exported(config.out).require_dtype(config.export_dtype)
-    return settings
+        if line:
+            session.note(line)
+        found = settings, changes
+    both: tuple[dict[str, Any], dict[str, Any]] = world.from_first(found)
+    return both
 
 
 def load_trainable(config: TrainConfig, session: Session, mixed: MixedShards, context: str) -> Base:
@@ -248,48 +271,19 @@ def open_rows(
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
-    """AdamW. Decay pulls matrices towards zero; norms and biases have their own scale."""
-    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    """AdamW. Decay pulls matrices towards zero; norms and biases have their own scale.
+
+    Embeddings decay with --decay-embeddings alone: a row that a batch does not have would shrink without a gradient. (OLMo,
+    configs/official-1124, and OLMo-core, scripts/official/OLMo3, spare the input embedding, SmolLM3 its tied one.)
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    spared = set() if config.decay_embeddings else embeddings
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.ndim >= 2 and id(p) not in spared]
+    others = [p for p in trained if p.ndim < 2 or id(p) in spared]
     return torch.optim.AdamW(
         [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         fused=True,
     )
-
-
-def resume(
-    config: TrainConfig,
-    session: Session,
-    settings: dict[str, Any],
-    loss_model: LossModel,
-    optimizer: Optimizer,
-    layout: Layout,
-) -> tuple[Checkpoints, int, int]:
-    """Begin the run in --out, or go to its newest checkpoint and delete what it has from later steps.
-
-    Returns the checkpoints, the steps done and the tokens that they have trained on (0 on processes that do not write).
-    """
-    world = session.world
-    if world.first:
-        session.check_lease()  # minutes of loading have passed
-        write_record(config.out, settings)
-        refuse_other_settings(config.out, settings)  # of a writer that came in between
-    fingerprint = world.from_first(sha256_file(config.out / RUN) if world.first else None)
-    checkpoints = Checkpoints(
-        config.out / CHECKPOINTS, loss_model, optimizer, world, fingerprint, config.keep_checkpoints, session.lease
-    )  # fmt: skip
-    first_step, problems = checkpoints.load_newest()
-    if not session.lease:
-        return checkpoints, first_step, 0
-    session.check_lease()  # much of what follows is deleted or cut where it is made again
-    for problem in problems:
-        session.note(f"passed over a damaged checkpoint: {problem}")
-    if first_step:
-        session.note(f"going on after step {first_step:,}")
-    tokens = keep_lines(config.out / METRICS, first_step).get("tokens", 0)
-    drop_exports(config.out, first_step)
-    Exported(config.out).begin(layout)
-    keep_lines(config.out / EVALUATION, first_step or -1)  # the evaluation before step 1 is made again
-    return checkpoints, first_step, tokens

@@ -85,11 +85,16 @@ class StepStatistics:
         groups = 1 if group is None else max(group) + 1
         columns = len(self._names) + WEIGHT_BINS + DELTA_BINS
         self.table = torch.zeros(groups, columns, dtype=torch.float64, device=device)
-        self.router_loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.auxiliary = torch.zeros(2, dtype=torch.float64, device=device)
+        self.router_loss, self.z_loss = self.auxiliary  # views, so that ranks add up both at once
 
     def add_router_loss(self, value: Tensor) -> None:
         """Add a micro-batch's balancing loss, weighted by its share of the tokens of the step; ranks add up."""
         self.router_loss += value.double()
+
+    def add_z_loss(self, log_z_N: Tensor) -> None:
+        """Add the squared logs of the softmax's normaliser of some predicted tokens."""
+        self.z_loss += log_z_N.double().square().sum()
 
     def add_weights(self, source: int, losses_N: Tensor, weighted: Weighted) -> None:
         """Add tokens of one row. losses_N: -log p of the base."""
@@ -123,6 +128,10 @@ class StepStatistics:
         _count(row_C[first : first + WEIGHT_BINS], weights_N / WEIGHT_STEP)
         if delta_N is not None:
             _count(row_C[first + WEIGHT_BINS :], delta_N / DELTA_STEP + DELTA_BINS // 2)
+
+    def total(self, name: str) -> Tensor:
+        """One of the sums over all groups, where the table is."""
+        return self.table[:, self._names.index(name)].sum()
 
     @property
     def sums(self) -> dict[str, float]:

@@ -7,7 +7,7 @@ from the newest valid checkpoint.
 """
 
 import contextlib
-import math
+import shutil
 from collections.abc import Callable
 from functools import partial
 from time import perf_counter
@@ -16,18 +16,21 @@ from typing import Any
 import torch
 
 from shards.output_folder import MODEL, writing_run
-from trainer.batch import Row
 from trainer.batches import GlobalBatch
 from trainer.checkpoint import whole_weights
 from trainer.config import TrainConfig, learning_rate_at
 from trainer.deterministic import deterministic
-from trainer.distributed import World, accumulate_only, connect, scalar
+from trainer.distributed import World, accumulate_only, connect, whole
 from trainer.experts import Balancing
 from trainer.export import EXPORTS, Rounding, export
 from trainer.exported import Exported, rounding_notes
 from trainer.first_pass import first_pass
-from trainer.loggers import open_loggers
-from trainer.loss_model import peak_memory_bytes
+from trainer.going_on import AVERAGE_MODEL, has_other_length, is_left_out, left_out_steps
+from trainer.guard import leave_out
+from trainer.loggers import Loggers, open_loggers
+from trainer.option_text import parse_on_nonfinite
+from trainer.profiling import profiled
+from trainer.reporter import Reporter, StepNumbers, where
 from trainer.run_folder import TrainResult, run_result
 from trainer.session import Progress, Session
 from trainer.setup import Run, prepare
@@ -48,13 +51,13 @@ def train(
     the run. phase: told `evaluate` or `train` as it begins.
 
     Raises ValueError with value, expectation and remedy for input that does not fit together, RuntimeError where another
-    process trains into --out, LeaseLost where one has taken it over, and FloatingPointError, before the optimizer step,
-    where a loss or gradient is not finite.
+    process trains into --out, LeaseLost where one has taken it over, and FloatingPointError where a loss or gradient is not
+    finite; the weights are those before that step.
     """
     with (
         connect(config.timeout_seconds) as world,
         deterministic(world.device, config.deterministic),
-        writing_run(config.out, "a run of remit train", world.first, note) as lease,
+        writing_run(config.out, "a run of remit train", world.first, note, has_other_length(config)) as lease,
     ):
         if not world.first:
             progress, note, phase = lambda done, total, metrics: None, lambda line: None, lambda name: None
@@ -74,81 +77,107 @@ def train_in(session: Session, config: TrainConfig) -> TrainResult:
 
 def train_steps(run: Run, session: Session) -> bool:
     """Train to the last step; False where the caller asked to stop before it, after a checkpoint."""
-    config, world = run.config, session.world
-    tokens, told = run.tokens, False
-    if run.first_step == 0:
-        run.evaluation.write(0, of_export=False)
+    config, guard = run.config, run.guard
+    if run.first_step == run.begin:
+        run.evaluation.write(run.begin, of_export=False)
     with (
         open_loggers(config, run.first_step, run.settings, session.lease is not None) as log,
         run.checkpoints,
         contextlib.closing(run.batches),
     ):
-        for step, batch in enumerate(run.batches, start=run.first_step + 1):
-            began = perf_counter()
-            learning_rate = learning_rate_at(step, config, run.num_steps)
-            for group in run.optimizer.param_groups:
-                group["lr"] = learning_rate
-            statistics = StepStatistics(world.device, run.sources.group, run.objective.figures, run.objective.per)
-            # Eq. 6 divides by the predicted tokens of the whole global batch, so micro-batches and ranks just add up
-            predicted, step_tokens = count_tokens(step, batch, world)
-            balancing = run.balance and Balancing(run.balance, config.router_aux_loss or 0.0, step_tokens)
-            micro_batches = batch.micro_batches(config.micro_batch_size, world.size)
-            micro_batches, objective = first_pass(run.model, run.objective, micro_batches, run.collate, world)
-            for index, rows in enumerate(micro_batches):
-                is_last = index == len(micro_batches) - 1
-                with contextlib.nullcontext() if is_last else accumulate_only(run.model):
-                    # both kinds of spreading average over the ranks, which the factor makes a sum
-                    loss = run.model(run.collate(rows), objective, predicted, world.size, statistics, balancing)
-                    loss.backward()
-            grad_norm = scalar(torch.nn.utils.clip_grad_norm_(run.loss_model.parameters(), config.max_grad_norm))
-            world.sum(statistics.table)
-            world.sum(statistics.router_loss)
-            require_finite(step, statistics.sums["objective_loss"] / predicted, grad_norm, batch)
-            run.optimizer.step()
-            run.optimizer.zero_grad(set_to_none=True)
-
-            tokens += step_tokens
-            seconds = perf_counter() - began + batch.data_wait_seconds
-            metrics = {"step": step, "tokens": tokens} | statistics.metrics(run.sources)
-            metrics |= {"grad_norm": grad_norm, "lr": learning_rate, "tokens_per_second": step_tokens / seconds}
-            metrics |= {"data_wait_seconds": batch.data_wait_seconds}
-            metrics |= {"peak_memory_bytes": peak_memory_bytes(world.device)}
-            if config.mixture.is_mixed:
-                metrics["mixture"] = passes(run, step)
-            if metrics.get("gate_without_topk") and not told:
-                session.note(without_topk(step, metrics))
-                told = True
-            if balancing:
-                metrics["router_aux_loss"] = statistics.router_loss.item()
-            if log and session.lease:
-                session.lease.check_often()
-                log.write(metrics)
+        reporter = make_reporter(run, session, log)
+        for step in range(run.first_step + 1, run.num_steps + 1):
+            if is_left_out(run.changes, step):
+                reporter.settle()
+                guard.counts.skipped_steps += 1
+            else:
+                with profiled(config.profile == step and session.world.first, config.out, step):
+                    numbers = train_step(run, session, step, next(run.batches))
+                reporter.add(numbers)
+            if run.average:
+                run.average.update(step)
 
             is_last_step = step == run.num_steps
             is_exported = is_last_step or is_due(step, config.export_every)
+            stopping = session.somebody_stops() and not is_last_step
+            # after the last step too, so that an export that fails need not train again
+            is_saved = (
+                stopping or is_due(step, config.checkpoint_every) or (bool(config.checkpoint_every) and is_last_step)
+            )
+            if is_exported or is_saved or is_due(step, config.eval_every):
+                reporter.settle()
             if is_exported or is_due(step, config.eval_every):
                 run.evaluation.write(step, is_exported)
             if is_exported and not is_last_step:
                 export_model(run, session, f"{EXPORTS}/step-{step:06d}", step)
-            stopping = session.somebody_stops() and not is_last_step
-            # after the last step too, so that an export that fails need not train again
-            if stopping or is_due(step, config.checkpoint_every) or (config.checkpoint_every and is_last_step):
+            if is_saved:
                 if log:
                     log.flush()  # a resume from this checkpoint does not write these steps again
-                run.checkpoints.save(step, step * config.global_batch_size)
-            session.progress(step, run.num_steps, metrics)
+                run.checkpoints.save(step, step * config.global_batch_size, guard.state())
+            reporter.show()
             if stopping:
                 return False
     return True
 
 
+def make_reporter(run: Run, session: Session, log: Loggers | None) -> Reporter:
+    """Writes down the steps of the run, with the figures of the options that it has."""
+    config = run.config
+    wanted = {
+        "router_aux_loss": run.balance is not None,
+        "z_loss": config.z_loss > 0,
+        "skipped_spikes": config.skip_spikes is not None,
+        "skipped_nonfinite": config.on_nonfinite != "stop",
+        "skipped_steps": bool(run.changes.get("skip_steps")),
+    }
+    return Reporter(
+        session, log, run.sources, run.guard, run.num_steps, parse_on_nonfinite(config.on_nonfinite),
+        frozenset(name for name, is_on in wanted.items() if is_on), config.prometheus,
+        partial(passes, run) if len(run.order.names) > 1 else None,
+    )  # fmt: skip
+
+
 def passes(run: Run, step: int) -> dict[str, Any]:
     """Of each source of a mixture the rows that trained so far, and how often that is all of them."""
-    rows = run.order.counts(step * run.config.global_batch_size).tolist()
+    size = run.config.global_batch_size
+    rows = run.order.counts(step * size) - run.order.counts(run.rows_from * size)
+    for first, last in left_out_steps(run.changes):
+        if first <= step:
+            rows -= run.order.counts(min(last, step) * size) - run.order.counts((first - 1) * size)
     return {
         name: {"rows": count, "epochs": count / order.num_rows}
-        for name, count, order in zip(run.sources.names, rows, run.order.orders)
+        for name, count, order in zip(run.sources.names, rows.tolist(), run.order.orders)
     }
+
+
+def train_step(run: Run, session: Session, step: int, batch: GlobalBatch) -> StepNumbers:
+    """Forward, backward and update of one global batch. All ranks take part; the device is not waited for."""
+    config, world = run.config, session.world
+    began = perf_counter()
+    learning_rate = learning_rate_at(step, config, run.num_steps, run.begin)
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate
+    statistics = StepStatistics(world.device, run.sources.group, run.objective.figures, run.objective.per)
+    # Eq. 6 divides by the predicted tokens of the whole global batch, so micro-batches and ranks just add up
+    predicted, step_tokens = count_tokens(step, batch, world)
+    balancing = run.balance and Balancing(run.balance, config.router_aux_loss or 0.0, step_tokens)
+    micro_batches = batch.micro_batches(config.micro_batch_size, world.size)
+    micro_batches, objective = first_pass(run.model, run.objective, micro_batches, run.collate, world)
+    for index, rows in enumerate(micro_batches):
+        is_last = index == len(micro_batches) - 1
+        with contextlib.nullcontext() if is_last else accumulate_only(run.model):
+            # both kinds of spreading average over the ranks, which the factor makes a sum
+            loss = run.model(run.collate(rows), objective, predicted, world.size, statistics, balancing)
+            loss.backward()
+    grad_norm = whole(torch.nn.utils.clip_grad_norm_(run.loss_model.parameters(), config.max_grad_norm))
+    world.sum(statistics.table)
+    world.sum(statistics.auxiliary)
+    mean_loss = statistics.total("objective_loss") / predicted
+    verdict_2 = run.guard.judge(mean_loss, grad_norm)
+    leave_out(run.optimizer, verdict_2)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    return StepNumbers(step, batch, statistics, mean_loss, grad_norm, verdict_2, learning_rate, step_tokens, began)
 
 
 def is_due(step: int, every: int) -> bool:
@@ -167,45 +196,32 @@ def count_tokens(step: int, batch: GlobalBatch, world: World) -> tuple[int, int]
     return predicted, tokens
 
 
-def without_topk(step: int, metrics: dict[str, Any]) -> str:
-    """A line about tokens that the gate wants and the store has no top k of."""
-    share, tokens = metrics["gate_without_topk"], metrics["predicted_tokens"]
-    return (
-        f"step {step}: {round(share * tokens):,} of {tokens:,} tokens at or below the gate's {metrics['gate_entropy']:.4g} nat have "
-        "no most probable tokens stored, since the folder keeps them for lower entropies alone; they train on next-token loss, "
-        "here and in later steps (gate_without_topk in metrics.jsonl)"
-    )
+def export_model(
+    run: Run, session: Session, name: str, step: int, more: dict[str, Any] | None = None
+) -> Rounding | None:
+    """Write the model of this step to OUT/name; None on the processes that do not write. All ranks take part.
 
-
-def require_finite(step: int, loss: float, grad_norm: float, batch: GlobalBatch) -> None:
-    """FloatingPointError where a step cannot be taken."""
-    if not math.isfinite(grad_norm) or not math.isfinite(loss):
-        raise FloatingPointError(
-            f"step {step}: loss {loss}, gradient norm {grad_norm}, expected finite "
-            f"numbers; the optimizer step was not taken; rows of the batch: {where(batch.rows)}; "
-            "try a lower --learning-rate or --dtype float32"
-        )
-
-
-def where(rows: list[Row]) -> str:
-    """Names of rows for a message."""
-    return ", ".join(row.where for row in rows) or "none on this rank"
-
-
-def export_model(run: Run, session: Session, name: str, step: int) -> Rounding | None:
-    """Write the model of this step to OUT/name; None on the processes that do not write. All ranks take part."""
+    more: what exported.json says of it besides.
+    """
     state = whole_weights(run.loss_model)
     if not session.lease:
         return None
     session.check_lease()
     out, dtype = run.config.out, run.config.export_dtype
-    record = partial(Exported(out, session.lease).add, name, step, dtype)
+    record = partial(Exported(out, session.lease).add, name, step, dtype, more=more)
     return export(run.base.model, run.layout, state, out / name, dtype, run.shards, record)
 
 
 def export_last(run: Run, session: Session) -> None:
-    """Write OUT/model, which makes the run finished, and note what its rounding costs."""
+    """Write OUT/model, which makes the run finished, and note what its rounding costs; the average before it."""
     run.evaluation.require_of_export(run.num_steps)
+    if run.average:
+        if session.lease and (run.config.out / AVERAGE_MODEL).exists():  # of a run that died between the two
+            session.check_lease()
+            shutil.rmtree(run.config.out / AVERAGE_MODEL)
+        with run.average.in_place():
+            about = {"average": run.average.text, "averaged_steps": run.average.count}
+            export_model(run, session, AVERAGE_MODEL, run.num_steps, about)
     rounding = export_model(run, session, MODEL, run.num_steps)
     if rounding:
         for line in rounding_notes(rounding, *run.evaluation.first_and_last()):

@@ -9,7 +9,7 @@ import math
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO
 
@@ -116,7 +116,8 @@ class OwnRows:
     """The rows at positions first .. last - 1 of an order that come from blocks of this process, to be taken in order.
 
     read: the packed rows of a block, by its number; called in threads. last: None for no end. owner, owners: of the blocks
-    that one of so many processes owns. reader, readers: only rows at positions reader, reader + readers, ... are held.
+    that one of so many processes owns. reader, readers: only rows at positions reader, reader + readers, ... are held. left_out:
+    first and last + 1 of positions that are never taken, whose rows are not read.
     """
 
     def __init__(
@@ -130,11 +131,14 @@ class OwnRows:
         reader: int = 0,
         readers: int = 1,
         memory_bytes: int = MEMORY_BYTES,
+        left_out: Sequence[tuple[int, int]] = (),
     ) -> None:
         self._order, self._read, self._owner, self._owners = order, read, owner, owners
         self._reader, self._readers, self._shelf = reader, readers, Shelf(memory_bytes)
         self._first = order.counts(first)  # of each source, what trained before
         self._last = None if last is None else order.counts(last)
+        # positions that follow each other are as many places of each source that follow each other
+        self._left_out = [(order.counts(begin), order.counts(end)) for begin, end in left_out]
         self._windows: list[OrderedDict[tuple[int, int], Window]] = [OrderedDict() for _ in order.orders]
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="blocks")
 
@@ -181,6 +185,8 @@ class OwnRows:
         needed = positions >= self._first[number]
         if self._last is not None:
             needed &= positions < self._last[number]
+        for begin, end in self._left_out:
+            needed &= (positions < begin[number]) | (positions >= end[number])
         if self._owners > 1:
             blocks = order.blocks(*key)
             # whoever has one more than the others changes from window to window

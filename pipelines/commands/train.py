@@ -1,11 +1,15 @@
 """remit train: mid-train a base from annotated shards."""
 
 import os
+import re
+import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.models import resolve_model
 from pipelines.report.runs import EVALUATION, read_lines
@@ -13,6 +17,9 @@ from pipelines.terminal import DONE, STOPPED, ShouldStop, counted, note, progres
 from shards.folder import require_shards
 from shards.modelfolder import require_base
 from trainer.config import TrainConfig
+
+if TYPE_CHECKING:
+    from trainer.run_folder import TrainResult
 
 
 def run(config: TrainConfig, should_stop: ShouldStop) -> int:
@@ -52,9 +59,9 @@ def run(config: TrainConfig, should_stop: ShouldStop) -> int:
             from trainer.experts import check_experts
 
             check_experts(model.path, config.router_aux_loss)  # here, and not in each worker
-            result = train_on_ray(config, should_stop)
+            result = with_remedy(partial(train_on_ray, config, should_stop))
         else:
-            result = train(config, progress, should_stop, note, phase)
+            result = with_remedy(partial(train, config, progress, should_stop, note, phase))
     if not result.finished:
         return STOPPED
     if rank:
@@ -74,6 +81,25 @@ def run(config: TrainConfig, should_stop: ShouldStop) -> int:
     return DONE
 
 
+def with_remedy(work: Callable[[], "TrainResult"]) -> "TrainResult":
+    """What `work` returns. Where it stops at a step that is not finite, the command that goes on is put on a line of its own."""
+    try:
+        return work()
+    except (FloatingPointError, RuntimeError) as error:
+        step = re.search(r"--skip-steps (\d+\.\.\d+)", str(error))
+        if step and os.environ.get("RANK", "0") == "0":
+            note(f"to go on past that step: remit {shlex.join(with_step(sys.argv[1:], step[1]))}")
+        raise
+
+
+def with_step(arguments: list[str], step: str) -> list[str]:
+    """The words of a command with `step` among those of --skip-steps."""
+    if "--skip-steps" not in arguments:
+        return [*arguments, "--skip-steps", step]
+    place = arguments.index("--skip-steps") + 1
+    return [*arguments[:place], step, *arguments[place:]]
+
+
 def held_out_summary(out: Path) -> str:
     """One line about the evaluations of a finished run: before, after, of the exported model where rounding changed it."""
     lines = list(read_lines(out / EVALUATION, lambda damaged: None))
@@ -90,4 +116,6 @@ def held_out_summary(out: Path) -> str:
         text += (
             f"; {exported:.4f} of the exported model, whose weights are rounded (--export-dtype {last['export_dtype']})"
         )
+    if "average_loss" in last:
+        text += f"; {last['average_loss']:.4f} of the average in model-average"
     return text

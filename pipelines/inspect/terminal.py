@@ -102,7 +102,7 @@ def _table(row: Rows, text: TokenText, places: range, marked: set[int], console:
         min(MAX_LABEL if header == TEXT else 99, max(map(cell_len, [*header.split(), *cells])))
         for header, cells in columns.items()
     ]
-    taken = sum(widths) + 3 * (len(widths) - 1)
+    taken = sum(widths) + 3 * (len(widths) - 1) + 2  # two more than releases of rich from 14 on need
     bar = min(BAR, (console.width - taken) // max(1, len(nats)) - 3)
     if bar < 4:
         bar = 0

@@ -25,7 +25,8 @@ def read_settings(out: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: cannot be read ({' '.join(str(error).split())}); restore it") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: is not a JSON object, so {out} is not a run")
-    return settings
+    changes = settings.pop("changes", {})
+    return settings | changes  # what later commands changed is in force
 
 
 def _what_is_there(out: Path) -> str:

@@ -218,6 +218,7 @@ class RmtConfig:
             min_learning_rate=self.learning_rate / 10,
             warmup_steps=self.warmup_steps,
             weight_decay=self.weight_decay,
+            decay_embeddings=True,  # as transformers' Trainer does, on which TRL builds
             beta1=self.beta1,
             beta2=self.beta2,
             max_grad_norm=self.max_grad_norm,

@@ -39,13 +39,15 @@ from trainer.batch import MicroBatch, Row, collate
 from trainer.checkpoint import Checkpoints
 from trainer.distributed import spread
 from trainer.experts import num_experts
+from trainer.guard import Guard
 from trainer.layout import Layout, read_layout
 from trainer.loggers import require_wandb
 from trainer.mixed_shards import MixedShards
 from trainer.model import Base
+from trainer.resume import resume
 from trainer.run_folder import RECORDED, keep_lines
 from trainer.session import Session
-from trainer.setup import choose_context, load_trainable, make_optimizer, resume
+from trainer.setup import choose_context, load_trainable, make_optimizer
 from trainer.statistics import Sources
 from trainer.tokenizer import check_tokenizer, replaced_components
 
@@ -145,7 +147,8 @@ def prepare(config: RmtConfig, session: Session, count: Callable[[ShardFolder, i
     loss_model = RmtModel(base)
     called = spread(loss_model, base.layers, world, "replicate", base.dtype)
     optimizer = make_optimizer(loss_model, shared)
-    checkpoints, first_step, tokens = resume(shared, session, settings, loss_model, optimizer, layout)
+    guard = Guard(world, None)
+    checkpoints, first_step = resume(shared, session, settings, {}, loss_model, optimizer, layout, guard, None)
     if session.lease:
         keep_lines(config.out / POSITIONS, first_step)
     return Run(
@@ -167,7 +170,7 @@ def prepare(config: RmtConfig, session: Session, count: Callable[[ShardFolder, i
         optimizer=optimizer,
         checkpoints=checkpoints,
         first_step=first_step,
-        tokens=tokens,
+        tokens=guard.counts.tokens,
     )
 
 

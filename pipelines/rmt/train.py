@@ -22,7 +22,7 @@ from pipelines.rmt.setup import Run
 from shards.output_folder import MODEL
 from trainer.checkpoint import whole_weights
 from trainer.config import learning_rate_at
-from trainer.distributed import scalar
+from trainer.distributed import whole
 from trainer.evaluation import Evaluation, open_measure
 from trainer.export import export
 from trainer.exported import Exported, rounding_notes
@@ -68,7 +68,7 @@ def train_steps(run: Run, session: Session, engines: Engines | None) -> bool:
             # the warm-up is to teach a format, and what the base knows besides weighs as much meanwhile
             ntp_weight = FORMAT_NTP_WEIGHT if is_format else config.ntp_weight
             ntp = learn_others(run, session, rows, ntp_weight, statistics) if ntp_weight else {}
-            grad_norm = scalar(torch.nn.utils.clip_grad_norm_(run.loss_model.parameters(), config.max_grad_norm))
+            grad_norm = whole(torch.nn.utils.clip_grad_norm_(run.loss_model.parameters(), config.max_grad_norm)).item()
             ntp_loss = ntp.get("loss", 0.0)
             require_finite(step, rl_loss, ntp_loss, grad_norm)
             run.optimizer.step()

@@ -135,7 +135,7 @@ def test_forward_in_pieces_and_in_float16(tmp_path: Path, monkeypatch: pytest.Mo
             patch.setattr(scorer.forward, "LOGITS_BYTES", 4 * 521 * 7)
             pieces = scorer.forward.load_forward(model)(prompt, best=3, temperatures=(1.0, 2.0))
         for one, other in zip(whole, pieces, strict=True):
-            assert np.allclose(one, other, atol=1e-5), family
+            assert (one is None and other is None) or np.allclose(one, other, atol=1e-5), family
         kept = Kept(temperatures=(1.0, 2.0))
         distances = compute(model, [prompt], kept, ("bfloat16", "float16"), 1).distances
         assert 0 < distances["float16"].mean < distances["bfloat16"].mean / 3

@@ -70,7 +70,9 @@ def assert_same(got: list[dict], want: list[dict], tolerance: float = 1e-5) -> N
     for a, b in zip(got, want):
         assert a["tokens"] == b["tokens"]
         for key in ("loss", "ntp_loss", "weight_mean", "delta_mean", "grad_norm", "clipped_low", "clipped_high"):
-            assert a[key] == pytest.approx(b[key], rel=tolerance, abs=1e-7), (a["step"], key)
+            # the mean of differences may be near 0, and those of float32 losses of several nats are not exact
+            nearly = 1e-6 if key == "delta_mean" else 1e-7
+            assert a[key] == pytest.approx(b[key], rel=tolerance, abs=nearly), (a["step"], key)
 
 
 @pytest.fixture(scope="module")

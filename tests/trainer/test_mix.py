@@ -159,7 +159,14 @@ class Reads:
 
 
 def run_ranks(
-    order: MixedOrder, read: Reads, ranks: int, batch: int, first: int, last: int, last_row: int | None = None
+    order: MixedOrder,
+    read: Reads,
+    ranks: int,
+    batch: int,
+    first: int,
+    last: int,
+    last_row: int | None = None,
+    left_out: tuple[tuple[int, int], ...] = (),
 ):  # type: ignore[no-untyped-def]
     """By rank the rows' names of each step, or the error."""
     threads, found = Threads(ranks), {}
@@ -167,7 +174,7 @@ def run_ranks(
     def work(rank: int) -> None:
         exchange = threads.of(rank, ranks) if ranks > 1 else None
         try:
-            batches = global_batches(read, order, batch, first, last, last_row, exchange)
+            batches = global_batches(read, order, batch, first, last, last_row, exchange, left_out)
             found[rank] = [[row.where for row in of.rows] for of in batches]
         except ValueError as error:
             found[rank] = str(error)
@@ -196,6 +203,40 @@ def test_any_number_of_ranks_has_the_same_global_batches(ranks: int) -> None:
             wanted = [row_of(*place).where for place in order.rows(37 * step, 37).tolist()]
             got = [found[position % ranks][step - first][position // ranks] for position in range(37)]
             assert got == wanted
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("left_out", [((3, 3), (5, 20), (31, 31)), ((1, 2), (9, 30)), ((1, 31),)])
+def test_steps_that_are_left_out_are_not_read(ranks: int, left_out: tuple[tuple[int, int], ...]) -> None:
+    """The other steps keep their rows, over the begin of a stage too, and a block is read once in each pass that needs it."""
+    order, sizes = mixture()
+    steps = [step for step in range(2, 31) if not any(first <= step + 1 <= last for first, last in left_out)]
+    places = [order.rows(37 * step, 37).tolist() for step in steps]
+    read = Reads(sizes)
+    found = run_ranks(order, read, ranks, 37, 2, 31, left_out=left_out)
+    assert [len(found[rank]) for rank in range(ranks)] == [len(steps)] * ranks
+    for index, wanted in enumerate(places):
+        got = [found[position % ranks][index][position // ranks] for position in range(37)]
+        assert got == [row_of(*place).where for place in wanted]
+    rows_of = [of.num_rows for of in order.orders]
+    needed = {
+        (block, place // rows_of[source])
+        for step, rows in zip(steps, places)
+        for (block, _), source, place in zip(rows, *order.split(37 * step, 37))
+    }
+    assert read.count == Counter(block for block, _ in needed)
+
+
+def test_windows_that_are_left_out_are_passed_over() -> None:
+    """Two of three windows lie within the steps that are left out; the epoch after is whole."""
+    sizes = np.array([3] * 2500 + [1])
+    order, read = MixedOrder.of_one(sizes, 1), Reads(sizes)
+    found = run_ranks(order, read, 2, 64, 0, 240, left_out=((4, 110),))
+    steps = [*range(3), *range(110, 240)]
+    for index, step in enumerate(steps):
+        wanted = [row_of(*place).where for place in order.rows(64 * step, 64).tolist()]
+        assert [found[position % 2][index][position // 2] for position in range(64)] == wanted
+    assert max(read.count.values()) <= 3
 
 
 @pytest.mark.parametrize("ranks", [1, 8])

@@ -122,6 +122,62 @@ def test_a_mixture_trains_and_says_so(
     assert (code, "holds another run" in error) == (1, True), error
 
 
+def limit(mix: Path, name: str, most: float) -> None:
+    value = yaml.safe_load(mix.read_text())
+    value["sources"][name]["max_epochs"] = most
+    mix.write_text(yaml.safe_dump(value, sort_keys=False))
+
+
+def test_a_mixture_goes_on_without_some_steps(
+    tmp_path: Path, folders: dict[str, Path], mix: Path, models: dict[str, Path]
+) -> None:
+    """Longer than it began, past the begin of a stage: each step has its own rows, and the ones left out do not count."""
+    settings: dict = {
+        "mix": mix,
+        "global_batch_size": 16,
+        "schedule": "constant",
+        "warmup_steps": 0,
+        "checkpoint_every": 2,
+    }
+    first = run(tmp_path / "out", (), models["base"], max_steps=5, skip_steps=("3..4",), **settings)
+    lines = run(tmp_path / "out", (), models["base"], max_steps=8, skip_steps=("6",), **settings)
+    assert lines[: len(first)] == first
+    assert [line["step"] for line in lines] == [1, 2, 5, 7, 8]
+    steps, trained, tokens = rows_of(mix, 16, 8), list[str](), 0
+    for line in lines:
+        trained += [row["name"] for row in steps[line["step"] - 1]]
+        tokens += sum(len(row["input_ids"]) for row in steps[line["step"] - 1])
+        assert line["tokens"] == tokens
+        assert {name: of["rows"] for name, of in line["mixture"].items()} == {
+            name: trained.count(name) for name in folders
+        }
+    base = load(models["base"]).double()
+    assert lines[0]["ntp_loss"] == pytest.approx(
+        float(remit_step(base, steps[0], "packed", None, 0.2)["ntp_loss"]), rel=1e-5
+    )
+    code = sum(row["name"] == "code" for rows in steps for row in rows)
+    rows_there = Manifest.read(folders["code"]).rows
+    limit(mix, "code", (code + 0.5) / rows_there)  # what the first eight steps take is within it
+    assert run(tmp_path / "out", (), models["base"], max_steps=8, **settings) == lines
+    with pytest.raises(ValueError, match=r"code: 9 steps go through it .* at most --max-steps 8"):
+        run(tmp_path / "out", (), models["base"], max_steps=9, **settings)
+
+    source = tmp_path / "out/checkpoints/step-000006"
+    same = run(tmp_path / "same", (), models["base"], max_steps=8, resume_from=source, **settings)
+    assert [line["loss"] for line in same] == [line["loss"] for line in lines if line["step"] > 6]
+    assert sum(of["rows"] for of in same[0]["mixture"].values()) == 7 * 16
+    with pytest.raises(ValueError, match="code: 9 steps go through it"):
+        run(tmp_path / "more", (), models["base"], max_steps=9, resume_from=source, **settings)
+    other = write_mix(tmp_path / "other.yaml", folders, {"code": 0.9, "odd": 0.1})
+    limit(other, "code", (31.5 + 1) / rows_there)
+    settings |= {"mix": other, "resume_from": source}
+    branch = run(tmp_path / "branch", (), models["base"], max_steps=8, **settings)  # of its own rows two steps alone
+    assert [sum(of["rows"] for of in line["mixture"].values()) for line in branch] == [16, 32]
+    assert json.loads((tmp_path / "branch/run.json").read_text())["resumed_from"]["rows_from"] == 6
+    with pytest.raises(ValueError, match="code: 20 steps go through it"):
+        run(tmp_path / "twenty", (), models["base"], max_steps=20, **settings)
+
+
 def test_one_folder_is_the_same_with_a_weight(
     tmp_path: Path, folders: dict[str, Path], models: dict[str, Path]
 ) -> None:

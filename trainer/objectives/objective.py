@@ -51,15 +51,17 @@ class TokenLosses:
     figures: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def exponentiate(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-    """-log p of the targets and the normaliser of the probabilities that are left in place of the logits.
+def exponentiate(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """-log p of the targets, the normaliser of the probabilities that are left in place of the logits, and the log of the
+    logits' own normaliser, log Z.
 
     Half the passes over the logits of log-sum-exp and softmax, one after the other.
     """
     target_N = logits_NV.gather(1, targets_N[:, None])[:, 0]
     largest_N = logits_NV.amax(-1)
     normaliser_N = logits_NV.sub_(largest_N[:, None]).exp_().sum(-1)
-    return largest_N + normaliser_N.log() - target_N, normaliser_N
+    log_z_N = largest_N + normaliser_N.log()
+    return log_z_N - target_N, normaliser_N, log_z_N
 
 
 Weigh = Callable[[Tokens], Weighted]
@@ -81,7 +83,8 @@ class Objective:
     """One of weigh and loss is given. columns: stored columns of the reference that are read. scope: the tokens that
     weigh, or the gate, sees at once: those of a "row", of one forward pass ("micro"), of the optimizer step ("global").
     gate: with it loss is of the gated tokens and ungated_loss of the others. figures: names of the figures of loss; a mean is
-    over all predicted tokens, or over those that another figure counts, which `per` names. note: what its user should know."""
+    over all predicted tokens, or over those that another figure counts, which `per` names. note: what its user should know.
+    z_loss: coefficient of log^2 Z of each predicted token, gated or not, whatever its weight."""
 
     weigh: Weigh | None = None
     loss: LogitLoss | None = None
@@ -92,6 +95,7 @@ class Objective:
     ungated_loss: LogitLoss | None = None
     per: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
+    z_loss: float = 0.0
 
     def __post_init__(self) -> None:
         assert (self.weigh is None) != (self.loss is None)

@@ -20,7 +20,7 @@ def sampled_losses(logits_NV: Tensor, targets_N: Tensor, sample_ids_NS: Tensor, 
     the place of the logits."""
     drawn_NS = logits_NV.gather(1, sample_ids_NS)
     target_N = logits_NV.gather(1, targets_N[:, None])[:, 0]
-    ntp_N, normaliser_N = exponentiate(logits_NV, targets_N)
+    ntp_N, normaliser_N, _ = exponentiate(logits_NV, targets_N)
     cross_N = ntp_N + target_N - drawn_NS.mean(-1)
     logits_NV.div_(normaliser_N[:, None])
     share = torch.full_like(drawn_NS, -kd_weight / drawn_NS.shape[1])

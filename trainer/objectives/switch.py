@@ -20,7 +20,7 @@ from trainer.objectives.settings import ObjectiveSettings
 def plain_losses(logits_NV: Tensor, targets_N: Tensor, columns: Mapping[str, Tensor]) -> TokenLosses:
     """Of the tokens that are not gated: -log p times the weight of each. A LogitLoss."""
     weight_N1 = columns["weight"][:, None]
-    ntp_N, normaliser_N = exponentiate(logits_NV, targets_N)
+    ntp_N, normaliser_N, _ = exponentiate(logits_NV, targets_N)
     logits_NV.mul_(weight_N1 / normaliser_N[:, None]).scatter_add_(1, targets_N[:, None], -weight_N1)
     return TokenLosses(columns["weight"] * ntp_N, ntp_N, _gate_figures(columns))
 
