@@ -9,10 +9,13 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from pipelines.rmt.answers import read_completion, token_bytes
 from pipelines.rmt.engine import Sampled, Sampling
+from pipelines.rmt.evaluation import thought_limit
 from pipelines.rmt.losses import closed
 from pipelines.rmt.positions import Position
 from pipelines.rmt.prompts import Prompter
 from pipelines.rmt.rollouts import Rollout, Shape, outcome, sample_rollouts
+from pipelines.rmt.settings import RmtConfig
+from pipelines.rmt.setup import make_prompter
 from pipelines.rmt.warmup import format_rows
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
@@ -122,6 +125,23 @@ def test_no_space_comes_before_a_tag_of_a_sentencepiece_tokenizer(kind: str) -> 
     thought = [*prefix, *prefix]
     read = read_completion([*thought, *prompter.close_ids, 5], token_bytes(tokenizer, len(tokenizer)), b"</think>")
     assert (read.thought_tokens, read.answer_ids) == (len(thought), (5,))
+
+
+@pytest.mark.parametrize("reward", ["match", "prefix", "gain"])
+@pytest.mark.parametrize("budget", ["on", "off"])
+def test_the_longest_sequence_fits_the_models_positions(
+    tokenizer: Any, tmp_path: Path, reward: str, budget: str
+) -> None:
+    """A thought that is cut off just before its tag is whole, and is closed with a whole tag where the gain is asked for."""
+    settings = RmtConfig(
+        shards="s", model="m", out=tmp_path / "run", first_budget=8, max_answer=9, reward=reward, budget=budget,  # type: ignore[arg-type]
+        baseline="rl" if reward == "gain" else None,
+    )  # fmt: skip
+    prompter = make_prompter(settings, tokenizer, 80)
+    asked = 8 if budget == "on" else None
+    sampled = prompter.prompt(range(1, 200), asked) + [5] * thought_limit(settings, prompter, asked)
+    after = {"match": 1, "prefix": 9, "gain": len(tokenizer.encode("</think>")) + 1}[reward]
+    assert 80 - 8 < len(sampled) + after <= 80
 
 
 def test_a_thought_that_did_not_end_is_closed_for_the_true_token(tokenizer: Any) -> None:
