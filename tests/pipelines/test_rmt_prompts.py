@@ -141,7 +141,7 @@ def test_the_longest_sequence_fits_the_models_positions(
     asked = 8 if budget == "on" else None
     sampled = prompter.prompt(range(1, 200), asked) + [5] * thought_limit(settings, prompter, asked)
     after = {"match": 1, "prefix": 9, "gain": len(tokenizer.encode("</think>")) + 1}[reward]
-    assert 80 - 8 < len(sampled) + after <= 80
+    assert 80 - 16 < len(sampled) + after <= 80
 
 
 def test_a_thought_that_did_not_end_is_closed_for_the_true_token(tokenizer: Any) -> None:
