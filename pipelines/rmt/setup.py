@@ -31,8 +31,9 @@ from pipelines.rmt.tier_index import (
     entropy_column,
     load_or_count,
 )
+from pipelines.rmt.tokenizer import ends_of, load_tokenizer
 from shards.fingerprint import model_origin, weights_fingerprint
-from shards.folder import TOKENIZER, ShardFolder
+from shards.folder import ShardFolder
 from shards.modelfolder import read_config
 from shards.output_folder import MODEL, read_record, refuse_other
 from trainer.batch import MicroBatch, Row, collate
@@ -49,7 +50,7 @@ from trainer.run_folder import RECORDED, keep_lines
 from trainer.session import Session
 from trainer.setup import choose_context, load_trainable, make_optimizer
 from trainer.statistics import Sources
-from trainer.tokenizer import check_tokenizer, replaced_components
+from trainer.tokenizer import check_tokenizer
 
 POSITIONS = "positions.jsonl"
 RESOLVED = "resolved"  # in run.json: what was chosen where the settings leave it to the model and the shards
@@ -237,31 +238,6 @@ def require_baseline(config: RmtConfig, shards: ShardFolder, name: str, context:
             f"--baseline {name}: was scored with weights {str(scored['weights_sha256'])[:12]}.., --model has {ours[:12]}..; RLP's "
             f"baseline is the base itself: score the shards with --model {config.model} under another --name"
         )
-
-
-def load_tokenizer(model: Path, shards: ShardFolder, out: Path) -> Any:
-    """The base's tokenizer, or a copy of the one that packed the rows; with an end token, and one to pad with."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    folder = model
-    if not (model / "tokenizer.json").exists() and not (model / "tokenizer_config.json").exists():
-        folder = out / TOKENIZER
-        folder.mkdir(parents=True, exist_ok=True)
-        shards.copy_tokenizer(folder)
-    # some classes of transformers leave parts of tokenizer.json out, and its ids are what the rows have
-    loader: Any = PreTrainedTokenizerFast if replaced_components(folder) else AutoTokenizer
-    tokenizer = loader.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"{folder}: its tokenizer has no end token (eos_token), expected one, which ends a rollout")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # TRL masks by length, not by token
-    return tokenizer
-
-
-def ends_of(model: Any) -> tuple[int, ...]:
-    """Ids that end what a transformers model writes, as its generation_config.json says."""
-    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return tuple(ends) if isinstance(ends, list | tuple) else () if ends is None else (ends,)
 
 
 def reward_limits(config: RmtConfig, prompter: Prompter, spelled: Sequence[bytes]) -> Limits:
