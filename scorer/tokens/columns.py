@@ -3,7 +3,7 @@
 A document is a row. In: a source and the name of the column. Out: blocks of documents, and of the kept fields.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,19 +11,19 @@ import pyarrow as pa
 
 from scorer.corpus import records
 from scorer.faults import BadDocument, BadFile
-from scorer.fields import MISSING, REMEDY, Fields, find
+from scorer.fields import MISSING, REMEDY, find
 from scorer.formats import TABLES
 from scorer.hf_datasets import json_files, read_columns
 from scorer.sources import Source
 from scorer.tables import table_batches
 from scorer.tokens.blocks import BLOCK_TOKENS, TokenBlock, require_length
+from scorer.tokens.masks import KINDS, Beside, IdFields, no_list, predicted
 
 MOST_ROWS = 4096  # that are read at once
 DATASET_ROWS = 256
-PADDING = "attention_mask"
 
 
-def column_blocks(source: Source, fields: Fields, max_window: int) -> Iterator[TokenBlock]:
+def column_blocks(source: Source, fields: IdFields, max_window: int) -> Iterator[TokenBlock]:
     """Blocks of the documents of a source. fields: text is the column with the ids."""
     if source.shard is not None and json_files(source.shard) is None:
         yield from _joined(_dataset_blocks(source, fields))
@@ -48,7 +48,7 @@ def _joined(blocks: Iterator[TokenBlock]) -> Iterator[TokenBlock]:
 
 
 def join(blocks: list[TokenBlock]) -> TokenBlock:
-    """One block of the documents of several, whose masks are not kept."""
+    """One block of the documents of several; those without a mask are predicted whole where others have one."""
     if len(blocks) == 1:
         return blocks[0]
     bad: dict[int, BadDocument] = {}
@@ -57,25 +57,26 @@ def join(blocks: list[TokenBlock]) -> TokenBlock:
         bad |= {before + place: fault for place, fault in block.bad.items()}
         before += len(block.lengths)
     kept = [row for block in blocks for row in block.fields or []]
+    predict = None
+    if any(block.predict is not None for block in blocks):
+        masks = (np.ones(len(block.ids), bool) if block.predict is None else block.predict for block in blocks)
+        predict = np.concatenate(list(masks))
     return TokenBlock(
         np.concatenate([block.ids for block in blocks]),
         np.concatenate([block.lengths for block in blocks]),
         blocks[-1].position,
+        predict,
         bad=bad,
         fields=kept if blocks[0].fields is not None else None,
     )
 
 
-def _table_blocks(source: Source, fields: Fields) -> Iterator[TokenBlock]:
-    padded = False
-
+def _table_blocks(source: Source, fields: IdFields) -> Iterator[TokenBlock]:
     def choose(names: list[str]) -> list[str]:
-        nonlocal padded
         if missing := fields.missing(names):
-            option = "--tokens-field" if missing[0] == fields.text else "--keep-fields"
+            option = "--tokens-field" if missing[0] in (fields.text, fields.text.partition(".")[0]) else "--keep-fields"
             raise BadFile(source.where, f"has no column {missing[0]!r}, only {', '.join(names)[:80]}; set {option}")
-        padded = PADDING in names and fields.text != PADDING
-        return list(dict.fromkeys([*fields.columns(names), *([PADDING] if padded else [])]))
+        return fields.columns(names)
 
     def rows_at_once(file: Any) -> int:
         """So many that a block comes of them, by what the file says of its values."""
@@ -90,13 +91,10 @@ def _table_blocks(source: Source, fields: Fields) -> Iterator[TokenBlock]:
         return max(1, min(MOST_ROWS, BLOCK_TOKENS // each))
 
     for batch, first, position in table_batches(source, choose, rows_at_once):
-        where = f"{source.where}: row"
-        if padded:
-            _refuse_padding(batch.column(PADDING), where, first)
-        yield _block_of(batch, fields, where, first, position)
+        yield _block_of(batch, fields, f"{source.where}: row", first, position)
 
 
-def _dataset_blocks(source: Source, fields: Fields) -> Iterator[TokenBlock]:
+def _dataset_blocks(source: Source, fields: IdFields) -> Iterator[TokenBlock]:
     assert source.shard is not None
     first = 0
     try:
@@ -112,9 +110,14 @@ def _dataset_blocks(source: Source, fields: Fields) -> Iterator[TokenBlock]:
         raise BadFile(source.where, str(error).removeprefix(f"{source.shard.name}: ")) from None
 
 
-def _block_of(batch: pa.RecordBatch, fields: Fields, where: str, first: int, position: int) -> TokenBlock:
+def _block_of(batch: pa.RecordBatch, fields: IdFields, where: str, first: int, position: int) -> TokenBlock:
     column = batch.column(batch.schema.names.index(fields.text))
     ids, lengths, bad = _lists(column, fields.text, where, first)
+    beside = {}
+    for kind in KINDS:
+        names = [name for name in fields.beside(kind) if name in batch.schema.names]
+        if names:
+            beside[kind] = _beside(batch.column(names[0]), names[0], lengths, bad, where)
     kept = None
     if fields.kept:
         roots = [
@@ -122,7 +125,23 @@ def _block_of(batch: pa.RecordBatch, fields: Fields, where: str, first: int, pos
         ]
         rows = batch.select(roots).to_pylist() if roots else [{}] * batch.num_rows
         kept = [fields.kept_of(row) for row in rows]
-    return TokenBlock(ids, lengths, position, bad=bad, fields=kept)
+    return TokenBlock(ids, lengths, position, predicted(ids, lengths, beside, where, first), bad=bad, fields=kept)
+
+
+def _beside(column: pa.Array, name: str, lengths: np.ndarray, bad: Mapping[int, BadDocument], where: str) -> Beside:
+    """A column of lists, or of null, beside the ids; bad documents count as having none."""
+    kind = column.type
+    if pa.types.is_null(kind):
+        column = pa.nulls(len(column), pa.list_(pa.int8()))
+    elif not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+        raise no_list(where.removesuffix(": row"), name, f"of type {kind}")
+    if bad:
+        is_bad = np.zeros(len(column), dtype=bool)
+        is_bad[list(bad)] = True
+        column = pa.compute.if_else(pa.array(is_bad), pa.scalar(None, column.type), column)
+    is_null = column.is_null().to_numpy(zero_copy_only=False)
+    own = pa.compute.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+    return Beside(name, column.flatten().to_numpy(zero_copy_only=False), own, is_null)
 
 
 def _lists(
@@ -155,19 +174,7 @@ def _lists(
     return values.to_numpy(zero_copy_only=False), lengths, bad
 
 
-def _refuse_padding(column: pa.Array, where: str, first: int) -> None:
-    """BadFile where the attention mask says that some of the ids are padding."""
-    values = column.flatten().to_numpy(zero_copy_only=False)
-    if len(values) and not values.all():
-        lengths = pa.compute.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False)
-        row = int(np.searchsorted(np.cumsum(lengths), int(np.argmin(values != 0)), side="right"))
-        raise BadFile(
-            f"{where} {first + row}",
-            f"{PADDING} is 0 somewhere, so it has padding among its ids; write it without padding",
-        )
-
-
-def _record_blocks(source: Source, fields: Fields, max_window: int) -> Iterator[TokenBlock]:
+def _record_blocks(source: Source, fields: IdFields, max_window: int) -> Iterator[TokenBlock]:
     """Blocks of JSON lines."""
     for number, (where, record, position) in enumerate(records(source, fields, max_window)):
         value = record if isinstance(record, BadDocument) else find(record, fields.text)
@@ -191,4 +198,20 @@ def _record_blocks(source: Source, fields: Fields, max_window: int) -> Iterator[
             array = np.array(ids, dtype=np.int64)
         except OverflowError:
             raise BadFile(where, f"field {fields.text!r} has a number of more than 64 bits, which is no id") from None
-        yield TokenBlock(array, np.array([len(ids)], np.int64), position, fields=kept)
+        predict = _predicted_of(record, fields, array, where)
+        yield TokenBlock(array, np.array([len(ids)], np.int64), position, predict, fields=kept)
+
+
+def _predicted_of(record: Any, fields: IdFields, ids: np.ndarray, where: str) -> np.ndarray | None:
+    """What is to be predicted of the ids of a record, as `predicted` says."""
+    beside = {}
+    for kind in KINDS:
+        found = ((name, find(record, name)) for name in fields.beside(kind))
+        name, values = next(((name, value) for name, value in found if value is not MISSING), ("", None))
+        if values is None:
+            continue
+        if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
+            raise no_list(where, name, f"{type(values).__name__} {str(values)[:40]}")
+        lengths = np.array([len(values)], np.int64)
+        beside[kind] = Beside(name, np.array(values), lengths, np.zeros(1, dtype=bool))
+    return predicted(ids, np.array([len(ids)], np.int64), beside, [where])

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from scorer.faults import BadFile
-from scorer.fields import Fields
 from scorer.formats import TOKENS
 from scorer.sources import Source
 from scorer.tokens import datatrove, npy
@@ -18,6 +17,7 @@ from scorer.tokens.beside import DOCUMENTS, INDEX, LOSS, MASK, METADATA, kind_of
 from scorer.tokens.blocks import CUT_OFF, Numbers, TokenBlock, indexed_blocks, whole_numbers
 from scorer.tokens.columns import column_blocks
 from scorer.tokens.heads import fault_of_numbers
+from scorer.tokens.masks import IdFields
 from scorer.tokens.megatron import Index
 
 HEAD_BYTES = 64
@@ -50,9 +50,10 @@ def marks_ends(source: Source) -> bool:
     return not is_token_file(source) or any(kind_of(name) in (INDEX, DOCUMENTS) for name in source.beside)
 
 
-def has_mask(source: Source) -> bool:
-    """Whether a file beside a source of tokens says which of them are to be predicted."""
-    return is_token_file(source) and any(kind_of(name) in (MASK, LOSS) for name in source.beside)
+def may_have_mask(source: Source) -> bool:
+    """Whether something beside the ids of a source may say which of them are to be predicted: a file, or columns, of which
+    one knows once they are read."""
+    return not is_token_file(source) or any(kind_of(name) in (MASK, LOSS) for name in source.beside)
 
 
 def read_tokens(source: Source, reading: Reading, max_window: int) -> Iterator[TokenBlock]:
@@ -60,7 +61,7 @@ def read_tokens(source: Source, reading: Reading, max_window: int) -> Iterator[T
     name says. max_window: as of scorer.corpus.read_documents."""
     if not is_token_file(source):
         assert reading.field is not None
-        yield from column_blocks(source, Fields(reading.field, kept=reading.kept), max_window)
+        yield from column_blocks(source, IdFields(reading.field, kept=reading.kept), max_window)
         return
     with ExitStack() as opened:
         yield from _file_blocks(source, reading, opened)
