@@ -102,10 +102,13 @@ def _file_blocks(source: Source, reading: Reading, opened: ExitStack) -> Iterato
         ids = Numbers(where, file, dtype, 0, whole_numbers(where, size, dtype))
         lengths = datatrove.document_lengths(ends, ids.count)
     else:
-        ids, is_guess = npy.open_numbers(where, file, reading.dtype, reading.vocabulary, mask.count if mask else None)
+        opened_ids = npy.open_numbers(where, file, reading.dtype, reading.vocabulary, mask.count if mask else None)
+        ids = opened_ids.numbers
+        if opened_ids.by in ("header", "mask"):
+            _agreed(where, ids.dtype.name, reading, "its header" if opened_ids.by == "header" else "its mask")
         if DOCUMENTS not in sides:
-            if is_guess:
-                npy.require_plausible(ids, reading.vocabulary)
+            if opened_ids.by in ("user", "tokenizer") and mask is None:
+                npy.require_plausible(ids, reading.vocabulary, reading.eos, opened_ids.by == "tokenizer")
             if mask:
                 mask.require(ids.count)
             yield from npy.blocks_by_eos(ids, reading.eos, mask)
@@ -116,10 +119,10 @@ def _file_blocks(source: Source, reading: Reading, opened: ExitStack) -> Iterato
     yield from indexed_blocks(ids, lengths, mask)
 
 
-def _agreed(where: str, found: str, reading: Reading) -> str:
+def _agreed(where: str, found: str, reading: Reading, by: str = "its index") -> str:
     """The dtype that the file says, unless it contradicts --tokens-dtype, or cannot hold the ids of the tokenizer."""
     if reading.dtype not in ("auto", found):
-        raise BadFile(where, f"is {found} by its index, --tokens-dtype says {reading.dtype}; leave --tokens-dtype out")
+        raise BadFile(where, f"is {found} by {by}, --tokens-dtype says {reading.dtype}; leave --tokens-dtype out")
     most = int(np.iinfo(found).max)
     if reading.dtype == "auto" and most < reading.vocabulary - 1:
         raise BadFile(
