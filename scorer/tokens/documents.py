@@ -69,9 +69,9 @@ class Ready:
 def make_ready(block: TokenBlock, rules: Rules, found: Found) -> Ready:
     """The documents of a block that are packed. BadFile, or the BadDocument, where one cannot be."""
     first = found.read
-    block = without_unknown(block, first, rules)
     if rules.bad_documents == "stop" and block.bad:
         raise block.bad[min(block.bad)]
+    block = without_unknown(block, first, rules)
     found.read += len(block.lengths)
     found.rejected += [str(fault) for _, fault in sorted(block.bad.items())]
     lengths = block.lengths

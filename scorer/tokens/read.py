@@ -72,7 +72,8 @@ def _file_blocks(source: Source, reading: Reading, opened: ExitStack) -> Iterato
     beside = {kind_of(name): Source(name, name) for name in source.beside}
     file = opened.enter_context(source.open())
     size = file.size()
-    fault = fault_of_numbers(file.read_at(min(size, HEAD_BYTES), 0), npy=form == ".npy") if size else None
+    head = file.read_at(min(size, HEAD_BYTES), 0)
+    fault = fault_of_numbers(head, npy=form == ".npy", given=reading.dtype != "auto") if size else None
     if fault:
         raise BadFile(where, fault)
     require_side_files(source)

@@ -1,5 +1,6 @@
 """Files of token ids: those that a shell names beside them, and of which dtype their numbers are."""
 
+import pickle
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from scorer.faults import BadFile
 from scorer.sources import find_corpus, find_sources
 from scorer.tokens.documents import Found, Rules, make_ready
+from scorer.tokens.heads import fault_of_numbers
 from scorer.tokens.read import Reading, read_tokens
 
 
@@ -111,3 +113,17 @@ def test_a_header_or_a_mask_must_hold_the_ids_too(tmp_path: Path) -> None:
         assert read(file, vocabulary=60_000) == ids
     with pytest.raises(BadFile, match="is uint16 by its header, --tokens-dtype says uint32"):
         read(str(tmp_path / "header.npy"), "uint32")
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_pickles_are_told_from_ids(tmp_path: Path, protocol: int) -> None:
+    for value in ({}, {"a": [1] * 9}, [1, 2], Path("x"), np.arange(9)):
+        head = pickle.dumps(value, protocol)[:64]
+        if len(head) > 10:
+            assert "pickle" in (fault_of_numbers(head) or "")
+    for second in (0x618A, 0x0195, 0x417D, 0x6363):  # ids that begin as a pickle does
+        ids = [protocol << 8 | 0x80, second, 4660, 22136, 39612, 0]
+        assert fault_of_numbers(np.array(ids, "<u2").tobytes()) is None
+    name = raw(tmp_path / "a.npy", [protocol << 8 | 0x80, 0x7163, 0x6161, 0x6161, 0], "uint16")
+    assert len(read(name, "uint16", 60_000)) == 5
+    assert (fault_of_numbers(Path(name).read_bytes()) is None) == (protocol > 3)
