@@ -67,7 +67,7 @@ class PackConfig:
     ({meta.title}), \n, \t and \\ are a line break, a tab and a backslash."""
     tokens_field: str | None = None
     """Column of token ids, such as input_ids, to take instead of text; of tables, datasets and JSON lines."""
-    tokens_dtype: Literal["auto", "uint8", "uint16", "uint32", "uint64", "int16", "int32", "int64"] = "auto"
+    tokens_dtype: Literal["auto", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"] = "auto"
     """Of the ids in .npy, .bin and .ds; auto: what the file or its index says, else the smallest that the tokenizer's ids
     fit in."""
     on_missing_eos: Literal["auto", "append", "stop"] = "auto"
