@@ -27,7 +27,9 @@ def held_out_positions(config: RmtConfig, base: Base, limits: Limits = NO_LIMITS
     shards.require_complete()
     check_fits(base, Path(config.model), shards)
     check_tokenizer(Path(config.model), shards)
-    return draw_held_out(shards, config.reference, config.thresholds, config.eval_positions, base.num_embeddings, limits)
+    return draw_held_out(
+        shards, config.reference, config.thresholds, config.eval_positions, base.num_embeddings, limits
+    )
 
 
 def draw_held_out(
