@@ -80,7 +80,8 @@ def list_local(entry: str, text_field: str, own: set[str]) -> Listing | None:
                 listing.leave("folder", match)
             else:
                 _take(listing, path, match, text_field)
-        what = f"{len(matches):,} files match, none of them a corpus file"
+        what = f"{len(matches):,} files match" if len(matches) != 1 else "1 file matches"
+        what += ", none of them a corpus file"
     else:
         return None
     if not listing.files:

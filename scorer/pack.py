@@ -157,7 +157,7 @@ def pack(
             remember(config.out, sources, before, [file.sha256 for file in files])
             left_out = [f"{file.path}: {file.left_out}" for file in files if file.left_out]
             if left_out:
-                count = f"{len(left_out):,} of {len(sources):,} files"
+                count = f"{len(left_out):,} of {len(sources):,} {'file' if len(sources) == 1 else 'files'}"
                 note(f"left out {count} ({REJECTED} lists them), such as {left_out[0]}")
             crash_point("driver.finished")
             staging.remove()

@@ -131,8 +131,9 @@ def say_what_was_added(staged: list[dict], note: Callable[[str], None]) -> None:
     added = [(record["file"]["path"], record["file"]["eos_added"]) for record in staged if record["file"]["eos_added"]]
     if added:
         total = sum(count for _, count in added)
+        documents, files = "document" if total == 1 else "documents", "file" if len(added) == 1 else "files"
         note(
-            f"{total:,} documents of {len(added):,} files of token ids did not end in EOS, so pack put one there, for instance "
+            f"{total:,} {documents} of {len(added):,} {files} of token ids did not end in EOS, so pack put one there, for instance "
             f"{added[0][1]:,} of {added[0][0]}; --on-missing-eos stop refuses them"
         )
 

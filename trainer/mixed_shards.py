@@ -197,6 +197,16 @@ class Drawn:
     epochs: float
 
 
+def share_to_predict(manifest: Manifest) -> float | None:
+    """Share of the tokens that are to be predicted: 1 in a folder without a mask, None where that was not counted."""
+    if not manifest.predict:
+        return 1.0
+    counts = [file.predicted_tokens for file in manifest.corpus]
+    if None in counts:
+        return None  # rows were selected
+    return sum(count or 0 for count in counts) / max(1, manifest.tokens)
+
+
 def drawn(mixed: MixedShards, order: MixedOrder, num_rows: int, first_row: int = 0) -> list[Drawn]:
     """What positions first_row .. num_rows - 1 take of each source."""
     found = []
@@ -268,18 +278,23 @@ def table(
     of_run = drawn(mixed, order, num_steps * global_batch_size, first_step * global_batch_size)
     width = max(len(name) for name in mixed.names)
     tokens = sum(of.tokens for of in of_run)
-    lines = [f"mixture of {len(of_run)} sources, {num_steps:,} steps, {tokens:,} tokens (shares are of tokens):"]
-    for of in of_run:
+    steps = f"{num_steps:,} step{'' if num_steps == 1 else 's'}"
+    lines = [
+        f"mixture of {len(of_run)} sources, {steps}, about {tokens:,} tokens; of the whole run, with shares of all tokens:"
+    ]
+    masked = any(folder.manifest.predict for folder in mixed.folders)
+    for of, folder in zip(of_run, mixed.folders):
         repeated = f", repeated {of.epochs:.1f} times" if of.epochs > 1.005 else ""
         repeated += f": more than {MANY_EPOCHS} epochs are rarely worth it" if of.epochs > MANY_EPOCHS else ""
         lines.append(
-            f"  {of.name:{width}} {of.tokens / max(1, tokens):7.2%} {of.tokens:>16,} tokens {of.rows:>12,} rows "
-            f"{of.epochs:8.3f} epochs{repeated}"
+            f"  {of.name:{width}} {of.tokens / max(1, tokens):7.2%} {of.tokens:>16,} tokens {_to_predict(of, folder) * masked}"
+            f"{of.rows:>12,} rows {of.epochs:8.3f} epochs{repeated}"
         )
-    for stage in mixed.mixture.stages[1:]:
+    stages = mixed.mixture.stages
+    for stage in stages if len(stages) > 1 else ():
         total = sum(stage.weights.values())
         shares = ", ".join(f"{name} {weight / total:.1%}" for name, weight in stage.weights.items())
-        lines.append(f"  after step {stage.after_step:,}: {shares}")
+        lines.append(f"  {f'after step {stage.after_step:,}' if stage.after_step else 'from step 1'}: {shares}")
     for stage in mixed.mixture.stages:
         total = sum(stage.weights.values())
         if abs(total - 1) > 1e-6:
@@ -287,3 +302,8 @@ def table(
                 f"  weights after step {stage.after_step:,} sum to {total:g}; they are taken as shares of that"
             )
     return lines
+
+
+def _to_predict(of: Drawn, folder: ShardFolder) -> str:
+    share = share_to_predict(folder.manifest)
+    return f"{'unknown' if share is None else f'{round(of.tokens * share):,}':>16} to predict "

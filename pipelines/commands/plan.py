@@ -28,7 +28,7 @@ def run(config: PlanConfig, should_stop: ShouldStop) -> int:
     configs = [(option, read_config(option, found), name) for option, (found, name) in models.items()]
     dtype = compute_dtype(config.gpu, config.dtype)
     base, reference = (count(*entry, config.seq_len, dtype) for entry in configs)
-    figures = plan_costs(config, base, reference)
+    figures = plan_costs(config, base, reference, mixed)
     if mixed is not None:
         add_mixture(figures, mixed)
     show(figures, Console(file=sys.stdout, highlight=False))

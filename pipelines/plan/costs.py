@@ -67,7 +67,7 @@ def step_of(base: ModelShape, machine: Machine, rates: Rates, job: Job, layout: 
     """
     rows = job.rows_per_gpu(machine.num_gpus)
     micro_batches = math.ceil(rows / layout.micro_batch_size)
-    compute = rows * job.seq_len * rates.train
+    compute = rows * job.row_tokens * rates.train
     within, between = exchange(base, machine, layout, micro_batches)
     seconds = within / machine.link + between / machine.network
     beside = compute if layout.sharding != "replicate" else 2 / 3 * compute / micro_batches
@@ -76,9 +76,9 @@ def step_of(base: ModelShape, machine: Machine, rates: Rates, job: Job, layout: 
 
 def costs(step: Step, machine: Machine, rates: Rates, job: Job) -> Costs:
     """Of scoring the corpus once and of one run of each kind."""
-    steps = job.tokens * job.epochs / (job.seq_len * job.global_batch_size)
+    steps = job.tokens * job.epochs / (job.row_tokens * job.global_batch_size)
     # a GPU with a row less waits for the others, beside a reference too
-    online = steps * job.rows_per_gpu(machine.num_gpus) * job.seq_len * rates.online
+    online = steps * job.rows_per_gpu(machine.num_gpus) * job.row_tokens * rates.online
     stored = steps * (step.compute * rates.remit_cost + step.waits) + rates.train_start_seconds
     return Costs(
         score=job.tokens * rates.score / machine.num_gpus + rates.score_start_seconds,

@@ -9,10 +9,12 @@ from typing import Any
 from pipelines.plan.costs import Rates, Step, costs, disk, step_of
 from pipelines.plan.hardware import GPUS, UNKNOWN_GPU, Machine, compute_dtype
 from pipelines.plan.layout import Job, default_sharding, engine_size, memory, propose
+from pipelines.plan.mixture import mixture_job
 from pipelines.plan.model_shape import ModelShape
 from pipelines.plan.rmt import rmt_assumptions, rmt_figures, rmt_warnings
 from pipelines.plan.settings import PlanConfig
 from pipelines.terminal import counted
+from trainer.mixed_shards import MixedShards
 
 RUNS = (1, 2, 3, 5, 10)
 SAMPLE_BYTES = 1.1
@@ -66,8 +68,10 @@ def assume(config: PlanConfig) -> list[dict[str, Any]]:
     return entries
 
 
-def plan_costs(config: PlanConfig, base: ModelShape, reference: ModelShape) -> dict[str, Any]:
-    """The figures, as --json writes them."""
+def plan_costs(
+    config: PlanConfig, base: ModelShape, reference: ModelShape, mixed: MixedShards | None = None
+) -> dict[str, Any]:
+    """The figures, as --json writes them. mixed: the folders that the run draws from, None for a corpus of full rows."""
     assumptions = assume(config)
     value = {entry["name"]: entry["value"] for entry in assumptions}
     machine = Machine(
@@ -81,7 +85,9 @@ def plan_costs(config: PlanConfig, base: ModelShape, reference: ModelShape) -> d
         link=1e9 * value["link"],
         network=1e9 * value["network"],
     )
-    job = Job(config.num_tokens, config.epochs, config.seq_len, value["global_batch_size"])
+    job = Job.of_full_rows(config.num_tokens, config.epochs, config.seq_len, value["global_batch_size"])
+    if mixed is not None:
+        job = mixture_job(job, mixed)
     layout, needed = propose(
         base, machine, job, config.sharding, config.micro_batch_size, config.activation_checkpointing
     )
@@ -108,7 +114,7 @@ def plan_costs(config: PlanConfig, base: ModelShape, reference: ModelShape) -> d
         rmt = {"rmt": rmt_figures(config, value, base, machine, rates, ntp_epoch)}
     return {
         "models": {"base": _model(base), "reference": _model(reference)},
-        "job": asdict(job) | {"steps": job.steps},
+        "job": asdict(job),
         "machine": asdict(machine) | {"nodes": machine.nodes},
         "assumptions": assumptions,
         "costs": {
@@ -222,7 +228,7 @@ def _waits(config: PlanConfig, machine: Machine, job: Job, step: Step) -> list[s
             f"the GPUs exchange gradients for {step.exchange:.3g} s of a step and compute for {step.compute:.3g} s; take a larger "
             "--global-batch-size, fewer GPUs or a faster --network"
         )
-    tokens, is_cpu = rows * job.seq_len, machine.gpu == "cpu"
+    tokens, is_cpu = round(rows * job.row_tokens), machine.gpu == "cpu"
     if tokens < MEASURED_TOKENS and config.train_rate is None and config.mfu_train is None and not is_cpu:
         lines.append(
             f"{tokens:,} tokens per GPU and step are few: --mfu-train was measured with {MEASURED_TOKENS:,} and more; take a "

@@ -19,17 +19,21 @@ SCORE_WEIGHTS_SHARE = 0.6  # of an engine's memory; keys, values and logits need
 
 @dataclass(frozen=True)
 class Job:
-    """tokens of the corpus; global_batch_size in rows."""
+    """tokens of the corpus; global_batch_size in rows; steps: optimizer steps of a run; row_tokens: tokens of a row, on average
+    over the run."""
 
     tokens: int
     epochs: float
     seq_len: int
     global_batch_size: int
+    steps: int
+    row_tokens: float
 
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of a run."""
-        return math.ceil(math.ceil(self.tokens * self.epochs / self.seq_len) / self.global_batch_size)
+    @classmethod
+    def of_full_rows(cls, tokens: int, epochs: float, seq_len: int, global_batch_size: int) -> "Job":
+        """A run over rows that all have seq_len tokens."""
+        steps = math.ceil(math.ceil(tokens * epochs / seq_len) / global_batch_size)
+        return cls(tokens, epochs, seq_len, global_batch_size, steps, float(seq_len))
 
     def rows_per_gpu(self, num_gpus: int) -> int:
         """Rows of a step on the GPU that has most; the others wait for it."""

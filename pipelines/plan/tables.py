@@ -17,11 +17,15 @@ def show(figures: dict[str, Any], console: Console) -> None:
 
     job, machine, proposal = figures["job"], figures["machine"], figures["proposal"]
     epochs = f"{job['epochs']:g} {'epoch' if job['epochs'] == 1 else 'epochs'}"
-    say(
-        f"{job['tokens']:,} tokens, {epochs}, {counted(job['steps'], 'step')} of {job['global_batch_size']} rows "
-        f"of {job['seq_len']:,}; {machine['num_gpus']} x {machine['gpu']}, {machine['dtype']}"
-    )
-    if mixture := figures.get("mixture"):
+    mixture = figures.get("mixture")
+    corpus = f"{job['tokens']:,} tokens, {epochs}, {counted(job['steps'], 'step')}"
+    rows = f"{counted(job['global_batch_size'], 'row')} of {job['seq_len']:,}"
+    if mixture:
+        corpus = f"{mixture['tokens']:,} tokens of folders with {job['tokens']:,}, --max-steps {job['steps']}"
+        rows = f"{counted(job['global_batch_size'], 'row')} of {job['row_tokens']:,.1f} tokens on average"
+    on = f"{machine['num_gpus']} x {machine['gpu']}, {machine['dtype']}"
+    say(f"{corpus}: steps of {rows}; {on}" if mixture else f"{corpus} of {rows}; {on}")
+    if mixture:
         lines = [
             [name, f"{of['tokens']:,}", f"{of['tokens_of_folder']:,}", f"{of['rows']:,}", f"{of['epochs']:.3f}"]
             for name, of in mixture["sources"].items()
@@ -70,7 +74,7 @@ def show(figures: dict[str, Any], console: Console) -> None:
     lines = [
         [
             entry["option"] or entry["name"].replace("_", " "),
-            f"{entry['value']:.4g} {entry['unit']}",
+            f"{_plain(entry['value'])} {entry['unit']}",
             entry["source"],
         ]
         for entry in figures["assumptions"]
@@ -88,6 +92,11 @@ def _show_rmt(rmt: dict[str, Any], console: Console) -> None:
     print_table(console, ["", "tokens"], lines, "Tokens of remit rmt")
     told = f"remit rmt takes as long as {rmt['ntp_epochs']:.3g} epochs of NTP over the corpus."
     console.print(Text(told), soft_wrap=True)
+
+
+def _plain(value: float) -> str:
+    """Four digits, and larger numbers in full: 163,840 tokens/s, not 1.638e+05."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _hours(value: float) -> str:

@@ -166,7 +166,7 @@ def test_presets_are_the_models_that_they_are_called_after() -> None:
 
 
 def test_costs_by_hand() -> None:
-    job = Job(1000, 2.0, 10, 40)  # 200 rows in two epochs, 5 steps of 40
+    job = Job.of_full_rows(1000, 2.0, 10, 40)  # 200 rows in two epochs, 5 steps of 40
     rates = Rates(score=0.04, train=0.1, online=0.05, remit_cost=1.5, score_start_seconds=30.0, train_start_seconds=7.0)
     two = replace(machine(2), link=1000.0)
     base = replace(ONE_B, parameters=22)
@@ -191,7 +191,7 @@ def test_costs_by_hand() -> None:
 
 
 def test_gpus_without_a_row_wait() -> None:
-    job = Job(10_000, 1.0, 10, 40)
+    job = Job.of_full_rows(10_000, 1.0, 10, 40)
     rates = Rates(0.04, 0.1, 0.05, 1.0, 0.0, 0.0)
     hours = {}
     for num_gpus in (20, 30, 40, 80):
@@ -338,7 +338,7 @@ def test_memory_by_hand() -> None:
     ],
 )
 def test_proposals(shape: ModelShape, where: Machine, expected: tuple[str, int, bool]) -> None:
-    layout, needed = propose(shape, where, Job(10**9, 1, 4096, 64))
+    layout, needed = propose(shape, where, Job.of_full_rows(10**9, 1, 4096, 64))
     assert (layout.sharding, layout.shards, layout.activation_checkpointing) == expected
     assert needed == pytest.approx(sum(memory(shape, where, layout, 4096).values()))
     assert needed <= where.usable_bytes
@@ -348,7 +348,7 @@ def test_proposals(shape: ModelShape, where: Machine, expected: tuple[str, int, 
 
 
 def test_what_is_given_is_kept_and_what_does_not_fit_says_so() -> None:
-    job = Job(10**9, 1, 4096, 64)
+    job = Job.of_full_rows(10**9, 1, 4096, 64)
     layout, needed = propose(EIGHT_B, machine(1, 24), job)
     assert (layout.micro_batch_size, layout.activation_checkpointing) == (1, True)
     assert needed > 128e9

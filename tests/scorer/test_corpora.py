@@ -126,7 +126,7 @@ def test_a_glob_reads_what_it_can(tmp_path: Path) -> None:
     assert [source.name for source in found.sources] == ["B.JSONL", "_d.jsonl", "a.jsonl"]
     assert found.passed_over == {".txt": 1, "folder": 1}
     assert names_of(f"{tmp_path}/**/*.jsonl") == ["_d.jsonl", "a.jsonl", "sub/e.jsonl"]
-    with pytest.raises(ValueError, match=r"\*\.txt: 1 files match, none of them a corpus file \(there are \.txt"):
+    with pytest.raises(ValueError, match=r"\*\.txt: 1 file matches, none of them a corpus file \(there are \.txt"):
         find_sources([f"{tmp_path}/*.txt"])
 
 

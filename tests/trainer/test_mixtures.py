@@ -1,6 +1,7 @@
 """remit train --mix: what the file may say, what is refused, what is logged, and the same rows through kills and ranks."""
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from inline_ray import pack_inline
 from oracles import load, read_rows, remit_step
 from test_distributed import assert_same, finish, kill_tree, launch, metrics_of, wait_for
 
+from pipelines.commands.plan import run as run_plan
+from pipelines.plan.settings import PlanConfig
 from pipelines.ray_train import _absolute_shards
 from scorer.config import PackConfig
 from shards.manifest import Manifest
@@ -94,7 +97,9 @@ def test_a_mixture_trains_and_says_so(
     code, _, error = remit(*arguments)
     assert code == 0, error
     assert "mixture of 3 sources, 5 steps" in error
+    assert "from step 1: text 60.0%, code 30.0%, odd 10.0%" in error
     assert "after step 3: text 10.0%, code 90.0%, odd 0.0%" in error
+    assert "to predict" not in error
     base, lines = load(models["base"]).double(), metrics_of(out)
     for line, rows in zip(lines, rows_of(mix, 16, 5), strict=True):
         want = remit_step(base, rows, "packed", "rl_logprobs", 0.2)
@@ -337,6 +342,22 @@ def test_max_epochs_says_how_many_steps_there_are(
     assert "more than 4 epochs are rarely worth it" in next(line for line in lines if line.strip().startswith("odd"))
 
 
+def test_the_table_has_the_tokens_to_predict(folders: dict[str, Path]) -> None:
+    shards = mixed(folders, {"text": 0.5, "code": 0.3, "odd": 0.2})
+    text, code, _ = shards.folders
+    counted = [replace(file, predicted_tokens=file.tokens // 4) for file in text.manifest.corpus]
+    text.manifest = replace(text.manifest, predict=True, corpus=tuple(counted))
+    code.manifest = replace(code.manifest, predict=True)  # rows were selected, nothing was counted
+    head, *lines = table(shards, shards.order(0, 8), 100, 8)
+    assert re.search(r"3 sources, 100 steps, about [\d,]+ tokens; of the whole run", head)
+    found = [re.search(r"([\d,]+) tokens +(\S+) to predict", line).groups() for line in lines[:3]]  # type: ignore[union-attr]
+    tokens = [int(of.replace(",", "")) for of, _ in found]
+    share = sum(file.tokens // 4 for file in text.manifest.corpus) / text.manifest.tokens
+    assert int(found[0][1].replace(",", "")) == pytest.approx(tokens[0] * share, abs=1)
+    assert (found[1][1], found[2][1]) == ("unknown", found[2][0])
+    assert not any("from step 1" in line for line in lines)
+
+
 def test_what_cannot_be_mixed(tmp_path: Path, folders: dict[str, Path]) -> None:
     pair = {"text": 0.5, "code": 0.5}
     whole = mixed(folders, pair)
@@ -411,6 +432,40 @@ def test_plan_counts_what_is_drawn(tmp_path: Path, folders: dict[str, Path], rem
         assert (of["rows"], of["epochs"]) == (len(own), pytest.approx(len(own) / Manifest.read(folders[name]).rows))
         assert of["tokens"] == pytest.approx(sum(len(row["input_ids"]) for row in own), rel=0.1)
     assert any(line.startswith("odd is repeated") for line in figures["warnings"])
+    assert figures["job"]["steps"] == mixture["steps"]
+    # 0.7 of the tokens in rows of the mean length of one folder, 0.3 in those of the other
+    of_row = 1 / sum(share * (of := Manifest.read(folders[name])).rows / of.tokens for name, share in
+                     (("text", 0.7), ("odd", 0.3)))  # fmt: skip
+    assert mixture["steps"] == math.ceil(4000 / (8 * of_row))
+    assert f"--max-steps {mixture['steps']}: steps of 8 rows of {of_row:.1f} tokens on average" in out
+
+
+def test_plan_allows_the_tokens_that_it_names(
+    tmp_path: Path, folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So many tokens are not warned about, one more is, and their steps are what remit train allows; with stages too."""
+    for stages in (None, [{"after_step": 3, "weights": {"text": 0.2, "odd": 0.8}}]):
+        path = write_mix(tmp_path / "mix.yaml", folders, {"text": 0.7, "odd": 0.3}, stages)
+        limit(path, "odd", 2.5)
+        shards = MixedShards.open(read_mix(path))
+        allowed = int(most_steps(shards, shards.order(0, 8), 8)[0])
+
+        def plan(tokens: int, path: Path = path) -> tuple[int, str]:
+            to = tmp_path / "plan.json"
+            config = PlanConfig("olmo2-1b", "olmo2-1b", str(tokens), mix=path, global_batch_size=8, json=to)
+            assert run_plan(config, lambda: False) == 0
+            figures = json.loads(to.read_text())
+            return figures["job"]["steps"], "\n".join(line for line in figures["warnings"] if "max_epochs" in line)
+
+        _, warning = plan(10**9)
+        assert f"remit train allows {allowed} steps of 8 rows" in warning
+        most = int(re.search(r"--tokens (\d+) at most", warning)[1])  # type: ignore[index]
+        assert plan(most) == (allowed, "")
+        assert plan(most - 1) == (allowed, "")
+        steps, warning = plan(most + 1)
+        assert (steps, f"--tokens {most} at most" in warning) == (allowed + 1, True)
+        printed = capsys.readouterr().out
+        assert not re.search(r"\de[+-]\d+ ?(B|tokens)", printed), printed
 
 
 def test_weights_of_a_mixture(tmp_path: Path, folders: dict[str, Path], models: dict[str, Path], remit: Remit) -> None:
