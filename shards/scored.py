@@ -68,24 +68,38 @@ class Scored:
         return contexts[first]
 
     def require_columns(self, name: str, columns: Iterable[str]) -> None:
-        """ValueError unless these columns of the reference `name`, given without its name, are stored."""
-        columns = tuple(columns)
+        """ValueError unless these columns of the reference `name`, given without its name, are stored: all that are missing, and
+        the options of remit score that store all of them."""
+        columns, reference = tuple(columns), self.require_reference(name)
         gated = any(column.startswith("entropy") for column in columns)  # who reads it knows where a token has none
+        missing, options, others = dict[str, None](), dict[str, None](), list[str]()
         for column in columns:
             if column.startswith("topk_"):
-                self.require_top_k(name, everywhere=not gated)
-            elif column == "sample_ids" and not self.require_reference(name).get("sample_k"):
-                raise ValueError(
-                    f"{self.path}: has log-probs of {name!r}, but no tokens drawn from it ({name}_sample_ids); score with --sample-k 25, "
-                    "for instance"
-                )
-            elif f"{name}_{column}" not in self.schema.names:
+                options[f"--top-k {reference.get('top_k') or 32}"] = None
+                if reference.get("top_k"):
+                    self.require_top_k(name, everywhere=not gated)
+                else:
+                    missing[f"not its most probable tokens ({topk_columns(name)[0]})"] = None
+            elif column == "sample_ids":
+                options[f"--sample-k {reference.get('sample_k') or 25}"] = None
+                if not reference.get("sample_k"):
+                    missing[f"no tokens drawn from it ({name}_sample_ids)"] = None
+            elif column != "logprobs":
                 temperature = column.rpartition("_t")[2].replace("p", ".")
-                option = f" --entropy-temperature {temperature}" if column != "entropy" else ""
-                raise ValueError(
-                    f"{self.path}: has log-probs of {name!r}, but no column {name}_{column}; score with --entropy{option}, or "
-                    f"train at a --temperature that is stored"
-                )
+                options["--entropy"] = None
+                if column != "entropy":
+                    options[f"--entropy-temperature {temperature}"] = None
+                if f"{name}_{column}" not in self.schema.names:
+                    others.append(f"{name}_{column}")
+        if not missing and not others:
+            return
+        lacks = [*missing, *([f"no column {', '.join(others)}"] if others else [])]
+        also = (
+            ", or train at a --temperature that is stored" if others and reference.get("entropy") else ", for instance"
+        )
+        raise ValueError(
+            f"{self.path}: has log-probs of {name!r}, but {' and '.join(lacks)}; score with {' '.join(options)}{also}"
+        )
 
     def require_top_k(self, name: str, everywhere: bool = True) -> None:
         """ValueError unless the most probable tokens of the reference `name` are stored, at every token if `everywhere`."""

@@ -140,7 +140,21 @@ def refuse_other_settings(out: Path, settings: dict[str, Any]) -> None:
     options = {field.name: f"--{field.name.replace('_', '-')}" for field in fields(TrainConfig)}
     options[RESUMED_FROM] = "--resume-from"
     remedy = "choose another --out, or delete that run to start over"
+    if "mixture" in ours and "mixture" in theirs:
+        ours, theirs = _with_named_stages(ours), _with_named_stages(theirs)
     refuse_other(str(out), "run", ours, theirs, remedy, options, hints)
+
+
+def _with_named_stages(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with each stage of the mixture as one value, called what it is in the file of --mix.
+
+    One other weight moves the shares of all sources, so a stage differs as a whole.
+    """
+    stages = {}
+    for stage in settings["mixture"]["stages"]:
+        name = f"stage after step {stage['after_step']}" if stage["after_step"] else "weights"
+        stages[f"{name} (as shares)"] = ", ".join(f"{of} {share:g}" for of, share in sorted(stage["weights"].items()))
+    return settings | {"mixture": {"sources": settings["mixture"]["sources"]}} | stages
 
 
 def keep_lines(path: Path, last_step: int) -> dict[str, Any]:

@@ -122,7 +122,16 @@ def test_a_mixture_trains_and_says_so(
     (out / "model").rename(tmp_path / "model")  # another mixture is refused by field
     write_mix(mix, folders, {"text": 0.5, "code": 0.4, "odd": 0.1}, STAGES)
     code, _, error = remit(*arguments)
-    assert (code, "mixture.stages[0].weights.text is 0.6 there, 0.5 asked for now" in error) == (1, True), error
+    assert code == 1
+    assert ("holds another run: weights (as shares) is 'code 0.3, odd 0.1, text 0.6' there, 'code 0.4, odd 0.1, text 0.5' asked "
+            "for now; choose another --out") in error  # fmt: skip
+    write_mix(mix, folders, {"odd": 0.2, "text": 1.2, "code": 0.6}, [STAGES[0] | {"after_step": 4}])
+    code, _, error = remit(*arguments)
+    assert (code, "stage after step 4 (as shares) is not set there, 'code 0.9, odd 0, text 0.1' asked" in error) == (
+        1,
+        True,
+    )
+    assert "(also: stage after step 3 (as shares))" in error, error
     code, _, error = remit(*arguments[:1], "--shards", folders["text"], *arguments[3:])
     assert (code, "holds another run" in error) == (1, True), error
 

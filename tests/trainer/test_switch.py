@@ -279,13 +279,22 @@ def test_what_is_not_stored_is_refused(
     plain = annotate(small, tmp_path / "plain", by_model(models["reference"], "packed", STEP), "packed", STEP)
     for shards, options, message in (
         (plain, ("rkl",), "not its most probable tokens (rl_topk_ids); score with --top-k"),
-        (plain, ("switch",), "not its most probable tokens"),
+        (
+            plain,
+            ("switch",),
+            "but not its most probable tokens (rl_topk_ids) and no column rl_log_partition_t2, rl_entropy_t2; score with "
+            "--top-k 32 --entropy --entropy-temperature 2,",
+        ),
         (
             folders("packed", None),
             ("switch",),
-            "no column rl_log_partition_t2; score with --entropy --entropy-temperature 2",
+            "no column rl_log_partition_t2, rl_entropy_t2; score with --top-k 6 --entropy --entropy-temperature 2",
         ),
-        (folders("packed", 2.0), ("switch", "--temperature", 1.5), "score with --entropy --entropy-temperature 1.5"),
+        (
+            folders("packed", 2.0),
+            ("switch", "--temperature", 1.5),
+            " --entropy --entropy-temperature 1.5, or train at a --temperature that is stored",
+        ),
     ):
         common = ("train", "--shards", shards, "--model", models["base"], "--out", tmp_path / "out")
         code, _, error = remit(*common, "--objective", *options)
