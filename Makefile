@@ -37,7 +37,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
 .PHONY: help install sample score train verify inspect test test-fast test-slow test-real docs lint clean bench bench-score bench-pack \
-	bench-packing bench-scale bench-train bench-head bench-topk bench-bucket gpu-check gpu-score-check lab rmt
+	bench-packing bench-scale bench-train bench-head bench-topk bench-bucket gpu-check gpu-score-check lab lab-rmt rmt
 
 help: ## list targets and variables
 	@echo "targets:"
@@ -129,7 +129,7 @@ ifdef BASE
 rmt: $(VENV)/.installed-flywheel ## reinforcement mid-training of BASE on RMT_SHARDS, which were scored with --entropy
 	$(BIN)/remit rmt --shards $(RMT_SHARDS) --model $(BASE) --reference $(NAME) --out $(RMT_OUT) $(RMT_ARGS)
 else
-SAMPLE_RMT = --first-budget 16 --budget-decay 0.25 --positions-per-step 16 --max-steps 40 --format-steps 60 \
+SAMPLE_RMT = --first-budget 16 --budget-decay 0.25 --positions-per-step 16 --max-steps 30 --format-steps 80 \
 	--learning-rate 2e-4 --format-learning-rate 1e-3 --micro-batch-size 32 --checkpoint-every 20 --eval-positions 64
 
 rmt: $(VENV)/.installed-flywheel $(SAMPLE)/reference
@@ -151,6 +151,11 @@ LAB   ?= lab-$(SIZE)
 lab: $(VENV)/.installed-dev ## the paper's comparisons on tiny models: SIZE=full|small SEEDS="1 2 3" LAB=folder
 	$(BIN)/python -m benchmarks.lab --size $(SIZE) --seeds $(SEEDS) --out $(LAB) $(LAB_ARGS)
 	@test ! -e $(LAB)/results.parquet || $(BIN)/python -m benchmarks.lab.report $(LAB)
+
+LAB_RMT ?= lab-rmt-$(SIZE)
+
+lab-rmt: $(VENV)/.installed-dev $(VENV)/.installed-flywheel ## reinforcement mid-training against NTP and ReMiT at equal compute: SIZE=full|small SEEDS="1 2"
+	$(BIN)/python -m benchmarks.rmt_lab --size $(SIZE) --seeds $(SEEDS) --out $(LAB_RMT) $(LAB_ARGS)
 
 verify: install ## check every byte and count of SHARDS
 	$(BIN)/remit verify --shards $(SHARDS) $(VERIFY_ARGS)

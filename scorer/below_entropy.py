@@ -57,6 +57,11 @@ def threshold_of(
     entropies: float32 [tokens - 1] of each prompt. share_error: standard error of the share of the corpus at or below the
     threshold, with rows as what is independent.
     """
+    if not sample.prompts:
+        raise ValueError(
+            "the sample has no row that the reference can score (ids beyond its embedding, or rows of one token), so no quantile can "
+            "be estimated; give a threshold in nats, or see that tokenizer and reference belong together"
+        )
     values = [
         round_nats(np.maximum(one, np.float32(0)), step)[np.isfinite(one)].astype(np.float64) for one in entropies
     ]

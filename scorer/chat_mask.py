@@ -1,10 +1,15 @@
 """The tokens of rendered conversations, and which of them the assistant wrote.
 
 In: text and the spans of characters between the marks of the chat template. Out: ids, and a mask as transformers'
-apply_chat_template(..., return_assistant_tokens_mask=True) gives it, with two differences. Where a span begins or ends in a
-character that no token has (spaces, where the tokenizer's offsets leave them out), transformers drops this turn and all
-later ones, or takes everything up to the end; here the span begins and ends with the nearest characters in it that a token
-has. And a span that ends in the very first token ends there.
+apply_chat_template(..., return_assistant_tokens_mask=True) gives it, with three differences:
+
+- Where a span begins or ends in a character that no token has (spaces, where the tokenizer's offsets leave them out),
+  transformers drops this turn and all later ones, or takes everything up to the end; here the span begins and ends with the
+  nearest characters in it that a token has.
+- Where the last character of a span takes several tokens (an emoji, a character of Chinese, as bytes), transformers
+  takes the first of them; here all of them count.
+- A span that ends in the very first token ends there.
+
 T = tokens.
 """
 
@@ -42,6 +47,18 @@ def _ends(encoding: Encoding, start: int, end: int) -> tuple[int, int] | None:
     if first is None:
         return None
     last = next(
-        token for place in range(end - 1, start - 1, -1) if (token := encoding.char_to_token(place)) is not None
+        (place, token)
+        for place in range(end - 1, start - 1, -1)
+        if (token := encoding.char_to_token(place)) is not None
     )
-    return first, last
+    return first, _last_of(encoding, *last)
+
+
+def _last_of(encoding: Encoding, place: int, token: int) -> int:
+    """The last of the tokens that have the character at `place`. token: the first of them."""
+    while token + 1 < len(encoding.ids):
+        after = encoding.token_to_chars(token + 1)
+        if after is None or not after[0] <= place < after[1]:
+            break
+        token += 1
+    return token

@@ -1,8 +1,8 @@
 """What the options of remit pack say of conversations, made whole: which chat template, with which arguments.
 
 In: the options, and the tokenizer's folder. Out: JSON for the tasks that render (scorer/conversations.py) and for the
-manifest. Refused here, before a document is read: a tokenizer without a chat template, a template that is none, and one
-without marks of what the assistant writes, if that alone is to be predicted.
+manifest. Refused here, before a document is read: a tokenizer without a chat template, a template that is none or draws at
+random, and one whose marks of what the assistant writes are missing or misplaced, if that alone is to be predicted.
 """
 
 import hashlib
@@ -15,7 +15,6 @@ from scorer.config import PackConfig
 from scorer.conversations import ChatTemplate, Conversation, Rendered
 from scorer.tokenizer import PackTokenizer, transformers_tokenizer
 
-MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 PROBES = ([("user", "a")], [("user", "a"), ("assistant", "b")], [("system", "a"), ("user", "b"), ("assistant", "c")])
 """Conversations of which a template takes one at least."""
 
@@ -64,13 +63,25 @@ def _require_template(config: PackConfig, name: str, template: str) -> None:
     """ValueError for what is no template, or lacks the marks that are needed."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
+    from scorer.chat_marks import marks_within, what_draws  # jinja2 costs those nothing who have no conversations
+
     where = _where(config)
     which = f"chat template ({name})" if name != "default" else "chat template"
     try:
-        _compile_jinja_template(template)
+        parsed = _compile_jinja_template(template).environment.parse(template)
     except Exception as error:
         raise ValueError(f"{where}: its {which} is not valid Jinja ({error}); correct it") from None
-    if config.train_on == "assistant" and not MARKS.search(template):
+    if drawn := what_draws(parsed):
+        raise ValueError(f"{where}: its {which} uses {drawn}, so the same corpus would give other rows; take that out")
+    if config.train_on != "assistant":
+        return
+    marks = marks_within(parsed)
+    if within := next((found for found in marks if found), None):
+        raise ValueError(
+            f"{where}: its {which} has {{% generation %}} inside {within}, whose text is put together before it is "
+            "written, so that other characters would be marked; put the marks around the macro's call, or around what is written"
+        )
+    if not marks:
         raise ValueError(
             f"{where}: its {which} does not mark what the assistant writes, which --train-on assistant needs; put "
             "{% generation %} and {% endgeneration %} around it in a copy of the template, and give that with --chat-template FILE"

@@ -6,6 +6,7 @@ text; the tokens and the mask are made of it in scorer/chat_mask.py.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date
@@ -15,6 +16,8 @@ from scorer.corpus import BadDocument, TableRow
 from scorer.fields import Fields
 
 REJECT = "pass --on-bad-document reject to leave such documents out"
+SPEAKS = ("tool_calls", "function_call", "tool_plan", "reasoning_content", "reasoning", "thinking")
+"""What a message may have in the place of content."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +113,20 @@ def _require_message(number: int, message: Any) -> None:
         )
     if not isinstance(message.get("role"), str):
         raise ValueError(f"message {number} has no role, only {', '.join(message)[:60]}; expected role and content")
-    says = {key for key, value in message.items() if value is not None}
-    if message.get("content", "") is None and says <= {"role", "name"}:  # many templates would write None
-        raise ValueError(f"message {number} has null for content, expected a text")
+    content = message.get("content")
+    if content in (None, []) and not _speaks(message):  # many templates would write None, others nothing
+        has = "no content" if "content" not in message else f"{'null' if content is None else '[]'} for content"
+        raise ValueError(
+            f"message {number} has {has}, only {', '.join(message)[:60]}; expected a text, or one of {', '.join(SPEAKS)}"
+        )
+    for part in content if isinstance(content, list) else []:
+        if isinstance(part, dict) and part.get("type") == "text" and not isinstance(part.get("text"), str):
+            raise ValueError(f"message {number} has a part of type text without a text: {str(part)[:60]}")
+
+
+def _speaks(message: dict[str, Any]) -> list[str]:
+    """What a message has in the place of content."""
+    return [name for name in SPEAKS if message.get(name)]
 
 
 def without_nulls(value: Any) -> Any:
@@ -144,6 +158,7 @@ class ChatTemplate:
         try:
             text, spans = self._render(conversation.messages, conversation.tools)
             text.encode()
+            self._require_told(conversation, text)
         except ClockAsked as error:
             raise ClockAsked(f"{conversation.where}: {error}") from None
         except UnicodeEncodeError as error:
@@ -153,6 +168,27 @@ class ChatTemplate:
         else:
             return Rendered(text, spans)
         return BadDocument(f"{conversation.where}: {fault}; correct the document, or {REJECT}")
+
+    def _require_told(self, conversation: Conversation, text: str) -> None:
+        """ValueError where a message is left out of the text, or stands there as Python writes None or a list."""
+        messages, template = conversation.messages, self.template_of(conversation.tools)
+        for number, message in enumerate(messages):
+            content = message.get("content")
+            if isinstance(content, list | dict) and content and str(content) in text:
+                raise ValueError(
+                    f"it writes the content of message {number} as Python shows a {type(content).__name__}: {str(content)[:40]}"
+                )
+            spoken = _speaks(message)
+            if content in (None, []) and not any(re.search(rf"\b{name}\b", template) for name in spoken):
+                raise ValueError(
+                    f"message {number} has {', '.join(spoken)} and no content, and it writes none of these"
+                )
+        if any("content" in message and message["content"] in (None, []) for message in messages):
+            without = [{**one, "content": ""} if one.get("content") in (None, []) else one for one in messages]
+            if text != (told := self._render(without, conversation.tools)[0]):
+                for shown in ("None", "[]"):
+                    if text.count(shown) > told.count(shown):
+                        raise ValueError(f"it writes {shown} for a message whose content is null or empty")
 
     def _render(self, messages: list[Any], tools: list[Any] | None) -> tuple[str, list[tuple[int, int]] | None]:
         from transformers.utils.chat_template_utils import render_jinja_template  # only workers with conversations pay

@@ -131,10 +131,11 @@ def predicted(document: TokenDocument) -> np.ndarray:
 
 def with_bos(document: TokenDocument, bos: int, starts: list[int]) -> TokenDocument:
     """The tokens of a document with a BOS in front of each of its pieces, which begin at `starts` of those it has beside
-    a BOS of its own. What is put there is not to be predicted, unless all of the document is."""
+    a BOS of its own. What is put there is not to be predicted, unless all of the document is: then it stays so."""
     own = document.ids[document.has_bos :]
     predict = document.predict
     if predict is not None:
-        first = bool(document.has_bos and predict[0])
-        predict = np.insert(predict[document.has_bos :], starts, [first, *[False] * (len(starts) - 1)])
+        put = bool(predict.all())
+        first = bool(predict[0]) if document.has_bos else put
+        predict = np.insert(predict[document.has_bos :], starts, [first, *[put] * (len(starts) - 1)])
     return TokenDocument(np.insert(own, starts, bos), predict, has_bos=True)

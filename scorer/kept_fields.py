@@ -32,7 +32,16 @@ def kind_of(value: Any) -> str:
         return "small" if abs(value) <= EXACT else "int" if -(1 << 63) <= value < 1 << 63 else "json"
     if isinstance(value, float):
         return "float" if math.isfinite(value) else "json"
-    return "string" if isinstance(value, str) else "json"
+    return "string" if isinstance(value, str) and _is_unicode(value) else "json"
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a table can hold a text; one with half of a pair of surrogates stays JSON, which spells it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def join(kinds: set[str]) -> str:

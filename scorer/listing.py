@@ -16,7 +16,7 @@ from typing import Any
 
 from scorer import formats
 from scorer.formats import EXPECTED, HEAD_BYTES, HIDDEN, fault_of_name, format_of, suffix_of, text_of_path
-from scorer.tokens.beside import MASK, kind_of, lacks_index, stands_beside
+from scorer.tokens.beside import MASK, kind_of, lacks_index, owner_of, stands_beside
 from shards.asking import asked_again
 from shards.store import open_store
 
@@ -59,6 +59,9 @@ def list_local(entry: str, text_field: str, own: set[str]) -> Listing | None:
     elif os.path.lexists(entry):
         path = absolute(entry)
         _require_readable(path)
+        if stands_beside(path, os.path.exists):  # as a shell writes out ids/*: it goes with its file
+            return listing
+        _refuse_lone_mask(path)
         if format_of(path) is None and format_of(os.path.realpath(path)) is None:
             raise ValueError(f"{text_of_path(path)}: {fault_of_name(path)}")
         fault = _json_fault(path, None)
@@ -88,6 +91,16 @@ def list_local(entry: str, text_field: str, own: set[str]) -> Listing | None:
         )
         raise ValueError(f"{text_of_path(entry)}: {what}{has}; expected some of {EXPECTED}{config}")
     return listing
+
+
+def _refuse_lone_mask(name: str) -> None:
+    """ValueError for a mask that was named, with no file of tokens beside it: its bytes are no ids."""
+    if kind_of(name) == MASK:
+        raise ValueError(
+            f"{text_of_path(name)}: is a mask of what is to be predicted, by its name, and "
+            f"{' or '.join(one.rpartition('/')[2] for one in map(text_of_path, owner_of(name)))} with the ids is not there; fetch that "
+            "and name it, or give this file another name if it has ids"
+        )
 
 
 def absolute(path: str) -> str:
@@ -205,8 +218,12 @@ def list_remote(entry: str, text_field: str, own: set[str]) -> Listing:
     else:
         found = asked_again(lambda: fs.find(path, detail=True), entry)  # the file itself, or all below a folder
         literal, folder = len(path.split("/")), list(found) != [path]
-        if not folder and format_of(path) is None:
-            raise ValueError(f"{entry}: {fault_of_name(path)}")
+        if not folder:
+            if stands_beside(path, _names_there(fs, [])):
+                return listing
+            _refuse_lone_mask(path)
+            if format_of(path) is None:
+                raise ValueError(f"{entry}: {fault_of_name(path)}")
     owned = tuple(url.partition("://")[2] + "/" for url in own if url.startswith(f"{protocol}://"))
     names = [
         name

@@ -15,6 +15,10 @@ LEAST = (
 )  # for a log-prob of -inf, as of padding: a probability of 0 adds nothing to an entropy, and 0 * inf is NaN
 
 
+MIXED_IDS = (7, 31, 101, 211)
+"""Whose log-probs decide the draws of a place, beside its own: low ones, since an engine may pad its vocabulary."""
+
+
 @dataclass(frozen=True)
 class Kept:
     """What is kept beside a token's own log-prob. sample_k: tokens to draw from the distribution. temperatures: at which the entropy is asked for; 1 is the first, if any.
@@ -101,7 +105,9 @@ def draws(logprobs_TV: Any, token_ids_T: Any, count: int) -> Any:
     probabilities_TV = logprobs_TV.exp()
     sums_TV = probabilities_TV.cumsum(-1, dtype=torch.float64)
     own_T = logprobs_TV.gather(-1, token_ids_T[:, None].long())[:, 0]
-    uniform_T1 = _uniform(token_ids_T.long(), own_T, logprobs_TV.amax(-1))[:, None]
+    # of a token that is nearly sure the log-prob has few bits left, others have more
+    others = [logprobs_TV[:, token % logprobs_TV.shape[1]] for token in MIXED_IDS]
+    uniform_T1 = _uniform(token_ids_T.long(), own_T, logprobs_TV.amax(-1), *others)[:, None]
     points_TS = (torch.arange(count, device=sums_TV.device) + uniform_T1) / count * sums_TV[:, -1:]
     return torch.searchsorted(sums_TV, points_TS, right=True).clamp_(max=sums_TV.shape[1] - 1)
 

@@ -28,7 +28,7 @@ from scorer.kept_fields import KeptFields, staged_name
 from scorer.roundtrip import DocumentSample
 from scorer.sources import Source
 from scorer.tokens.documents import Found, one_by_one
-from scorer.tokens.read import has_mask, holds_tokens
+from scorer.tokens.read import holds_tokens, may_have_mask
 from scorer.tokens.stage import fields_of, ready_blocks
 from scorer.vocabulary import pack_bits
 from shards.crash import crash_point
@@ -102,7 +102,7 @@ def stage_source(
     bos = description.get("bos_token_id")
     fields, has_tokens = fields_of(settings), holds_tokens(source, settings.get("tokens_field"))
     found, window = Found(), window_of_each(threads)
-    masked = has_mask(source) if has_tokens else may_mask(settings)
+    masked = may_have_mask(source) if has_tokens else may_mask(settings)
     chat = None if settings.get("chat") is None else ChatTemplate(settings["chat"])
     packing = settings.get("packing")
     row_settings = (settings["seq_len"], settings["rows_per_batch"], index, bos, masked)

@@ -107,9 +107,8 @@ class ScoredRows:
             clipped = np.where(present, np.clip(values, np.float32(least), np.float32(largest)), np.float32(0))
             rounded = round_nats(clipped, step)
             if self.topk_limit is not None and column == self.topk_limit[0]:
-                kept = present & (
-                    rounded <= np.float32(self.topk_limit[1])
-                )  # as it is stored, so that readers can tell
+                # the stored value against the whole threshold, in float64, as readers compare them
+                kept = present & (rounded.astype(np.float64) <= self.topk_limit[1])
             entropies[column] = list_array(pa.array(rounded, mask=~present), self.rows.lengths)
         if self.topk_ids is not None and self.topk_logprobs is not None:
             topk_ids, topk_logprobs = topk_columns(name)

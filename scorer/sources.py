@@ -122,6 +122,10 @@ def find_corpus(corpus: list[str], text_field: str = "text", own: tuple[str, ...
         else:
             listings.append((entry, listing))
     found = [location for _, listing in listings for location in listing.files]
+    if not found and not streamed:
+        raise ValueError(
+            f"{text_of_path(corpus[0])}: only says more about a file of token ids beside it; name that one, and this goes along"
+        )
     root, beside = _common_folder(found), find_beside(found)
     sources = [
         Source(

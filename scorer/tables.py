@@ -26,12 +26,12 @@ MARK = {".parquet": "parquet", ".arrow": "arrow"}
 def table_batches(
     source: Source,
     choose: Callable[[list[str]], list[str]],
-    rows_at_once: Callable[[Any], int] = lambda file: ROWS_AT_ONCE,
+    rows_at_once: Callable[[Any], list[tuple[list[int], int]]] | None = None,
     saw: Callable[[pa.Schema], Any] = lambda schema: None,
 ) -> Iterator[tuple[pa.RecordBatch, int, int]]:
     """Record batches of the columns that `choose` picks from the names of all, each with its first row and about how many
-    bytes of the file were read. rows_at_once: of the opened parquet file, how many rows to read. saw: is given the schema of
-    the file before `choose` is called.
+    bytes of the file were read. rows_at_once: of the opened parquet file, how many rows to read of which row groups, in order.
+    saw: is given the schema of the file before `choose` is called.
 
     BadFile where the file cannot be read to its end, ValueError of `choose` for what it does not find.
     """
@@ -44,7 +44,7 @@ def table_batches(
 def _parquet(
     source: Source,
     choose: Callable[[list[str]], list[str]],
-    rows_at_once: Callable[[Any], int],
+    rows_at_once: Callable[[Any], list[tuple[list[int], int]]] | None,
     saw: Callable[[pa.Schema], Any],
 ) -> Iterator[tuple[pa.RecordBatch, int, int]]:
     where = source.where
@@ -59,9 +59,11 @@ def _parquet(
         columns = choose(file.schema_arrow.names)
         row, size, num_rows = 0, source.size() or 0, max(1, file.metadata.num_rows)
         try:
-            for batch in file.iter_batches(batch_size=rows_at_once(file), columns=columns, use_threads=False):
-                yield batch.select(columns), row, size * row // num_rows
-                row += batch.num_rows
+            every = [(list(range(file.metadata.num_row_groups)), ROWS_AT_ONCE)]
+            for groups, rows in every if rows_at_once is None else rows_at_once(file):
+                for batch in file.iter_batches(rows, row_groups=groups, columns=columns, use_threads=False):
+                    yield batch.select(columns), row, size * row // num_rows
+                    row += batch.num_rows
         except StoreSilent:
             raise
         except (pa.ArrowException, OSError) as error:

@@ -194,7 +194,7 @@ class Manifest:
             ) from None
         try:
             value = json.loads(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not valid JSON ({error}); restore it or write the folder again") from None
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise ValueError(f"{path}: format is not {FORMAT!r}; this is not a remit shard folder")

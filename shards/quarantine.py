@@ -6,9 +6,10 @@ damaged/part-00003.arrow  a part, and damaged/part-00003.json its record, that v
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
-from shards.record import SUMS, encode_json, record_name
+from shards.record import REMEDY, SUMS, CommitRecord, encode_json, record_name
 from shards.store import Store
 
 QUARANTINE = "_quarantine"
@@ -45,9 +46,33 @@ def read_quarantined_rows(store: Store, part: str) -> list[dict[str, Any]]:
             raise ValueError("not the rows of this part")
     except FileNotFoundError:
         return []
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{store.where(rows_name(part))}: damaged ({error}); run remit verify --repair") from None
     return rows
+
+
+def require_listed_rows(store: Store, record: CommitRecord) -> None:
+    """ValueError unless the side file has the rows that a commit record lists.
+
+    Where the record has a checksum, that the file is there is enough.
+    """
+    where = store.where(rows_name(record.part))
+    if record.quarantined and store.size(rows_name(record.part)) is None:
+        raise ValueError(
+            f"{where}: missing, and the commit record of {record.part} lists rows that could not be scored; copy the folder "
+            f"again, with its {QUARANTINE}"
+        )
+    if not record.batches:
+        require_same_rows(store, record.part, record.quarantined)
+
+
+def require_same_rows(store: Store, part: str, quarantined: Mapping[str, list[int]]) -> None:
+    """ValueError unless the side file of a part has just these rows. quarantined: per reference, as in the commit record."""
+    listed = {(entry["reference"], entry["row"]) for entry in read_quarantined_rows(store, part)}
+    if listed != {(name, row) for name, rows in quarantined.items() for row in rows}:
+        raise ValueError(
+            f"{store.where(rows_name(part))}: its rows are not those that the commit record lists; {REMEDY}"
+        )
 
 
 def write_failure(store: Store, part: str, reason: str, attempts: int) -> None:

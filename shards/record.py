@@ -7,6 +7,7 @@ In one of format 1 it has none of these; `remit upgrade` puts the record of form
 import hashlib
 import json
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 from shards.store import Store
@@ -93,7 +94,7 @@ def read_record(store: Store, part: str, folder: str = COMMITS) -> CommitRecord 
         return None
     try:
         value = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{store.where(name)}: not valid JSON ({error}); {remedy_of(folder)}") from None
     try:
         return _parse(value, data, part)
@@ -125,6 +126,9 @@ def _parse(value: Any, data: bytes, part: str) -> CommitRecord:
         raise ValueError("other fields")
     if any(type(value[name]) is not kind for name, kind in fields.items()):
         raise TypeError("a field of another type")
+    for rows in value["quarantined"].values():
+        if type(rows) is not list or any(type(row) is not int or not 0 <= row < value["rows"] for row in rows):
+            raise ValueError("a list of rows that the part has not got")
     if fields is _FIELDS:
         if encode_json(value) != data:
             raise ValueError("other bytes")
@@ -135,4 +139,6 @@ def _parse(value: Any, data: bytes, part: str) -> CommitRecord:
     batches = tuple(map(BatchSums.parse, value.pop("batches")))
     if not batches or any(batch.end > value["size"] for batch in batches):
         raise ValueError("no record batch, or one beyond the end")
+    if any(after.metadata.offset < before.end for before, after in pairwise(batches)):
+        raise ValueError("record batches out of order, or one twice")
     return CommitRecord(**value, batches=batches)

@@ -14,7 +14,7 @@ from shards.contract import check, fail, refuse_pieces
 from shards.folder import ShardFolder
 from shards.follow import Followed, follow
 from shards.manifest import CorpusFile, PartPlan
-from shards.quarantine import failure_reason, read_quarantined_rows, rows_name
+from shards.quarantine import failure_reason, require_same_rows
 from shards.rows import Rows
 from shards.side_table import table_problems
 from shards.verify_tokenizer import VocabularyCount, tokenizer_problems
@@ -98,11 +98,7 @@ def _verify_part(
     folder: ShardFolder, plan: PartPlan, counts: list[Followed], vocabulary: VocabularyCount, report: Report
 ) -> None:
     part = folder.open_whole_rows(plan.name)
-    listed = {(entry["reference"], entry["row"]) for entry in read_quarantined_rows(folder.store, plan.name)}
-    if listed != {(name, row) for name, rows in part.quarantined.items() for row in rows}:
-        raise ValueError(
-            f"{folder.store.where(rows_name(plan.name))}: its rows are not those that the commit record lists"
-        )
+    require_same_rows(folder.store, plan.name, part.quarantined)
     tokens = 0
     for number in range(len(part)):
         rows = check(part.batch(number))

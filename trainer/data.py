@@ -9,14 +9,14 @@ import numpy as np
 
 from shards.contract import check, refuse_tokens
 from shards.folder import ShardFolder
-from shards.quarantine import QUARANTINE, rows_name
+from shards.quarantine import QUARANTINE, require_listed_rows, rows_name
 from shards.rows import PartRows, Rows
 from trainer.batch import Row
 from trainer.mixed_shards import block_rows
 from trainer.packed_rows import pack_rows
 
 OPEN_FILES = 256
-"""Local parts that stay open; each came through its hash when it was opened."""
+"""Local parts whose commit records are kept, and of those without sums that the whole part came through its hash."""
 OPEN_REMOTE = 8  # these may be in memory
 KEPT_BLOCKS = 32  # of RowReader.rows
 
@@ -24,7 +24,8 @@ KEPT_BLOCKS = 32  # of RowReader.rows
 def unscored_rows(folder: ShardFolder) -> dict[str, set[tuple[str, int]]]:
     """Part and row of all rows that a reference could not score, by the reference's name.
 
-    Only the records of parts are opened that have rows set aside (_quarantine/rows): few, where a folder has 100,000.
+    Only the records of parts are opened that have rows set aside (_quarantine/rows): few, where a folder has 100,000. A part
+    whose record lists such rows without that file stops its reader, at its first block.
     """
     names = list(folder.manifest.references)
     found: dict[str, set[tuple[str, int]]] = {name: set() for name in names}
@@ -129,7 +130,10 @@ class RowReader:
         with lock:
             if not opened:
                 name = self.folder.manifest.parts[part].name
-                opened.append(self.folder.open_rows(name, ["input_ids", *self._names.values()]))
+                record = self.folder.record(name)
+                # unscored_rows has counted by the side files which rows are left out
+                require_listed_rows(self.folder.store, record)
+                opened.append(self.folder.open_rows(name, ["input_ids", *self._names.values()], record))
             return opened[0].batch(number)
 
     def read_block(self, block: int) -> list[Row]:

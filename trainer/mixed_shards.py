@@ -15,6 +15,9 @@ from trainer.mixture import Mixture, require_folders
 
 MAY_DIFFER = ("model", "revision", "engine_version", "engine_distribution", "device", "tensor_parallel_size")
 """Of a reference, in a mixture: who computed the log-probs of its weights. A difference is noted."""
+GATE_NOTES = ("top_k_below_entropy", "top_k_quantile")
+"""Of a reference, in a mixture for an objective with a gate: where the top k is stored. The gate is of the entropies, which are
+stored everywhere, and it counts what is missing. A difference is noted."""
 KINDS = ("top_k", "sample", "entropy")  # of stored columns, as their settings begin, beside log-probs
 MANY_EPOCHS = 4
 """Beyond this many repetitions data was found to be worth little (Muennighoff et al. 2023, Scaling Data-Constrained LMs)."""
@@ -77,7 +80,7 @@ class MixedShards:
         reference: the one whose columns are read, which must be the same model in all of them, or None; columns: which, as of
         trainer.data.RowReader.
         """
-        notes = []
+        notes, columns = [], tuple(columns)
         for name, folder in zip(self.names[1:], self.folders[1:]):
             ours, theirs = (_of_rows(one.manifest) for one in (self.first, folder))
             if reference is not None:
@@ -92,6 +95,9 @@ class MixedShards:
                 both = f"{field} is {_text(mine)} in {self.names[0]}, {_text(other)} in {name}"
                 if field.startswith("references.") and key in MAY_DIFFER:
                     notes.append(f"{both}; the weights are the same")
+                    continue
+                if key in GATE_NOTES and _is_gated(columns):
+                    notes.append(f"{both}; the gate counts the tokens whose top k it misses")
                     continue
                 raise ValueError(f"{self.names[0]} and {name} cannot be mixed: {both}; {_remedy(field)}")
         return notes
@@ -161,6 +167,13 @@ def _is_read(field: str, columns: Iterable[str]) -> bool:
     kind = next((kind for kind in KINDS if field.startswith(kind)), None)
     read = any(column.startswith(kind.replace("_", "")) for column in columns) if kind else True
     return read and field != "tokenizer_differences"
+
+
+def _is_gated(columns: Iterable[str]) -> bool:
+    """Whether an objective that reads these columns has a gate: only one takes the top k where the entropy says so."""
+    return any(column.startswith("topk") for column in columns) and any(
+        column.startswith("entropy") for column in columns
+    )
 
 
 def _text(value: Any) -> str:

@@ -162,8 +162,7 @@ def train_step(
 ) -> StepNumbers:
     """Forward, backward and update of one global batch. All ranks take part; the device is not waited for.
 
-    predicted, step_tokens: tokens to predict and tokens of the global batch, over all ranks. Eq. 6 divides by the former, so
-    micro-batches and ranks just add up.
+    predicted, step_tokens: tokens to predict and tokens of the global batch, over all ranks.
     """
     config, world = run.config, session.world
     began = perf_counter()
@@ -171,6 +170,7 @@ def train_step(
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate
     statistics = StepStatistics(world.device, run.sources.group, run.objective.figures, run.objective.per)
+    # Eq. 6 divides by the predicted tokens of the whole global batch, so micro-batches and ranks just add up
     balancing = run.balance and Balancing(run.balance, config.router_aux_loss or 0.0, step_tokens)
     micro_batches = batch.micro_batches(config.micro_batch_size, world.size)
     micro_batches, objective = first_pass(run.model, run.objective, micro_batches, run.collate, world)

@@ -150,18 +150,21 @@ def write_start(folder: Path, recipe: Recipe, seed: int) -> None:
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
 
 
+def run(config: DataConfig) -> int:
+    return build(config.out, RECIPES[config.size], config.seed, config.debug)
+
+
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def build(config: DataConfig) -> int:
-    """Write everything into `config.out`; returns 0, the exit code."""
+def build(out: Path, recipe: Recipe, seed: int, debug: bool) -> int:
+    """Write everything into `out`; returns 0, the exit code. debug: show what the workers print."""
     from scorer.cluster import ray_cluster
     from scorer.config import PackConfig
     from scorer.pack import pack
 
-    out, recipe, seed = config.out, RECIPES[config.size], config.seed
     sample: list[str] = []
     for name, documents in corpora(recipe, seed).items():
         texts = list(documents)
@@ -178,12 +181,12 @@ def build(config: DataConfig) -> int:
     # the loss is measured within each run, on fewer problems than a finished model is
     some = first_of_each(heldout["problems"], recipe.curve_problems)
     write_lines(out / "corpus" / "heldout.jsonl", some)
-    with ray_cluster(config.debug):  # one Ray session for all packing
+    with ray_cluster(debug):  # one Ray session for all packing
         for name, path in (sources | {"heldout": out / "corpus" / "heldout.jsonl"}).items():
             packed = out / "packed" / name
-            pack(PackConfig([str(path)], str(out / "start"), str(packed), recipe.seq_len, debug=config.debug))
+            pack(PackConfig([str(path)], str(out / "start"), str(packed), recipe.seq_len, debug=debug))
     return 0
 
 
 if __name__ == "__main__":
-    run_command("lab.data", DataConfig, lambda config, stop: build(config), __doc__)
+    run_command("lab.data", DataConfig, lambda config, stop: run(config), __doc__)

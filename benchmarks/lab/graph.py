@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.lab.recipe import RECIPES, Size
+from benchmarks.lab.recipe import RECIPES, Recipe, Size
 from pipelines.flywheel.stages import At, Stage, Word
 
 NTP, REMIT = "ntp", "remit"
@@ -49,8 +49,10 @@ ARMS: dict[str, Arm] = {
 class Seed:
     """The stages of one seed, in an order in which each stands after what it reads."""
 
-    def __init__(self, size: Size, seed: int) -> None:
-        self.size, self.seed, self.recipe = size, seed, RECIPES[size]
+    recipe: Recipe
+
+    def __init__(self, size: Size, seed: int, recipe: Recipe | None = None) -> None:
+        self.size, self.seed, self.recipe = size, seed, RECIPES[size] if recipe is None else recipe
         self.stages: list[Stage] = []
         self.models: dict[tuple[str, str], Stage] = {}
         """Models that are measured, by arm and by what was done last (pretrained, mid, sft, dpo, rl)."""

@@ -79,13 +79,15 @@ def to_markdown(results: Results, findings: Sequence[Finding], summary: str = ""
     """The report without its plots. summary: Markdown that replaces the title and the lead."""
     parts = [summary.strip(), MARK] if summary else [f"# {TITLE}", *lead(results, findings)]
     for table in make_tables(results, findings):
-        parts += [f"## {table.title}", table.note, _markdown_table(table)]
+        parts += [f"## {table.title}", table.note, markdown_table(table)]
     for title, lines in lists(results):
         parts += [f"## {title}", "\n".join(f"- {line}" for line in lines)]
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown_table(table: Table) -> str:
+def markdown_table(table: Table) -> str:
+    """A table as GitHub renders it."""
+
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|").replace("*", "\\*") for cell in cells) + " |"
 

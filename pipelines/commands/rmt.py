@@ -65,7 +65,7 @@ def held_out_summary(config: RmtConfig) -> list[str]:
     """The first, the middle and the last evaluation of a finished run, a line each."""
     lines = list(read_lines(config.out / EVALUATION, lambda damaged: None))
     found = []
-    for line in lines:
+    for line in [lines[number] for number in sorted({0, len(lines) // 2, len(lines) - 1})] if lines else []:
         tiers = ", ".join(
             f"{name} {entry['accuracy']:.1%} / {entry['accuracy_with_thought']:.1%}"
             for name, entry in line.get("tiers", {}).items()

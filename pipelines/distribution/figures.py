@@ -2,7 +2,8 @@
 
 In: a folder with the log-probs of two or more models in one context. Out: figures of each column, of differences between
 columns and of the KL divergence from the reference, as one JSON object; tables.py prints it, page.py draws it. Parts are
-verified as they are read, and one record batch is in memory at a time. N = tokens with log-probs of all columns. Nats.
+verified as they are read, and one record batch is in memory at a time. N = tokens that training predicts and that have
+log-probs of all columns. Nats.
 """
 
 import math
@@ -44,7 +45,7 @@ def distribution_of_folder(
     least = {name: _least(manifest.references[name], manifest.references[config.reference]) for name in compared}
     rows_read = rows_used = tokens = 0
     for rows in read(folder, config, columns):
-        predicted_T = np.logical_and.reduce([rows.predicted(name) for name in names])
+        predicted_T = np.logical_and.reduce([rows.trained(context), *(rows.predicted(name) for name in names)])
         values = {name: rows.logprobs(name)[predicted_T] for name in names}
         for name, values_N in values.items():
             logprobs[name].add(values_N)
@@ -57,7 +58,7 @@ def distribution_of_folder(
         progress(rows_read, tokens)
     if not logprobs[names[0]].count:
         raise ValueError(
-            f"{folder.path}: none of the {rows_read:,} rows that were read has a token with log-probs of {', '.join(names)}; "
+            f"{folder.path}: none of the {rows_read:,} rows that were read has a token to predict with log-probs of {', '.join(names)}; "
             "raise --rows, or name fewer --columns"
         )
     return {

@@ -27,13 +27,13 @@ DECIDED = {
 }
 FILES = {"data", "eval_shards", "task_dir"}  # name something that is read
 FAST = {  # change how fast or safely a stage runs, or what it logs, and not its result
-    "activation_checkpointing", "checkpoint_every", "compile", "deterministic", "grace_seconds", "gradient_checkpointing",
-    "keep_checkpoints", "max_num_batched_tokens", "micro_batch_size", "num_engines", "num_workers",
+    "activation_checkpointing", "checkpoint_every", "compile", "deterministic", "engine_memory", "grace_seconds",
+    "gradient_checkpointing", "keep_checkpoints", "max_num_batched_tokens", "micro_batch_size", "num_engines", "num_workers",
     "progress_timeout_seconds", "ray_workers", "sharding", "timeout_seconds", "wandb_project",
 }  # fmt: skip
-RESERVED = ("score", "train", "evaluate-midtrained", "evaluate-posttrained")
+RESERVED = ("score", "train", "rmt", "score-heldout", "evaluate-midtrained", "evaluate-posttrained")
 KINDS = ("sft", "dpo", "rl", "command")
-SECTIONS = ("pack", "score", "train", "evaluate", "sft", "dpo", "rl")
+SECTIONS = ("pack", "score", "train", "rmt", "evaluate", "sft", "dpo", "rl")
 EXAMPLES = {"sft": ("prompt", "completion"), "dpo": ("prompt", "chosen", "rejected"), "rl": ("prompt",)}
 NOWHERE = "/dev/null/none"  # stands for a path that the loop decides
 
@@ -43,11 +43,14 @@ def command_of(section: str) -> str:
     return {"evaluate": "eval"}.get(section, section)
 
 
-def fast_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that may change without a repetition."""
-    scoped = "scope" in OPTIONS.get(options.get("objective", ""), ())
-    decides = scoped and options.get("scope") == "micro"  # which tokens are ranked together
-    return {name: options[name] for name in options if name in FAST and not (decides and name == "micro_batch_size")}
+def fast_options(section: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a section that may change without a repetition."""
+    decides = set()
+    if "scope" in OPTIONS.get(options.get("objective", ""), ()) and options.get("scope") == "micro":
+        decides.add("micro_batch_size")  # which tokens are ranked together
+    if section == "rmt":
+        decides.add("num_engines")  # which prompts are sampled together, and so what is sampled
+    return {name: options[name] for name in options if name in FAST - decides}
 
 
 def without_objective(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,6 +129,8 @@ class FlywheelConfig(Mapped):
     """Options of remit score."""
     train: Options = {}
     """Options of remit train; round 0 takes those that are not of an objective."""
+    rmt: Options | None = None
+    """Options of remit rmt: the rounds from 1 on are then mid-trained by it and not by remit train, {} with its defaults."""
     launch: Annotated[dict[str, Words], BeforeValidator(partial(known_keys, SECTIONS))] = {}
     """Words that start a Python module in place of `python -m`, by section: {train: [torchrun, ..., -m]}."""
     evaluate: Options | None = None
@@ -136,7 +141,7 @@ def read_config(path: Path, out: Path | None = None) -> FlywheelConfig:
     """The loop that a YAML file describes. out: takes the place of the file's. BadUsage for anything wrong in it."""
     try:
         config: FlywheelConfig = check("", FlywheelConfig, read_yaml(path) | ({} if out is None else {"out": str(out)}))
-        for section in ("pack", "score", "train", "evaluate"):
+        for section in ("pack", "score", "train", "rmt", "evaluate"):
             if (options := getattr(config, section)) is not None:
                 setattr(config, section, read_options(section, section, options, seq_len=config.seq_len))
         for number, stage in enumerate(config.posttrain, 1):
@@ -222,6 +227,8 @@ def check_together(config: FlywheelConfig) -> None:
         )
     if "eval_shards" in train and config.heldout:
         raise ValueError("heldout and train.eval_shards are both given, expected one of them")
+    if config.rmt is not None:
+        check_rmt(config, config.rmt)
     if score.get("engine") == "fake":
         raise ValueError(
             "score.engine is 'fake', expected vllm; the fake engine's numbers are a hash, which training refuses"
@@ -242,3 +249,28 @@ def check_together(config: FlywheelConfig) -> None:
     scored, trained = score.get("context", "packed"), train.get("context", "auto")
     if trained not in ("auto", scored) and config.rounds:
         raise ValueError(f"train.context is {trained!r}, expected {scored}, as score.context is, or auto")
+
+
+def check_rmt(config: FlywheelConfig, rmt: Options) -> None:
+    """ValueError where the options of remit rmt do not fit those of the other sections."""
+    if config.rounds == 0:
+        raise ValueError("rounds is 0, expected at least 1 with rmt, which mid-trains from round 1 on")
+    if "objective" in config.train:
+        raise ValueError(
+            f"train.objective is {config.train['objective']!r} beside rmt, expected none: rmt takes the place of train in the "
+            "rounds from 1 on, and round 0 trains with ntp"
+        )
+    if config.reference is not None and config.train:
+        raise ValueError(
+            f"train is given ({', '.join(config.train)}) with rmt and a reference, expected none: no round is left that it trains"
+        )
+    if rmt.get("reward") == "gain":
+        raise ValueError(
+            "rmt.reward is 'gain', expected match or prefix: the loop stores no log-probs of the base for it to compare with"
+        )
+    if config.score.get("entropy") is False:
+        raise ValueError(
+            "score.entropy is False, expected nothing or true with rmt, whose curriculum reads the entropy"
+        )
+    if "eval_shards" in rmt and config.heldout:
+        raise ValueError("heldout and rmt.eval_shards are both given, expected one of them")

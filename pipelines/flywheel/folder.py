@@ -148,7 +148,7 @@ def versions() -> dict[str, str]:
 @cache
 def code_fingerprint() -> str:
     """sha256 over the Python sources of this project, by their paths; read once per process."""
-    packages = ("shards", "scorer", "trainer", "pipelines", "benchmarks/lab")
+    packages = ("shards", "scorer", "trainer", "pipelines", "benchmarks/lab", "benchmarks/rmt_lab")
     files = [file for package in packages for file in (ROOT / package).rglob("*.py")]
     return digest_of({str(file.relative_to(ROOT)): sha256_file(file) for file in files})
 

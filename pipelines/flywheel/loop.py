@@ -1,7 +1,7 @@
 """The loop as an ordered list of stages: pack; for each round score, train, post-train; evaluate.
 
 Round 0 trains the base with next-token prediction. Round k scores the packed corpus with the post-trained model of the
-round before, and trains the original base, not that of the round before, with ReMiT.
+round before, and trains the original base, not that of the round before, with ReMiT, or by remit rmt where the file says so.
 """
 
 import os
@@ -56,7 +56,10 @@ class Loop:
         heldout = self.pack("pack-heldout", "heldout", config.heldout) if config.heldout else None
         for number in range(0 if scorer is None else 1, config.rounds + 1):
             shards = packed if scorer is None else self.score(number, packed, scorer)
-            midtrained = model = self.train(number, shards, heldout)
+            if config.rmt is None or scorer is None:
+                midtrained = model = self.train(number, shards, heldout)
+            else:
+                midtrained = model = self.rmt(number, shards, heldout, scorer)
             for entry in config.posttrain:
                 model = self.post_train(number, entry, model)
             if config.evaluate is not None:
@@ -91,7 +94,7 @@ class Loop:
         more: tuple[Word, ...] = (), **settings: Any,
     ) -> Stage:  # fmt: skip
         """A stage that one of this project's own commands runs; more: words that are not in its key."""
-        fast = fast_options(options)
+        fast = fast_options(section, options)
         for key in FILES & set(options):
             inputs[key] = given(options[key]) if key not in inputs else inputs[key]
             command += (f"--{key.replace('_', '-')}", At(key))
@@ -112,9 +115,10 @@ class Loop:
         more = ("--corpus", *corpus, "--tokenizer", str(self.tokenizer), "--seq-len", str(self.config.seq_len))
         return self.add("pack", name, ("--out", At("out")), inputs, self.config.pack, more, settings=settings)
 
-    def score(self, number: int, packed: Stage, model: Stage | Given) -> Stage:
+    def score(self, number: int, packed: Stage, model: Stage | Given, name: str = "score") -> Stage:
         line = ("--shards", At("shards"), "--model", At("model"), "--out", At("out"), "--name", REFERENCE)
-        return self.add("score", f"round-{number}/score", line, {"shards": packed, "model": model}, self.config.score)
+        options = self.config.score if self.config.rmt is None else {**self.config.score, "entropy": True}
+        return self.add("score", f"round-{number}/{name}", line, {"shards": packed, "model": model}, options)
 
     def train(self, number: int, shards: Stage, heldout: Stage | None) -> Stage:
         inputs: dict[str, Stage | Given] = {"shards": shards, "model": given(self.base)}
@@ -131,6 +135,17 @@ class Loop:
             inputs["eval_shards"] = heldout
             line += ("--eval-shards", At("eval_shards"))
         return self.add("train", f"round-{number}/train", line, inputs, options, result="model", seed=self.config.seed)
+
+    def rmt(self, number: int, shards: Stage, heldout: Stage | None, scorer: Stage | Given) -> Stage:
+        """Reinforcement mid-training in place of `train`; its evaluation reads the entropy of the held-out rows too."""
+        inputs: dict[str, Stage | Given] = {"shards": shards, "model": given(self.base)}
+        line: tuple[Word, ...] = ("--shards", At("shards"), "--model", At("model"), "--out", At("out"))
+        line += ("--reference", REFERENCE, "--seed", str(self.config.seed))
+        if heldout is not None:
+            inputs["eval_shards"] = self.score(number, heldout, scorer, "score-heldout")
+            line += ("--eval-shards", At("eval_shards"))
+        options = self.config.rmt or {}
+        return self.add("rmt", f"round-{number}/rmt", line, inputs, options, result="model", seed=self.config.seed)
 
     def post_train(self, number: int, entry: PostTrain, model: Stage) -> Stage:
         name = f"round-{number}/{entry.name}"
@@ -189,6 +204,8 @@ def make_loop(config: FlywheelConfig) -> Loop:
 def require_packages(config: FlywheelConfig) -> None:
     """ValueError where a stage would find out after days that something is not installed here."""
     needed = {entry.kind: ("trl", "flywheel") for entry in config.posttrain if not entry.command}
+    if config.rmt is not None:
+        needed["rmt"] = ("trl", "flywheel")
     if config.evaluate is not None:
         needed["evaluate"] = ("lm_eval", "eval")
     for section, (package, extra) in needed.items():
@@ -206,7 +223,7 @@ def words(options: Mapping[str, Any]) -> tuple[str, ...]:
         if isinstance(value, bool):
             line.append(option if value else f"--no-{option[2:]}")
         elif value is not None:
-            line += [option, *map(str, value if isinstance(value, list) else [value])]
+            line += [option, *map(str, value if isinstance(value, list | tuple) else [value])]
     return tuple(line)
 
 

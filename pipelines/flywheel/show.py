@@ -63,7 +63,9 @@ def show_plan(looks: list[Look], path: Path, console: Console) -> None:
 def show_models(loop: Loop, outcome: Outcome, console: Console) -> None:
     """The models of each round; where they were evaluated, their results."""
     for number, (midtrained, posttrained) in loop.rounds.items():
-        objective = midtrained.command[midtrained.command.index("--objective") + 1]
+        objective = midtrained.command[1]  # the command's name, where it has no objective
+        if "--objective" in midtrained.command:
+            objective = midtrained.command[midtrained.command.index("--objective") + 1]
         lines = [f"round {number}", f"  mid-trained ({objective}): {outcome.result(midtrained.name)}"]
         if posttrained is not midtrained:
             lines.append(f"  post-trained: {outcome.result(posttrained.name)}")

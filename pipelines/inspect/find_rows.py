@@ -66,8 +66,8 @@ def find_rows(folder: ShardFolder, config: InspectConfig, progress: Progress = l
         done = int(batch.numbers[-1]) + 1
         rows += found
         progress(done, manifest.rows)
-        if rows and not found and config.doc is not None:
-            break  # rows of a document follow one another
+        if rows and not found and config.doc is not None and not manifest.packing:
+            break  # rows of a document follow one another, but under best-fit packing the rest of a long one comes later
         if len(rows) >= config.limit:
             is_cut = len(rows) > config.limit or done < manifest.rows
             break

@@ -11,6 +11,7 @@ from pipelines.plan.hardware import GPUS, UNKNOWN_GPU, Machine, compute_dtype
 from pipelines.plan.layout import Job, default_sharding, engine_size, memory, propose
 from pipelines.plan.mixture import mixture_job
 from pipelines.plan.model_shape import ModelShape
+from pipelines.plan.rmt import rmt_assumptions, rmt_figures, rmt_warnings
 from pipelines.plan.settings import PlanConfig
 from pipelines.terminal import counted
 from trainer.mixed_shards import MixedShards
@@ -57,6 +58,7 @@ def assume(config: PlanConfig) -> list[dict[str, Any]]:
         ("top_k_share", 1.0 if config.top_k else None, "of the tokens have top k", "--top-k-below-entropy"),
         ("sample_bytes", SAMPLE_BYTES if config.sample_k else None, "B per drawn token", "make bench-topk"),
         ("entropy_bytes", 1.4 if config.entropy else None, "B per token and column", "the sample project: 0.8 to 1.4"),
+        *rmt_assumptions(config),
     ):  # fmt: skip
         option = f"--{name.replace('_', '-')}" if hasattr(config, name) else None
         given = getattr(config, name, None)
@@ -106,6 +108,10 @@ def plan_costs(
     trained = job.tokens * job.epochs
     gpu_hours = machine.num_gpus / 3600
     engine = engine_size(reference, machine)
+    rmt: dict[str, Any] = {}
+    if config.rmt_steps is not None:
+        ntp_epoch = (found.ntp - rates.train_start_seconds) / job.epochs
+        rmt = {"rmt": rmt_figures(config, value, base, machine, rates, ntp_epoch)}
     return {
         "models": {"base": _model(base), "reference": _model(reference)},
         "job": asdict(job),
@@ -162,7 +168,9 @@ def plan_costs(
             *_does_not_fit(machine, needed, engine, reference),
             *_too_long(job.seq_len, base, reference),
             *_waits(config, machine, job, step),
+            *(rmt_warnings(config, base, machine, value) if rmt else []),
         ],
+        **rmt,
     }
 
 

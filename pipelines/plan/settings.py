@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -83,6 +83,32 @@ class PlanConfig:
     """Memory of one GPU, in 10^9 bytes; default: by --gpu."""
     logprob_bytes: float | None = None
     """Bytes on disk per log-prob; default 1.4, which --logprob-step 0 of remit score makes 3.8."""
+
+    rmt_steps: int | None = None
+    """Also estimate remit rmt, reinforcement mid-training of the base, with so many steps (its --max-steps)."""
+    rmt_positions: int | None = None
+    """Its --positions-per-step; default 128."""
+    rmt_generations: int | None = None
+    """Its --num-generations; default 8."""
+    rmt_first_budget: int | None = None
+    """Its --first-budget; default 800."""
+    rmt_least_budget: int | None = None
+    """Its --least-budget; default 1."""
+    rmt_budget_decay: float | None = None
+    """Its --budget-decay; default 0.2."""
+    rmt_prompt: float | None = None
+    """Mean tokens of a prompt; default: half of --seq-len, or of 4,096 where rows are longer."""
+    rmt_answer: float | None = None
+    """Mean tokens after a thought, the closing tag among them; default 4."""
+    prefill_rate: float | None = None
+    """Measured tokens/s per GPU of an engine that reads prompts, in place of --mfu-prefill."""
+    decode_rate: float | None = None
+    """Measured tokens/s per GPU of an engine that samples, all sequences together (rollout_tokens / rollout_seconds of the
+    metrics of remit rmt, / GPUs), in place of --mfu-decode."""
+    mfu_prefill: float | None = None
+    """Share of the peak that reading prompts reaches; default 0.4."""
+    mfu_decode: float | None = None
+    """Share of the peak that sampling reaches; default 0.05."""
     debug: bool = field(default=False, repr=False)
     """Show tracebacks."""
 
@@ -101,7 +127,8 @@ class PlanConfig:
         require(self, lambda share: share <= 1, "a share of at most 1, for instance 0.4", "mfu_train", "mfu_score")
         require_not_negative(self, "top_k")
         require_entropy(self)
-        for what in ("train", "score"):
+        self._check_rmt()
+        for what in ("train", "score", "prefill", "decode"):
             if None not in (getattr(self, f"{what}_rate"), getattr(self, f"mfu_{what}")):
                 raise ValueError(f"--{what}-rate and --mfu-{what} are both given; leave one of them out")
         if self.gpu.lower() in GPUS:
@@ -113,6 +140,22 @@ class PlanConfig:
             )
         if self.json is not None:
             check_output_file("--json", self.json)
+
+    def _check_rmt(self) -> None:
+        names = [entry.name for entry in fields(self) if entry.name.startswith("rmt_") and entry.name != "rmt_steps"]
+        names += ["prefill_rate", "decode_rate", "mfu_prefill", "mfu_decode"]
+        alone = [name for name in names if getattr(self, name) is not None]
+        if self.rmt_steps is None and alone:
+            option = f"--{alone[0].replace('_', '-')}"
+            raise ValueError(
+                f"{option} is given without --rmt-steps; give --rmt-steps to estimate remit rmt, or leave {option} out"
+            )
+        require_at_least(self, 1, "rmt_steps", "rmt_positions", "rmt_first_budget", "rmt_least_budget")
+        require(self, lambda number: number >= 2, "at least 2, to compare them", "rmt_generations")
+        require(self, lambda share: 0 < share <= 1, "a factor above 0, up to 1", "rmt_budget_decay")
+        require_positive(self, "rmt_prompt", "prefill_rate", "decode_rate", "mfu_prefill", "mfu_decode")
+        require_not_negative(self, "rmt_answer")
+        require(self, lambda share: share <= 1, "a share of at most 1, for instance 0.1", "mfu_prefill", "mfu_decode")
 
     @property
     def is_mixed(self) -> bool:

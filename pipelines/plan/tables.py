@@ -62,6 +62,8 @@ def show(figures: dict[str, Any], console: Console) -> None:
         for total in even["totals"]
     ]
     print_table(console, ["runs", "scored once", "reference online"], lines, "GPU-hours in all")
+    if "rmt" in figures:
+        _show_rmt(figures["rmt"], console)
     usable = _bytes(proposal["usable_bytes"])
     for title, key in (("Disk", "disk_bytes"), (f"Training memory per GPU, of {usable} usable", "memory_bytes")):
         print_table(console, ["", "bytes"], [[name, _bytes(value)] for name, value in figures[key].items()], title)
@@ -80,6 +82,16 @@ def show(figures: dict[str, Any], console: Console) -> None:
     print_table(console, ["option", "value", "from"], lines, "Assumptions; an option replaces its value", left=3)
     for warning in figures["warnings"]:
         say(f"warning: {warning}", "yellow")
+
+
+def _show_rmt(rmt: dict[str, Any], console: Console) -> None:
+    lines = [[name, _time(cost["wall_seconds"]), _hours(cost["gpu_hours"])] for name, cost in rmt["costs"].items()]
+    title = f"Reinforcement mid-training (remit rmt), {counted(rmt['steps'], 'step')}"
+    print_table(console, ["", "wall time", "GPU-hours"], lines, title)
+    lines = [[name, f"{tokens:,.0f}"] for name, tokens in rmt["tokens"].items()]
+    print_table(console, ["", "tokens"], lines, "Tokens of remit rmt")
+    told = f"remit rmt takes as long as {rmt['ntp_epochs']:.3g} epochs of NTP over the corpus."
+    console.print(Text(told), soft_wrap=True)
 
 
 def _plain(value: float) -> str:

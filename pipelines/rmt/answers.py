@@ -5,7 +5,7 @@ In: token ids and the bytes of each token. Out: tokens of thought, the answer's 
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -66,6 +66,15 @@ def prefix_reward(answer: bytes | None, continuation: Sequence[bytes]) -> float:
     return float(answer is not None and answer != b"" and answer in set(accumulate(continuation)))
 
 
+def can_be_boxed(token_bytes: Sequence[bytes], never: Collection[int]) -> np.ndarray:
+    """Where a box with the token of this id alone would earn RPT's reward, bool [ids]: braces have to be balanced in it.
+
+    never: ids that cannot be written in a box, such as that of the end token.
+    """
+    earns = [prefix_reward(boxed(BOX + one + b"}"), [one]) == 1 for one in token_bytes]
+    return np.array([earned and index not in never for index, earned in enumerate(earns)])
+
+
 def information_gain(logprob: float, baseline: float) -> float:
     """RLP's, in nats: log p(x_t | x_<t, thought) of the model less the frozen base's stored log p(x_t | x_<t)."""
     return logprob - baseline
@@ -89,7 +98,7 @@ def token_bytes(tokenizer: Any, num_embeddings: int) -> list[bytes]:
     added = {entry["id"]: entry["content"] for entry in described.get("added_tokens", [])}
     found = [b""] * max(len(tokenizer), num_embeddings)
     for token, index in tokenizer.get_vocab().items():
-        if index in added:
+        if byte_level and index in added:
             found[index] = added[index].encode()
         elif byte_level:
             found[index] = (

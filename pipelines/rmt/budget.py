@@ -8,7 +8,8 @@ def budget_at(step: int, num_steps: int, first: int, least: int, decay: float) -
 
     first: B_0; least: B_min; decay: g, so that about g * B_0 tokens are left at the end.
     """
-    return max(least, math.floor(first * decay ** (step / num_steps)))
+    # a hair more, since a whole number may come out a rounding below itself: 100 * 0.29 is 28.999..
+    return max(least, math.floor(first * decay ** (step / num_steps) * (1 + 1e-12)))
 
 
 def length_reward(thought_tokens: int, budget: int, most: float) -> float:

@@ -13,28 +13,42 @@ from pipelines.rmt.positions import Position, PositionReader
 from pipelines.rmt.prompts import Prompter
 from pipelines.rmt.rollouts import Rollout, Shape, outcome, sample_rollouts
 from pipelines.rmt.settings import TIERS, RmtConfig
-from pipelines.rmt.tier_index import count_tiers, entropy_column
+from pipelines.rmt.tier_index import NO_LIMITS, Limits, count_tiers, entropy_column
 from shards.folder import ShardFolder
 from trainer.checks import check_fits
 from trainer.model import Base
 from trainer.tokenizer import check_tokenizer
 
 
-def held_out_positions(config: RmtConfig, base: Base) -> list[Position]:
+def held_out_positions(config: RmtConfig, base: Base, limits: Limits = NO_LIMITS) -> list[Position]:
     """--eval-positions of each of the three tiers of --eval-shards, or as many as there are; the same in every run."""
     assert config.eval_shards is not None
     shards = ShardFolder(config.eval_shards)
     shards.require_complete()
     check_fits(base, Path(config.model), shards)
     check_tokenizer(Path(config.model), shards)
-    entropy_column(shards, config.reference)
-    context = shards.require_reference(config.reference)["context"]
-    index = count_tiers(shards, config.reference, config.thresholds)
-    reader = PositionReader(shards, index, config.reference, config.thresholds, context, base.num_embeddings)
+    return draw_held_out(
+        shards, config.reference, config.thresholds, config.eval_positions, base.num_embeddings, limits
+    )
+
+
+def draw_held_out(
+    shards: ShardFolder,
+    reference: str,
+    thresholds: Sequence[float],
+    count: int,
+    num_embeddings: int,
+    limits: Limits = NO_LIMITS,
+) -> list[Position]:
+    """`count` positions of each tier from easy up, or as many as there are. num_embeddings: token ids are below it."""
+    entropy_column(shards, reference)
+    context = shards.require_reference(reference)["context"]
+    index = count_tiers(shards, reference, thresholds, limits=limits)
+    reader = PositionReader(shards, index, reference, thresholds, context, num_embeddings, limits=limits)
     found: list[Draw] = []
     for tier in range(1, len(TIERS)):
         only = [float(other == tier) for other in range(len(TIERS))]
-        size = min(config.eval_positions, index.counts[tier])
+        size = min(count, index.counts[tier])
         drawn = draw(0, 0, np.array(only), index.counts, size, HELD_OUT) if size else []
         found += sorted(drawn, key=lambda each: each.ordinal)
     return [reader.position(each) for each in found]

@@ -14,6 +14,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+from pipelines.rmt.model import count_positions_from_the_mask
 from pipelines.rmt.rollouts import Rollout
 from pipelines.rmt.settings import RmtConfig
 
@@ -92,6 +93,8 @@ class Grpo:
             processing_class=tokenizer,
             rollout_func=self._roll_out,
         )
+        if self._trainer.ref_model is not None:  # TRL's own copy of the base, for the KL
+            count_positions_from_the_mask(self._trainer.ref_model)
         torch.set_rng_state(random)
         scratch.cleanup()
         # The rollouts come from vLLM, so TRL is to weigh them by what the model says of them now: that covers both the
@@ -103,6 +106,7 @@ class Grpo:
         self._trainer.current_gradient_accumulation_steps = self._micro_batches
         self.called, self._trainer.model_wrapped = called, called
         self._rollouts: Sequence[Rollout] = ()
+        self._tokens: list[float] = []  # of all processes, for each micro-batch whose loss was asked for
 
     def _roll_out(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
         return {
@@ -125,30 +129,34 @@ class Grpo:
     def loss(self, batch: Batch) -> Tensor:
         """TRL's loss of a micro-batch; those of a step add up, and processes are averaged over."""
         value: Tensor = self._trainer.compute_loss(self.called, batch)
+        counted: Any = self._trainer.accelerator.reduce(batch["completion_mask"].sum().float(), reduction="sum")
+        self._tokens.append(counted.item())
         return value
 
     def metrics(self) -> dict[str, float]:
-        """Means over the step of what TRL has noted, by our names; emptied."""
-        noted = self._trainer._metrics["train"]
+        """Means over the step of what TRL has noted, by our names; emptied. What TRL notes of a micro-batch is a mean over
+        its tokens, and weighs as many."""
+        noted, tokens = self._trainer._metrics["train"], self._tokens
+        self._tokens = []
         found = {}
-        for theirs, ours in NAMES.items():
-            values = [value for value in noted.get(theirs, ()) if math.isfinite(value)]
-            if values:
-                found[ours] = sum(values) / len(values)
+        for theirs, ours in (OF_STEP | OF_MICRO_BATCH).items():
+            values = noted.get(theirs, [])
+            weights = tokens if theirs in OF_MICRO_BATCH else [1.0] * len(values)
+            pairs = [(value, weight) for value, weight in zip(values, weights, strict=False) if math.isfinite(value)]
+            if total := sum(weight for _, weight in pairs):
+                found[ours] = sum(value * weight for value, weight in pairs) / total
         noted.clear()
         return found
 
 
-NAMES = {
+OF_STEP = {
     "reward": "reward",
     "reward_std": "reward_std",
     "frac_reward_zero_std": "groups_without_advantage",
-    "entropy": "policy_entropy",
-    "kl": "kl",
-    "clip_ratio/region_mean": "ratio_clipped",
     "sampling/sampling_logp_difference/mean": "engine_difference",
 }
-"""TRL's metrics, and what ours call them."""
+OF_MICRO_BATCH = {"entropy": "policy_entropy", "kl": "kl", "clip_ratio/region_mean": "ratio_clipped"}
+"""TRL's metrics, noted once per step or once per micro-batch, and what ours call them."""
 
 
 class _NothingToSync:

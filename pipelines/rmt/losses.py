@@ -19,6 +19,7 @@ from pipelines.rmt.grpo import Scored
 from pipelines.rmt.model import target_logprobs
 from pipelines.rmt.policy import Policy
 from pipelines.rmt.positions import Position
+from pipelines.rmt.prompts import Prompter
 from pipelines.rmt.rollouts import Rollout, Shape, outcome, sample_rollouts
 from pipelines.rmt.setup import Run, distribution, tier_names
 from pipelines.rmt.warmup import format_budgets, format_rows
@@ -72,9 +73,8 @@ def score(
     config = run.config
     if config.reward == "gain":
         own = list(zip(positions, groups, strict=True))[world.rank :: world.size]
-        # closed or not: the true token is scored where the thought ends
         sequences = [
-            [*rollout.prompt_ids, *rollout.completion_ids, *closing(run, rollout), position.target]
+            [*rollout.prompt_ids, *closed(rollout, run.prompter), position.target]
             for position, group in own
             for rollout in group
         ]
@@ -99,9 +99,14 @@ def score(
     ]
 
 
-def closing(run: Run, rollout: Rollout) -> list[int]:
-    """The closing tag, where a thought that was cut off lacks it."""
-    return [] if rollout.completion.closed else run.prompter.close_ids
+def closed(rollout: Rollout, prompter: Prompter) -> list[int]:
+    """The completion, with a closing tag where the thought was cut off or ended by an end token, which is left out."""
+    ids = list(rollout.completion_ids)
+    if rollout.completion.closed:
+        return ids
+    while ids and ids[-1] in prompter.end_ids:
+        ids.pop()
+    return [*ids, *prompter.close_ids]
 
 
 def length_part(rollout: Rollout, budget: int | None, most: float) -> float:

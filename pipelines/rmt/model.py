@@ -1,5 +1,6 @@
 """The model of a step: TRL's forward and the trainer's loss head over the same weights, as one module."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -16,9 +17,25 @@ class RmtModel(LossModel):
     def __init__(self, base: Base) -> None:
         super().__init__(base)
         self.config, self.base = base.model.config, base
+        count_positions_from_the_mask(base.model)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         return super().forward(*inputs, **named) if inputs else self.model(**named)
+
+
+def count_positions_from_the_mask(model: Any) -> None:
+    """Let a transformers model number its tokens from the first that the attention mask shows. TRL pads prompts on the left
+    and gives no positions, and a model that has learned them (GPT-2) would count the padding."""
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return
+
+    def number(_: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        mask_BT = named.get("attention_mask")
+        if mask_BT is None or mask_BT.ndim != 2 or named.get("position_ids") is not None:
+            return inputs, named
+        return inputs, named | {"position_ids": (mask_BT.long().cumsum(-1) - 1).clamp(min=0)}
+
+    model.register_forward_pre_hook(number, with_kwargs=True)
 
 
 @torch.no_grad()

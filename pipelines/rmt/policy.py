@@ -1,6 +1,7 @@
 """What a run samples with: the positions of a step, its budget, and engines with the weights as they are."""
 
 import json
+from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
@@ -12,6 +13,7 @@ from pipelines.rmt.engine import Engines
 from pipelines.rmt.grpo import Grpo
 from pipelines.rmt.positions import Position
 from pipelines.rmt.setup import POSITIONS, Run, distribution
+from scorer.stopping import Stopped
 from trainer.checkpoint import whole_weights
 from trainer.session import Session
 
@@ -61,14 +63,18 @@ class Policy:
         """Bring the engines to the weights as they are. All processes take part."""
         began = perf_counter()
         state = whole_weights(self._run.loss_model)
-        if self._engines:
-            self._engines.load(in_files(self._run, state))
+
+        def load() -> None:
+            if self._engines:
+                self._engines.load(in_files(self._run, state))
+
+        on_first(self._session, load)
         self.sync_seconds = perf_counter() - began
 
     def sample(self, *asked: Any) -> Any:
         """`Engines.sample`, on the first process; its answer, or what went wrong, on all."""
-        found = self._engines.sample(*asked) if self._engines else None
-        return self._session.world.from_first(found)
+        engines = self._engines
+        return on_first(self._session, lambda: engines and engines.sample(*asked))
 
     def budget(self, step: int) -> int | None:
         """Tokens of thought that the prompts of a step ask for."""
@@ -77,6 +83,26 @@ class Policy:
             return None
         of_policy = max(1, step - config.format_steps)
         return budget_at(of_policy, config.max_steps, config.first_budget, config.least_budget, config.budget_decay)
+
+
+def on_first(session: Session, call: Callable[[], Any]) -> Any:
+    """What `call` returns on the first process, on all of them. Where it raises there, all raise: the first as it is, the
+    others a RuntimeError with its message, and Stopped where a signal ended it; they would wait for minutes otherwise."""
+    world, value, raised = session.world, None, None
+    if world.first:
+        try:
+            value = call()
+        except Exception as error:
+            raised = error
+    # a signal may have ended Ray under it
+    ended = raised is not None and (isinstance(raised, Stopped) or session.should_stop())
+    said = None if raised is None else f"{type(raised).__name__}: {raised}"
+    value, said, ended = world.from_first((value, said, ended))
+    if raised is not None:
+        raise raised
+    if said is not None:
+        raise Stopped(said) if ended else RuntimeError(f"the first process failed: {said}")
+    return value
 
 
 def in_files(run: Run, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pipelines.rmt.curriculum import Draw
-from pipelines.rmt.tier_index import TierIndex, entropy_column, tiers_of_rows
+from pipelines.rmt.tier_index import NO_LIMITS, Limits, TierIndex, entropy_column, tiers_of_rows
 from shards.contract import check
 from shards.folder import ShardFolder
 from shards.rows import PartRows, Rows
@@ -44,8 +44,8 @@ class Position:
 class PositionReader:
     """Rows of a complete, scored shard folder by number. A part is hashed when it is opened.
 
-    context: in which a row is predicted; baseline: name of the frozen base's log-probs, or None; left_out: references
-    whose unscored rows predict nothing; num_embeddings: token ids must be below it.
+    context: in which a row is predicted; baseline: name of the frozen base's log-probs, or None; num_embeddings: token ids
+    must be below it; limits: those that the index was counted with.
     """
 
     def __init__(
@@ -57,9 +57,11 @@ class PositionReader:
         context: str,
         num_embeddings: int,
         baseline: str | None = None,
+        limits: Limits = NO_LIMITS,
     ) -> None:
         self._folder, self._index, self._reference, self._thresholds = folder, index, reference, thresholds
         self._context, self._baseline, self._num_embeddings = context, baseline, num_embeddings
+        self._limits = limits
         self._entropy = entropy_column(folder, reference)
         self._columns = ["input_ids", self._entropy, *([logprobs_column(baseline)] if baseline else [])]
         self._left_out = tuple(folder.manifest.references)
@@ -94,7 +96,7 @@ class PositionReader:
         number, ordinal = self._index.locate(draw)
         rows = self.row(number)
         others = [self._baseline] if self._baseline else []
-        tiers_T = tiers_of_rows(rows, self._reference, self._thresholds, others)
+        tiers_T = tiers_of_rows(rows, self._reference, self._thresholds, others, self._limits)
         place = int(np.flatnonzero(tiers_T == draw.tier)[ordinal])
         ends = np.cumsum(rows.doc_lengths)
         piece = int(np.searchsorted(ends, place, side="right"))
@@ -112,9 +114,9 @@ class PositionReader:
         )
 
     def training_row(self, number: int) -> Row:
-        """The row as the trainer has it: all that has a predecessor in the context is predicted."""
+        """The row as the trainer has it: all that is to be predicted and has a predecessor in the context."""
         rows = self.row(number)
-        predicted_T = rows.has_predecessor(self._context)
+        predicted_T = rows.trained(self._context)
         if not rows.scored(*self._left_out)[0]:
             predicted_T &= False
         return Row(rows.where(0), int(rows.source[0]), rows.ids, rows.doc_lengths, predicted_T, {})

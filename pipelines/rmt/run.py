@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.rmt.engine import Engines, RolloutEngine
+from pipelines.rmt.policy import on_first
 from pipelines.rmt.settings import RmtConfig
 from pipelines.rmt.setup import Run, prepare
 from pipelines.rmt.train import train_steps
@@ -86,31 +87,42 @@ def require_libraries() -> None:
 @contextlib.contextmanager
 def engines(run: Run, session: Session) -> Iterator[Engines | None]:
     """The engines, ready; None on all processes but the first."""
-    if not session.world.first:
-        yield None
-        return
+    started: list[Engines] = []
+    with contextlib.ExitStack() as stack:
+
+        def start() -> None:
+            if session.world.first:
+                stack.enter_context(ray_cluster(run.config.debug, session.note))
+                stack.enter_context(ray_errors(session.should_stop))
+                started.append(
+                    Engines(engine_settings(run, session), run.config.num_engines, run.config.timeout_seconds)
+                )
+                started[0].start()
+
+        on_first(session, start)
+        yield started[0] if started else None
+
+
+def engine_settings(run: Run, session: Session) -> RolloutEngine:
+    """What each engine is told, with the cluster there."""
     config, prompter = run.config, run.prompter
-    with ray_cluster(config.debug, session.note), ray_errors(session.should_stop):
-        cpus = max(int(node.resources.get("CPU", 1)) for node in alive_nodes().values())
-        longest = (
-            prompter.max_prefix + prompter.overhead + len(prompter.close_ids) + config.most_thought + config.most_answer
-        )
-        positions = run.base.max_position
-        rollouts = config.positions_per_step * config.num_generations
-        settings = RolloutEngine(
-            model=Path(config.model).absolute(),
-            tokenizer=Path(prompter.tokenizer.name_or_path).absolute(),
-            dtype=str(run.base.dtype).removeprefix("torch."),
-            longest=longest if positions is None else min(longest, positions),
-            num_sequences=min(SEQUENCES, -(-rollouts // config.num_engines)),
-            device=session.world.device.type,
-            cores=max(1, cpus // config.num_engines),
-            tensor_parallel_size=config.tensor_parallel_size,
-            memory=config.engine_memory,
-        )
-        started = Engines(settings, config.num_engines, config.timeout_seconds)
-        started.start()
-        yield started
+    cpus = max(int(node.resources.get("CPU", 1)) for node in alive_nodes().values())
+    longest = (
+        prompter.max_prefix + prompter.overhead + len(prompter.close_ids) + config.most_thought + config.most_answer
+    )
+    positions = run.base.max_position
+    rollouts = config.positions_per_step * config.num_generations
+    return RolloutEngine(
+        model=Path(config.model).absolute(),
+        tokenizer=Path(prompter.tokenizer.name_or_path).absolute(),
+        dtype=str(run.base.dtype).removeprefix("torch."),
+        longest=longest if positions is None else min(longest, positions),
+        num_sequences=min(SEQUENCES, -(-rollouts // config.num_engines)),
+        device=session.world.device.type,
+        cores=max(1, cpus // config.num_engines),
+        tensor_parallel_size=config.tensor_parallel_size,
+        memory=config.engine_memory,
+    )
 
 
 def described(run: Run) -> list[str]:
@@ -125,6 +137,12 @@ def described(run: Run) -> list[str]:
         "filter": f"positions from {config.thresholds[0]:g} nat of {config.reference}_entropy up ({counts[-1]:,} of {sum(counts):,})",
         "off": f"all {sum(counts):,} positions alike",
     }[config.curriculum]
+    if run.index.beyond:
+        why = {
+            "prefix": "no \\boxed{} can hold their token",
+            "gain": f"a prompt does not hold the text before them ({prompter.max_prefix:,} tokens), which the baseline has seen",
+        }.get(config.reward, "")
+        tiers += f", and {run.index.beyond:,} more are not drawn: {why}"
     budget = "none"
     if config.budget == "on":
         budget = (

@@ -1,5 +1,6 @@
 """Settings of remit rmt, checked once. Light to import. docs/rmt.md says why the defaults are what they are."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -83,8 +84,9 @@ class RmtConfig:
     """GRPO clips the ratio of probabilities to 1 - clip .. 1 + clip."""
     kl: float = 0.0
     """Weight of the KL divergence to the base, beta; 0: a copy of the base is not even loaded."""
-    loss_type: Literal["grpo", "dapo", "dr_grpo", "bnpo"] = "grpo"
-    """How TRL averages over tokens: within each rollout first (grpo), or one of its variants."""
+    loss_type: Literal["grpo", "dapo", "dr_grpo"] = "grpo"
+    """How TRL averages over tokens: within each rollout first (grpo), or one of its variants. Its bnpo is left out: it
+    divides by the tokens of a micro-batch, so that what is learned would depend on --micro-batch-size."""
 
     ntp_weight: float = 0.1
     """Weight lambda of the next-token loss over all other positions of the step's rows; 0: without it."""
@@ -147,14 +149,14 @@ class RmtConfig:
         require(self, lambda share: 0 < share <= 1, "a factor above 0, up to 1", "budget_decay")
         require(self, lambda share: 0 <= share < 1, "a weight from 0, below 1", "length_weight")
         require(self, lambda share: 0 < share < 1, "a share above 0, below 1", "clip", "engine_memory")
-        rising = 0 < self.thresholds[0] < self.thresholds[1] < self.thresholds[2]
+        rising = 0 < self.thresholds[0] < self.thresholds[1] < self.thresholds[2] < math.inf
         if not rising:
             raise ValueError(
                 f"--thresholds are {_numbers(self.thresholds)}, expected three rising numbers above 0, in nats"
             )
         for name in ("first_distribution", "last_distribution"):
             shares: Tiers = getattr(self, name)
-            if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+            if not (all(share >= 0 for share in shares) and abs(sum(shares) - 1) <= 1e-6):  # NaN fails both
                 raise ValueError(
                     f"--{name.replace('_', '-')} is {_numbers(shares)}, expected three probabilities that sum to 1"
                 )

@@ -1,8 +1,12 @@
-"""What a run of remit rmt needs before its first step. All that can be refused is refused here, before OUT is written to."""
+"""What a run of remit rmt needs before its first step.
+
+All that can be refused is refused here, before OUT holds a run. Before run.json nothing is written into OUT but names with an
+underscore in front, which another command may write anew: the index of the tiers and a copy of the tokenizer.
+"""
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,13 +16,22 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from pipelines.rmt.answers import token_bytes
+from pipelines.rmt.answers import can_be_boxed, token_bytes
 from pipelines.rmt.curriculum import distribution_at, require_enough
 from pipelines.rmt.model import RmtModel
 from pipelines.rmt.positions import PositionReader
 from pipelines.rmt.prompts import Prompter
 from pipelines.rmt.settings import TIERS, RmtConfig
-from pipelines.rmt.tier_index import TierIndex, count_tiers, entropy_column, load_or_count
+from pipelines.rmt.tier_index import (
+    NO_LIMITS,
+    Limits,
+    TierIndex,
+    count_tiers,
+    counted_for,
+    entropy_column,
+    load_or_count,
+)
+from pipelines.rmt.tokenizer import ends_of, load_tokenizer
 from shards.fingerprint import model_origin, weights_fingerprint
 from shards.folder import ShardFolder
 from shards.modelfolder import read_config
@@ -37,7 +50,7 @@ from trainer.run_folder import RECORDED, keep_lines
 from trainer.session import Session
 from trainer.setup import choose_context, load_trainable, make_optimizer
 from trainer.statistics import Sources
-from trainer.tokenizer import check_tokenizer, replaced_components
+from trainer.tokenizer import check_tokenizer
 
 POSITIONS = "positions.jsonl"
 RESOLVED = "resolved"  # in run.json: what was chosen where the settings leave it to the model and the shards
@@ -62,6 +75,7 @@ class Run:
     sources: Sources
     index: TierIndex
     reader: PositionReader
+    limits: Limits
     prompter: Prompter
     token_bytes: list[bytes]
     collate: Callable[[list[Row]], MicroBatch]
@@ -115,15 +129,17 @@ def prepare(config: RmtConfig, session: Session, count: Callable[[ShardFolder, i
     base = load_trainable(shared, session, mixed, context)
     layout = world.from_first(read_layout(Path(config.model), base.model) if world.first else None)
     tokenizer = load_tokenizer(Path(config.model), shards, config.out)
-    prompter = make_prompter(config, tokenizer, base.max_position)
+    prompter = make_prompter(config, tokenizer, base.max_position, ends_of(base.model))
     spelled = token_bytes(tokenizer, base.num_embeddings)
-    index = tier_index(config, session, shards, others, count)
+    limits = reward_limits(config, prompter, spelled)
+    index = tier_index(config, session, shards, others, count, limits)
     reader = PositionReader(
-        shards, index, config.reference, thresholds(config), context, base.num_embeddings, config.baseline
+        shards, index, config.reference, thresholds(config), context, base.num_embeddings, config.baseline, limits
     )
 
     settings[RESOLVED] = {
         "prompt": "chat" if prompter.chat else "plain",
+        "prompt_sha256": prompter.fingerprint,
         "max_prefix": prompter.max_prefix,
         "tiers": dict(zip(tier_names(config), index.counts, strict=True)),
     }
@@ -144,6 +160,7 @@ def prepare(config: RmtConfig, session: Session, count: Callable[[ShardFolder, i
         sources=Sources(shards.manifest.corpus),
         index=index,
         reader=reader,
+        limits=limits,
         prompter=prompter,
         token_bytes=spelled,
         collate=partial(collate, context=context, device=world.device),
@@ -160,23 +177,23 @@ def prepare(config: RmtConfig, session: Session, count: Callable[[ShardFolder, i
 
 def thresholds(config: RmtConfig) -> Sequence[float]:
     """Borders of the tiers that the curriculum tells apart."""
-    return config.thresholds if config.curriculum == "tiers" else config.thresholds[:1]
+    return {"tiers": config.thresholds, "filter": config.thresholds[:1], "off": ()}[config.curriculum]
 
 
 def tier_names(config: RmtConfig) -> Sequence[str]:
     """What the tiers of the curriculum are called."""
-    return TIERS if config.curriculum == "tiers" else (TIERS[0], "above")
+    return {"tiers": TIERS, "filter": (TIERS[0], "above"), "off": ("all",)}[config.curriculum]
 
 
 def distribution(config: RmtConfig, counts: Sequence[int], step: int) -> np.ndarray:
-    """Probabilities of the tiers in step 1..max_steps, the one below the first threshold included."""
+    """Probabilities of the tiers of `tier_names` in step 1..max_steps. counts: positions of each."""
     if config.curriculum == "tiers":
         return np.array(
             [0.0, *distribution_at(step, config.max_steps, config.first_distribution, config.last_distribution)]
         )
     if config.curriculum == "filter":
         return np.array([0.0, 1.0])
-    return np.asarray(counts, dtype=np.float64) / sum(counts)  # so that all positions are equally probable
+    return np.array([1.0])
 
 
 def tier_index(
@@ -185,25 +202,36 @@ def tier_index(
     shards: ShardFolder,
     others: Sequence[str],
     count: Callable[[ShardFolder, int], None],
+    limits: Limits = NO_LIMITS,
 ) -> TierIndex:
     """The index in OUT, made by the first process; ValueError where a tier has too few positions."""
 
+    borders = thresholds(config)
+    wanted = counted_for(shards, config.reference, borders, others, limits)
+
     def make() -> TierIndex:
         session.phase("count tiers")
-        return count_tiers(shards, config.reference, thresholds(config), others, lambda rows: count(shards, rows))
+        return count_tiers(shards, config.reference, borders, others, lambda rows: count(shards, rows), limits)
+
+    def check(index: TierIndex) -> None:
+        distributions = [distribution(config, index.counts, step) for step in (1, config.max_steps)]
+        require_enough(index.counts, distributions, config.positions_per_step, tier_names(config), config.shards)
 
     if session.world.first:
-        load_or_count(config.out, make, session.check_lease)
+        load_or_count(config.out, make, session.check_lease, wanted, check)
     session.world.barrier()
-    index = load_or_count(config.out, make, session.check_lease)
-    distributions = [distribution(config, index.counts, step) for step in (1, config.max_steps)]
-    require_enough(index.counts, distributions, config.positions_per_step, tier_names(config), config.shards)
-    return index
+    return load_or_count(config.out, make, session.check_lease, wanted, check)
 
 
 def require_baseline(config: RmtConfig, shards: ShardFolder, name: str, context: str) -> None:
     """ValueError unless the log-probs of the frozen base are those of --model itself."""
     scored = shards.require_scored(name, context)
+    if context != "document":
+        raise ValueError(
+            f"--reward gain with --baseline {name}: was scored in {context} context, where a token has seen the documents before "
+            "its own, expected document context, since a prompt holds one document; score the shards again, with the base and "
+            "with the reference, with --context document"
+        )
     ours = weights_fingerprint(Path(config.model))
     if scored.get("weights_sha256") not in (None, ours):
         raise ValueError(
@@ -212,34 +240,25 @@ def require_baseline(config: RmtConfig, shards: ShardFolder, name: str, context:
         )
 
 
-def load_tokenizer(model: Path, shards: ShardFolder, out: Path) -> Any:
-    """The base's tokenizer, or a copy of the one that packed the rows; with an end token, and one to pad with."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    folder = model
-    if not (model / "tokenizer.json").exists() and not (model / "tokenizer_config.json").exists():
-        folder = out / "tokenizer"
-        folder.mkdir(parents=True, exist_ok=True)
-        shards.copy_tokenizer(folder)
-    # some classes of transformers leave parts of tokenizer.json out, and its ids are what the rows have
-    loader: Any = PreTrainedTokenizerFast if replaced_components(folder) else AutoTokenizer
-    tokenizer = loader.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"{folder}: its tokenizer has no end token (eos_token), expected one, which ends a rollout")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # TRL masks by length, not by token
-    return tokenizer
+def reward_limits(config: RmtConfig, prompter: Prompter, spelled: Sequence[bytes]) -> Limits:
+    """Which positions --reward can be given for. spelled: bytes of each token."""
+    if config.reward == "prefix":
+        return Limits(tokens_V=can_be_boxed(spelled, {*prompter.end_ids, *prompter.tokenizer.all_special_ids}))
+    # the base's stored log-prob has seen the whole of the document before
+    return Limits(longest_prefix=prompter.max_prefix) if config.reward == "gain" else NO_LIMITS
 
 
-def make_prompter(config: RmtConfig, tokenizer: Any, max_position: int | None) -> Prompter:
+def make_prompter(
+    config: RmtConfig, tokenizer: Any, max_position: int | None, more_ends: tuple[int, ...] = ()
+) -> Prompter:
     """The prompts of a run; ValueError where the thought leaves no room for a text, or there is no template for chat."""
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if config.prompt == "chat" and not has_template:
         raise ValueError("--prompt is chat, and the tokenizer of --model has no chat template; expected plain or auto")
-    prompter = Prompter(
-        tokenizer, config.prompt == "chat" or (config.prompt == "auto" and has_template), config.answer, 1
-    )
-    needed = prompter.overhead + len(prompter.close_ids) + config.most_thought + config.most_answer
+    chat = config.prompt == "chat" or (config.prompt == "auto" and has_template)
+    prompter = Prompter(tokenizer, chat, config.answer, 1, more_ends)
+    tags = 2 if config.reward == "gain" else 1  # a thought that was cut off within its tag is closed for it
+    needed = prompter.overhead + tags * len(prompter.close_ids) + config.most_thought + config.most_answer
     room = MOST_PREFIX if max_position is None else max_position - needed
     if room < LEAST_PREFIX or (config.max_prefix or 0) > room:
         asked = f"--max-prefix is {config.max_prefix}" if config.max_prefix else "no text before it"
@@ -248,7 +267,7 @@ def make_prompter(config: RmtConfig, tokenizer: Any, max_position: int | None) -
             f"model's {max_position} positions, which leaves {max(0, room)} tokens for the text ({asked}); expected at least "
             f"{LEAST_PREFIX}; give a smaller --first-budget{' or --max-prefix' if config.max_prefix else ''}"
         )
-    return Prompter(tokenizer, prompter.chat, config.answer, config.max_prefix or min(room, MOST_PREFIX))
+    return replace(prompter, max_prefix=config.max_prefix or min(room, MOST_PREFIX))
 
 
 def rmt_settings(config: RmtConfig, shards: ShardFolder, context: str) -> dict[str, Any]:

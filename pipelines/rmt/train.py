@@ -152,7 +152,7 @@ def open_evaluation(run: Run, session: Session, policy: Policy) -> Evaluation:
     loss = open_measure(shared, session, run.base, run.called, run.context, run.shards)
     measure = None
     if loss is not None:
-        positions = held_out_positions(config, run.base)
+        positions = held_out_positions(config, run.base, run.limits)
 
         def measure() -> dict[str, Any]:
             policy.give_weights()

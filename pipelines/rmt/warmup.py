@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pipelines.rmt.budget import budget_at
 from pipelines.rmt.engine import Sampler, Sampling
 from pipelines.rmt.positions import Position
 from pipelines.rmt.prompts import Prompter
@@ -17,7 +18,7 @@ from trainer.batch import Row
 
 def format_budgets(config: RmtConfig, step: int, count: int) -> list[int]:
     """Tokens of thought for each position of a warm-up step: evenly between the first and the last budget of the run."""
-    last = max(config.least_budget, int(config.first_budget * config.budget_decay))
+    last = budget_at(1, 1, config.first_budget, config.least_budget, config.budget_decay)
     random = np.random.default_rng([config.seed, step, 3])
     budgets: list[int] = random.integers(last, config.first_budget + 1, size=count).tolist()
     return budgets
@@ -38,7 +39,7 @@ def format_rows(
     thoughts = sample(prefixes, wanted, seed)
     rows = []
     for position, (thought,) in zip(positions, thoughts, strict=True):
-        ids = [index for index in thought.token_ids if index != prompter.tokenizer.eos_token_id]
+        ids = [index for index in thought.token_ids if index not in prompter.end_ids]
         prompt = prompter.prompt(position.prefix_ids, max(1, len(ids)) if with_budget else None)
         rows.append(format_row(prompt, [*ids, *prompter.close_ids, *prompter.answer_ids(position.target)]))
     return rows

@@ -16,7 +16,7 @@ BLOCK_TOKENS = 1 << 18  # of a block, unless one document has more
 BLOCK_DOCUMENTS = 1 << 16
 MAX_DOCUMENT_TOKENS = 1 << 26  # a document is in memory as a whole
 CUT_OFF = "it was cut off, or is damaged; write it again"
-DTYPES = ("uint8", "uint16", "uint32", "uint64", "int16", "int32", "int64")
+DTYPES = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
 
 
 @dataclass
@@ -68,11 +68,15 @@ class Numbers:
         return self._first + number * self.dtype.itemsize
 
 
-def whole_numbers(where: str, size: int, dtype: str) -> int:
-    """How many numbers a file of `size` bytes has; BadFile where it does not end with one."""
+def whole_numbers(where: str, size: int, dtype: str, option: str = "") -> int:
+    """How many numbers a file of `size` bytes has; BadFile where it does not end with one. option: which may say another
+    dtype."""
     count, rest = divmod(size, np.dtype(dtype).itemsize)
     if rest:
-        raise BadFile(where, f"{size:,} bytes, expected a multiple of {np.dtype(dtype).itemsize} ({dtype}); {CUT_OFF}")
+        other = f", or it is of another dtype ({option})" if option else ""
+        raise BadFile(
+            where, f"{size:,} bytes, expected a multiple of {np.dtype(dtype).itemsize} ({dtype}); {CUT_OFF}{other}"
+        )
     return count
 
 

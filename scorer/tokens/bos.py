@@ -8,7 +8,7 @@ from scorer.decompress import MAX_WINDOW
 from scorer.faults import BadDocument, BadFile
 from scorer.sources import Source
 from scorer.tokenizer import PackTokenizer, choose_bos
-from scorer.tokens.documents import first_ids
+from scorer.tokens.documents import begins_with
 from scorer.tokens.read import Reading, holds_tokens, read_tokens
 
 LOOKED_AT = 8  # sources, until one has a document
@@ -32,12 +32,12 @@ def bos_of_corpus(config: PackConfig, sources: list[Source], tokenizer: PackToke
     found: bool | None = None
     source = tokens[0]
     for source in tokens[:LOOKED_AT] if bos is not None else []:
+        assert bos is not None
         try:
-            first = first_ids(read_tokens(source, reading, MAX_WINDOW))
+            found = begins_with(read_tokens(source, reading, MAX_WINDOW), bos, tokenizer.eos_token_id)
         except (BadDocument, BadFile):  # told when its turn comes, or left out
             continue
-        if first is not None:
-            found = first == bos
+        if found is not None:
             break
     has_text = len(tokens) < len(sources)
     if found is None:

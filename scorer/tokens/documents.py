@@ -5,13 +5,13 @@ own. What was found is counted.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from scorer.documents import TokenDocument, as_found
-from scorer.faults import BadFile
+from scorer.faults import BadDocument, BadFile
 from scorer.tokens.blocks import TokenBlock
 from scorer.tokens.npy import other_dtypes
 
@@ -22,7 +22,8 @@ class Rules:
 
     where: what messages call it. vocabulary: one more than the largest id. unknown: ids below it that the tokenizer has not
     got. eos: ends documents. bos: with which rows' pieces begin, None for none. own_bos: the id with which documents may
-    begin, None where the tokenizer names none. bos_option: --bos. missing_eos: append or stop. bad_documents: stop or reject.
+    begin, None where the tokenizer names none. bos_option: --bos. missing_eos: append, stop, or auto: append but where the
+    documents look like rows that were cut out of a stream. bad_documents: stop or reject.
     is_raw: whether the numbers are bare, so that another dtype may be the cause of a wrong id.
     """
 
@@ -70,11 +71,11 @@ def make_ready(block: TokenBlock, rules: Rules, found: Found) -> Ready:
     first = found.read
     if rules.bad_documents == "stop" and block.bad:
         raise block.bad[min(block.bad)]
+    block = without_unknown(block, first, rules)
     found.read += len(block.lengths)
     found.rejected += [str(fault) for _, fault in sorted(block.bad.items())]
     lengths = block.lengths
     ends = np.cumsum(lengths)
-    require_ids(block.ids, ends, first, rules)
     ids, predict = block.ids.astype(np.int32, copy=False), block.predict
     is_full = lengths > 0
     has_eos, has_bos = np.zeros(len(lengths), dtype=bool), np.zeros(len(lengths), dtype=bool)
@@ -92,6 +93,8 @@ def make_ready(block: TokenBlock, rules: Rules, found: Found) -> Ready:
     if lacks_eos.any():
         if rules.missing_eos == "stop":
             raise BadFile(rules.where, missing_eos(int(doc_ids[np.argmax(lacks_eos)]), rules))
+        if rules.missing_eos == "auto":
+            refuse_cut_rows(ids, lengths, lacks_eos, doc_ids, rules)
         found.eos_added += int(np.count_nonzero(lacks_eos))
     # the rows put a BOS of their own there; one that a mask speaks of stays
     drops_bos = has_bos & has_text if rules.bos is not None and predict is None else np.zeros_like(has_bos)
@@ -119,25 +122,66 @@ def one_by_one(ready: Ready, bos: int | None) -> Iterator[tuple[int, TokenDocume
         yield doc_id, as_found(ready.ids[here], ready.predict[here], bos)
 
 
-def require_ids(ids: np.ndarray, ends: np.ndarray, first: int, rules: Rules) -> None:
-    """BadFile where one of the ids is none of the tokenizer's."""
+def without_unknown(block: TokenBlock, first: int, rules: Rules) -> TokenBlock:
+    """A block in which documents with an id that is none of the tokenizer's are bad ones. BadFile where these stop packing,
+    or where the numbers of the whole block are ids in another dtype."""
+    ids = block.ids
     if not len(ids):
-        return
+        return block
     beyond = int(ids.max()) >= rules.vocabulary or (ids.dtype.kind == "i" and int(ids.min()) < 0)
     if not beyond and not len(rules.unknown):
-        return
+        return block
     is_wrong = (ids >= rules.vocabulary) | (ids < 0)
     if len(rules.unknown):
         is_wrong |= np.isin(ids, rules.unknown)
     if not is_wrong.any():
-        return
-    place = int(np.argmax(is_wrong))
-    document = int(np.searchsorted(ends, place, side="right"))
-    before = int(ends[document - 1]) if document else 0
-    expected = f"expected ids 0 to {rules.vocabulary - 1:,}" if beyond else "which is none of the tokenizer's ids"
+        return block
+    ends = np.cumsum(block.lengths)
+    places = np.flatnonzero(is_wrong)
+    owners, firsts = np.unique(np.searchsorted(ends, places, side="right"), return_index=True)
+    expected = f"expected ids 0 to {rules.vocabulary - 1:,}"
     hint = other_dtypes(ids, rules.vocabulary) if rules.is_raw else "; was it written with another tokenizer?"
+    bad = dict(block.bad)
+    for document, place in zip(owners.tolist(), places[firsts].tolist()):
+        value = int(ids[place])
+        what = "which is none of the tokenizer's ids" if 0 <= value < rules.vocabulary else expected
+        at = place - int(ends[document] - block.lengths[document])
+        told = f"document {first + document}: token {at} has id {value:,}, {what}"
+        if rules.bad_documents == "stop" or "all would be ids" in hint:
+            raise BadFile(rules.where, told + hint)
+        bad[document] = BadDocument(f"{rules.where}: {told}")
+    lengths = block.lengths.copy()
+    keeps = np.ones(len(lengths), dtype=bool)
+    keeps[owners] = False
+    kept = np.repeat(keeps, lengths)
+    lengths[owners] = 0
+    predict = None if block.predict is None else block.predict[kept]
+    return replace(block, ids=ids[kept], lengths=lengths, predict=predict, bad=bad)
+
+
+def refuse_cut_rows(
+    ids: np.ndarray, lengths: np.ndarray, lacks_eos: np.ndarray, doc_ids: np.ndarray, rules: Rules
+) -> None:
+    """BadFile where rows look like pieces of a stream of documents, cut to one length: an EOS at the end of each would stand
+    in the middle of a text."""
+    ends = np.cumsum(lengths)
+    is_inside = ids == rules.eos
+    is_inside[(ends - lengths)[lengths > 0]] = False  # with which documents of some tokenizers begin
+    has_eos = np.zeros(len(lengths), dtype=bool)
+    has_eos[np.searchsorted(ends, np.flatnonzero(is_inside), side="right")] = True
+    own = lengths[lengths > 0]
+    same = own[:-1] if len(own) > 3 and own[-1] < own[0] else own  # the last one may be what was left
+    if (lacks_eos & has_eos).any():
+        what = f"document {doc_ids[np.argmax(lacks_eos & has_eos)]} has EOS (id {rules.eos}) inside and none at its end"
+    elif len(same) > 1 and same[0] > 1 and (same == same[0]).all():
+        document = doc_ids[np.argmax(lacks_eos)]
+        what = f"document {document} does not end in EOS (id {rules.eos}), and all have {same[0]:,} tokens"
+    else:
+        return
     raise BadFile(
-        rules.where, f"document {first + document}: token {place - before} has id {int(ids[place]):,}, {expected}{hint}"
+        rules.where,
+        f"{what}, as rows that were cut out of a stream, where EOS would be put in the middle of text; give whole documents, or "
+        "pass --on-missing-eos append if they are",
     )
 
 
@@ -162,6 +206,13 @@ def missing_eos(document: int, rules: Rules) -> str:
     )
 
 
-def first_ids(blocks: Iterator[TokenBlock]) -> int | None:
-    """The first token of the first document that has one, None where none has."""
-    return next((int(block.ids[0]) for block in blocks if len(block.ids)), None)
+def begins_with(blocks: Iterator[TokenBlock], bos: int, eos: int) -> bool | None:
+    """Whether the first document that has text begins with BOS; None where none has text."""
+    for block in blocks:
+        starts = np.cumsum(block.lengths) - block.lengths
+        for start, length in zip(starts.tolist(), block.lengths.tolist()):
+            if length:
+                has_bos, has_eos = int(block.ids[start]) == bos, int(block.ids[start + length - 1]) == eos
+                if length > has_bos + has_eos:
+                    return has_bos
+    return None

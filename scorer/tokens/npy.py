@@ -6,6 +6,7 @@ begins and the one behind its last.
 
 import io
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,6 @@ from scorer.tokens.heads import NUMPY_MARK
 HEADER_BYTES = 1 << 16  # of numpy's, at most
 LINE_BYTES = 1 << 16
 SAMPLE_TOKENS = 1 << 16
-FEW = 64  # tokens, which tell nothing about a dtype
 
 
 def numpy_header(where: str, file: pa.NativeFile) -> tuple[str, int, int] | None:
@@ -40,6 +40,25 @@ def numpy_header(where: str, file: pa.NativeFile) -> tuple[str, int, int] | None
     head = file.read_at(min(size, HEADER_BYTES), 0)
     if not head.startswith(NUMPY_MARK):
         return None
+    shape, dtype, first = _read_header(where, head)
+    if dtype.hasobject or dtype.kind not in "ui":
+        raise BadFile(where, f"holds numbers of dtype {dtype}, expected integers, which token ids are")
+    if dtype.itemsize > 1 and dtype.str[0] == ">":
+        raise BadFile(
+            where, f"is big-endian ({dtype.str}), expected little-endian; array.astype('{dtype.name}') makes that of it"
+        )
+    if len(shape) != 1:
+        raise BadFile(where, f"has shape {shape}, expected one dimension, with an EOS behind each document")
+    bytes_of_all = shape[0] * dtype.itemsize
+    if size - first != bytes_of_all:
+        raise BadFile(
+            where, f"{size - first:,} bytes behind its header, which counts {shape[0]:,} of {dtype.itemsize}; {CUT_OFF}"
+        )
+    return dtype.name, first, shape[0]
+
+
+def _read_header(where: str, head: bytes) -> tuple[tuple[int, ...], np.dtype, int]:
+    """Shape and dtype by numpy's header, and the byte at which it ends; BadFile where it cannot be read."""
     stream = io.BytesIO(head)
     try:
         version = np.lib.format.read_magic(stream)
@@ -49,20 +68,7 @@ def numpy_header(where: str, file: pa.NativeFile) -> tuple[str, int, int] | None
         raise BadFile(
             where, f"its numpy header cannot be read ({str(error).splitlines()[0][:120]}); write it again"
         ) from None
-    if dtype.hasobject or dtype.kind not in "ui":
-        raise BadFile(where, f"holds numbers of dtype {dtype}, expected integers, which token ids are")
-    if dtype.itemsize > 1 and dtype.str[0] == ">":
-        raise BadFile(
-            where, f"is big-endian ({dtype.str}), expected little-endian; array.astype('{dtype.name}') makes that of it"
-        )
-    if len(shape) != 1:
-        raise BadFile(where, f"has shape {shape}, expected one dimension, with an EOS behind each document")
-    first, bytes_of_all = stream.tell(), shape[0] * dtype.itemsize
-    if size - first != bytes_of_all:
-        raise BadFile(
-            where, f"{size - first:,} bytes behind its header, which counts {shape[0]:,} of {dtype.itemsize}; {CUT_OFF}"
-        )
-    return dtype.name, first, shape[0]
+    return shape, dtype, stream.tell()
 
 
 def mask_header(where: str, file: pa.NativeFile) -> tuple[int, int]:
@@ -71,17 +77,10 @@ def mask_header(where: str, file: pa.NativeFile) -> tuple[int, int]:
     head = file.read_at(min(size, HEADER_BYTES), 0)
     if not head.startswith(NUMPY_MARK):
         return 0, size
-    stream = io.BytesIO(head)
-    try:
-        np.lib.format.read_magic(stream)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-    except (ValueError, SyntaxError, TypeError, OverflowError, MemoryError, RecursionError) as error:
-        raise BadFile(
-            where, f"its numpy header cannot be read ({str(error).splitlines()[0][:120]}); write it again"
-        ) from None
-    if dtype.itemsize != 1 or len(shape) != 1 or size - stream.tell() != shape[0]:
+    shape, dtype, first = _read_header(where, head)
+    if dtype.itemsize != 1 or len(shape) != 1 or size - first != shape[0]:
         raise BadFile(where, f"has shape {shape} of {dtype} in {size:,} bytes, expected one byte a token; {CUT_OFF}")
-    return stream.tell(), shape[0]
+    return first, shape[0]
 
 
 def smallest_dtype(vocabulary: int) -> str:
@@ -89,33 +88,54 @@ def smallest_dtype(vocabulary: int) -> str:
     return next(name for name in ("uint8", "uint16", "uint32", "uint64") if vocabulary - 1 <= np.iinfo(name).max)
 
 
-def require_plausible(numbers: Numbers, vocabulary: int) -> None:
-    """BadFile where numbers whose dtype only follows from the tokenizer could be of twice the size as well."""
-    size = numbers.dtype.itemsize
-    wide = next((name for name in ("uint16", "uint32", "uint64") if np.dtype(name).itemsize == 2 * size), None)
-    sample = numbers.read(0, min(numbers.count, SAMPLE_TOKENS))
-    if wide is None or len(sample) < FEW or numbers.count % 2:
+def require_plausible(numbers: Numbers, vocabulary: int, eos: int, is_guess: bool) -> None:
+    """BadFile where bare numbers could be of a larger size as well, of which this one would see the upper halves as ids 0.
+
+    is_guess: whether their dtype only follows from the tokenizer. One that was given is doubted only where the numbers of
+    the larger size have an EOS among them: documents of one token, with EOS 0, look like wider numbers without any.
+    """
+    sample = numbers.read(0, min(numbers.count, SAMPLE_TOKENS)).tobytes()
+    wider = [
+        name
+        for name in fitting(sample, vocabulary, None if is_guess else eos)
+        if np.dtype(name).itemsize > numbers.dtype.itemsize
+        and not numbers.count * numbers.dtype.itemsize % np.dtype(name).itemsize
+    ]
+    if not wider:
         return
-    if (sample[: len(sample) // 2 * 2].view(np.dtype(wide).newbyteorder("<")) < vocabulary).all():
-        raise BadFile(
-            numbers.where,
-            f"could be {numbers.dtype.name}, which the tokenizer's {vocabulary:,} ids fit in, or {wide}: every second number is "
-            f"0; say which with --tokens-dtype",
-        )
+    own, widest = numbers.dtype.name, wider[0]
+    say = f"--tokens-dtype {widest} if it is that" if is_guess else f"--tokens-dtype {widest}, by all appearance"
+    raise BadFile(
+        numbers.where,
+        f"could be {', '.join(reversed(wider))} as well as {own}: its numbers are ids of the tokenizer's {vocabulary:,} either way; "
+        f"pass {say}, or write it with numpy.save, whose header tells",
+    )
+
+
+def fitting(data: bytes, vocabulary: int, eos: int | None = None) -> list[str]:
+    """The unsigned dtypes in which all of the numbers are ids, the widest first. eos: which must be among them, if any."""
+    names = []
+    for name in ("uint64", "uint32", "uint16", "uint8"):
+        dtype = np.dtype(name).newbyteorder("<")
+        numbers = np.frombuffer(data[: len(data) // dtype.itemsize * dtype.itemsize], dtype)
+        if len(numbers) and (numbers < vocabulary).all() and (eos is None or (numbers == eos).any()):
+            names.append(name)
+    return names
 
 
 def other_dtypes(sample: np.ndarray, vocabulary: int) -> str:
     """What else the numbers of a file may be, of which one is no id: a hint for the message, or nothing."""
-    data = sample.tobytes()
     swapped = sample.byteswap()
     if sample.dtype.itemsize > 1 and (swapped < vocabulary).all() and (swapped >= 0).all():
         return "; all would be ids if they were big-endian, so write the file again as little-endian"
-    for name in ("uint16", "uint32", "uint64"):
-        dtype = np.dtype(name)
-        if dtype.itemsize == sample.dtype.itemsize or len(data) % dtype.itemsize:
-            continue
-        if (np.frombuffer(data, dtype.newbyteorder("<")) < vocabulary).all():
-            return f"; all would be ids as {name}: pass --tokens-dtype {name}"
+    others = [
+        name
+        for name in fitting(sample.tobytes(), vocabulary)
+        # a dtype whose numbers are ids whatever they are says nothing
+        if np.dtype(name).itemsize != sample.dtype.itemsize and vocabulary <= np.iinfo(name).max
+    ]
+    if others:  # numbers that are ids in a wide dtype are ids in each narrower one, with zeros between them
+        return f"; all would be ids as {others[0]}: pass --tokens-dtype {others[0]}"
     return "; was the file written with another tokenizer, or in another dtype (--tokens-dtype)?"
 
 
@@ -186,24 +206,28 @@ def document_lengths(where: str, file: pa.NativeFile, tokens: int, dtype: str) -
         )
 
 
-def open_numbers(
-    where: str, file: pa.NativeFile, asked: str, vocabulary: int, tokens: int | None
-) -> tuple[Numbers, bool]:
-    """The numbers of X.npy, and whether their dtype only follows from the tokenizer.
+@dataclass(frozen=True)
+class Opened:
+    """The numbers of X.npy. by: what says their dtype: "header", "mask" (its size), "user", or "tokenizer", a guess."""
 
-    asked: --tokens-dtype, or auto. tokens: how many there are, where a file beside it says so.
+    numbers: Numbers
+    by: str
+
+
+def open_numbers(where: str, file: pa.NativeFile, asked: str, vocabulary: int, tokens: int | None) -> Opened:
+    """The numbers of X.npy.
+
+    asked: --tokens-dtype, or auto. tokens: how many there are, where a file beside it says so. BadFile where the file is
+    empty, does not end with a number, or is not of so many.
     """
     header = numpy_header(where, file)
     if header is not None:
-        dtype, first, count = header
-        if asked not in ("auto", dtype):
-            raise BadFile(where, f"its header says {dtype}, --tokens-dtype {asked}; leave --tokens-dtype out")
-        return Numbers(where, file, dtype, first, count), False
+        return Opened(Numbers(where, file, *header), "header")
     size = file.size()
     if not size:
         raise BadFile(where, f"0 bytes, expected token ids; {CUT_OFF}")
     if asked != "auto":
-        return Numbers(where, file, asked, 0, whole_numbers(where, size, asked)), False
+        return Opened(Numbers(where, file, asked, 0, whole_numbers(where, size, asked, "--tokens-dtype")), "user")
     if tokens:
         each = size / tokens
         dtype = next((name for name in DTYPES[:4] if np.dtype(name).itemsize == each), "")
@@ -211,6 +235,6 @@ def open_numbers(
             raise BadFile(
                 where, f"{size:,} bytes, the mask beside it is of {tokens:,} tokens; they do not belong together"
             )
-        return Numbers(where, file, dtype, 0, tokens), False
+        return Opened(Numbers(where, file, dtype, 0, tokens), "mask")
     dtype = smallest_dtype(vocabulary)
-    return Numbers(where, file, dtype, 0, whole_numbers(where, size, dtype)), True
+    return Opened(Numbers(where, file, dtype, 0, whole_numbers(where, size, dtype, "--tokens-dtype")), "tokenizer")

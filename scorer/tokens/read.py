@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from scorer.faults import BadFile
-from scorer.fields import Fields
 from scorer.formats import TOKENS
 from scorer.sources import Source
 from scorer.tokens import datatrove, npy
@@ -18,6 +17,7 @@ from scorer.tokens.beside import DOCUMENTS, INDEX, LOSS, MASK, METADATA, kind_of
 from scorer.tokens.blocks import CUT_OFF, Numbers, TokenBlock, indexed_blocks, whole_numbers
 from scorer.tokens.columns import column_blocks
 from scorer.tokens.heads import fault_of_numbers
+from scorer.tokens.masks import IdFields
 from scorer.tokens.megatron import Index
 
 HEAD_BYTES = 64
@@ -50,9 +50,10 @@ def marks_ends(source: Source) -> bool:
     return not is_token_file(source) or any(kind_of(name) in (INDEX, DOCUMENTS) for name in source.beside)
 
 
-def has_mask(source: Source) -> bool:
-    """Whether a file beside a source of tokens says which of them are to be predicted."""
-    return is_token_file(source) and any(kind_of(name) in (MASK, LOSS) for name in source.beside)
+def may_have_mask(source: Source) -> bool:
+    """Whether something beside the ids of a source may say which of them are to be predicted: a file, or columns, of which
+    one knows once they are read."""
+    return not is_token_file(source) or any(kind_of(name) in (MASK, LOSS) for name in source.beside)
 
 
 def read_tokens(source: Source, reading: Reading, max_window: int) -> Iterator[TokenBlock]:
@@ -60,7 +61,7 @@ def read_tokens(source: Source, reading: Reading, max_window: int) -> Iterator[T
     name says. max_window: as of scorer.corpus.read_documents."""
     if not is_token_file(source):
         assert reading.field is not None
-        yield from column_blocks(source, Fields(reading.field, kept=reading.kept), max_window)
+        yield from column_blocks(source, IdFields(reading.field, kept=reading.kept), max_window)
         return
     with ExitStack() as opened:
         yield from _file_blocks(source, reading, opened)
@@ -71,7 +72,8 @@ def _file_blocks(source: Source, reading: Reading, opened: ExitStack) -> Iterato
     beside = {kind_of(name): Source(name, name) for name in source.beside}
     file = opened.enter_context(source.open())
     size = file.size()
-    fault = fault_of_numbers(file.read_at(min(size, HEAD_BYTES), 0), npy=form == ".npy") if size else None
+    head = file.read_at(min(size, HEAD_BYTES), 0)
+    fault = fault_of_numbers(head, npy=form == ".npy", given=reading.dtype != "auto") if size else None
     if fault:
         raise BadFile(where, fault)
     require_side_files(source)
@@ -101,10 +103,13 @@ def _file_blocks(source: Source, reading: Reading, opened: ExitStack) -> Iterato
         ids = Numbers(where, file, dtype, 0, whole_numbers(where, size, dtype))
         lengths = datatrove.document_lengths(ends, ids.count)
     else:
-        ids, is_guess = npy.open_numbers(where, file, reading.dtype, reading.vocabulary, mask.count if mask else None)
+        opened_ids = npy.open_numbers(where, file, reading.dtype, reading.vocabulary, mask.count if mask else None)
+        ids = opened_ids.numbers
+        if opened_ids.by in ("header", "mask"):
+            _agreed(where, ids.dtype.name, reading, "its header" if opened_ids.by == "header" else "its mask")
         if DOCUMENTS not in sides:
-            if is_guess:
-                npy.require_plausible(ids, reading.vocabulary)
+            if opened_ids.by in ("user", "tokenizer") and mask is None:
+                npy.require_plausible(ids, reading.vocabulary, reading.eos, opened_ids.by == "tokenizer")
             if mask:
                 mask.require(ids.count)
             yield from npy.blocks_by_eos(ids, reading.eos, mask)
@@ -115,10 +120,10 @@ def _file_blocks(source: Source, reading: Reading, opened: ExitStack) -> Iterato
     yield from indexed_blocks(ids, lengths, mask)
 
 
-def _agreed(where: str, found: str, reading: Reading) -> str:
+def _agreed(where: str, found: str, reading: Reading, by: str = "its index") -> str:
     """The dtype that the file says, unless it contradicts --tokens-dtype, or cannot hold the ids of the tokenizer."""
     if reading.dtype not in ("auto", found):
-        raise BadFile(where, f"is {found} by its index, --tokens-dtype says {reading.dtype}; leave --tokens-dtype out")
+        raise BadFile(where, f"is {found} by {by}, --tokens-dtype says {reading.dtype}; leave --tokens-dtype out")
     most = int(np.iinfo(found).max)
     if reading.dtype == "auto" and most < reading.vocabulary - 1:
         raise BadFile(

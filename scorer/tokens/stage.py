@@ -25,6 +25,14 @@ def fields_of(settings: dict) -> Fields | ConversationFields:
     return Fields(name, settings.get("template"), kept)
 
 
+def missing_eos_of(source: Source, option: str) -> str:
+    """What becomes of a document without EOS: as --on-missing-eos says, with auto made append or stop where the format of a
+    file tells which; rows of a table tell only by themselves."""
+    if option != "auto" or not is_token_file(source):
+        return option
+    return "append" if marks_ends(source) else "stop"
+
+
 def ready_blocks(
     source: Source, settings: dict, encoder: Tokenizer, found: Found, window: int
 ) -> Iterator[tuple[Ready, int]]:
@@ -35,8 +43,7 @@ def ready_blocks(
     eos, bos = description["eos_token_id"], description["bos_token_id"]
     rules = Rules(
         source.where, vocabulary, unknown, eos, bos, settings["own_bos"], settings["bos"],
-        settings["on_missing_eos"] if settings["on_missing_eos"] != "auto" else "append" if marks_ends(source) else "stop",
-        settings["on_bad_document"], is_token_file(source),
+        missing_eos_of(source, settings["on_missing_eos"]), settings["on_bad_document"], is_token_file(source),
     )  # fmt: skip
     reading = Reading(
         settings.get("tokens_field"), settings["tokens_dtype"], vocabulary, eos, tuple(settings.get("keep_fields", ()))

@@ -56,7 +56,7 @@ def stand_in(command: str, words: list[str]) -> int:
             if asked["stop"]:
                 return 3
             time.sleep(0.02)
-    if command == "train":
+    if command in ("train", "rmt"):
         model = out / "model"
         shutil.rmtree(model, ignore_errors=True)
         shutil.copytree(options["--model"][0], model)
@@ -113,7 +113,7 @@ class FakeLoop:
             "rounds": 1,
             "seed": 7,
             "train": {"max_steps": 5},
-            "launch": dict.fromkeys(("pack", "score", "train", "evaluate"), launcher),
+            "launch": dict.fromkeys(("pack", "score", "train", "rmt", "evaluate"), launcher),
             "posttrain": [{"command": ["bash", str(folder / "own.sh"), str(folder / "prompts.txt")], "name": "own"}],
             "evaluate": {"tasks": "capitals"},
         }

@@ -11,10 +11,14 @@ from annotated import annotate, by_model, top_by_model
 from browser import open_page
 from oracles import load, read_rows, row_distributions
 from playwright.sync_api import Browser
+from test_conversations import CHATML, pack, tokenizer, write
 from test_weights import annotate_several, invented
 
 from pipelines.distribution.distribution import Distribution
 from pipelines.distribution.divergence import divergences
+from pipelines.distribution.figures import distribution_of_folder
+from pipelines.distribution.settings import DistributionConfig
+from shards import ShardFolder
 
 Remit = Callable[..., tuple[int, str, str]]
 SHARES = ("0.01", "0.05", "0.25", "0.5", "0.75", "0.95", "0.99")
@@ -112,6 +116,35 @@ def test_figures_are_those_of_numpy(tmp_path: Path, small: Path, remit: Remit, c
     )
     assert one == again != other
     assert one["count"] < len(own["rl"])
+
+
+def test_tokens_that_are_not_to_be_predicted_do_not_count(tmp_path: Path) -> None:
+    tokens = tokenizer(tmp_path / "tok", template=CHATML)
+    given = [
+        {
+            "messages": [
+                {"role": "user", "content": "a question " * n},
+                {"role": "assistant", "content": "yes " * (n % 5)},
+            ]
+        }
+        for n in range(1, 30, 3)
+    ]
+    packed = pack(write(tmp_path / "c.jsonl", given), tokens, tmp_path / "p", train_on="assistant").path
+    one, other = invented(1, "document"), invented(2, "document")
+    scored = annotate(annotate(packed, tmp_path / "s", one, "document"), tmp_path / "t", other, "document", name="base")
+    rows = read_rows(scored)
+    assert {tokens for row in rows for tokens in row["predict"]} == {True, False}
+    pairs = [
+        (rl, base)
+        for row in rows
+        for rl, base, predict in zip(row["rl_logprobs"], row["base_logprobs"], row["predict"])
+        if predict and rl is not None
+    ]
+    found = distribution_of_folder(ShardFolder(scored), DistributionConfig(str(scored)), lambda rows, tokens: None)
+    assert found["sample"]["predicted_tokens"] == len(pairs)
+    rl, base = np.array(pairs).T
+    assert found["logprobs"]["rl"]["mean"] == pytest.approx(rl.mean(), rel=1e-9)
+    assert found["differences"][0]["mean"] == pytest.approx((rl - base).mean(), rel=1e-9)
 
 
 def full(one_V: np.ndarray, other_V: np.ndarray) -> float:

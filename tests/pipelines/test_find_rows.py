@@ -2,14 +2,19 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from annotated import annotate
-from conftest import EOS
+from conftest import EOS, pack_inline, source_texts, write_corpus
 from odd_rows import TEXTS, constant, write_odd_rows
 from oracles import read_rows
 from transformers import AutoTokenizer
+
+from pipelines.inspect.find_rows import find_rows
+from pipelines.inspect.settings import InspectConfig
+from scorer.config import PackConfig
 
 Remit = Callable[..., tuple[int, str, str]]
 
@@ -47,6 +52,23 @@ def test_rows_are_found(shards: Path, remit: Remit, tokenizer: AutoTokenizer) ->
         assert shown_rows(remit, "--shards", shards, "--search", text, "--limit", 2) == expected[:2]
     own = [number for number, row in enumerate(rows) if row["source"] == 1 and EOS in texts[number]]
     assert shown_rows(remit, "--shards", shards, "--search", EOS, "--source", 1) == own
+
+
+def test_all_rows_of_a_long_document_under_best_fit(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """The rest of a long document waits for the end of its window, so that other rows stand between."""
+    texts, long = source_texts(40, seed=3), (0, 1, 17)
+    for place in long:
+        texts[place] = " ".join(source_texts(12, seed=place + 4))
+    write_corpus(tmp_path / "c.jsonl", texts)
+    config = PackConfig([str(tmp_path / "c.jsonl")], str(tokenizer_folder), str(tmp_path / "out"), 32)
+    folder = pack_inline(replace(config, tokens_per_shard=32 * 4, packing="best-fit"))
+    rows, apart = read_rows(folder.path), 0
+    for document in (*long, 3):
+        expected = [number for number, row in enumerate(rows) if document in row["doc_ids"]]
+        found = find_rows(folder, InspectConfig(str(folder.path), doc=document, limit=500))
+        assert found.rows == expected
+        apart += expected[-1] - expected[0] > len(expected) + 8  # two parts at least between them
+    assert apart
 
 
 @pytest.mark.parametrize(

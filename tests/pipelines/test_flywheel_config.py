@@ -12,10 +12,12 @@ from looping import FakeLoop
 
 from pipelines.cli import parse
 from pipelines.evaluation.settings import EvalConfig
-from pipelines.flywheel.config import DECIDED, FAST, FILES, read_config
+from pipelines.flywheel.config import DECIDED, FAST, FILES, fast_options, read_config
 from pipelines.flywheel.loop import make_loop
 from pipelines.flywheel.stages import Given, Stage
 from pipelines.posttrain.settings import DpoConfig, RlConfig, SftConfig
+from pipelines.rmt.settings import RmtConfig
+from pipelines.rmt.setup import NOT_SETTINGS as RMT_NOT_SETTINGS
 from pipelines.terminal import BadUsage
 from scorer.config import PackConfig, ScoreConfig
 from scorer.sources import find_corpus
@@ -49,6 +51,35 @@ def test_a_reference_that_exists_takes_the_place_of_round_0(fake_loop: FakeLoop,
     fake_loop.values["rounds"] = 0
     with pytest.raises(BadUsage, match="rounds is 0, expected at least 1 with a reference"):
         read_config(fake_loop.write())
+
+
+def test_rmt_takes_the_place_of_train_from_round_1_on(fake_loop: FakeLoop) -> None:
+    corpus = fake_loop.values["corpus"][0]
+    options = {"max_steps": 9, "thresholds": [0.25, 0.5, 1], "budget": False, "num_engines": 2, "engine_memory": 0.3}
+    fake_loop.values |= {"rounds": 2, "evaluate": None, "rmt": options, "heldout": corpus}
+    stages = {stage.name: stage for stage in make_loop(read_config(fake_loop.write())).stages}
+    assert list(stages) == [
+        "pack", "pack-heldout", "round-0/train", "round-0/own",
+        *(f"round-{n}/{name}" for n in (1, 2) for name in ("score", "score-heldout", "rmt", "own")),
+    ]  # fmt: skip
+    assert parsed(stages["round-0/train"]).objective == "ntp"
+    for number in (1, 2):
+        rmt, reference = stages[f"round-{number}/rmt"], stages[f"round-{number - 1}/own"]
+        assert rmt.inputs["model"].path == str(fake_loop.values["base"])
+        for name, source in (("shards", "score"), ("eval_shards", "score-heldout")):
+            scored = stages[f"round-{number}/{source}"]
+            assert rmt.inputs[name] is scored
+            assert scored.inputs["model"] is reference
+            assert parsed(scored).entropy
+        assert stages[f"round-{number}/score"].inputs["shards"] is stages["pack"]
+        assert stages[f"round-{number}/score-heldout"].inputs["shards"] is stages["pack-heldout"]
+        config = parsed(rmt)
+        assert (config.reference, config.seed, config.max_steps, config.budget) == ("rl", 7, 9, "off")
+        assert (config.thresholds, config.num_engines, config.eval_shards) == ((0.25, 0.5, 1.0), 2, "<eval_shards>")
+        # two engines sample other tokens than one does
+        assert ("--engine-memory" in rmt.more, "--num-engines" in rmt.more) == (True, False)
+        assert (rmt.resumes, rmt.result) == (True, "model")
+        assert stages[f"round-{number}/own"].inputs["model"] is rmt
 
 
 def parsed(stage: Stage) -> object:
@@ -116,10 +147,11 @@ def test_commands_are_those_of_the_command_line(fake_loop: FakeLoop, tmp_path: P
 
 def test_options_are_what_the_loop_takes_them_for() -> None:
     """A resume allows all that is not in the key; and no command has lost or renamed an option that is listed here."""
-    settings = (PackConfig, ScoreConfig, TrainConfig, EvalConfig, SftConfig, DpoConfig, RlConfig)
+    settings = (PackConfig, ScoreConfig, TrainConfig, EvalConfig, SftConfig, DpoConfig, RlConfig, RmtConfig)
     names = [set(kind.__dataclass_fields__) for kind in settings]
     assert FAST & names[2] <= set(NOT_SETTINGS)
-    for kind in names[4:]:
+    assert set(fast_options("rmt", dict.fromkeys(names[7]))) <= set(RMT_NOT_SETTINGS)
+    for kind in names[4:7]:
         assert FAST & kind == {"checkpoint_every", "micro_batch_size", "gradient_checkpointing"}
     assert not FAST & names[3]
     assert set.union(*names) >= FAST | FILES | DECIDED.keys()
@@ -169,6 +201,15 @@ BAD = [
     ({"evaluate": {"tasks": "x", "task_dir": "none"}}, "evaluate.task_dir is 'none', expected a folder that is there"),
     ({"evaluate": {"tasks": "x", "task_dir": __file__}}, "expected a folder that is there"),
     ({"evaluate": {"tasks": "x", "compare": ["a"]}}, "evaluate: compare cannot be given here: use remit eval --compare afterwards"),
+    ({"rmt": {"max_stepps": 3}}, "rmt: max_stepps is no key; did you mean max_steps?"),
+    ({"rmt": {"seed": 3}}, "rmt: seed cannot be given here: give seed at the top"),
+    ({"rmt": {"thresholds": [1, 0.5, 2]}}, "rmt: --thresholds are 1 0.5 2, expected three rising numbers"),
+    ({"rmt": {"reward": "gain", "baseline": "base"}}, "rmt.reward is 'gain', expected match or prefix"),
+    ({"rmt": {}, "rounds": 0}, "rounds is 0, expected at least 1 with rmt"),
+    ({"rmt": {}, "score": {"entropy": False}}, "score.entropy is False, expected nothing or true with rmt"),
+    ({"rmt": {}, "train": {"objective": "rho1"}}, "train.objective is 'rho1' beside rmt, expected none"),
+    ({"rmt": {}, "reference": "x"}, "train is given (max_steps) with rmt and a reference, expected none"),
+    ({"rmt": {}, "posttrain": [{"command": ["true"], "name": "rmt"}]}, "the names are ['rmt'], expected different ones"),
     ({"base": " "}, "base is ' ', expected a text that is not empty"),
     ({"out": ""}, "out is '', expected a text that is not empty"),
     ({"launch": {"trian": "x"}}, "launch: trian is no key; did you mean train?"),

@@ -183,6 +183,31 @@ def test_kill_in_every_kind_of_stage(fake_loop: FakeLoop, kind: str, victim: str
 
 
 @pytest.mark.usefixtures("starts_processes")
+def test_a_killed_rmt_goes_on_and_is_shown(fake_loop: FakeLoop, remit: Remit) -> None:
+    """kill -9 of driver and stage within remit rmt; the same command goes on in it, and repeats nothing else."""
+    (fake_loop.folder / "heldout.jsonl").write_text('{"text": "b"}\n')
+    heldout = str(fake_loop.folder / "heldout.jsonl")
+    fake_loop.values |= {"rmt": {"max_steps": 9}, "heldout": heldout, "evaluate": None}
+    arguments = ("flywheel", "--config", fake_loop.write())
+    gate = fake_loop.hold("rmt")
+    first = Command(fake_loop.folder, *arguments, private=True, FAKE=str(fake_loop.folder))
+    first.until(lambda: "rmt" in fake_loop.starts, 600)
+    first.signal(signal.SIGKILL)
+    assert first.finish(600) == -signal.SIGKILL
+    kill(pid := fake_loop.last_pid())
+    until(lambda: not alive(pid))
+    assert planned(remit(*arguments, "--dry-run")[1])["round-1/rmt"].startswith("goes on")
+    gate.unlink()
+    code, output, error = remit(*arguments)
+    assert code == 0, error
+    assert fake_loop.starts.count("rmt") == 2
+    assert len(fake_loop.starts) == 9  # one more than there are stages
+    overview = fake_loop.overview()
+    assert [stage["state"] for stage in overview.values()] == ["done"] * 8
+    assert f"mid-trained (rmt): {fake_loop.out / overview['round-1/rmt']['result']}" in output
+
+
+@pytest.mark.usefixtures("starts_processes")
 def test_a_driver_that_waits_can_be_stopped(fake_loop: FakeLoop) -> None:
     """SIGTERM ends the wait, with exit code 3, and leaves what is waited for alone."""
     arguments = ("flywheel", "--config", fake_loop.file)

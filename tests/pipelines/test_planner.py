@@ -22,6 +22,7 @@ from pipelines.plan.hardware import Machine
 from pipelines.plan.layout import Job, Layout, engine_size, exchange, memory, powers_down, propose
 from pipelines.plan.model_shape import ModelShape, count, mean_context, read_config
 from pipelines.plan.presets import find_model
+from pipelines.plan.rmt import RmtJob, seconds_of, tokens_of
 
 Remit = Callable[..., tuple[int, str, str]]
 TIED = [False, True]
@@ -496,6 +497,64 @@ def test_warnings(remit: Remit, folder: Path) -> None:
     figures, _, _ = plan(remit, folder, "--seq-len", 129, "--reference", folder / "base")
     assert sum("takes rows of at most" in line for line in figures["warnings"]) == 1
     assert plan(remit, folder, "--network", "1e9", "--link", "1e9")[0]["warnings"] == []
+
+
+def test_rmt_by_hand() -> None:
+    # 8 * 0.25^(t/4) = 5.66, 4, 2.83, 2: 5 + 4 + 2 + 2 tokens of thought, with B_min = 3: 5 + 4 + 3 + 3
+    job = RmtJob(4, 6, 2, 8, 1, 0.25, prompt=10, answer=3, seq_len=32)
+    found = tokens_of(job)
+    assert (found.prefilled, found.decoded, found.predicted) == (4 * 6 * 10, 12 * (13 + 12), 4 * 6 * 32)
+    assert found.learned == 12 * (4 * 10 + 13 + 12)
+    assert found.most_decoded == 12 * (26 + 12)
+    assert tokens_of(replace(job, least_budget=3)).decoded == 12 * (15 + 12)
+    shape = replace(ONE_B, matrix_flops=60, attention_flops=20, vocab_size=2, hidden_size=5)  # 100 forward, 300 in all
+    rates = Rates(score=9.0, train=0.3, online=9.0, remit_cost=9.0, score_start_seconds=11.0, train_start_seconds=7.0)
+    seconds = seconds_of(found, shape, rates, prefill_rate=20, decode_rate=5, num_gpus=2)
+    assert list(seconds.values()) == pytest.approx(
+        [240 / 20 / 2, 300 / 5 / 2, 780 * (0.3 + 0.1) / 2, 768 * 0.3 / 2, 18]
+    )
+
+
+def test_rmt_is_planned_where_it_is_asked_for(remit: Remit, folder: Path) -> None:
+    small = ("--rmt-positions", 16, "--rmt-first-budget", 32, "--rmt-prompt", 50, "--network", "1e9", "--link", "1e9")
+    without, _, _ = plan(remit, folder)
+    figures, output, _ = plan(remit, folder, "--rmt-steps", 10, *small, "--prefill-rate", 1e5, "--decode-rate", 2e3)
+    assert "rmt" not in without
+    assert not any("rmt" in entry["name"] or "code" in entry["name"] for entry in without["assumptions"])
+    # floor(32 * 0.2^(t/10)): 27 23 19 16 14 12 10 8 7 6
+    tokens = figures["rmt"]["tokens"]
+    assert tokens["decoded"] == 16 * 8 * (142 + 10 * 4)
+    assert tokens["decoded at most"] == 16 * 8 * (284 + 10 * 4)
+    assert tokens["prefilled"] == 16 * 10 * 50
+    costs = figures["rmt"]["costs"]
+    assert costs["rollouts, decode"]["gpu_hours"] == pytest.approx(16 * 8 * 182 / 2e3 / 3600)
+    assert costs["rollouts, prefill"]["gpu_hours"] == pytest.approx(16 * 10 * 50 / 1e5 / 3600)
+    assert costs["remit rmt in all"]["gpu_hours"] == pytest.approx(
+        sum(cost["gpu_hours"] for name, cost in costs.items() if name != "remit rmt in all")
+    )
+    for name, cost in costs.items():
+        line = next(line for line in output.splitlines() if line.startswith(name))
+        assert f"{cost['gpu_hours']:,.4g}" in line
+    for entry in figures["assumptions"]:  # each is printed, and can be replaced
+        if "rmt" in entry["name"] or "code" in entry["name"]:
+            line = next(line for line in output.splitlines() if line.startswith(f"{entry['option']} "))
+            assert f"{entry['value']:.4g}" in line
+    given = {entry["name"] for entry in figures["assumptions"] if entry["source"] == "given"}
+    assert given == {
+        "rmt_positions",
+        "rmt_prompt",
+        "rmt_first_budget",
+        "prefill_rate",
+        "decode_rate",
+        "network",
+        "link",
+    }
+    assert figures["warnings"] == []
+    warned, _, _ = plan(remit, folder, "--rmt-steps", 10, "--rmt-positions", 9)
+    assert any("a rollout has up to 1,668 tokens" in line for line in warned["warnings"])
+    assert any("--rmt-positions is 9, expected a multiple of --num-gpus (8)" in line for line in warned["warnings"])
+    _, _, error = plan(remit, folder, "--decode-rate", 5, code=2)
+    assert "--decode-rate is given without --rmt-steps" in error
 
 
 @pytest.mark.usefixtures("starts_processes")

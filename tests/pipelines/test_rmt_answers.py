@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from pipelines.rmt.answers import (
     boxed,
+    can_be_boxed,
     information_gain,
     match_reward,
     prefix_reward,
@@ -97,6 +98,40 @@ def test_bytes_of_sentencepiece_tokens() -> None:
     inner.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
     spelled = token_bytes(transformers.PreTrainedTokenizerFast(tokenizer_object=inner), 6)
     assert spelled == [b"<unk>", b" the", b" ", b"cat", b"\xe6", b"\n"]
+
+
+def test_bytes_of_added_tokens_are_what_the_library_decodes() -> None:
+    """Such as Gemma's, which are runs of spaces."""
+    vocabulary = {"<unk>": 0, "</s>": 1, "\u2581": 2, "a": 3, "b": 4}
+    inner = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
+    inner.normalizer = normalizers.Replace(" ", "\u2581")
+    inner.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    inner.add_tokens([AddedToken("\u2581\u2581", normalized=False), AddedToken("\u2581\u2581\u2581", normalized=True)])
+    inner.add_special_tokens(["<eot>"])
+    spelled = token_bytes(transformers.PreTrainedTokenizerFast(tokenizer_object=inner), 8)
+    for index in range(8):  # between letters, since decoders may take a space from the beginning
+        assert spelled[index] == inner.decode([3, index, 4], skip_special_tokens=False)[1:-1].encode()
+
+
+def test_what_a_box_can_hold() -> None:
+    tokens = [
+        b"a",
+        b"{",
+        b"}",
+        b"{}",
+        b"}{",
+        b"f{x",
+        b"{ {} }",
+        b"\\boxed{",
+        b"\\boxed{x}",
+        b"",
+        b"\xe6",
+        b" ",
+        b"<end>",
+    ]
+    found = can_be_boxed(tokens, {12}).tolist()
+    # by hand; a box within a box is the last one, and says something else
+    assert found == [True, False, False, True, False, False, True, False, False, False, True, True, False]
 
 
 def test_a_tokenizer_whose_bytes_are_not_known_is_refused() -> None:

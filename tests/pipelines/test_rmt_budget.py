@@ -2,10 +2,13 @@
 
 import math
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 
 from pipelines.rmt.budget import budget_at, length_reward
+from pipelines.rmt.settings import RmtConfig
+from pipelines.rmt.warmup import format_budgets
 
 
 def test_the_papers_budget_falls_from_800_to_160() -> None:
@@ -19,6 +22,28 @@ def test_the_budget_is_never_below_the_least() -> None:
     assert budget_at(1, 7, 1, 1, 0.001) == 1
     assert [budget_at(step, 3, 8, 1, 1.0) for step in (1, 2, 3)] == [8, 8, 8]
     assert [budget_at(step, 3, 8, 1, 0.125) for step in (1, 2, 3)] == [4, 2, 1]
+
+
+def test_whole_numbers_are_not_missed_by_a_rounding() -> None:
+    """n is the floor of B_0 g^(t/T) where n^T <= B_0^T g^t < (n + 1)^T, in fractions."""
+    decays = [
+        Fraction(text)
+        for text in (
+            ["0.01", "0.07", "0.14", "0.2", "0.25", "0.28", "0.29", "0.5", "0.56", "0.57", "0.58", "0.64", "0.9", "1"]
+        )
+    ]
+    for first in (*range(1, 300, 7), 100, 800, 1000):
+        for decay in decays:
+            for step, steps in ((1, 1), (7, 7), (1, 2), (2, 4), (1, 3), (2, 3), (3, 5)):
+                found = budget_at(step, steps, first, 1, float(decay))
+                exact = Fraction(first) ** steps * decay**step
+                assert found == 1 or found**steps <= exact
+                assert exact < (found + 1) ** steps
+
+
+def test_the_warm_up_asks_for_budgets_of_the_run(tmp_path: Path) -> None:
+    settings = RmtConfig(shards="s", model="m", out=tmp_path / "run", first_budget=100, budget_decay=0.29)
+    assert set(format_budgets(settings, 3, 3000)) == {*range(29, 101)}
 
 
 @pytest.mark.parametrize(("tokens", "expected"), [(0, 0), (4, 0.5), (8, 1), (12, 0.5), (16, 0), (17, 0), (1000, 0)])

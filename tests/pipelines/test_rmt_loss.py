@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 from unittest.mock import patch
 
 import numpy as np
@@ -143,19 +143,104 @@ def ours(
     settings = {"temperature": 0.7, "length_weight": 0.3, **settings}
     grpo = Grpo(config(out, **settings), base.model, RmtModel(base), tokenizer, len(scored), torch.float32)
     batches = grpo.batches(scored)
-    assert len(batches) == 6
+    assert len(batches) == 12 // settings.get("micro_batch_size", 2)
     for batch in batches:
         grpo.loss(batch).backward()
     assert grpo.metrics()["reward"] == pytest.approx(np.mean([0.7 * s.outcome + 0.3 * s.length for s in scored]))
     return gradients(base.model)
 
 
+def learned_positions(folder: Path, family: str) -> Path:
+    """A model whose positions are embeddings, large enough that a shift of them shows."""
+    sizes = {"vocab_size": 521, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "tie_word_embeddings": True}
+    torch.manual_seed(0)
+    if family == "OPT":
+        settings = transformers.OPTConfig(
+            **sizes, max_position_embeddings=64, hidden_size=64, word_embed_proj_dim=64, ffn_dim=96,
+            num_hidden_layers=2, num_attention_heads=2, dropout=0.0,
+        )  # fmt: skip
+        model = transformers.OPTForCausalLM(settings)
+    else:
+        settings = transformers.GPT2Config(**sizes, n_positions=64, n_embd=64, n_layer=2, n_head=2)
+        model = transformers.GPT2LMHeadModel(settings)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(0, 0.15)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", ["GPT2", "OPT"])
+def test_rl_of_a_model_with_learned_positions_against_float64(
+    tmp_path: Path, tokenizer_folder: Path, family: str
+) -> None:
+    """Prompts of unequal lengths are padded on the left; tokens are counted from the first of each prompt all the same."""
+    model = learned_positions(tmp_path / "model", family)
+    scored = rollouts(model)
+    # one micro-batch with prompts of all lengths
+    found = ours(model, tokenizer_folder, scored, tmp_path / "out", micro_batch_size=12)
+    assert_close(found, oracle_gradients(model, scored), 2e-4)
+
+
+def test_the_kl_of_a_model_with_learned_positions_is_zero_before_the_first_step(
+    tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    """The base from which the model has not moved yet counts its positions as the model does."""
+    model = learned_positions(tmp_path / "model", "GPT2")
+    base = load_base(model, "float32", CPU)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
+    settings = config(tmp_path / "out", micro_batch_size=12, kl=0.5)
+    grpo = Grpo(settings, base.model, RmtModel(base), tokenizer, 12, torch.float32)
+    (batch,) = grpo.batches(rollouts(model))
+    grpo.loss(batch)
+    assert abs(grpo.metrics()["kl"]) < 1e-6
+
+
+def test_the_entropy_of_the_policy_is_a_mean_over_tokens(
+    tmp_path: Path, models: dict[str, Path], tokenizer_folder: Path
+) -> None:
+    """In float64, and whatever the micro-batch: rollouts have unequal lengths."""
+    scored, oracle, entropies = rollouts(models["base"]), load(models["base"]).double(), []
+    for each in scored:
+        prompt, completion = list(each.rollout.prompt_ids), list(each.rollout.completion_ids)
+        with torch.no_grad():
+            logprobs = (oracle(input_ids=torch.tensor([prompt + completion])).logits[0] / 0.7).log_softmax(-1)
+        entropies += (-(logprobs.exp() * logprobs).sum(-1))[len(prompt) - 1 : -1].tolist()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
+    for size in (1, 2, 12):
+        base = load_base(models["base"], "float32", CPU)
+        settings = config(tmp_path / "out", micro_batch_size=size, temperature=0.7)
+        grpo = Grpo(settings, base.model, RmtModel(base), tokenizer, 12, torch.float32)
+        for _ in range(2):  # of each step by itself
+            for batch in grpo.batches(scored):
+                grpo.loss(batch)
+            assert grpo.metrics()["policy_entropy"] == pytest.approx(np.mean(entropies), abs=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", get_args(get_type_hints(RmtConfig)["loss_type"]))
+def test_the_gradient_does_not_depend_on_the_micro_batch(
+    tmp_path: Path, models: dict[str, Path], tokenizer_folder: Path, loss_type: str
+) -> None:
+    scored = rollouts(models["base"])
+    found = [
+        ours(models["base"], tokenizer_folder, scored, tmp_path, loss_type=loss_type, micro_batch_size=size)
+        for size in (2, 12)
+    ]
+    assert_close(*found, 1e-5)
+
+
 @pytest.mark.parametrize("off_policy", [0.0, 0.8])
 def test_rl_against_float64(tmp_path: Path, models: dict[str, Path], tokenizer_folder: Path, off_policy: float) -> None:
-    """Advantage (r - mean) / (std + 1e-4) of the group, mean over a rollout's tokens, then over rollouts; tokens that the
-    engine found less probable than the model weigh up to twice as much."""
     scored = rollouts(models["base"], off_policy)
-    oracle, total = load(models["base"]).double(), 0.0
+    found = ours(models["base"], tokenizer_folder, scored, tmp_path)
+    assert_close(found, oracle_gradients(models["base"], scored), 2e-4)
+
+
+def oracle_gradients(model: Path, scored: list[Scored]) -> dict[str, torch.Tensor]:
+    """Advantage (r - mean) / (std + 1e-4) of the group, mean over a rollout's tokens, then over rollouts; tokens that the
+    engine found less probable than the model weigh up to twice as much. Each rollout by itself, in float64."""
+    oracle, total = load(model).double(), 0.0
     for first in range(0, 12, 4):
         group = scored[first : first + 4]
         rewards = np.array([0.7 * each.outcome + 0.3 * each.length for each in group])
@@ -169,7 +254,7 @@ def test_rl_against_float64(tmp_path: Path, models: dict[str, Path], tokenizer_f
                 weight = min(2.0, float(torch.exp(logprob.detach() - each.rollout.logprobs[place])))
                 total = total - advantage * weight * logprob / len(completion) / 12
     total.backward()  # type: ignore[union-attr]
-    assert_close(ours(models["base"], tokenizer_folder, scored, tmp_path), gradients(oracle), 2e-4)
+    return gradients(oracle)
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])

@@ -5,12 +5,17 @@ from typing import Any
 
 import pytest
 import transformers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from pipelines.rmt.answers import token_bytes
+from pipelines.rmt.answers import read_completion, token_bytes
 from pipelines.rmt.engine import Sampled, Sampling
+from pipelines.rmt.evaluation import thought_limit
+from pipelines.rmt.losses import closed
 from pipelines.rmt.positions import Position
 from pipelines.rmt.prompts import Prompter
-from pipelines.rmt.rollouts import Shape, outcome, sample_rollouts
+from pipelines.rmt.rollouts import Rollout, Shape, outcome, sample_rollouts
+from pipelines.rmt.settings import RmtConfig
+from pipelines.rmt.setup import make_prompter
 from pipelines.rmt.warmup import format_rows
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
@@ -39,10 +44,113 @@ def test_a_chat_prompt_asks_for_exactly_the_budget_and_opens_the_thought_once(to
     assert text.startswith("[user] ")
     assert "exactly 24 tokens" in text
     assert "\\boxed{}" in text
-    assert text.endswith("Text:\nimport os\nimport\n[assistant] <think>")
+    assert text.endswith("\n\n<text>import os\nimport</text>\n[assistant] <think>")
     assert "exactly" not in tokenizer.decode(prompter.prompt(prefix, None))
     tokenizer.chat_template = TEMPLATE.replace("[assistant] {%", "[assistant] <think>\n{%")
-    assert tokenizer.decode(prompter.prompt(prefix, 24)).endswith("import\n[assistant] <think>\n")
+    prompter = Prompter(tokenizer, chat=True, answer="boxed", max_prefix=64)
+    assert tokenizer.decode(prompter.prompt(prefix, 24)).endswith("import</text>\n[assistant] <think>\n")
+
+
+TRIMS = "{% for m in messages %}<{{m.role}}>\n{{ m.content | trim }}{% endfor %}{% if add_generation_prompt %}\n<a>{% endif %}"
+
+
+def test_a_chat_prompt_holds_the_very_tokens_of_the_text(tokenizer: Any) -> None:
+    tokenizer.chat_template = TRIMS
+    prompter = Prompter(tokenizer, chat=True, answer="token", max_prefix=40)
+    texts = ["def f(x):", "def f(x):\n", "def f(x):\n        ", "  \n x", "漢字", "a , b . It 's", "", "é" * 30]
+    prefixes = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    # some end inside a character, some are tokens that no text comes out as
+    prefixes += [prefixes[4][:size] for size in range(1, len(prefixes[4]))] + [[300, 5, 77, 7]]
+    found = [prompter.prompt(prefix, 5) for prefix in prefixes]
+    for prefix, prompt in zip(prefixes, found, strict=True):
+        kept = prefix[-40:]
+        assert any(prompt[at : at + len(kept)] == kept for at in range(len(prompt)))
+        assert len(prompt) == len(found[6]) + len(kept) <= 40 + prompter.overhead
+    assert len(set(map(tuple, found))) == len(prefixes)
+
+
+def test_special_tokens_of_a_text_have_no_meaning_in_a_chat(tokenizer: Any) -> None:
+    tokenizer.chat_template = TEMPLATE
+    prompter = Prompter(tokenizer, chat=True, answer="token", max_prefix=64)
+    end = tokenizer.eos_token_id
+    prompt = prompter.prompt([*tokenizer.encode("a b"), end, *tokenizer.encode(" c")], None)
+    assert end not in prompt
+    assert "<text>a b<|endoftext|> c</text>" in tokenizer.decode(prompt)
+    tokenizer.bos_token = "<|endoftext|>"
+    assert "<text>a b</text>" in tokenizer.decode(prompter.prompt([end, *tokenizer.encode("a b")], None))
+    assert tokenizer.encode("<|endoftext|>") == [end]  # the tokenizer is as it was
+
+
+def test_a_template_without_the_text_is_refused_and_dates_stand_still(tokenizer: Any) -> None:
+    for template in (
+        "fixed",
+        "{{ messages[0].content }}{{ messages[0].content }}",
+        "{{ messages[0].content | lower }}",
+    ):
+        tokenizer.chat_template = template
+        with pytest.raises(ValueError, match="--prompt plain"):
+            Prompter(tokenizer, chat=True, answer="token", max_prefix=9).prompt([5], None)
+    tokenizer.chat_template = "{{ strftime_now('%Y-%m-%d %H:%M:%S %f') }} {{ messages[0].content }}"
+    prompts = {tuple(Prompter(tokenizer, True, "token", 9).prompt([5], None)) for _ in range(3)}
+    assert len(prompts) == 1
+
+
+def sentencepiece(kind: str) -> Any:
+    """As Llama's: a space before what it takes for a beginning, all other characters as bytes."""
+    inner = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    space = "\u2581"
+    if kind == "prepend":
+        inner.normalizer = normalizers.Sequence([normalizers.Prepend(space), normalizers.Replace(" ", space)])
+    else:
+        inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind)
+    inner.decoder = decoders.Sequence([decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special)
+    inner.train_from_iterator(["hello the world <think> and </think> boxed {3} <24> </text>\n"] * 9, trainer)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("kind", ["prepend", "first", "always", "never"])
+def test_no_space_comes_before_a_tag_of_a_sentencepiece_tokenizer(kind: str) -> None:
+    tokenizer = sentencepiece(kind)
+    prompter = Prompter(tokenizer, chat=False, answer="boxed", max_prefix=64)
+    prefix = tokenizer.encode("hello", add_special_tokens=False)
+    spelled = lambda ids: tokenizer.decode(ids, skip_special_tokens=False)  # noqa: E731
+    before = spelled(prefix)
+    assert spelled(prompter.prompt(prefix, 24)) == f"{before}<24><think>"
+    assert spelled([*prefix, *prompter.close_ids]) == f"{before}</think>"
+    target = tokenizer.convert_tokens_to_ids("\u2581the") if kind == "always" else prefix[-1]
+    answer = spelled(prompter.answer_ids(target)[:-1])
+    assert answer == f"\\boxed{{{spelled([target])}}}"
+    thought = [*prefix, *prefix]
+    read = read_completion([*thought, *prompter.close_ids, 5], token_bytes(tokenizer, len(tokenizer)), b"</think>")
+    assert (read.thought_tokens, read.answer_ids) == (len(thought), (5,))
+
+
+@pytest.mark.parametrize("reward", ["match", "prefix", "gain"])
+@pytest.mark.parametrize("budget", ["on", "off"])
+def test_the_longest_sequence_fits_the_models_positions(
+    tokenizer: Any, tmp_path: Path, reward: str, budget: str
+) -> None:
+    """A thought that is cut off just before its tag is whole, and is closed with a whole tag where the gain is asked for."""
+    settings = RmtConfig(
+        shards="s", model="m", out=tmp_path / "run", first_budget=8, max_answer=9, reward=reward, budget=budget,  # type: ignore[arg-type]
+        baseline="rl" if reward == "gain" else None,
+    )  # fmt: skip
+    prompter = make_prompter(settings, tokenizer, 80)
+    asked = 8 if budget == "on" else None
+    sampled = prompter.prompt(range(1, 200), asked) + [5] * thought_limit(settings, prompter, asked)
+    after = {"match": 1, "prefix": 9, "gain": len(tokenizer.encode("</think>")) + 1}[reward]
+    assert 80 - 16 < len(sampled) + after <= 80
+
+
+def test_a_thought_that_did_not_end_is_closed_for_the_true_token(tokenizer: Any) -> None:
+    prompter = Prompter(tokenizer, chat=False, answer="none", max_prefix=64, more_ends=(7,))
+    spelled, end = token_bytes(tokenizer, 600), tokenizer.eos_token_id
+    so, close = (tokenizer.encode(text, add_special_tokens=False) for text in ("so so", "</think>"))
+    for ids in ([*so, *close], so, [*so, end], [*so, 7], [*so, end, end]):
+        rollout = Rollout((9,), tuple(ids), (0.0,) * len(ids), read_completion(ids, spelled, b"</think>"))
+        assert closed(rollout, prompter) == [*so, *close]
 
 
 class Scripted:

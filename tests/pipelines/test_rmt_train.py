@@ -2,21 +2,26 @@
 
 import contextlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from annotated import annotate
 from built_once import BuiltOnce
+from conftest import make_model
 from fake_rollouts import FakeEngines
-from oracles import load
-from rmt_shards import places_by_tier, with_entropy
+from oracles import contexts, load, read_rows
+from rmt_shards import THRESHOLDS, made_up_entropy, made_up_logprobs, places_by_tier, with_entropy
 from safetensors.torch import load_file
 
 import pipelines.rmt.run as running
-from pipelines.rmt.settings import RmtConfig
+from pipelines.rmt import setup, tier_index
+from pipelines.rmt.settings import TIERS, RmtConfig
 
 Run = Callable[..., Any]
 
@@ -24,6 +29,11 @@ Run = Callable[..., Any]
 @pytest.fixture(scope="module")
 def shards(built_once: BuiltOnce, packed: Path) -> Path:
     return built_once("rmt-rows", lambda out: with_entropy(packed, out))
+
+
+@contextlib.contextmanager
+def scripted(run: Any, session: Any) -> Iterator[FakeEngines | None]:
+    yield FakeEngines(run.prompter.close_ids, 500)
 
 
 @pytest.fixture
@@ -37,6 +47,25 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[FakeEngines]:
 
     monkeypatch.setattr(running, "engines", engines)
     return made
+
+
+@pytest.fixture(scope="module")
+def of_documents(built_once: BuiltOnce, packed: Path) -> Path:
+    """The same rows, scored in document context."""
+
+    def without_starts(values: Callable[[dict], list]) -> Callable[[dict], list]:
+        def found(row: dict) -> list:
+            starts = {start for start, _ in contexts(row, "document")}
+            return [None if place in starts else value for place, value in enumerate(values(row))]
+
+        return found
+
+    return built_once(
+        "rmt-documents",
+        lambda out: annotate(
+            packed, out, without_starts(made_up_logprobs), "document", entropy=without_starts(made_up_entropy)
+        ),
+    )
 
 
 @pytest.fixture
@@ -126,6 +155,51 @@ def test_a_run_that_dies_goes_on_with_the_same_positions_and_weights(
     assert running.rmt(config).finished  # nothing to do
 
 
+def test_a_run_that_is_killed_before_its_settings_are_written_begins_again(
+    tmp_path: Path, settings: dict, started: list[FakeEngines], monkeypatch: pytest.MonkeyPatch, models: dict[str, Path]
+) -> None:
+    """A copy of OUT at each point holds what a kill would leave there, the lease of a dead process aside."""
+    short = settings | {"model": str(models["base"]), "format_steps": 0, "max_steps": 1}
+    out, left = tmp_path / "run", dict[frozenset, Path]()
+
+    def watch(module: Any, name: str) -> None:
+        call = getattr(module, name)
+
+        def copied(*arguments: Any, **named: Any) -> Any:
+            files = frozenset(path.relative_to(out) for path in out.rglob("*") if path.is_file())
+            if not (out / "run.json").exists() and files not in left:
+                left[files] = tmp_path / f"killed in {name} {len(left)}"
+                shutil.copytree(out, left[files], ignore=shutil.ignore_patterns("_lease"))
+            return call(*arguments, **named)
+
+        monkeypatch.setattr(module, name, copied)
+
+    for name in ("load_tokenizer", "token_bytes", "PositionReader", "resume"):
+        watch(setup, name)
+    watch(tier_index, "sha256_file")
+    watch(np, "save")
+    assert running.rmt(RmtConfig(out=out, **short)).finished
+    monkeypatch.undo()
+    assert len(left) >= 5  # nothing, the tokenizer, the counts under two names, their record
+    monkeypatch.setattr(running, "engines", scripted)
+    for path in left.values():
+        is_last = path == [*left.values()][-1]
+        thresholds = (0.25, 0.75, 1.25) if is_last else THRESHOLDS  # the counts that are there are not of this command
+        assert running.rmt(RmtConfig(out=path, **short, thresholds=thresholds)).finished
+        places = places_by_tier(Path(short["shards"]), thresholds)
+        found = json.loads((path / "run.json").read_text())["resolved"]["tiers"]
+        assert [found[name] for name in TIERS] == [len(tier) for tier in places]
+
+
+def test_a_command_that_was_refused_can_be_given_again(
+    tmp_path: Path, settings: dict, started: list[FakeEngines]
+) -> None:
+    short = settings | {"format_steps": 0, "max_steps": 1}
+    with pytest.raises(ValueError, match="change --thresholds"):
+        running.rmt(RmtConfig(out=tmp_path / "run", **short, thresholds=(0.5, 1.0, 2.5)))
+    assert running.rmt(RmtConfig(out=tmp_path / "run", **short)).finished
+
+
 def test_a_run_stops_where_the_engines_get_new_weights(
     tmp_path: Path, settings: dict, started: list[FakeEngines]
 ) -> None:
@@ -154,13 +228,37 @@ def test_engines_get_the_weights_by_their_names_in_the_files(
     "changes",
     [
         {"reward": "prefix", "budget": "off", "curriculum": "filter", "max_answer": 5},
-        {"reward": "gain", "baseline": "rl", "curriculum": "off"},
+        {"reward": "gain", "baseline": "rl", "curriculum": "off", "shards": "of_documents", "max_prefix": 9},
         {"ntp_weight": 0.0, "kl": 0.05, "loss_type": "dapo"},
     ],
 )
-def test_every_ablation_runs(tmp_path: Path, settings: dict, started: list[FakeEngines], changes: dict) -> None:
-    short = settings | {"max_steps": 2, "format_steps": 1} | changes
-    assert running.rmt(RmtConfig(out=tmp_path / "run", **short)).finished
+def test_every_ablation_runs(
+    tmp_path: Path, settings: dict, started: list[FakeEngines], changes: dict, of_documents: Path
+) -> None:
+    short, noted = settings | {"max_steps": 2, "format_steps": 1} | changes, []
+    if "shards" in changes:
+        short["shards"] = str(of_documents)
+    assert running.rmt(RmtConfig(out=tmp_path / "run", **short), note=noted.append).finished
+    rows = read_rows(Path(short["shards"]))
+    drawn = [place for line in lines(tmp_path / "run" / "positions.jsonl") for place in line["positions"]]
+    if changes.get("reward") == "prefix":
+        tokenizer = transformers.AutoTokenizer.from_pretrained(settings["model"])
+        # "}{" is the one token with braces that are balanced in number and not in order
+        cannot = lambda text: text.count("{") != text.count("}") or "}{" in text or text == "<|endoftext|>"  # noqa: E731
+        places = [place for tier in places_by_tier(Path(short["shards"])) for place in tier]
+        beyond = sum(cannot(tokenizer.decode([rows[row]["input_ids"][place]])) for row, place in places)
+        assert beyond > 0
+        assert any(f"and {beyond:,} more are not drawn: no \\boxed{{}} can hold" in line for line in noted)
+        assert not any(cannot(tokenizer.decode([rows[row]["input_ids"][place]])) for row, place, _ in drawn)
+    if changes.get("reward") == "gain":
+        assert any(
+            "more are not drawn: a prompt does not hold the text before them (9 tokens)" in line for line in noted
+        )
+        for row, place, _ in drawn:
+            assert place - max(start for start, _ in contexts(rows[row], "document") if start <= place) <= 9
+        everything = [place for tier in places_by_tier(of_documents) for place in tier]
+        within = json.loads((tmp_path / "run" / "run.json").read_text())["resolved"]["tiers"]
+        assert 0 < within["all"] < len(everything)
     last = lines(tmp_path / "run" / "metrics.jsonl")[-1]
     assert (last["ntp_loss"] == 0) == (changes.get("ntp_weight") == 0)
     assert (last["budget"] is None) == (changes.get("budget") == "off")
@@ -175,6 +273,7 @@ def test_every_ablation_runs(tmp_path: Path, settings: dict, started: list[FakeE
         ({"first_budget": 40}, "--first-budget is 40: .* of the model's 64 positions"),
         ({"prompt": "chat"}, "--prompt is chat, and the tokenizer of --model has no chat template"),
         ({"positions_per_step": 10**6}, r"positions of the tier 'easy' .*at least 1,000,000"),
+        ({"reward": "gain", "baseline": "rl"}, "--reward gain .* scored in packed context, .*--context document"),
         ({"reference": "sft"}, "has no log-probs of a reference named 'sft'"),
         ({"max_prefix": 60}, "--max-prefix is 60"),
     ],
@@ -203,9 +302,49 @@ def test_other_settings_are_refused_by_name(tmp_path: Path, settings: dict, star
         running.rmt(RmtConfig(out=tmp_path / "run", **short, clip=0.3))
 
 
+def test_a_chat_template_that_changed_is_refused(
+    tmp_path: Path, settings: dict, started: list[FakeEngines], reference_model: Path
+) -> None:
+    model = make_model(tmp_path / "model", seed=1, positions=256)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(reference_model / name, model / name)
+    described = json.loads((model / "tokenizer_config.json").read_text())
+
+    def template(text: str) -> None:
+        (model / "tokenizer_config.json").write_text(json.dumps(described | {"chat_template": text}))
+
+    whole = settings | {"model": str(model), "format_steps": 0, "max_steps": 3, "checkpoint_every": 1, "max_prefix": 32}
+    config, done = RmtConfig(out=tmp_path / "run", **whole), list[int]()
+    template("{{ messages[0].content }}")
+    assert not running.rmt(config, lambda step, *_: done.append(step), should_stop=lambda: bool(done)).finished
+    template("In Latin: {{ messages[0].content }}")
+    with pytest.raises(ValueError, match=r"holds another run: resolved\.prompt_sha256 is"):
+        running.rmt(config)
+    template("{{ messages[0].content }}{# said otherwise #}")
+    assert running.rmt(config).finished
+
+
+def test_without_a_curriculum_there_is_one_tier(tmp_path: Path, settings: dict, started: list[FakeEngines]) -> None:
+    """A lone position above the threshold is no reason to refuse, since no tier is drawn from."""
+    short = settings | {"curriculum": "off", "thresholds": (1.99, 3.0, 4.0), "max_steps": 1, "format_steps": 0}
+    assert running.rmt(RmtConfig(out=tmp_path / "run", **short, first_distribution=(0.0, 0.0, 1.0))).finished
+    places = places_by_tier(Path(settings["shards"]))
+    found = json.loads((tmp_path / "run" / "run.json").read_text())["resolved"]["tiers"]
+    assert found == {"all": sum(map(len, places))}
+    (line,) = lines(tmp_path / "run" / "metrics.jsonl")
+    assert line["tier_probabilities"] == {"all": 1}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            ["--first-distribution", "nan", 0.5, 0.5],
+            "--first-distribution is nan 0.5 0.5, expected three probabilities",
+        ),
+        (["--last-distribution", 0.5, 0.5, "nan"], "--last-distribution is 0.5 0.5 nan, expected three probabilities"),
+        (["--thresholds", 0.5, 1, "inf"], "--thresholds are 0.5 1 inf, expected three rising numbers"),
+        (["--loss-type", "bnpo"], "loss-type"),
         (["--thresholds", 1, 0.5, 2], "--thresholds are 1 0.5 2, expected three rising numbers"),
         (["--last-distribution", 0.5, 0.5, 0.5], "--last-distribution is 0.5 0.5 0.5, expected three probabilities"),
         (["--reward", "gain"], "--baseline is None with --reward gain"),

@@ -17,13 +17,25 @@ import polars
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from damage import ENTROPY_OF, entropy_rows, flip, read_for_kd, read_to_train, read_to_verify, top_rows, write_folder
+from damage import (
+    ENTROPY_OF,
+    entropy_rows,
+    flip,
+    read_for_kd,
+    read_to_train,
+    read_to_verify,
+    rows,
+    top_rows,
+    write_folder,
+)
 from faulty import Faulty
 from oracles import read_rows
 from processes import Command, content
 
 from scorer.below_entropy import Sample, sample_rows, threshold_of
 from scorer.config import BelowEntropy, ScoreConfig, parse_below
+from scorer.engine import Answer
+from scorer.scored_rows import ScoredRows
 from shards import ShardFolder
 from shards.verify import verify_folder
 
@@ -41,6 +53,28 @@ def gated_rows() -> dict[str, list]:
         for row in values[column]:
             row[:-1] = [None] * (len(row) - 1)
     return values
+
+
+@pytest.mark.parametrize("threshold", [1.1, 1.3, 2.5])
+def test_the_writer_keeps_what_the_contract_wants(tmp_path: Path, threshold: float) -> None:
+    """At an entropy of exactly float32(threshold), which is more or less than the threshold, with entropies as they come."""
+    at = float(np.float32(threshold))
+    folder = write_folder(tmp_path, rows())
+    batch = folder.open_rows(folder.manifest.parts[0].name).batch(0)
+    scored = ScoredRows(batch, "packed", 100, 2, {"rl_entropy": (0.0, 9.0)}, ("rl_entropy", threshold))
+    for start, end, _ in scored.spans:
+        zeros = np.zeros((end - start - 1, 2))
+        values = np.full((end - start - 1, 1), at, np.float32)
+        scored.put(start, end, Answer(zeros[:, 0], zeros, zeros, values))
+    columns = scored.columns("rl", 0.0)
+    kept = columns["rl_topk_ids"].flatten().is_valid().to_pylist()
+    assert any(kept) == (at <= threshold)  # as the contract compares them, in float64
+    assert sum(kept) in (0, int(scored.present.sum()))
+
+
+def test_a_sample_without_prompts_says_so() -> None:
+    with pytest.raises(ValueError, match="the sample has no row that the reference can score"):
+        threshold_of(Sample([], []), [], 0.2, 0.05, 0.0)
 
 
 # --- the option -----------------------------------------------------------------------------------------

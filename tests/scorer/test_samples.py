@@ -77,7 +77,8 @@ def test_the_same_logits_give_the_same_draws() -> None:
     logprobs = logits.log_softmax(-1)
     spread = draws(logprobs, tokens, 1)[:, 0]
     assert len(set(spread.tolist())) > 10
-    uniform = _uniform(tokens, logprobs.gather(1, tokens[:, None])[:, 0], logprobs.amax(-1)).numpy()
+    others = [logprobs[:, token] for token in (7, 31, 101 % 97, 211 % 97)]
+    uniform = _uniform(tokens, logprobs.gather(1, tokens[:, None])[:, 0], logprobs.amax(-1), *others).numpy()
     assert 0 <= uniform.min() < 0.1
     assert 0.9 < uniform.max() < 1
     same = draw(logprobs.exp().numpy(), uniform, 9) == want[:, 1:].numpy()
@@ -205,3 +206,21 @@ def test_killed_driver_bad_rows_and_flipped_bits(faulty: Faulty, tmp_path: Path,
     (listed,) = side_file(bad, part)
     assert "of the drawn tokens an id is not in 0..520" in listed["reason"]
     assert verify_folder(ShardFolder(bad)).problems == []
+
+
+def test_places_that_are_nearly_sure_draw_of_their_own() -> None:
+    """The log-prob of a token with p = 1 - 1e-7 has a handful of values; the others' have more. The rest of the distribution
+    comes up as often as it should over many places: 25 draws of each, standard error of the sum."""
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(20_000, 500, generator=generator) * 1.5
+    logits[:, 3] = 16 + torch.rand(20_000, generator=generator)
+    logprobs = logits.log_softmax(-1)
+    tokens = torch.full((20_000,), 3)
+    drawn = (draws(logprobs, tokens, 25) != 3).sum().item()
+    expected = 25 * (1 - logprobs[:, 3].double().exp()).sum().item()
+    assert abs(drawn - expected) < 4 * expected**0.5
+    sure = torch.zeros(1000, 500)
+    sure[:, 3] = 30
+    sure[:, 3:400] += torch.rand(1000, 397, generator=generator)
+    found = draws(sure.log_softmax(-1), torch.full((1000,), 3), 1)
+    assert (found == 3).all()

@@ -5,7 +5,7 @@ import json
 import random
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -191,6 +191,60 @@ def test_records_of_other_parts_and_folders(sound: Path, bad: Path, tmp_path: Pa
     shutil.copyfile(sound / "_commits" / "part-00001.json", bad / "_commits" / "part-00001.json")
     with pytest.raises(ValueError, match="is a symbolic link"):
         read_all(bad, ("input_ids",))
+
+
+def forge(record: Path, change: Callable[[dict], object]) -> None:
+    """Change a record, and give it the checksum of its new bytes."""
+    value = json.loads(record.read_text())
+    del value["checksum"]
+    change(value)
+    rest = json.dumps(value, indent=1, sort_keys=True).removeprefix("{\n") + "\n"
+    record.write_text(f'{{\n "checksum": "{hashlib.sha256(rest.encode()).hexdigest()}",\n{rest}')
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda value: value["batches"].reverse(),
+        lambda value: value["batches"].append(value["batches"][-1]),
+        lambda value: value["batches"].__setitem__(1, value["batches"][0]),
+        *(
+            lambda value, rows=rows: value["quarantined"].update(rl=rows)
+            for rows in (3, None, "0", ["0"], [[0]], {"0": 1}, [True], [0.0], [-1], [8])
+        ),
+    ],
+)
+def test_records_with_a_checksum_that_cannot_be(bad: Path, change: Callable[[dict], object]) -> None:
+    record = bad / "_commits" / "part-00001.json"
+    forge(record, lambda value: None)
+    read_all(bad, ("input_ids",))
+    forge(record, change)
+    with pytest.raises(
+        ValueError, match=r"part-00001\.json: not the commit record of part-00001\.arrow, or altered; run"
+    ) as seen:
+        read_all(bad, ("input_ids",))
+    assert "\n" not in str(seen.value)
+
+
+def test_records_of_references_that_are_not_there(bad: Path) -> None:
+    forge(bad / "_commits" / "part-00001.json", lambda value: value.update(quarantined={"nobody": [0]}))
+    with pytest.raises(
+        ValueError, match=r"lists rows that 'nobody' could not score, which is no reference of the manifest"
+    ):
+        read_all(bad, ("input_ids",))
+
+
+@pytest.mark.parametrize("name", ["_commits/part-00001.json", "_manifest.json", "_sums/part-00001.json"])
+def test_json_that_is_nested_too_deep(bad: Path, tmp_path: Path, name: str) -> None:
+    folder = bad
+    if name.startswith("_sums"):
+        folder = tmp_path / "one"
+        write_many_rows(folder, format_version=1)
+        (folder / "_sums").mkdir()
+    (folder / name).write_bytes(b"[" * 100_000)
+    with pytest.raises(ValueError, match=rf"{name}: not valid JSON \(maximum recursion depth exceeded") as seen:
+        read_all(folder, ("input_ids",))
+    assert "\n" not in str(seen.value)
 
 
 def test_a_part_that_goes_away_while_it_is_read(sound: Path, bad: Path) -> None:

@@ -1,6 +1,7 @@
 """Folders of format 1: read as before, finished as they were begun, and given the sums of format 2 by remit upgrade."""
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -19,10 +20,13 @@ from scorer.config import SelectConfig
 from scorer.select import select
 from shards import Manifest, ShardFolder
 from shards.output_folder import as_begun, writing
+from shards.record import encode_record, record_name
 from shards.upgrade import upgrade
 from shards.verify import verify_folder
+from trainer.data import RowReader
 
 PARTS = 3
+BEFORE = Path(__file__).parent / "format1"
 
 
 @pytest.fixture
@@ -63,6 +67,40 @@ def test_records_of_format_1_are_those_of_the_release_before(old: Path) -> None:
     first, _, rest = manifest.removeprefix(b"{\n").partition(b"\n")
     assert json.loads(b"{" + first[:-1] + b"}") == {"checksum": hashlib.sha256(rest).hexdigest()}
     assert json.loads(manifest)["format_version"] == 1
+
+
+def test_a_folder_that_the_release_before_wrote(tmp_path: Path) -> None:
+    """Its own files, which lie beside this test: packed and annotated by the commit before format 2 (6736884)."""
+    folder = Path(shutil.copytree(BEFORE, tmp_path / "before"))
+    words = [[(i * 3 + j) % 10 + 2 for j in range(1 + i % 7)] + [0] for i in range(13)]  # EOS is 0, the unknown word 1
+    ids = list(itertools.chain(*words))
+    rows = [ids[first : first + 8] for first in range(0, len(ids), 8)]
+    logprobs = [[None, *[-(token + 1) / 64 for token in row[1:]]] for row in rows]
+    logprobs[6] = [None] * len(rows[6])
+    for _ in range(2):  # as it is, and with sums
+        found = read(folder, ("input_ids", "rl_logprobs"))
+        assert [row for batch in found for row in batch["input_ids"]] == rows
+        assert [row for batch in found for row in batch["rl_logprobs"]] == logprobs
+        report = verify_folder(ShardFolder(folder))
+        assert (report.problems, report.quarantined, report.documents) == ([], {"rl": 1}, 13)
+        trained = RowReader(ShardFolder(folder), "packed", "rl", 12)
+        silent = [row.predicted.any() for block in range(len(trained.block_rows)) for row in trained.read_block(block)]
+        assert silent == [number != 6 for number in range(len(rows))]
+        assert upgraded(folder) in (2, 0)
+    for name, data in files(BEFORE).items():
+        assert (folder / name).read_bytes() == data
+    again = tmp_path / "again"
+    again.mkdir()
+    ShardFolder(BEFORE).manifest.write(again)
+    assert (again / "_manifest.json").read_bytes() == (BEFORE / "_manifest.json").read_bytes()
+    for part in ("part-00000.arrow", "part-00001.arrow"):
+        record = ShardFolder(BEFORE).record(part)
+        assert encode_record(record) == (BEFORE / record_name(part)).read_bytes()
+        (piece,) = json.loads((folder / record_name(part, "_sums")).read_text())["batches"][0]["columns"][-1:]
+        flip(folder / part, piece["offset"] + piece["size"] // 2)
+        with pytest.raises(ValueError, match=rf"{part}: record batch 0, rl_logprobs: sha256"):
+            read(folder, ("input_ids", "rl_logprobs"))
+        shutil.copyfile(BEFORE / part, folder / part)
 
 
 def test_format_1_is_read_by_the_hash_of_the_whole_part(old: Path, tmp_path: Path) -> None:

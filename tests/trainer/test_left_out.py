@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import damage
 import pyarrow as pa
 import pytest
 from annotated import run
@@ -17,6 +18,7 @@ from shards import ShardFolder, write_part
 from shards.manifest import Manifest
 from shards.quarantine import write_quarantined_rows
 from shards.store import open_store
+from trainer.data import RowReader
 from trainer.dataset import RowDataset
 
 Remit = Callable[..., tuple[int, str, str]]
@@ -116,6 +118,50 @@ def test_the_number_is_printed_and_other_runs_are_refused(
             1,
             True,
         )
+
+
+def predicted(shards: Path) -> list[int]:
+    """Tokens that each row of a small folder trains, as the trainer's reader has them."""
+    reader = RowReader(ShardFolder(shards), "packed", None, 200, left_out=("rl", "sft"))
+    return [int(row.predicted.sum()) for block in range(len(reader.block_rows)) for row in reader.read_block(block)]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_folder_that_was_copied_without_its_side_files(tmp_path: Path, version: int) -> None:
+    """Then nobody could say how many rows are left out; parts that have none are read."""
+    whole = damage.write_folder(tmp_path / "whole", damage.rows(), format_version=version).path
+    bad = annotate_badly(whole, tmp_path / "bad", {"rl": [2], "sft": [3]})
+    assert predicted(bad) == [3, 3, 0, 0]
+    shutil.rmtree(bad / "_quarantine")
+    reader = RowReader(ShardFolder(bad), "packed", None, 200, left_out=("rl",))
+    assert [int(row.predicted.sum()) for row in reader.read_block(0)] == [3, 3]
+    with pytest.raises(
+        ValueError, match=r"rows/part-00001.json: missing, and the commit record .*; copy the folder again"
+    ):
+        reader.read_block(1)
+
+
+def test_a_flipped_bit_does_not_change_which_rows_train(tmp_path: Path) -> None:
+    """Each bit of the list in a record of format 1, which has no checksum of its own, and some of the other ones."""
+    whole = damage.write_folder(tmp_path / "whole", damage.rows(), format_version=1).path
+    bad = annotate_badly(whole, tmp_path / "bad", {"rl": [2], "sft": [3]})
+    record = bad / "_commits" / "part-00001.json"
+    sound = record.read_bytes()
+    first, last = (8 * sound.index(name) for name in (b'"quarantined"', b'"rows"'))
+    for bit in sorted({*range(first, last, 3), *range(0, 8 * len(sound), 23)}):
+        flipped = bytearray(sound)
+        flipped[bit // 8] ^= 1 << bit % 8
+        record.write_bytes(flipped)
+        with pytest.raises(ValueError, match="part-00001"):
+            predicted(bad)
+    record.write_bytes(sound)
+    aside = json.loads((bad / "_quarantine" / "rows" / "part-00001.json").read_text())
+    aside["rows"][0]["row"] = 1
+    (bad / "_quarantine" / "rows" / "part-00001.json").write_text(json.dumps(aside))
+    with pytest.raises(
+        ValueError, match=r"its rows are not those that the commit record lists; run remit verify --repair"
+    ):
+        predicted(bad)
 
 
 def test_rows_for_other_loops(shards: Path) -> None:

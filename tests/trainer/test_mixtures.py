@@ -373,11 +373,13 @@ def test_what_cannot_be_mixed(tmp_path: Path, folders: dict[str, Path]) -> None:
     assert whole.require_alike("rl") == []
     second = whole.folders[1]
 
-    def refusal(change: Callable[[Manifest], Manifest], reference: str | None = "rl") -> str | list[str]:
+    def refusal(
+        change: Callable[[Manifest], Manifest], reference: str | None = "rl", columns: tuple[str, ...] = ("logprobs",)
+    ) -> str | list[str]:
         manifest = second.manifest
         second.manifest = change(manifest)
         try:
-            return whole.require_alike(reference)
+            return whole.require_alike(reference, columns)
         except ValueError as error:
             return str(error)
         finally:
@@ -400,6 +402,16 @@ def test_what_cannot_be_mixed(tmp_path: Path, folders: dict[str, Path]) -> None:
     assert refusal(of_reference(engine_version="9")) == [
         "references.rl.engine_version is not set in text, '9' in code; the weights are the same"
     ]
+    own = {"top_k_below_entropy": 1.5, "top_k_quantile": {"quantile": 0.2}}  # of a source scored by itself
+    kd = ("logprobs", "topk_ids", "topk_logprobs")
+    for field, value in own.items():
+        (noted,) = refusal(of_reference(**{field: value}), columns=(*kd, "log_partition_t2", "entropy_t2"))
+        assert f"{field} is not set in text" in noted
+        assert noted.endswith("in code; the gate counts the tokens whose top k it misses")
+        assert f"cannot be mixed: references.rl.{field}" in refusal(of_reference(**{field: value}), columns=kd)
+        assert refusal(of_reference(**{field: value})) == []
+    gate = (*kd, "entropy_t2")
+    assert "cannot be mixed: references.rl.top_k is" in refusal(of_reference(top_k=7), columns=gate)
     with pytest.raises(ValueError, match="has no log-probs of a reference named 'sft'"):
         whole.require_alike("sft")
     with pytest.raises(ValueError, match=r"comes to less than one row of 65,536"):
