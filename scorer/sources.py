@@ -122,7 +122,7 @@ def find_corpus(corpus: list[str], text_field: str = "text", own: tuple[str, ...
         else:
             listings.append((entry, listing))
     found = [location for _, listing in listings for location in listing.files]
-    if not found and not streamed:
+    if listings and not found and not streamed:
         raise ValueError(
             f"{text_of_path(corpus[0])}: only says more about a file of token ids beside it; name that one, and this goes along"
         )

@@ -14,6 +14,8 @@ from oracles import load, read_rows, row_distributions, row_logprobs
 from shards import ShardFolder, write_part
 from shards.entropy import entropy_columns
 from shards.manifest import Manifest
+from shards.quarantine import write_quarantined_rows
+from shards.store import open_store
 from trainer.config import TrainConfig
 from trainer.data import RowReader
 from trainer.order import RowOrder
@@ -80,6 +82,9 @@ def annotate(
             columns[column] = pa.array(own, plan.schema.field(column).type)
         whole = pa.table([columns[column] for column in plan.schema.names], schema=plan.schema)
         batches = whole.combine_chunks().to_batches(max_chunksize=plan.rows_per_batch)
+        ids = columns["input_ids"].to_pylist() if bad else []
+        side = [{"reference": name, "row": row, "reason": "by the test", "input_ids": ids[row]} for row in bad]
+        write_quarantined_rows(open_store(out), part, side)
         write_part(out, part, plan.schema, plan.part_metadata(index), batches, {name: bad} if bad else {})
     return out
 

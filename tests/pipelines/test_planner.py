@@ -538,7 +538,8 @@ def test_rmt_is_planned_where_it_is_asked_for(remit: Remit, folder: Path) -> Non
     for entry in figures["assumptions"]:  # each is printed, and can be replaced
         if "rmt" in entry["name"] or "code" in entry["name"]:
             line = next(line for line in output.splitlines() if line.startswith(f"{entry['option']} "))
-            assert f"{entry['value']:.4g}" in line
+            value = entry["value"]
+            assert (f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}") in line
     given = {entry["name"] for entry in figures["assumptions"] if entry["source"] == "given"}
     assert given == {
         "rmt_positions",

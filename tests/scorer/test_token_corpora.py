@@ -497,13 +497,16 @@ def test_masks_say_what_is_predicted(tmp_path: Path, kind: str, packing: str, wi
         assert [source.name for source in find_sources([str(folder)])] == [corpus.name]
         packed = pack_to(folder / "out", corpus, with_bos, bos=bos, packing=packing)
         found: dict[int, list[tuple[int, bool]]] = {}
+        bos_predicted = 0
         for part in batches_of(packed):
             for row in (row for batch in part for row in batch.to_pylist()):
                 ends = np.cumsum(row["doc_lengths"]).tolist()
                 for doc_id, end, length in zip(row["doc_ids"], ends, row["doc_lengths"]):
                     piece = list(zip(row["input_ids"], row["predict"]))[end - length : end]
                     if bos == "always":
-                        assert piece[0] == (VOCABULARY, False)
+                        whole = all(mask[doc_id])  # then its BOS is predicted as every token is
+                        assert piece[0] == (VOCABULARY, whole)
+                        bos_predicted += whole
                         piece = piece[1:]
                     found.setdefault(doc_id, []).extend(piece)
         expected = {
@@ -512,7 +515,7 @@ def test_masks_say_what_is_predicted(tmp_path: Path, kind: str, packing: str, wi
             if index != 3
         }
         assert found == expected
-        assert packed.manifest.corpus[0].predicted_tokens == sum(sum(values) for values in mask) - 1
+        assert packed.manifest.corpus[0].predicted_tokens == sum(sum(values) for values in mask) - 1 + bos_predicted
         assert not verify_folder(packed).problems
 
 
