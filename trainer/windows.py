@@ -170,7 +170,8 @@ class OwnRows:
             present = next(iter(windows.values()), None)
         if present is None:
             present = self._open(number, order.window_of(position))
-            present.read_ahead(present.num_blocks, self._pool, in_corpus_order=False)
+        # all that is not on its way yet: steps that are left out may have ended the window before early
+        present.read_ahead(present.num_blocks, self._pool, in_corpus_order=False)
         used = (position + 1 - present.first) / present.length
         epoch, window = next(iter(windows))
         following = (epoch, window + 1) if window + 1 < order.num_windows else (epoch + 1, 0)

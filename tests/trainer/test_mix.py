@@ -227,12 +227,13 @@ def test_steps_that_are_left_out_are_not_read(ranks: int, left_out: tuple[tuple[
     assert read.count == Counter(block for block, _ in needed)
 
 
-def test_windows_that_are_left_out_are_passed_over() -> None:
-    """Two of three windows lie within the steps that are left out; the epoch after is whole."""
+@pytest.mark.parametrize("last", [50, 110])
+def test_windows_that_are_left_out_are_passed_over(last: int) -> None:
+    """The steps that are left out end in the second of three windows, or in the next epoch; what follows is whole."""
     sizes = np.array([3] * 2500 + [1])
     order, read = MixedOrder.of_one(sizes, 1), Reads(sizes)
-    found = run_ranks(order, read, 2, 64, 0, 240, left_out=((4, 110),))
-    steps = [*range(3), *range(110, 240)]
+    found = run_ranks(order, read, 2, 64, 0, 240, left_out=((4, last),))
+    steps = [*range(3), *range(last, 240)]
     for index, step in enumerate(steps):
         wanted = [row_of(*place).where for place in order.rows(64 * step, 64).tolist()]
         assert [found[position % 2][index][position // 2] for position in range(64)] == wanted
