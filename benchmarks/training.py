@@ -17,7 +17,7 @@ from trainer.batch import MicroBatch, collate
 from trainer.batches import GlobalBatch, global_batches
 from trainer.config import TrainConfig
 from trainer.data import RowReader, RowReaders
-from trainer.distributed import World, scalar
+from trainer.distributed import World, whole
 from trainer.first_pass import first_pass
 from trainer.head import token_losses
 from trainer.loss_model import LossModel
@@ -142,7 +142,7 @@ class Steps:
             if self.online is not None:
                 micro_batch = replace(micro_batch, columns={"logprobs": reference_logprobs(self.online, micro_batch)})
             self.model(micro_batch, minimised, predicted, 1, statistics).backward()
-        norm = scalar(torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0))
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)).item()
         sums = statistics.sums
         assert np.isfinite([norm, *sums.values()]).all()
         self.loss = sums["loss"] / predicted

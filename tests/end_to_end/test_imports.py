@@ -36,6 +36,39 @@ def test_dependency_rules(package: str) -> None:
         assert not imported(file) & FORBIDDEN[package], file
 
 
+def names_of(module: Path) -> set[str]:
+    """What a module has at its top level, also under an if."""
+    found = set()
+    for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+    return found
+
+
+def test_benchmarks_import_what_there_is() -> None:
+    """Inside functions too: they run too long for the tests, and a name that has moved is found by whoever wants a figure."""
+    seen = 0
+    for file in (ROOT / "benchmarks").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] not in {
+                *FORBIDDEN,
+                "benchmarks",
+            }:
+                continue
+            path = ROOT.joinpath(*(node.module or "").split("."))
+            module = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+            assert module.exists(), f"{file}: {node.module}"
+            known = names_of(module) | {other.stem for other in path.glob("*")}
+            missing = {alias.name for alias in node.names} - known
+            assert not missing, f"{file}: {node.module} has no {', '.join(sorted(missing))}"
+            seen += 1
+    assert seen > 50
+
+
 @pytest.mark.usefixtures("starts_processes")
 def test_shards_needs_pyarrow_and_numpy_alone() -> None:
     allowed = set(sys.stdlib_module_names) | {"pyarrow", "numpy", "shards"}
