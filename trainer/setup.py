@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from shards.folder import ShardFolder
+from trainer.auto_sharding import choose_sharding
 from trainer.average import Average
 from trainer.batch import MicroBatch, Row, collate
 from trainer.batches import GlobalBatch, global_batches
@@ -22,7 +23,6 @@ from trainer.checkpoint import Checkpoints
 from trainer.checks import check_document_attention, check_fits
 from trainer.config import TrainConfig
 from trainer.data import RowReader, RowReaders, top_k_problem
-from trainer.distributed import spread
 from trainer.evaluation import Evaluation, open_measure
 from trainer.exchange import Processes
 from trainer.experts import RouterLoss, check_experts, describe, router_loss
@@ -116,7 +116,7 @@ def prepare(config: TrainConfig, session: Session) -> Run | None:
 
     base = load_trainable(config, session, mixed, context)
     balance = balancing_loss(config, session, base)
-    layout = world.from_first(read_layout(Path(config.model), base.model) if world.first else None)
+    layout = layout_of(config, session, base)
     for line in untrained_notes(layout, type(base.model).__name__):
         session.note(line)
     readers = open_rows(config, session, mixed, context, objective, base, settings["rows_left_out"])
@@ -127,7 +127,7 @@ def prepare(config: TrainConfig, session: Session) -> Run | None:
     base.prepare(config.activation_checkpointing, config.compile, static=config.deterministic)
     pad_to = shards.manifest.seq_len if config.deterministic else None  # few shapes, since each is compiled
     loss_model = LossModel(base)
-    model = spread(loss_model, base.layers, world, config.sharding, base.dtype)
+    model = base.spread(loss_model, world)
     optimizer = make_optimizer(loss_model, config)
     measure = open_measure(config, session, base, model, context, shards)
     average = None if config.average is None else Average(config.average, loss_model, num_steps)
@@ -216,20 +216,33 @@ def check_settings(
 def load_trainable(config: TrainConfig, session: Session, mixed: MixedShards, context: str) -> Base:
     """The base on the device, ValueError where it does not fit the rows or the options."""
     check_experts(Path(config.model), config.router_aux_loss)
-    base = load_base(Path(config.model), config.dtype, session.world.device, context)
+    sharding = choose_sharding(config, session, mixed)
+    base = load_base(
+        Path(config.model), config.dtype, session.world.device, context, session.world, sharding, session.note
+    )
     for shards in mixed.folders:
         check_fits(base, Path(config.model), shards)
     if context == "document":
-        check_document_attention(base, mixed.first.manifest.seq_len)
+        held_out = [] if config.eval_shards is None else [ShardFolder(config.eval_shards)]
+        base.ask(check_document_attention, max(shards.manifest.seq_len for shards in (mixed.first, *held_out)))
     if base.dropout:
         settings = ", ".join(f"{name} {value:g}" for name, value in base.dropout.items())
         session.note(f"off while training, kept in the export: {settings}")
     return base
 
 
+def layout_of(config: TrainConfig, session: Session, base: Base) -> Layout:
+    """How the base's files hold its weights, compared with them: here, or by all ranks when they read their shares."""
+    if base.shares is not None:
+        return base.shares.layout
+    world = session.world
+    layout: Layout = world.from_first(read_layout(Path(config.model), base.model) if world.first else None)
+    return layout
+
+
 def balancing_loss(config: TrainConfig, session: Session, base: Base) -> RouterLoss | None:
     """The balancing loss of a base with experts; None for one without."""
-    balance = None if config.router_aux_loss is None else router_loss(base.model)
+    balance = None if config.router_aux_loss is None else base.ask(lambda asked: router_loss(asked.model))
     if config.router_aux_loss and balance is None:
         raise ValueError(
             f"{config.model}: the balancing loss of {type(base.model).__name__} is not found in this release of transformers, "
