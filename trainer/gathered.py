@@ -1,12 +1,11 @@
 """The weights of a run, whole one at a time, however they are spread over the ranks."""
 
 from collections.abc import Iterable
-from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from trainer.distributed import World
+from trainer.distributed import World, whole
 
 
 class Gathered:
@@ -18,12 +17,10 @@ class Gathered:
 
     def pop(self, name: str) -> Tensor:
         """The weight, whole; it is not asked for again. The ranks wait for each other as long as one of them writes."""
-        tensor: Any = self._state.pop(name)
-        whole: Tensor = tensor.detach()
+        tensor = self._state.pop(name).detach()
         if isinstance(tensor, DTensor):
             self._world.meet()
-            whole = tensor.detach().full_tensor()
-        return whole
+        return whole(tensor)
 
     def clear(self) -> None:
         self._state.clear()
