@@ -11,11 +11,13 @@ from in_shares import on_ranks
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
+import trainer.model
 from trainer.distributed import World
 from trainer.layout import read_layout
 from trainer.loss_model import LossModel
 from trainer.model import Base, load_base
 from trainer.noise import silence
+from trainer.weight_map import Unmapped
 
 
 def whole(folder: Path) -> Any:
@@ -111,3 +113,35 @@ def make_odd(folder: Path) -> dict[str, Path]:
 @pytest.mark.usefixtures("starts_processes")
 def test_odd_files_are_read_as_transformers_reads_them(tmp_path: Path) -> None:
     on_ranks(tmp_path, compare, 2, list(make_odd(tmp_path).values()), "full")
+
+
+def fall_back(world: World, folder: Path) -> None:
+    def unmapped(*arguments: object) -> None:
+        raise Unmapped("a.weight and b.weight are both meant for c.weight")
+
+    trainer.model.load_sharded = unmapped  # type: ignore[assignment]
+    notes: list[str] = []
+    base, loss_model = load(folder, world, "float32", "full", notes)
+    assert notes == [
+        f"{folder}: each process holds all of its weights before they are sharded, since a.weight and b.weight are both meant for "
+        "c.weight"
+    ]
+    assert all(isinstance(parameter, DTensor) for parameter in loss_model.parameters())
+    require_same(base.model, whole(folder))
+
+
+@pytest.mark.usefixtures("starts_processes")
+def test_files_that_cannot_be_read_in_shares_are_read_whole(tmp_path: Path) -> None:
+    on_ranks(tmp_path, fall_back, 2, make_base(tmp_path / "base", "SmolLM3"))
+
+
+def refuse(world: World, folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"its weights lack model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_base(folder, "float32", world.device, "packed", world, "full")
+
+
+@pytest.mark.usefixtures("starts_processes")
+def test_files_that_lack_a_weight_are_refused_as_before(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "Olmo2", shard="1GB")
+    edit_weights(base, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    on_ranks(tmp_path, refuse, 2, base)
