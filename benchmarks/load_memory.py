@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import tyro
 
-VOCABULARY, SEQ_LEN = 32_000, 64
+SEQ_LEN = 64
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Settings:
 
     gigabytes: float = 2.0
     processes: int = 4
+    vocabulary: int = 32_000
     sharding: Literal["full", "replicate"] = "full"
     phase: Literal["load", "export", "all"] = "all"
     limit_gb: float | None = None
@@ -78,21 +79,21 @@ class Phases:
         setattr(where, function, wrapped)
 
 
-def make_base(folder: Path, gigabytes: float) -> dict[str, int]:
+def make_base(folder: Path, gigabytes: float, vocabulary: int) -> dict[str, int]:
     """A Llama of about that many GB in float32, in files of 200 MB; its parameters, those of the largest tensor, of a layer."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     hidden, inner = 1024, 2816
     layer = 4 * hidden * hidden + 3 * hidden * inner
-    layers = max(1, round((gigabytes * 1e9 / 4 - 2 * VOCABULARY * hidden) / layer))
+    layers = max(1, round((gigabytes * 1e9 / 4 - 2 * vocabulary * hidden) / layer))
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=8,
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=8,
         num_key_value_heads=8, max_position_embeddings=SEQ_LEN, tie_word_embeddings=False, eos_token_id=0, bos_token_id=None,
     )  # fmt: skip
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(folder, max_shard_size="200MB")
-    return {"parameters": model.num_parameters(), "largest": VOCABULARY * hidden, "layer": layer}
+    return {"parameters": model.num_parameters(), "largest": vocabulary * hidden, "layer": layer}
 
 
 def work(rank: int, settings: Settings, folder: Path) -> None:
@@ -103,6 +104,7 @@ def work(rank: int, settings: Settings, folder: Path) -> None:
     from transformers.utils import logging
 
     import trainer.checkpoint
+    import trainer.model
     import trainer.setup
     import trainer.train
     from trainer.config import TrainConfig
@@ -118,8 +120,9 @@ def work(rank: int, settings: Settings, folder: Path) -> None:
         limit = own_bytes("VmData") + int(settings.limit_gb * 1e9)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     began = time.perf_counter()
+    phases.wrap(trainer.model, "load_sharded", "read")
     if settings.phase == "all":
-        phases.wrap(trainer.setup, "load_base", "load")
+        phases.wrap(trainer.setup, "load_base", "checks")
         phases.wrap(trainer.train, "train_step", "train")
         phases.wrap(trainer.checkpoint.Checkpoints, "save", "save")
         phases.wrap(trainer.checkpoint.Checkpoints, "wait", "save")
@@ -147,7 +150,7 @@ def load_and_export(settings: Settings, folder: Path, phases: Phases) -> None:
     from trainer.model import load_base
 
     with connect(600) as world:
-        with phases.phase("load"):
+        with phases.phase("checks"):
             base = load_base(folder / "base", "float32", world.device, "packed", world, settings.sharding)
             layout = base.shares.layout if base.shares else read_layout(folder / "base", base.model)
             base.prepare(False, "off")
@@ -164,18 +167,20 @@ def load_and_export(settings: Settings, folder: Path, phases: Phases) -> None:
 
 
 def expected(settings: Settings, size: dict[str, int]) -> dict[str, float]:
-    """Bytes of a process by phase: P parameters over S processes, t in the largest tensor, in float32.
+    """Bytes of a process by phase: P parameters over S processes, in float32.
 
-    load: its share and a whole tensor, in the probes the embeddings and two layers gathered. train: weights, gradients and
-    moments, and the same gathered, with gradients. save: weights and moments, and a copy of them that is written while the
-    training would go on. export: weights and moments, one tensor whole.
+    read: its share, 4 P / S, and the largest tensor. checks: its share, and the embeddings and two layers gathered, which gloo
+    holds twice (as it receives them, and in their own places). train: weights, gradients and moments, and the gathered weights
+    twice. save: weights and moments, and a copy of them that is written while the training would go on. export: weights and
+    moments, and one tensor as it is received and whole.
     """
     shards = settings.processes if settings.sharding == "full" else 1
     share, tensor = 4 * size["parameters"] / shards, 4 * size["largest"]
     gathered = 4 * (2 * size["largest"] + 2 * size["layer"]) if shards > 1 else 0
     moments = 0.0 if settings.phase == "export" else 2 * share
     return {
-        "load": share + max(tensor, gathered),
+        "read": share + tensor,
+        "checks": share + 2 * gathered,
         "train": 4 * share + 2 * gathered,
         "save": 2 * (share + 2 * share) + gathered,
         "export": share + moments + 2 * tensor,
@@ -191,8 +196,8 @@ def main(settings: Settings) -> int:
         folder = Path(name)
         context = processes.get_context("spawn")
         with context.Pool(1) as pool:  # its memory goes with it
-            size = pool.apply(make_base, (folder / "base", settings.gigabytes))
-        make_shards(folder / "shards", VOCABULARY, 1, 64, SEQ_LEN)
+            size = pool.apply(make_base, (folder / "base", settings.gigabytes, settings.vocabulary))
+        make_shards(folder / "shards", settings.vocabulary, 1, 64, SEQ_LEN)
         ranks = [context.Process(target=work, args=(rank, settings, folder)) for rank in range(settings.processes)]
         for process in ranks:
             process.start()
