@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 MISSING = {
+    "current_device": lambda: 0,  # a number, where torch.cpu has a word
     "get_device_name": lambda device=None: "CPU",
     "get_device_properties": lambda device=None: SimpleNamespace(total_memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
     "memory_stats": lambda device=None: {},
@@ -20,7 +21,7 @@ MISSING = {
 
 
 class CpuModule:
-    """torch.cpu with what it lacks."""
+    """torch.cpu with what it lacks, or answers otherwise than an accelerator does."""
 
     def __getattr__(self, name: str) -> Any:
         return MISSING[name] if name in MISSING else getattr(torch.cpu, name)
@@ -30,6 +31,8 @@ def use_cpu() -> None:
     """Call it before torchtitan is imported."""
     torch._utils._get_available_device_type = lambda: "cpu"
     torch._utils._get_device_module = lambda device_type: CpuModule()
+    if not hasattr(torch.distributed, "set_timeout"):  # torchtitan 0.3 is ahead of PyTorch 2.13
+        torch.distributed.set_timeout = torch.distributed.distributed_c10d._set_pg_timeout
 
 
 def main() -> None:

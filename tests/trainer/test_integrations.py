@@ -171,6 +171,6 @@ def test_what_olmo_core_cannot_weigh_is_refused(
     with pytest.raises(ValueError, match=r"has no export\.json"):
         ScoredRows.open(tmp_path)
     module = WeightedTrainModule(model, AdamWConfig(), 24, 24)
-    batch = {"input_ids": torch.ones(1, 24, dtype=torch.long)}
+    ids = torch.ones(1, 24, dtype=torch.long)
     with pytest.raises(ValueError, match="the batch has no logprobs"):
-        module.train_batch(batch, dry_run=True)
+        module.model_forward(ids, labels=ids, loss_reduction="sum")

@@ -117,10 +117,10 @@ class WeightedTrainModule(TransformerTrainModule):
                 "losses token by token"
             )
         super().__init__(model, *arguments, **options)
-        self._weighted_loss = torch.tensor(0.0)
+        self._weighted_loss, self._dry_run = torch.tensor(0.0), False
 
     def train_batch(self, batch: dict[str, Any], dry_run: bool = False) -> None:
-        self._weighted_loss = torch.zeros((), device=self.device)
+        self._weighted_loss, self._dry_run = torch.zeros((), device=self.device), dry_run
         super().train_batch(batch, dry_run=dry_run)
         if not dry_run:
             self.record_metric("weighted loss", self._weighted_loss, ReduceType.mean, namespace="train")
@@ -136,7 +136,7 @@ class WeightedTrainModule(TransformerTrainModule):
         losses_BS: Tensor = output.loss  # 0 where the label is -100
         predicted_BS = (labels != self.label_ignore_index).to(losses_BS.device)
         if logprobs_BS is None:
-            if self._objective.objective != "ntp" and bool(predicted_BS.any()):
+            if self._objective.objective != "ntp" and not self._dry_run:  # whose batch OLMo-core makes up
                 raise ValueError("the batch has no logprobs; give the data loader ScoredRows and ScoredCollator")
             logprobs_BS = torch.zeros_like(losses_BS)
         shifted_BS = F.pad(logprobs_BS.to(losses_BS.device)[:, 1:], (0, 1))
