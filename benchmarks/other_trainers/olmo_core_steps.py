@@ -38,10 +38,9 @@ class Settings:
 
 
 def build_model(base: Path) -> Any:
-    """OLMo-core's OLMo 2 with the weights of a Hugging Face folder."""
-    ours = transformers.AutoModelForCausalLM.from_pretrained(base)
-    config = ours.config
-    model = TransformerConfig.llama_like(
+    """OLMo-core's OLMo 2 in the shape of a Hugging Face folder."""
+    config = transformers.AutoConfig.from_pretrained(base)
+    return TransformerConfig.llama_like(
         d_model=config.hidden_size,
         vocab_size=config.vocab_size,
         n_layers=config.num_hidden_layers,
@@ -53,8 +52,12 @@ def build_model(base: Path) -> Any:
         layer_norm_eps=config.rms_norm_eps,
         feed_forward=FeedForwardConfig(hidden_size=config.intermediate_size, bias=False),
     ).build(init_device="cpu")
-    model.load_state_dict(convert_state_from_hf(config, ours.state_dict(), model_type=config.model_type))
-    return model
+
+
+def load_weights(model: Any, base: Path) -> None:
+    """Give the model the weights of a Hugging Face folder; a train module begins by drawing random ones."""
+    ours = transformers.AutoModelForCausalLM.from_pretrained(base, dtype="float32")
+    model.load_state_dict(convert_state_from_hf(ours.config, ours.state_dict(), model_type=ours.config.model_type))
 
 
 class Losses(Callback):
@@ -83,6 +86,7 @@ def train(settings: Settings) -> list[dict[str, Any]]:
         epsilon=settings.epsilon,
         max_grad_norm=1.0,
     )
+    load_weights(module.model, settings.base)
     loader = NumpyDataLoaderBase.wrap_numpy_dataset(
         dataset,
         collator=ScoredCollator(pad_token_id=dataset.pad_token_id),
@@ -102,9 +106,12 @@ def train(settings: Settings) -> list[dict[str, Any]]:
     losses = Losses()
     trainer.add_callback("losses", losses)
     trainer.fit()
+    logged = {
+        step: found for step, found in sorted(losses.steps.items()) if "train/CE loss" in found
+    }  # not of the dry run
     return [
         {"step": step, "loss": found["train/weighted loss"], "ntp_loss": found["train/CE loss"], "rows": rows}
-        for (step, found), rows in zip(sorted(losses.steps.items()), losses.rows)
+        for (step, found), rows in zip(logged.items(), losses.rows)
     ]
 
 

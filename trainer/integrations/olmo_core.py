@@ -58,7 +58,8 @@ class ScoredRows(NumpyFSLDataset):
         part = next(place for place, (start, end) in enumerate(self.offsets) if start <= index < end)
         first = (index - self.offsets[part][0]) * self.sequence_length
         file = self.exported.files(f"{self.reference}_logprobs")[part]
-        item["logprobs"] = torch.tensor(load_array_slice(file, first, first + self.sequence_length, np.float32))
+        dtype: Any = np.float32  # the library names dtypes of ids alone
+        item["logprobs"] = torch.tensor(load_array_slice(file, first, first + self.sequence_length, dtype))
         if self.exported.context == "document":
             item["doc_lens"] = self._document_lengths(part, index - self.offsets[part][0])
         return item
@@ -132,7 +133,7 @@ class WeightedTrainModule(TransformerTrainModule):
         if labels is None or options.get("loss_reduction") != "sum":  # an evaluation
             return super().model_forward(input_ids, labels=labels, **options)
         divisor = options.pop("loss_div_factor", None)
-        output = super().model_forward(input_ids, labels=labels, **(options | {"loss_reduction": "none"}))
+        output: Any = super().model_forward(input_ids, labels=labels, **(options | {"loss_reduction": "none"}))
         losses_BS: Tensor = output.loss  # 0 where the label is -100
         predicted_BS = (labels != self.label_ignore_index).to(losses_BS.device)
         if logprobs_BS is None:

@@ -104,7 +104,7 @@ class RowDataLoader(ParallelAwareDataloader):
             dp_rank=dp_rank,
             dp_world_size=dp_world_size,
             batch_size=local_batch_size,
-            collate_fn=FixedLength(rows.context, seq_len),
+            collate_fn=FixedLength(rows.context or "packed", seq_len),
             drop_last=True,
             num_workers=config.num_workers,
             persistent_workers=config.persistent_workers,
