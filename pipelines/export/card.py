@@ -18,7 +18,8 @@ from shards.schema import PREDICT, logprobs_column, sample_column, topk_columns
 FILES_SHOWN = 20
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"),
     (10**8, "10M<n<100M"), (10**9, "100M<n<1B"))  # fmt: skip
-TO_FILL = "TODO"
+TO_FILL = "# license: to be filled in\n# language: to be filled in\n"
+"""Comments: the hub refuses a card with a licence or language that it does not know."""
 
 
 def dataset_card(
@@ -36,8 +37,6 @@ def dataset_card(
     """
     names = tuple(manifest.references) if names is None else tuple(names)
     head: dict[str, Any] = {
-        "license": TO_FILL,
-        "language": [TO_FILL],
         "task_categories": ["text-generation"],
         "tags": ["remit", "token-ids", "log-probabilities"],
         "size_categories": [next((word for bound, word in SIZES if manifest.rows < bound), "n>1B")],
@@ -58,12 +57,12 @@ def dataset_card(
         "## Sources",
         _sources(manifest),
     ]
-    return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n" + "\n\n".join(sections) + "\n"
+    return f"---\n{TO_FILL}{yaml.safe_dump(head, sort_keys=False)}---\n\n" + "\n\n".join(sections) + "\n"
 
 
 def _filled_in() -> str:
     return (
-        f"**Licence.** Not known to the program that wrote this card: fill in `license` and `language` above ({TO_FILL}), and "
+        "**Licence.** Not known to the program that wrote this card: fill in `license` and `language` at its top, and "
         "name the licences of the sources below and the terms of the models that scored them."
     )
 

@@ -72,7 +72,28 @@ def shards(built_once: BuiltOnce, tokenizer_folder: Path) -> dict[str, Path]:
         )  # fmt: skip
         annotate(packed.path, folder / "scored", lambda row: made_up(row, "document", 1), "document")
 
+    def build_top(folder: Path) -> None:
+        def own(row: dict) -> list:
+            return [None if value is None else value - 1 for value in made_up(row, "packed", 3)]
+
+        def top(row: dict) -> list:
+            pairs = zip(row["input_ids"], own(row))
+            return [
+                None if value is None else ([token, (token + 1) % 500], [value, value - 2]) for token, value in pairs
+            ]
+
+        write_corpus(folder / "corpus" / "a.jsonl", [text[:50] for text in source_texts(12, seed=13)])
+        config = PackConfig(
+            [str(folder / "corpus")], str(tokenizer_folder), folder / "packed", 19, tokens_per_shard=19 * 6
+        )
+        pack_inline(config)
+        annotate(
+            folder / "packed", folder / "scored", own, "packed", 1 / 64, top=top, unscored=[3],
+            entropy=lambda row: [None, *[0.5] * (len(row["input_ids"]) - 1)],
+        )  # fmt: skip
+
     return {
+        "top": built_once("export-top", build_top) / "scored",
         "plain": built_once("export-plain", build_plain) / "both",
         "chats": built_once("export-chats", build_chats) / "scored",
     }
@@ -180,7 +201,7 @@ def test_datasets_repository(shards: dict[str, Path], remit: Remit, tmp_path: Pa
     """Read back by datasets, plain and streaming; the card's YAML is what configures it."""
     import datasets
 
-    for name in ("plain", "chats"):
+    for name in ("plain", "chats", "top"):
         out = tmp_path / name
         assert remit("export", "--to", "datasets", "--shards", shards[name], "--out", out)[0] == 0
         rows = read_rows(shards[name])
@@ -188,7 +209,8 @@ def test_datasets_repository(shards: dict[str, Path], remit: Remit, tmp_path: Pa
         assert loaded.to_list() == rows
         assert list(datasets.load_dataset(str(out), split="train", streaming=True)) == rows
         head = yaml.safe_load((out / "README.md").read_text().split("---")[1])
-        assert head["license"] == "TODO"
+        assert head["configs"][0]["data_files"] == [{"split": "train", "path": "data/*.parquet"}]
+        assert "# license: to be filled in" in (out / "README.md").read_text()
     card = (tmp_path / "plain" / "README.md").read_text()
     manifest = ShardFolder(shards["plain"]).manifest
     for wanted in (

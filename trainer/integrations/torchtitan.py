@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
 from math import gcd
-from typing import Any
+from typing import Any, ClassVar
 
 import spmd_types
 import torch
@@ -30,6 +30,7 @@ from trainer.batch import Row, collate
 from trainer.dataset import IGNORED, RowDataset, packed_labels, split_labels
 from trainer.integrations.weights import row_objective, row_weights
 
+BACKENDS = ("spmd_types", "partial_dtensor")
 NUM_CHUNKS = 8  # of a row, whose logits are in memory one at a time
 
 
@@ -75,6 +76,9 @@ class RowDataLoader(ParallelAwareDataloader):
         num_embeddings: int = 2**31 - 1
         """Token ids must be below it."""
 
+    batch_length: ClassVar[int] = 0
+    """Positions of the batches that train."""
+
     def __init__(
         self,
         config: Config,
@@ -99,6 +103,7 @@ class RowDataLoader(ParallelAwareDataloader):
         )
         if rows.seq_len > seq_len:
             raise ValueError(f"--training.seq_len is {seq_len}, rows have up to {rows.seq_len} tokens; give it that")
+        RowDataLoader.batch_length = seq_len
         super().__init__(
             rows,
             dp_rank=dp_rank,
@@ -143,8 +148,8 @@ class ObjectiveLoss(ChunkedLossWrapper):
 
     The weights of a row depend on all of its losses, so the head runs over it twice, a piece at a time: for the losses, without
     a gradient, and for the weighted loss. Rows are whole under data, tensor and pipeline parallelism; under context
-    parallelism losses are gathered first. In validation it is next-token prediction. ValueError for
-    --parallelism.spmd_backend other than spmd_types, and for objectives that need more than a row's log-probs.
+    parallelism losses are gathered first (spmd_types alone). In validation it is next-token prediction. ValueError for
+    --parallelism.spmd_backend full_dtensor, and for objectives that need more than a row's log-probs.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -162,10 +167,8 @@ class ObjectiveLoss(ChunkedLossWrapper):
         """rho1: share of the tokens that train."""
 
     def __init__(self, config: Config, *, compile_config: CompileConfig | None = None) -> None:
-        if get_spmd_backend() != "spmd_types":
-            raise ValueError(
-                f"--parallelism.spmd_backend is {get_spmd_backend()}, expected spmd_types, in which remit's loss gathers rows"
-            )
+        if get_spmd_backend() not in BACKENDS:
+            raise ValueError(f"--parallelism.spmd_backend is {get_spmd_backend()}, expected {' or '.join(BACKENDS)}")
         super().__init__(config, compile_config=compile_config)
         names = ("epsilon", "centring", "weight_map", "keep_ratio")
         self._settings = row_objective(config.objective, **{name: getattr(config, name) for name in names})
@@ -176,6 +179,11 @@ class ObjectiveLoss(ChunkedLossWrapper):
         """pred: hidden states [B, L, D]; labels: as FixedLength makes them, or token ids in validation."""
         if spmd_types.is_type_checking():
             raise ValueError("--debug.spmd-typechecking is on, and remit's loss has no types; leave it out")
+        if pred.requires_grad and get_spmd_backend() != "spmd_types" and labels.shape[1] != RowDataLoader.batch_length:
+            raise ValueError(
+                f"a process has {labels.shape[1]} of {RowDataLoader.batch_length} positions of a row, and remit's loss needs all: "
+                "context parallelism takes --parallelism.spmd_backend spmd_types"
+            )
         ids_BL, logprobs_BL, predicted_BL = split_labels(labels)
         targets_BL = ids_BL.masked_fill(~predicted_BL, IGNORED)
         weights_BL = predicted_BL.float()
