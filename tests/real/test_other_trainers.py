@@ -159,3 +159,29 @@ def test_steps_in_torchtitan(annotated: dict[str, Path], qwen3: Path, tmp_path: 
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+
+
+WEIGHTS_OF_HALF_A_ROW = """
+from benchmarks.other_trainers.titan_on_cpu import use_cpu
+use_cpu()
+import torch, torch.distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torchtitan.distributed.spmd_types import set_current_spmd_mesh
+from trainer.integrations.torchtitan import ObjectiveLoss
+from trainer.integrations.weights import row_objective, row_weights
+mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("cp",))
+generator = torch.Generator().manual_seed(0)
+losses, logprobs = torch.rand(3, 16, generator=generator) * 9, -torch.rand(3, 16, generator=generator) * 5
+predicted = torch.rand(3, 16, generator=generator) < 0.6
+own = slice(8 * mesh.get_local_rank(), 8 * mesh.get_local_rank() + 8)
+with set_current_spmd_mesh(mesh):
+    found = ObjectiveLoss.Config().build()._weights(losses[:, own], logprobs[:, own], predicted[:, own])
+assert torch.equal(found, row_weights(losses, logprobs, predicted, row_objective())[:, own])
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_weights_under_context_parallelism(tmp_path: Path) -> None:
+    """Two processes, each with half of every row, have the weights of whole rows."""
+    (tmp_path / "halves.py").write_text(WEIGHTS_OF_HALF_A_ROW)
+    run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "halves.py")
