@@ -28,11 +28,13 @@ def dataset_card(
     measured: Sequence[Mapping[str, Any]] = (),
     data_files: str = "data/*.parquet",
     title: str = "Annotated rows",
+    tokenizer_folder: str = "tokenizer",
 ) -> str:
     """README.md of a dataset repository.
 
     names: references whose columns are there; default all. measured: figures of remit verify --model --json, one for each
-    reference that was checked. data_files: glob of the files of the split `train`, relative to the repository. Text that comes
+    reference that was checked. data_files: glob of the files of the split `train`, relative to the
+    repository; tokenizer_folder: where in it the tokenizer's files are. Text that comes
     from elsewhere, names of files and models, is escaped.
     """
     names = tuple(manifest.references) if names is None else tuple(names)
@@ -53,7 +55,7 @@ def dataset_card(
         "## References",
         _references(manifest, names, measured) if names else "None: the rows have token ids alone.",
         "## Tokenizer",
-        _tokenizer(manifest),
+        _tokenizer(manifest, tokenizer_folder),
         "## Sources",
         _sources(manifest),
     ]
@@ -148,7 +150,7 @@ def _error(figures: Mapping[str, Any] | None) -> str:
     )
 
 
-def _tokenizer(manifest: Manifest) -> str:
+def _tokenizer(manifest: Manifest, folder: str) -> str:
     tokenizer = manifest.tokenizer
     lines = [
         ("ids", f"0..{tokenizer['vocab_size'] - 1}"),
@@ -160,7 +162,7 @@ def _tokenizer(manifest: Manifest) -> str:
         lines.insert(0, ("model", _code(origin)))
     if tokenizer.get("bos_token_id") is not None:
         lines.append(("a document begins with", f"{_code(tokenizer['bos_token'])} ({tokenizer['bos_token_id']})"))
-    return _table(("", ""), lines) + "\n\nIts files are in `tokenizer/`."
+    return _table(("", ""), lines) + f"\n\nIts files are in `{folder}/`."
 
 
 def _sources(manifest: Manifest) -> str:
