@@ -23,12 +23,12 @@ def run(config: ExportConfig, should_stop: ShouldStop) -> int:
 
 def _torchtitan(config: ExportConfig, should_stop: ShouldStop) -> int:
     from pipelines.export.run import is_finished, made_of, write_small
-    from pipelines.export.titan import MODULE, rows_of, write_module
+    from pipelines.export.titan import MODULE, mix_text, rows_of, write_module
     from trainer.mixed_shards import MixedShards
 
     mixed = MixedShards.open(config.mixture)
     options = {name: str(value) for name, value in rows_of(config, mixed).items()}
-    asked = made_of(config, mixed.folders, options=options)
+    asked = made_of(config, mixed.folders, options=options, mixture=mix_text(config.mixture))
     if not is_finished(config.out, asked):
         write_small(config.out, asked, lambda folder: write_module(folder, config.out, config, mixed), note)
     print(

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from pipelines.export.settings import ExportConfig
 from shards.folder import TOKEN_IDS
 from shards.manifest import Manifest
@@ -14,7 +16,7 @@ from shards.store import is_remote, open_store
 from trainer.mixed_shards import MixedShards
 from trainer.mixture import Mixture
 
-MODULE = "remit_rows"
+MODULE, MIX = "remit_rows", "mix.yaml"
 TEMPLATE = '''"""Configs of torchtitan on annotated shards, written by remit export: --module {module} --config llama3_8b, or any other
 config by its name, my_models.configs.tiny too. What the command line sets, as --dataloader.seed, wins."""
 
@@ -61,6 +63,17 @@ def absolute_shards(mixture: Mixture, shards: tuple[str, ...]) -> list[str]:
     return [f"{absolute(source.shards)}={source.weight:g}" for source in mixture.sources]
 
 
+def mix_text(mixture: Mixture) -> str:
+    """The file of a mixture with absolute paths: those of the user's may be relative to where this command runs."""
+    sources = {
+        source.name: {"shards": absolute(source.shards), "weight": source.weight}
+        | ({} if source.max_epochs is None else {"max_epochs": source.max_epochs})
+        for source in mixture.sources
+    }
+    stages = [{"after_step": stage.after_step, "weights": dict(stage.weights)} for stage in mixture.stages[1:]]
+    return yaml.safe_dump({"sources": sources} | ({"stages": stages} if stages else {}), sort_keys=False)
+
+
 def rows_of(config: ExportConfig, mixed: MixedShards) -> dict[str, Any]:
     """Arguments of on_rows. ValueError where the folders cannot be trained on together, or lack the reference."""
     names = sorted(set.intersection(*({*folder.manifest.references} for folder in mixed.folders)))
@@ -81,7 +94,7 @@ def rows_of(config: ExportConfig, mixed: MixedShards) -> dict[str, Any]:
     options: dict[str, Any] = {
         "shards": absolute_shards(config.mixture, config.shards),
         "reference": reference,
-        "mix": None if config.mix is None else absolute(config.mix),
+        "mix": None if config.mix is None else absolute(config.out / MIX),
         "steps_batch_size": config.global_batch_size,
         "seed": config.seed,
         "objective": config.objective,
@@ -95,6 +108,9 @@ def write_module(folder: Path, out: Path, config: ExportConfig, mixed: MixedShar
     lines = "".join(f"    {key!r}: {_literal(value)},\n" for key, value in options.items())
     (folder / f"{MODULE}.py").write_text(TEMPLATE.format(module=MODULE, rows="{\n" + lines + "}"), encoding="utf-8")
     names = []
+    if config.mix is not None:
+        (folder / MIX).write_text(mix_text(config.mixture), encoding="utf-8")
+        names.append(MIX)
     for name in mixed.folders[0].tokenizer_files():
         if name != TOKEN_IDS:
             open_store(folder / "tokenizer").replace(name, mixed.folders[0].tokenizer_file(name))

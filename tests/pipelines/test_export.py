@@ -335,3 +335,31 @@ def test_torchtitan_module(shards: dict[str, Path], remit: Remit, tmp_path: Path
     }  # fmt: skip
     assert (tmp_path / "out" / "tokenizer" / "tokenizer.json").exists()
     assert str(tmp_path / "out") in said
+
+
+def test_torchtitan_mixture(
+    shards: dict[str, Path], remit: Remit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file whose folders are relative to where the command runs means the same from anywhere else."""
+    from trainer.dataset import RowDataset
+
+    os.symlink(shards["plain"], tmp_path / "a")
+    os.symlink(shards["plain"].parent / "packed", tmp_path / "rest")
+    annotate(tmp_path / "rest", tmp_path / "b", lambda row: made_up(row, "packed", 0), "packed", 1 / 64)
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "m.yaml").write_text(
+        "sources: {one: {shards: a, weight: 0.75}, two: {shards: b, weight: 0.25, max_epochs: 9}}\n"
+        "stages: [{after_step: 2, weights: {one: 0.1, two: 0.9}}]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    arguments = ("export", "--to", "torchtitan", "--mix", "files/m.yaml", "--reference", "rl", "--out", "out")
+    code, _, error = remit(*arguments)
+    assert (code, "give --global-batch-size" in error) == (1, True)
+    assert remit(*arguments, "--global-batch-size", 8)[0] == 0
+    mine = RowDataset((), "rl", mix="files/m.yaml", global_batch_size=8)
+    wanted = [row.where for row, _ in zip(mine, range(32))]
+    monkeypatch.chdir("/")
+    theirs = RowDataset((), "rl", mix=tmp_path / "out" / "mix.yaml", global_batch_size=8)
+    assert [os.path.realpath(row.where) for row, _ in zip(theirs, range(32))] == [
+        os.path.realpath(tmp_path / where) for where in wanted
+    ]
