@@ -16,7 +16,7 @@ from benchmarks.lab.results import Results
 
 ACCURACY = "greedy_all"
 Values = dict[int, float]
-Kind = Literal["paper", "control", "check"]
+Kind = Literal["paper", "control", "check", "switch"]
 REPRODUCED, CONTRADICTED, UNDECIDED, MISSING = "reproduced", "contradicted", "not decided", "not measured"
 PREMISE = "not tested, premise not shown"
 COLLAPSED = 1e-3  # of the norm with the clip: a norm below that counts as this, so that zero has a logarithm
@@ -228,6 +228,19 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(RL_HELPS, "", difference(("ntp", RL), ("ntp", DPO)), kind="check"),
     Claim(LENGTH_HELPS, "",
           difference(("ntp", RL), ("ntp-rl10", RL)), kind="check"),
+    Claim("Switch is above NTP after mid-training", "44.7 and 26.1 (reasoning)",
+          difference(("switch", MID), ("ntp", MID)), kind="switch"),
+    Claim("Switch is above KD, forward KL at every token", "not compared at equal settings",
+          difference(("switch", MID), ("kd", MID)), kind="switch"),
+    Claim("Switch is above reverse KL at every token", "not compared at equal settings",
+          difference(("switch", MID), ("rkl", MID)), kind="switch"),
+    Claim("Switch is above ReMiT", "not in the paper", difference(("switch", MID), ("remit", MID)), kind="switch"),
+    Claim("Switch has a lower loss on right solutions than NTP", "not in the paper",
+          difference(("ntp", MID), ("switch", MID), "loss_solutions"), "nats", kind="switch"),
+    Claim("Switch has a lower loss on right solutions than ReMiT", "not in the paper",
+          difference(("remit", MID), ("switch", MID), "loss_solutions"), "nats", kind="switch"),
+    Claim("Switch has a higher loss than NTP on notes, which mid-training all but lacks", "29.3 and 30.3 (recall of facts)",
+          difference(("switch", MID), ("ntp", MID), "loss_notes"), "nats", kind="switch"),
 )  # fmt: skip
 
 

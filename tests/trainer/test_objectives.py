@@ -306,7 +306,7 @@ def test_a_loss_by_automatic_differentiation() -> None:
 def test_the_default_temperature_is_that_of_the_objective() -> None:
     found = {name: ObjectiveSettings(objective=name).temperature for name in OPTIONS}
     softened = {"kd": 1.0, "rkl": 1.0, "switch": 2.0}
-    assert found == dict.fromkeys(("remit", "ntp", "rho1", "sampled")) | softened
+    assert found == dict.fromkeys(("remit", "ntp", "rho1", "sampled", "entropy")) | softened
     assert replace(ObjectiveSettings(objective="switch"), gate_quantile=0.3).temperature == 2.0
 
 
