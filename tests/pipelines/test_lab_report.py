@@ -492,7 +492,9 @@ def test_switch_has_a_table_where_it_was_measured(tmp_path: Path) -> None:
     records = [made_up(seed) for seed in range(4)]
     for record, ahead in zip(records, (0.029, 0.03, 0.031, 0.03)):
         values = {
-            (row["arm"], row["metric"]): row["value"] for row in record["measurements"] if row["stage"] == "mid" and row["step"] is None
+            (row["arm"], row["metric"]): row["value"]
+            for row in record["measurements"]
+            if row["stage"] == "mid" and row["step"] is None
         }
         level = values["ntp", "greedy_all"] + ahead
         record["measurements"] += [
