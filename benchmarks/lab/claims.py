@@ -228,6 +228,8 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(RL_HELPS, "", difference(("ntp", RL), ("ntp", DPO)), kind="check"),
     Claim(LENGTH_HELPS, "",
           difference(("ntp", RL), ("ntp-rl10", RL)), kind="check"),
+)  # fmt: skip
+OF_SWITCH: tuple[Claim, ...] = (
     Claim("Switch is above NTP after mid-training", "44.7 and 26.1 (reasoning)",
           difference(("switch", MID), ("ntp", MID)), kind="switch"),
     Claim("Switch is above KD, forward KL at every token", "not compared at equal settings",
@@ -242,6 +244,7 @@ CLAIMS: tuple[Claim, ...] = (
     Claim("Switch has a higher loss than NTP on notes, which mid-training all but lacks", "29.3 and 30.3 (recall of facts)",
           difference(("switch", MID), ("ntp", MID), "loss_notes"), "nats", kind="switch"),
 )  # fmt: skip
+"""Judged where the arm was measured: not every recipe has it."""
 
 
 def judge(claim: Claim, results: Results) -> Finding:
@@ -274,6 +277,8 @@ def is_counted(finding: Finding) -> bool:
 
 
 def judge_all(results: Results, claims: Sequence[Claim] = CLAIMS) -> list[Finding]:
+    if "switch" in results.arms("mid") and claims is CLAIMS:
+        claims = (*CLAIMS, *OF_SWITCH)
     findings = [judge(claim, results) for claim in claims]
     counted = [finding.estimate.p if finding.estimate and is_counted(finding) else None for finding in findings]
     return [replace(finding, survives=survives) for finding, survives in zip(findings, holm(counted), strict=True)]

@@ -70,7 +70,7 @@ def test_every_command_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         assert (config.name, config.context, config.top_k, config.temperatures) == ("teacher", "document", 32, (1, 2))
     assert all((config.bos, config.seq_len) == ("always", 4096) for config in by_name["pack"])
     (plan,) = by_name["plan"]
-    assert (plan.num_tokens, plan.num_gpus, plan.top_k_share) == (60_400_000_000, 32, 0.25 if store == "sure" else 1)
+    assert (plan.num_tokens, plan.num_gpus, plan.top_k_share) == (60_400_000_000, 32, 0.25 if store == "sure" else None)
     if store == "sure":
         (pilot,) = [config for config in by_name["score"] if config.shards == "packed-pilot"]
         assert vars(parse_below(pilot.top_k_below_entropy)) == {"threshold": None, "quantile": 0.2, "margin": 0.05}
