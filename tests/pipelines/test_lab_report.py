@@ -44,9 +44,9 @@ from benchmarks.lab.claims import (
 )
 from benchmarks.lab.plots import make_plots
 from benchmarks.lab.recipe import RECIPES
-from benchmarks.lab.report import MARK, PICTURES, lead, main, to_markdown, to_page
+from benchmarks.lab.report import MARK, PICTURES, lead, main, markdown_table, to_markdown, to_page
 from benchmarks.lab.results import Results, read
-from benchmarks.lab.tables import cell, found_text, make_tables
+from benchmarks.lab.tables import cell, claims_table, differences_table, found_text, make_tables
 
 COMMITTED = Path(__file__).resolve().parents[2] / "docs" / "lab-report"
 ARMS = ["ntp", "remit", "remit2", "ntp-guided", "sft-guided", "rho1", "miniplm", "kd", "no-clip", "remit-rl10"]
@@ -509,6 +509,20 @@ def test_switch_has_a_table_where_it_was_measured(tmp_path: Path) -> None:
     assert table.rows[0][1:4] == ["44.7 and 26.1 (reasoning)", "+3.0 (+2.9 to +3.1) points", "4 of 4"]
     assert table.rows[0][4].startswith("reproduced")
     assert results.curve("switch", "mid", "gate_without_topk") == {seed: [(100, 0.01)] for seed in range(4)}
+
+
+def test_page_of_the_switch_is_that_of_its_results() -> None:
+    results = read([COMMITTED.parent / "lab-switch"])
+    assert results.size == "small"
+    assert results.seeds == sorted({1, 2, 3, 4, 5} & set(results.seeds))
+    page = (COMMITTED.parent / "lab-switch.md").read_text(encoding="utf-8")
+    findings = judge_all(results)
+    for table in (claims_table(results, findings, "switch"), differences_table(results, "ntp")):
+        assert markdown_table(table) in page
+    summary, tables = page[page.index("In short") : page.index("## What ran")], page[page.index("## What was found") :]
+    numbers = re.findall(r"[-+][\d.]+ \([-+][\d.]+ to [-+][\d.]+\)|[-+][\d.]+ ± [\d.]+\d", summary)
+    assert len(numbers) > 3
+    assert not [number for number in numbers if number not in tables]
 
 
 def test_markdown_tables_are_whole(lab: Path) -> None:
