@@ -15,6 +15,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from shards.modelfolder import max_positions, require_base
 from trainer.checks import check_plain_head, check_runs
+from trainer.expert_products import use_autocast_in_experts
 from trainer.noise import silence
 
 
@@ -101,6 +102,8 @@ class Base:
         static: compile for each shape by itself, and not, as torch does by default, for any shape once it has seen two:
         what a step is made of then depends on the steps before it, which a resumed run has not seen.
         """
+        if self.dtype != torch.float32:
+            use_autocast_in_experts(self.model)
         if activation_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if compile_layers == "on" or (compile_layers == "auto" and self.device.type == "cuda"):
