@@ -6,8 +6,8 @@ are. In bfloat16 stay the head (its logits decide weights and losses), embedding
 layers), and layers whose sizes are no multiples of 16, which the kernels ask for.
 """
 
-import importlib.util
 import re
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -25,25 +25,23 @@ def require_float8(config: TrainConfig, device: torch.device) -> None:
     """ValueError where --float8 is asked for and cannot be had; before anything is loaded."""
     if not config.float8:
         return
-    if importlib.util.find_spec("torchao") is None:
+    remedy = "leave the option out, or give --float8-emulated to try its numerics, slowly"
+    if not config.float8_emulated and device.type != "cuda":
+        raise ValueError(f"--float8: the device is {device.type}, expected a GPU with float8 products; {remedy}")
+    capability = CAPABILITY if config.float8_emulated else torch.cuda.get_device_capability(device)
+    if capability < CAPABILITY:
         raise ValueError(
-            "--float8: torchao is not installed; in your checkout of remit: pip install '.[float8]', or leave the option out"
+            f"--float8: {torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}, expected "
+            f"{CAPABILITY[0]}.{CAPABILITY[1]} or newer; {remedy}"
         )
     if resolve_dtype(config.dtype, device) != torch.bfloat16:
         given = f"--dtype is {config.dtype}" + (
             "" if config.dtype != "auto" else f", float32 on this {device.type} device"
         )
         raise ValueError(f"--float8: {given}, expected bfloat16 for what is not in float8; give --dtype bfloat16")
-    if config.float8_emulated:
-        return
-    remedy = "leave the option out, or give --float8-emulated to try its numerics, slowly"
-    if device.type != "cuda":
-        raise ValueError(f"--float8: the device is {device.type}, expected a GPU with float8 products; {remedy}")
-    capability = torch.cuda.get_device_capability(device)
-    if capability < CAPABILITY:
+    if find_spec("torchao") is None:
         raise ValueError(
-            f"--float8: {torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}, expected "
-            f"{CAPABILITY[0]}.{CAPABILITY[1]} or newer; {remedy}"
+            "--float8: torchao is not installed; in your checkout of remit: pip install '.[float8]', or leave the option out"
         )
 
 

@@ -7,7 +7,7 @@ pair of a token and one that it attends to: 12 L H Q T of PaLM (arXiv 2204.02311
 windows and the ends of documents leave out. What is computed a second time (activation checkpointing, logits of a row in
 pieces, the first pass of --scope global) does not count.
 
-transformers builds the model on fake tensors, which have shapes and no memory, and torch counts the products of its layers.
+transformers builds the model on tensors that have shapes and no memory, and torch counts the products of its layers.
 B = rows, T = tokens of a row, H = hidden size, S = pairs of a token and an expert that it chose, K = experts per token, N = heads.
 """
 
@@ -24,8 +24,9 @@ from trainer.batch import Row
 
 COUNTING = "remit_counting"
 """Name of the attention and of the experts that the counted model is built with."""
-COUNTED_TOKENS = 256
-"""Of the row that is counted: products with weights cost the same per token in any row (but for those of state space layers)."""
+SHORT, LONG = (4, 8), 256
+"""Tokens of the rows that are counted: products with weights cost the same per token in rows of any length. Where the short ones
+differ, layers work in chunks, which they pad (state space, linear attention), and a long row is counted."""
 TRAINING = 3  # the backward has two products for each of the forward's
 
 
@@ -61,19 +62,33 @@ def count_model_flops(config: Any) -> ModelFlops:
 
     ValueError where transformers cannot build it or its attention cannot be replaced by one that counts.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    key = f"{type(config).__name__} {config.to_json_string(use_diff=False)}"
+    if key not in _counted:
+        _counted[key] = _count(config)
+    return _counted[key]
 
-    with FakeTensorMode(), torch.random.fork_rng(devices=[]):
+
+_counted: dict[str, ModelFlops] = {}
+
+
+def _count(config: Any) -> ModelFlops:
+    from transformers.initialization import no_init_weights
+
+    with torch.device("meta"), torch.no_grad():
         try:
-            model = build(config)
-            flops, attention = forward(model, 1, COUNTED_TOKENS)
+            with no_init_weights():
+                model = build(config)
+            (flops, attention), (more, _) = (forward(model, 1, length) for length in SHORT)
+            per_token = flops / SHORT[0]
+            if per_token != more / SHORT[1]:
+                per_token = forward(model, 1, LONG)[0] / LONG
         except Exception as error:  # whatever a class does that needs values
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"the model FLOPs of {type(config).__name__} cannot be counted: {reason[:160]}") from None
         by_window: dict[int | None, float] = {}
         for per_pair, window in attention:
             by_window[window] = by_window.get(window, 0.0) + per_pair
-        return ModelFlops(flops / COUNTED_TOKENS, 2.0 * model.get_output_embeddings().weight.numel(), by_window)
+        return ModelFlops(per_token, 2.0 * model.get_output_embeddings().weight.numel(), by_window)
 
 
 def speed(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -84,7 +99,7 @@ def speed(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def build(config: Any) -> Any:
-    """The model of a config in float32, to be counted; within a FakeTensorMode."""
+    """The model of a config in float32, to be counted; where tensors are made without memory."""
     from transformers import AttentionInterface, AutoModelForCausalLM
     from transformers.integrations.moe import ExpertsInterface
 

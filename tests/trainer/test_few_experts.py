@@ -91,10 +91,10 @@ def test_two_experts_on_three_ranks(tmp_path: Path, annotated: dict[str, Path]) 
     shapes = {name: p.shape for name, p in transformers.AutoModelForCausalLM.from_pretrained(base).named_parameters()}
     assert any(shape[0] == 2 and len(shape) == 3 for shape in shapes.values())
     shards = annotated["packed"]
-    options: dict = {"router_aux_loss": 0.5, "global_batch_size": 7, "micro_batch_size": 2, "schedule": "constant"}
+    options: dict = {"router_aux_loss": 0.5, "global_batch_size": 7, "micro_batch_size": 1, "schedule": "constant"}
     one = run(tmp_path / "one", shards, base, max_steps=5, **options)
     out, words = tmp_path / "three", ("--router-aux-loss", 0.5, "--sharding", "full", "--schedule", "constant")
-    words += ("--checkpoint-every", 2, "--warmup-steps", 1)
+    words += ("--checkpoint-every", 2, "--warmup-steps", 1, "--micro-batch-size", 1)  # what is balanced together
     finish(launch(out, shards, base, 3, *words, "--max-steps", 3))
     finish(launch(out, shards, base, 3, *words))
     assert_same(metrics_of(out), one, 1e-4)
