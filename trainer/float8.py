@@ -51,23 +51,23 @@ def use_float8(base: Base, emulated: bool) -> str:
     emulated: operands are rounded to float8 and multiplied in float32. ValueError where no layer can be in float8.
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    from torchao.float8.float8_linear import Float8Linear
 
     before = [linears(layer) for layer in base.layers]
     # rows of any length: the product for the gradient of a weight sums over tokens, whose number need not be a multiple of 16
     settings = Float8LinearConfig(emulate=emulated, pad_inner_dim=True)
     for layer in base.layers:
         convert_to_float8_training(layer, module_filter_fn=is_suitable, config=settings)
-    done = [module for layer in base.layers for module in layer.modules() if type(module).__name__ == "Float8Linear"]
+    done = [linear for layer in base.layers for linear in linears(layer) if isinstance(linear, Float8Linear)]
     if not done:
         raise ValueError(
             f"--float8: {type(base.model).__name__} has no linear layer in its decoder layers with sizes that are multiples of "
             f"{MULTIPLE}; leave the option out"
         )
-    for module in done:
-        # torchao looks at the autocast of CUDA alone
-        if base.device.type != "cuda":
-            module.register_forward_pre_hook(_to_bfloat16)
-    weights = sum(module.weight.numel() for module in done)
+    if base.device.type != "cuda":  # torchao looks at the autocast of CUDA alone
+        for linear in done:
+            linear.register_forward_pre_hook(_to_bfloat16)
+    weights = sum(linear.weight.numel() for linear in done)
     inside = sum(parameter.numel() for layer in base.layers for parameter in layer.parameters())
     how = ", emulated" if emulated else ""
     return (

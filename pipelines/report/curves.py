@@ -83,8 +83,10 @@ def _table(rows: Iterable[dict], index: pd.Index) -> pd.DataFrame:
 
 def derive(steps: pd.DataFrame) -> pd.DataFrame:
     """The same with the figures that follow from several others."""
-    columns = ("tokens", "predicted_tokens", "effective_tokens", "data_wait_seconds", "tokens_per_second")
-    columns += ("model_flops_per_token", "mfu")
+    columns = (
+        *("tokens", "predicted_tokens", "effective_tokens", "data_wait_seconds", "tokens_per_second"),
+        *("model_flops_per_token", "mfu"),
+    )
     tokens, predicted, effective, wait, speed, flops, mfu = (
         steps.get(name, pd.Series(np.nan, steps.index)) for name in columns
     )
