@@ -132,9 +132,9 @@ def prepare(config: TrainConfig, session: Session) -> Run | None:
     if mixed.mixture.is_mixed:
         sources = Sources.of_mixture({name: of.manifest.corpus for name, of in zip(mixed.names, mixed.folders)})
 
-    if config.float8:
-        session.note(use_float8(base, config.float8_emulated))
-    base.prepare(config.activation_checkpointing, config.compile, static=config.deterministic)
+    base.prepare(
+        config.activation_checkpointing, config.compile, config.deterministic, partial(swap_layers, config, session, base)
+    )  # fmt: skip
     pad_to = shards.manifest.seq_len if config.deterministic else None  # few shapes, since each is compiled
     loss_model = LossModel(base)
     model = spread(loss_model, base.layers, world, config.sharding, base.dtype)
@@ -238,6 +238,12 @@ def load_trainable(config: TrainConfig, session: Session, mixed: MixedShards, co
         settings = ", ".join(f"{name} {value:g}" for name, value in base.dropout.items())
         session.note(f"off while training, kept in the export: {settings}")
     return base
+
+
+def swap_layers(config: TrainConfig, session: Session, base: Base) -> None:
+    """Put layers in float8 in the place of those that are, with --float8."""
+    if config.float8:
+        session.note(use_float8(base, config.float8_emulated))
 
 
 def counted_flops(base: Base, session: Session) -> ModelFlops | None:
