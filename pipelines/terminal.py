@@ -33,7 +33,8 @@ def quiet_libraries() -> None:
     import datasets
     import transformers
 
-    for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao with its classes, which tells what it lacks
+    # transformers imports torchao, where it is installed, and that tells what it lacks
+    for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
