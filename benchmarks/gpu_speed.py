@@ -165,7 +165,7 @@ def profiled(steps: Steps, device: torch.device) -> list[tuple[str, float, float
     for event in trace.events():
         on_device = event.device_type == torch.autograd.DeviceType.CUDA
         if on_device == is_gpu and not event.is_user_annotation:
-            spent = event.self_device_time_total if is_gpu else event.self_cpu_time_total
+            spent = event.time_range.elapsed_us() if is_gpu else event.self_cpu_time_total
             names[event.name] = names.get(event.name, 0.0) + spent / 1e6 / PROFILED_STEPS
     kinds: dict[str, float] = {}
     for name, spent in names.items():
