@@ -3,7 +3,7 @@
     python -m benchmarks.gpu_check        (make gpu-check; about five minutes on one GPU)
 
 First correctness: the loss head in float32 and bfloat16 against float64 autograd, compiled layers against plain ones,
-activation checkpointing, a training step that lowers the loss. Then speed at the shapes of OLMo-2-1B: NTP, ReMiT from
+activation checkpointing, attention over documents, a training step that lowers the loss. Then speed at the shapes of OLMo-2-1B: NTP, ReMiT from
 the shards, ReMiT with the reference online; tokens/s, model FLOP utilisation against the matrix product that this
 device was measured to reach, peak memory. Without a GPU it says so and runs small shapes on the CPU.
 """
@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import claim, make_shards, report
+from benchmarks.gpu_documents import check_documents, measure_documents
 from benchmarks.training import Steps, annotate, synchronize
 from trainer.batch import MicroBatch
 from trainer.deterministic import deterministic
@@ -110,6 +111,7 @@ def check(device: torch.device, folder: Path) -> list[tuple[str, float, float]]:
         want = gradient if want is None else want
         name = f"gradients of the body, checkpointing {checkpointing}, compile {compiled}"
         rows.append((name, ((gradient - want).norm() / want.norm()).item(), 1e-3))
+    rows += check_documents(device)
     make_shards(folder / "few", SMALL["vocabulary"], 1, 4, 256)
     steps = Steps(annotate(folder / "few", folder / "few-rl"), model, "remit", 4, 2, 20, device, dtype)
     for group in steps.optimizer.param_groups:
@@ -205,6 +207,7 @@ def main() -> int:
             claim("throughput kept against NTP, reference online", [v / ntp for v in speeds["ReMiT, online"]]),
             claim(f"{DETERMINISTIC} / NTP", [v / ntp for v in speeds[DETERMINISTIC]]),
             claim("share of the matrix product's ceiling, NTP", [v * flops / ceiling for v in speeds["NTP"]]),
+            *measure_documents(device),
         ],
     )
 
