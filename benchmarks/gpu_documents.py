@@ -39,7 +39,9 @@ def gradients(base: Base, rows: list[list[int]], times: int = 1) -> torch.Tensor
     positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in rows]).to(base.device)
     for _ in range(times):
         base.model.zero_grad()
-        base.hidden_states(ids, positions).float().square().mean().backward()
+        hidden_BTH = base.hidden_states(ids, positions).float()
+        upstream_BTH = torch.randn(hidden_BTH.shape, generator=torch.Generator().manual_seed(2))
+        (hidden_BTH * upstream_BTH.to(base.device)).sum().backward()
     return torch.cat([p.grad.flatten() for p in base.model.parameters() if p.grad is not None]).float().cpu()
 
 
