@@ -48,7 +48,7 @@ def measure(form: str, kind: str, seq_len: int, gradients: Path) -> None:
         num_attention_heads=HEADS, num_key_value_heads=SHARED, max_position_embeddings=seq_len,
     )  # fmt: skip
     base = Base(transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32), torch.float32)
-    attention = "a mask of T x T" if form == MASK else choose_attention(base)
+    attention = "a mask of T x T" if form == MASK else choose_attention(base).text
     lengths = lengths_of_documents(seq_len, kind)
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     ids = torch.randint(0, VOCABULARY, (1, seq_len), generator=torch.Generator().manual_seed(1))

@@ -16,7 +16,16 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from trainer.checks import FLASH, FLASH_TOLERANCE, TOLERANCE, in_float32, relative
-from trainer.document_attention import DOCUMENTS, HALF, TRIAL, VARLEN, attend_documents, attend_varlen, locate
+from trainer.document_attention import (
+    DOCUMENTS,
+    HALF,
+    TRIAL,
+    VARLEN,
+    Attention,
+    attend_documents,
+    attend_varlen,
+    locate,
+)
 
 if TYPE_CHECKING:
     from trainer.model import Base
@@ -30,26 +39,28 @@ Heads = tuple[int, int, int, int]
 
 
 @torch.no_grad()
-def choose_attention(base: "Base") -> str:
-    """Set the attention of a base that trains on documents. Which it is, for a line and for run.json.
+def choose_attention(base: "Base") -> Attention:
+    """Set the attention of a base that trains on documents, and say which it is.
 
     No form is taken on trust: its hidden states in float32 must be those of each document alone, by the class's own attention.
     """
     model = base.model
     before = model.config._attn_implementation
     if before == FLASH:
-        return "the flash-attn package"
+        return Attention(before, "the flash-attn package")
     trial = _Trial()
     problem = _problem_of_class(base, trial)
     if problem:
-        return f"masks of T x T ({type(model).__name__} {problem})"
+        return Attention(before, f"masks of T x T ({type(model).__name__} {problem})")
     each = "PyTorch's scaled_dot_product_attention, one document after the other"
     if base.device.type != "cuda" or base.dtype not in HALF:
-        model.set_attn_implementation(DOCUMENTS)
-        return each
-    problem = trial.beyond_varlen or _problem_of_varlen(base.device, base.dtype, trial.heads)
-    model.set_attn_implementation(DOCUMENTS if problem else VARLEN)
-    return f"{each} (varlen_attn {problem})" if problem else "PyTorch's varlen_attn"
+        found = Attention(DOCUMENTS, each)
+    elif problem := trial.beyond_varlen or _problem_of_varlen(base.device, base.dtype, trial.heads):
+        found = Attention(DOCUMENTS, f"{each} (varlen_attn {problem})")
+    else:
+        found = Attention(VARLEN, "PyTorch's varlen_attn")
+    model.set_attn_implementation(found.form)
+    return found
 
 
 @dataclass

@@ -25,6 +25,14 @@ PIECE = 512  # queries of a document that are taken at once where a window is sh
 
 
 @dataclass(frozen=True)
+class Attention:
+    """What a base has. form: what transformers calls it; text: for a line and for run.json."""
+
+    form: str
+    text: str
+
+
+@dataclass(frozen=True)
 class Documents:
     """Where the documents of a micro-batch lie.
 

@@ -16,7 +16,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from shards.modelfolder import max_positions, require_base
 from trainer.checks import check_plain_head, check_runs
-from trainer.document_attention import FORMS, lengths_of, locate
+from trainer.document_attention import FORMS, Attention, lengths_of, locate
 from trainer.noise import silence
 
 
@@ -32,7 +32,7 @@ class Base:
     model: PreTrainedModel
     dtype: torch.dtype
     dropout: dict[str, float] = field(default_factory=dict)
-    attention: str | None = None
+    attention: Attention | None = None
 
     @property
     def device(self) -> torch.device:
@@ -113,6 +113,10 @@ class Base:
         static: compile for each shape by itself, and not, as torch does by default, for any shape once it has seen two:
         what a step is made of then depends on the steps before it, which a resumed run has not seen.
         """
+        if self.attention is not None and self.model.config._attn_implementation != self.attention.form:
+            self.model.set_attn_implementation(
+                self.attention.form
+            )  # of another model than the one that it was tried with
         if activation_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if compile_layers == "on" or (compile_layers == "auto" and self.device.type == "cuda"):

@@ -117,7 +117,7 @@ def prepare(config: TrainConfig, session: Session) -> Run | None:
 
     base = load_trainable(config, session, mixed, context)
     if base.attention:
-        settings["attention"] = base.attention
+        settings["attention"] = base.attention.text
     balance = balancing_loss(config, session, base)
     layout = world.from_first(read_layout(Path(config.model), base.model) if world.first else None)
     for line in untrained_notes(layout, type(base.model).__name__):
@@ -224,7 +224,7 @@ def load_trainable(config: TrainConfig, session: Session, mixed: MixedShards, co
         check_fits(base, Path(config.model), shards)
     if context == "document":
         base.attention = choose_attention(base)
-        session.note(f"attention over documents: {base.attention}")
+        session.note(f"attention over documents: {base.attention.text}")
         check_document_attention(base, mixed.first.manifest.seq_len)
     if base.dropout:
         settings = ", ".join(f"{name} {value:g}" for name, value in base.dropout.items())

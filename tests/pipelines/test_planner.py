@@ -210,7 +210,7 @@ def test_gpus_without_a_row_wait() -> None:
         (Layout("replicate", 1, 1, False), 64, (0, 63 / 64 * 8)),
         (Layout("full", 8, 1, False), 8, (7 / 8 * (2 + 2 + 4) * 3, 0)),  # each of three micro-batches
         (Layout("full", 64, 1, False), 64, (0, 63 / 64 * (2 + 2 + 4) * 3)),
-        (Layout("hybrid", 8, 1, False), 64, (7 / 8 * (2 + 2 + 4) * 3, 7 / 8 * 8 / 8 * 3)),
+        (Layout("hybrid", 8, 1, False), 64, (7 / 8 * (2 + 2 + 4) * 3, 7 / 8 * 8 / 8)),
         (Layout("hybrid", 8, 1, False), 8, (7 / 8 * (2 + 2 + 4) * 3, 0)),
         (Layout("replicate", 1, 1, False), 1, (0, 0)),
     ],

@@ -1,6 +1,7 @@
 """Attention over documents without a mask: equal to the masked form, chosen where a class can have it, said where not."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from trainer import document_attention
 from trainer.attention_choice import _problem_of_varlen, choose_attention
 from trainer.checks import check_document_attention
 from trainer.config import TrainConfig
-from trainer.document_attention import DOCUMENTS, PIECE, VARLEN, attend_documents, attend_varlen, locate
+from trainer.document_attention import DOCUMENTS, PIECE, VARLEN, Attention, attend_documents, attend_varlen, locate
 from trainer.model import Base
 from trainer.train import train
 
@@ -94,7 +95,7 @@ def test_equal_to_the_class_with_a_mask(family: str) -> None:
     """Hidden states and gradients of all weights in float32, against the class's own attention with a mask of T x T."""
     model = make_tiny(family, **CLASSES[family])
     base = Base(model.eval(), torch.float32)
-    assert choose_attention(base) == EACH
+    assert choose_attention(base) == Attention(DOCUMENTS, EACH)
     check_document_attention(base)
     ids, positions = make_rows(base.num_embeddings)
     documents = locate([length for row in ROWS for length in row], CPU)
@@ -261,7 +262,7 @@ def test_a_leak_of_varlen_is_seen(varlen_on_cpu: None, monkeypatch: pytest.Monke
 def test_other_classes_keep_their_masks(family: str, reason: str) -> None:
     base = Base(make_tiny(family).eval(), torch.float32)
     before = base.model.config._attn_implementation
-    line = choose_attention(base)
+    line = choose_attention(base).text
     assert line.startswith("masks of T x T (")
     assert reason in line
     assert base.model.config._attn_implementation == before
@@ -303,7 +304,7 @@ def test_layers_that_do_otherwise_keep_their_masks(change: Any, reason: str, mon
     """A window that is longer than the rows of the trial, for instance."""
     model = make_tiny("Olmo3", **(WINDOWED | {"sliding_window": 40})).eval()
     change(model.model.layers[0].self_attn, monkeypatch)
-    assert choose_attention(Base(model, torch.float32)) == f"masks of T x T (Olmo3ForCausalLM {reason})"
+    assert choose_attention(Base(model, torch.float32)).text == f"masks of T x T (Olmo3ForCausalLM {reason})"
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -342,7 +343,7 @@ def test_a_run_says_which_and_makes_no_mask(
     assert json.loads((out / "run.json").read_text())["attention"] == EACH
     notes.clear()
     monkeypatch.setattr(
-        "trainer.setup.choose_attention", lambda base: choose_attention(base) and "the flash-attn package"
+        "trainer.setup.choose_attention", lambda base: replace(choose_attention(base), text="the flash-attn package")
     )
     train(config, note=notes.append)
     assert f"attention over documents was {EACH} when the run began: it goes on with other last digits" in notes
