@@ -1,6 +1,6 @@
 """Memory and time of document context: a mask of T x T beside attention that takes each document by itself.
 
-    python -m benchmarks.bench_documents        (make bench-documents; about three minutes on two cores)
+    python -m benchmarks.bench_documents        (make bench-documents; about a minute on two quiet cores)
 
 One row of documents of 200 to 4,000 tokens, or one document as long as the row (which has no mask in either form), forward and
 backward of the body of a two-layer Llama, float32, each in a process of its own. Peak memory is that of the process above what it held before the
@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.common import Claim, claim, report
 
-HIDDEN, LAYERS, HEADS, SHARED, VOCABULARY = 256, 2, 8, 4, 1024
+HIDDEN, LAYERS, HEADS, SHARED, VOCABULARY = 128, 2, 4, 2, 1024
 MASK, DOCUMENTS = "mask", "documents"
 
 

@@ -220,6 +220,15 @@ def test_exchange_by_hand(layout: Layout, num_gpus: int, expected: tuple[float, 
     assert found == pytest.approx(tuple(8_030_261_248 * share for share in expected))
 
 
+def test_machines_exchange_beside_the_last_backward_of_a_step() -> None:
+    """Two machines of eight, three micro-batches: 462 bytes within, 11 between in the last third of two thirds of 3 s."""
+    slow = replace(machine(16), link=1000.0, network=1.0)
+    rates = Rates(0.04, 0.1, 0.05, 1.0, 0.0, 0.0)
+    job, base = Job.of_full_rows(1000, 1.0, 10, 40), replace(ONE_B, parameters=22)
+    step = step_of(base, slow, rates, job, Layout("hybrid", 8, 1, False))
+    assert (step.compute, step.exchange, step.waits) == pytest.approx((3, 0.462 + 11, 11 - 2 / 3))
+
+
 def test_gpu_hours_of_an_eight_b_model() -> None:
     """50e9 tokens on 64 H200 at 40 %: 8.75e21 FLOPs and a little, by the rule of six and the attention."""
     common = ["plan", "--base", "b", "--reference", "r", "--tokens", "50e9", "--num-gpus", "64", "--mfu-train", "0.4"]
