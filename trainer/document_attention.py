@@ -100,8 +100,9 @@ def attend_documents(
     parts = [_flat(tensor_BHTE).split(lengths) for tensor_BHTE in (query, key, value)]
     outputs = []
     for query_LHE, key_LHE, value_LHE in zip(*parts):
-        inputs = [part_LHE.transpose(0, 1)[None] for part_LHE in (query_LHE, key_LHE, value_LHE)]
-        outputs.append(_attend_one(*inputs, scale, sliding_window, softcap, s_aux)[0].transpose(0, 1))
+        query_1HLE, key_1HLE, value_1HLE = (part.transpose(0, 1)[None] for part in (query_LHE, key_LHE, value_LHE))
+        output_1HLE = _attend_one(query_1HLE, key_1HLE, value_1HLE, scale, sliding_window, softcap, s_aux)
+        outputs.append(output_1HLE[0].transpose(0, 1))
     return torch.cat(outputs).unflatten(0, (batch, length)), None
 
 
@@ -130,10 +131,13 @@ def attend_varlen(
     _require_plain(others)
     batch, heads, length, size = query.shape
     width = -(-max(size, value.shape[-1]) // 8) * 8  # its kernels take multiples of 8, the same for all three
-    inputs = [_flat(tensor_BHTE).to(dtype) for tensor_BHTE in (query, key, value)]
-    inputs = [pad(tensor_NHE, (0, width - tensor_NHE.shape[-1])) for tensor_NHE in inputs]
+    query_NHE, key_NHE, value_NHE = (
+        pad(_flat(tensor_BHTE).to(dtype), (0, width - tensor_BHTE.shape[-1])) for tensor_BHTE in (query, key, value)
+    )
     output_NHE: Any = varlen.varlen_attn(
-        *inputs,
+        query_NHE,
+        key_NHE,
+        value_NHE,
         documents.starts,
         documents.starts,
         documents.longest,
