@@ -3,7 +3,7 @@
     python -m benchmarks.gpu_check        (make gpu-check; at most about five minutes on one GPU)
 
 First correctness: the loss head in float32 and bfloat16 against float64 autograd, compiled layers against plain ones,
-activation checkpointing, a training step that lowers the loss. Then speed at the shapes of OLMo-2-1B: NTP, ReMiT from
+activation checkpointing, attention over documents, a training step that lowers the loss. Then speed at the shapes of OLMo-2-1B: NTP, ReMiT from
 the shards, ReMiT with the reference online, --float8, --deterministic; tokens/s, model FLOPs as a share of the card's peak and of
 what a matrix product was measured to reach, peak memory, and a table of what the time of a step goes to (benchmarks/gpu_speed.py).
 Without a GPU it says so and runs small shapes on the CPU.
@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import make_shards, report
+from benchmarks.gpu_documents import check_documents, measure_documents
 from benchmarks.gpu_speed import Bench, claims_of, show
 from benchmarks.training import Steps, annotate, synchronize
 from trainer.batch import MicroBatch
@@ -110,6 +111,7 @@ def check(device: torch.device, folder: Path) -> list[tuple[str, float, float]]:
         want = gradient if want is None else want
         name = f"gradients of the body, checkpointing {checkpointing}, compile {compiled}"
         rows.append((name, ((gradient - want).norm() / want.norm()).item(), 1e-3))
+    rows += check_documents(device)
     make_shards(folder / "few", SMALL["vocabulary"], 1, 4, 256)
     steps = Steps(annotate(folder / "few", folder / "few-rl"), model, "remit", 4, 2, 20, device, dtype)
     for group in steps.optimizer.param_groups:
@@ -167,7 +169,10 @@ def main() -> int:
         bench = Bench(model, shards, device, dtype, rows, options.steps, began + 60 * options.minutes)
         found, parts = bench.measure()
     show(found, parts, ceiling, where)
-    return report("gpu_check" if has_gpu else "gpu_check_cpu", claims_of(found, parts, ceiling, where))
+    return report(
+        "gpu_check" if has_gpu else "gpu_check_cpu",
+        [*claims_of(found, parts, ceiling, where), *measure_documents(device)],
+    )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ In: a model folder. Out: a Base, whose body gives hidden states and whose output
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from shards.modelfolder import max_positions, require_base
 from trainer.checks import check_plain_head, check_runs
+from trainer.document_attention import FORMS, Attention, lengths_of, locate
 from trainer.expert_products import use_autocast_in_experts
 from trainer.noise import silence
 
@@ -26,12 +27,13 @@ class Base:
 
     dtype: of the matrix products; the weights are kept in float32. max_position: longest sequence, or None
     where the architecture has no bound. dropout: the settings of the config, by dotted name, that were set to 0 for training
-    (trainer/noise.py).
+    (trainer/noise.py). attention: over documents, as trainer/attention_choice.py has chosen it.
     """
 
     model: PreTrainedModel
     dtype: torch.dtype
     dropout: dict[str, float] = field(default_factory=dict)
+    attention: Attention | None = None
 
     @property
     def device(self) -> torch.device:
@@ -78,13 +80,18 @@ class Base:
         return self.run_body(input_ids_BT, position_ids_BT)[0]
 
     def run_body(
-        self, input_ids_BT: Tensor, position_ids_BT: Tensor | None = None, routed: bool = False
+        self,
+        input_ids_BT: Tensor,
+        position_ids_BT: Tensor | None = None,
+        routed: bool = False,
+        doc_lengths: Sequence[int] | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Last hidden states [B, T, H] in `dtype`; with routed also the router logits of each layer with experts.
 
         Rows are padded on the right; causal attention keeps the padding out of the tokens before it.
         position_ids_BT: restarting at 0 with each document; transformers then confines attention to the
-        documents. None: one sequence per row.
+        documents. None: one sequence per row. doc_lengths: of the same documents, row after row, the padding included, so that a GPU
+        need not be asked for them.
         """
         shape = input_ids_BT.shape
         positions = {} if position_ids_BT is None else {"position_ids": position_ids_BT}
@@ -92,6 +99,10 @@ class Base:
             # transformers looks for documents in batches of one row only; theirs are told apart by their positions
             input_ids_BT, positions = input_ids_BT.view(1, -1), {"position_ids": position_ids_BT.reshape(1, -1)}
         options: dict[str, Any] = positions | ({"output_router_logits": True} if routed else {})
+        if self.model.config._attn_implementation in FORMS:
+            if doc_lengths is None:
+                doc_lengths = [shape[1]] * shape[0] if position_ids_BT is None else lengths_of(position_ids_BT)
+            options["documents"] = locate(doc_lengths, input_ids_BT.device)
         with self.autocast():
             output = self.model.get_decoder()(input_ids=input_ids_BT, use_cache=False, return_dict=True, **options)
         hidden_BTH = output.last_hidden_state.view(*shape, -1).to(self.dtype)
@@ -110,6 +121,10 @@ class Base:
         what a step is made of then depends on the steps before it, which a resumed run has not seen. swap_layers: called
         before layers are compiled, to put others in their place (--float8).
         """
+        if self.attention is not None and self.model.config._attn_implementation != self.attention.form:
+            self.model.set_attn_implementation(
+                self.attention.form
+            )  # of another model than the one that it was tried with
         if activation_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if self.dtype != torch.float32:

@@ -80,6 +80,9 @@ def resume(
         session.note(f"passed over a damaged checkpoint: {problem}")
     if has_own:
         session.note(f"going on after step {first_step:,}")
+        began = (read_record(config.out) or {}).get("attention", "that of an earlier release")
+        if settings.get("attention", began) != began:
+            session.note(f"attention over documents was {began} when the run began: its last digits may change")
     last_line = keep_lines(config.out / METRICS, first_step)
     if "counts" not in checkpoints.run_state:  # of a version that did not count
         guard.counts.tokens = last_line.get("tokens", 0)

@@ -34,8 +34,9 @@ NOT_SETTINGS = (
     # these change the machine's work and the last digits, not what is computed
     *("micro_batch_size", "sharding", "activation_checkpointing", "compile", "deterministic"),
 )
-# what run.json says beside the settings: not compared by a resume, since the base's folder may be moved and older runs lack it
-RECORDED = ("base", "rows_left_out", "tokenizer_differences")
+# what run.json says beside the settings: not compared by a resume, since older runs lack it, and the base's folder and what a machine
+# has installed may change
+RECORDED = ("base", "rows_left_out", "tokenizer_differences", "attention")
 # options that a run began without where they are off, as all runs of older versions
 OFF: dict[str, Any] = {
     "z_loss": 0.0,

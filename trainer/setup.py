@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from shards.folder import ShardFolder
+from trainer.attention_choice import choose_attention
 from trainer.average import Average
 from trainer.batch import MicroBatch, Row, collate
 from trainer.batches import GlobalBatch, global_batches
@@ -123,6 +124,8 @@ def prepare(config: TrainConfig, session: Session) -> Run | None:
             session.note(line)
 
     base = load_trainable(config, session, mixed, context)
+    if base.attention:
+        settings["attention"] = base.attention.text
     balance = balancing_loss(config, session, base)
     layout = world.from_first(read_layout(Path(config.model), base.model) if world.first else None)
     for line in untrained_notes(layout, type(base.model).__name__):
@@ -233,6 +236,8 @@ def load_trainable(config: TrainConfig, session: Session, mixed: MixedShards, co
     for shards in mixed.folders:
         check_fits(base, Path(config.model), shards)
     if context == "document":
+        base.attention = choose_attention(base)
+        session.note(f"attention over documents: {base.attention.text}")
         check_document_attention(base, mixed.first.manifest.seq_len)
     if base.dropout:
         settings = ", ".join(f"{name} {value:g}" for name, value in base.dropout.items())

@@ -29,7 +29,7 @@ NAMES = {
 OF_AN_OBJECTIVE = {"objective", "reference", *(name for names in OPTIONS.values() for name in names)}
 OF_RHO1 = {"micro_batch_size", "processes"}  # with --scope micro, which ranks the tokens of a forward pass
 # how often a run is evaluated, of which only common steps are compared; where the base was found
-MAY_DIFFER = OF_AN_OBJECTIVE | OF_RHO1 | {"eval_every", "base", "leave_out"}
+MAY_DIFFER = OF_AN_OBJECTIVE | OF_RHO1 | {"eval_every", "base", "leave_out", "attention"}
 MAX_ROWS = 8  # of the table
 MAX_DIFFERENCES = 12
 LEVEL = 5e-4  # nats per token: runs that are nearer than this are level
