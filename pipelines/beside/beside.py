@@ -26,6 +26,7 @@ from trainer.loggers import score_figures
 from trainer.run_folder import TENSORBOARD
 
 LOOK_SECONDS = 0.5  # between two looks at the folder of exports
+MAX_FAILURES = 20  # of looks in a row
 MAX_WAITING = 3
 """Exports that wait for their evaluation, or whose evaluation failed. Beyond that the oldest is passed over and deleted: a disk
 that runs full would end the training."""
@@ -117,15 +118,18 @@ class Beside:
                 if self._stop.wait(LOOK_SECONDS):
                     return
             self._token = self._newest_token()
+            failures = 0
             while not self._stop.is_set():
-                is_last_look = self._trained.is_set()
-                self._make_room()
-                found = [(step, folder) for step, folder in self.waiting().items() if step not in self.failed]
-                if found:
-                    self._evaluate(*found[0], launch)
-                elif is_last_look:
-                    return
-                else:
+                try:
+                    if not self._look(launch):
+                        return
+                    failures = 0
+                except OSError as error:  # of a shared filesystem that stumbles
+                    failures += 1
+                    if failures == 1:
+                        self.note(f"task scores: {error}; looking again")
+                    if failures == MAX_FAILURES:
+                        raise
                     self._stop.wait(LOOK_SECONDS)
         except Exception as error:  # whatever it is, it must not end a training
             self.note(
@@ -135,6 +139,17 @@ class Beside:
             if self._board is not None:
                 self._board.close()
 
+    def _look(self, launch: Launch) -> bool:
+        """Evaluate the next model, or wait a little; False where nothing is left and nothing will come."""
+        is_last_look = self._trained.is_set()
+        self._make_room()
+        found = [(step, folder) for step, folder in self.waiting().items() if step not in self.failed]
+        if found:
+            self._evaluate(*found[0], launch)
+        elif not is_last_look:
+            self._stop.wait(LOOK_SECONDS)
+        return bool(found) or not is_last_look
+
     def _evaluate(self, step: int, folder: Path, launch: Launch) -> None:
         """One model, in a process of its own."""
         self.folder.mkdir(exist_ok=True)
@@ -143,7 +158,12 @@ class Beside:
             file.unlink(missing_ok=True)
         before = _identity(folder)
         words = [str(result), *self.options, "--model", str(folder), "--out", str(self.folder)]
-        code = self._wait_for(launch(words, log), step)
+        running = launch(words, log)
+        try:
+            code = self._wait_for(running, step)
+        except BaseException:
+            running.end()
+            raise
         if code is None:
             return
         if step and before != _identity(folder):

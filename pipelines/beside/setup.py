@@ -84,10 +84,7 @@ def read_options(text: str, model: str) -> tuple[list[str], Any]:
             f"--eval-tasks is {text!r}, expected suites ({', '.join(SUITES)}), or tasks of the harness, not both, with commas "
             "between; or a YAML file with options of remit eval"
         )
-    try:
-        settings = parse(["eval", *options, "--model", model])
-    except ValueError as error:
-        raise ValueError(f"--eval-tasks {text}: {error}") from None
+    settings = parse(["eval", *options, "--model", model])  # what is wrong with them ends the command as bad usage
     if settings.task_dir is not None:
         options += ["--task-dir", str(settings.task_dir.absolute())]
     return options, settings

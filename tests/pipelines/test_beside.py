@@ -52,12 +52,13 @@ def test_suites_tasks_or_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for wrong, words in (
         ("paper,arc_easy", "expected suites .paper, paper-posttrained, recall., or tasks of the harness, not both"),
         (" , ", "expected suites"),
-        ("paper,paper-posttrained", "have .* in common"),
         ("none.yaml", "none.yaml: cannot be read"),
         ("model.yaml", "has model, which the run decides"),
     ):
         with pytest.raises(ValueError, match=words):
             read_options(wrong, "m")
+    with pytest.raises(SystemExit):
+        read_options("paper,paper-posttrained", "m")
 
 
 def test_a_gpu_that_does_not_train() -> None:
@@ -149,7 +150,10 @@ class Project:
         """As resume() does once it has deleted what is made again."""
         self.out.mkdir(exist_ok=True)
         (self.out / "run.json").write_text("{}")
-        models = self.models()
+        self.write(self.models())
+
+    def write(self, models: dict[str, Any]) -> None:
+        """exported.json, whole as the trainer writes it."""
         (self.out / "new").write_text(json.dumps({"models": models}))
         (self.out / "new").replace(self.out / "exported.json")
 
@@ -161,10 +165,11 @@ class Project:
     def export(self, step: int, name: str = "", kept: bool = False) -> Path:
         name = name or f"exports/step-{step:06d}"
         entry = {"step": step} | ({} if kept or name == "model" else {"for_tasks": True})
-        (self.out / "exported.json").write_text(json.dumps({"models": self.models() | {name: entry}}))
-        (self.out / name).mkdir(parents=True)
-        (self.out / name / "weights").write_text(str(step / 100))
-        return self.out / name
+        (self.out / "whole").mkdir()
+        (self.out / "whole" / "weights").write_text(str(step / 100))
+        (self.out / "exports").mkdir(exist_ok=True)
+        self.write(self.models() | {name: entry})
+        return (self.out / "whole").rename(self.out / name)
 
     def launch(self, words: list[str], log: Path) -> Fake:
         self.launched.append(Fake(words, log, self.codes.get(Path(words[-3]).name, 0), self.may_end))
@@ -304,6 +309,33 @@ def test_a_run_that_was_taken_over(project: Project) -> None:
     assert any("another training has taken this folder over" in line for line in project.notes)
 
 
+def test_a_filesystem_that_stumbles(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that passes costs no evaluation, one that stays ends them with a line, and neither ends the training."""
+    broken = [True]
+    looks = Beside.waiting
+
+    def waiting(own: Beside) -> dict[int, Path]:
+        if broken[0] and threading.current_thread() is not threading.main_thread():
+            raise OSError(116, "Stale file handle")
+        return looks(own)
+
+    monkeypatch.setattr(Beside, "waiting", waiting)
+    project.may_end.set()
+    own = project.beside()
+    project.begin()
+    until(lambda: project.notes)
+    assert "Stale file handle" in project.notes[0]
+    broken[0] = False
+    assert own.finish(never)
+    assert project.table() == {0: 0.0}
+    project.export(10)
+    broken[0] = True
+    again = project.beside()
+    project.begin()
+    assert again.finish(never)
+    assert "no more of them now" in project.notes[-1]
+
+
 def test_last_words(tmp_path: Path) -> None:
     log = tmp_path / "log"
     assert last_words(log, 1) == "exit code 1"
@@ -357,7 +389,9 @@ def test_exports_of_the_trainer(tmp_path: Path, annotated: dict[str, Path], refe
     assert not {"eval_tasks", "eval_tasks_every", "eval_device"} & {
         *json.loads((tmp_path / "out/run.json").read_text())
     }
-    train_run(tmp_path / "plain", annotated["packed"], reference_model, max_steps=7, global_batch_size=4)
+    train_run(
+        tmp_path / "plain", annotated["packed"], reference_model, max_steps=7, global_batch_size=4, micro_batch_size=1
+    )
     for name in ("out", "plain"):
         assert (tmp_path / name / "model/model.safetensors").exists()
     ours, plain = ((tmp_path / name / "model/model.safetensors").read_bytes() for name in ("out", "plain"))
