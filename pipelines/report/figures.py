@@ -146,9 +146,9 @@ def line(number: int, colors: Sequence[str], place: int = 0) -> dict[str, Any]:
     return {"color": colors[number % len(colors)], "dash": dash, "width": 1.6}
 
 
-def label(name: str) -> str:
-    """At most 40 characters of a name, its end, without what plotly would read as a tag."""
-    return html.escape(name if len(name) <= 40 else f"…{name[-39:]}", quote=False)
+def label(name: str, length: int = 40) -> str:
+    """At most so many characters of a name, its end, without what plotly would read as a tag."""
+    return html.escape(name if len(name) <= length else f"…{name[1 - length :]}", quote=False)
 
 
 def curve(values: pd.Series, name: str, format_: str, **more: Any) -> go.Scatter:

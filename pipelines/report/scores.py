@@ -4,7 +4,7 @@ Means come first, then a panel for each task. Values of one panel are of one tas
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -68,7 +68,10 @@ def draw_scores(runs: Sequence[Run]) -> tuple[Stack, list[str]] | None:
         for number, steps in own.items()
     )
     names = [label(run.name) for run in runs] if len(runs) > 1 else []
-    stack = Stack(panels, last, names, over="tokens" if known else "step")
+    shown = [
+        replace(panel, title=label(panel.title), unit=label(panel.unit, 26)) for panel in panels
+    ]  # a panel is 190 high
+    stack = Stack(shown, last, names, over="tokens" if known else "step")
     named = set[int]()
     for row, panel in enumerate(panels, start=1):
         for number, steps in tables[panel].items():
