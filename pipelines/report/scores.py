@@ -69,8 +69,8 @@ def draw_scores(runs: Sequence[Run]) -> tuple[Stack, list[str]] | None:
     )
     names = [label(run.name) for run in runs] if len(runs) > 1 else []
     shown = [
-        replace(panel, title=label(panel.title), unit=label(panel.unit, 26)) for panel in panels
-    ]  # a panel is 190 high
+        replace(panel, title=label(panel.title, 30), unit=label(panel.unit, 26)) for panel in panels
+    ]  # in 400 x 190 pixels
     stack = Stack(shown, last, names, over="tokens" if known else "step")
     named = set[int]()
     for row, panel in enumerate(panels, start=1):
