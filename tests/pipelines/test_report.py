@@ -562,7 +562,7 @@ def write_scores(out: Path, lines: list[dict]) -> Path:
 
 def scored_runs(folder: Path) -> list[Path]:
     """Two runs with other tokens a step, one of which has odd names of tasks, and one without scores."""
-    tasks = ("GSM8K", ODD_NAME, "m" * 70)
+    tasks = ("GSM8K", ODD_NAME, "bbh_cot_fewshot_tracking_shuffled_objects_seven_objects")
     steps = [figures(step) for step in range(1, 41)]
     remit = write_run(folder / "remit", steps)
     ntp = write_run(folder / "ntp", [line | {"tokens": 50 * line["step"]} for line in steps])
