@@ -12,7 +12,7 @@ from shards.output_folder import require_new_folder
 from shards.ranges import require, require_at_least, require_not_negative, require_positive
 from trainer.mixture import Mixture, given_mixture
 from trainer.objectives.settings import ObjectiveSettings
-from trainer.option_text import parse_average, parse_on_nonfinite, parse_steps
+from trainer.option_text import check_eval_device, parse_average, parse_on_nonfinite, parse_steps
 
 LOWEST = 1e-7
 
@@ -123,6 +123,15 @@ class TrainConfig(ObjectiveSettings):
     """Held-out shard folder, whose mean loss goes to evaluation.jsonl."""
     eval_every: int = 0
     """Steps between evaluations; 0: only before the first and after the last step, if --eval-shards is given."""
+    eval_tasks: str | None = None
+    """Also evaluate the base and models of the run on tasks, beside the training, into OUT/tasks.jsonl: suites or tasks as remit eval
+    has them, with commas between (paper,recall), or a YAML file with options of remit eval (its --config)."""
+    eval_tasks_every: int = 0
+    """Steps between models that --eval-tasks evaluates; they are deleted then, but for those of --export-every. 0: only the base and
+    the last one."""
+    eval_device: str = "auto"
+    """Where --eval-tasks computes: cpu, cuda or cuda:N (N as torch counts). auto: a GPU that the training does not use, else the
+    CPU."""
     wandb_project: str | None = None
     """Also log to this project of Weights & Biases (in your checkout of remit: pip install '.[wandb]'); WANDB_MODE=offline: to OUT/wandb."""
     profile: int | None = None
@@ -157,6 +166,13 @@ class TrainConfig(ObjectiveSettings):
         require_positive(self, "max_grad_norm", "epochs", "timeout_seconds", "skip_spikes")
         require_not_negative(self, "learning_rate", "min_learning_rate", "weight_decay", "warmup_steps")
         require_not_negative(self, "checkpoint_every", "export_every", "eval_every", "seed", "ray_workers", "z_loss")
+        require_not_negative(self, "eval_tasks_every")
+        check_eval_device(self.eval_device, self.ray_workers)
+        if self.eval_tasks is None and (self.eval_tasks_every or self.eval_device != "auto"):
+            name = "--eval-tasks-every" if self.eval_tasks_every else "--eval-device"
+            raise ValueError(
+                f"{name} is given without --eval-tasks, which it belongs to; give --eval-tasks paper, or leave it out"
+            )
         require_not_negative(self, "router_aux_loss", expected="0 (without) or more, as 0.001")
         require(self, lambda share: 0 < share <= 1, "a share of the steps above 0, up to 1", "decay_fraction")
         if self.average is not None:

@@ -23,12 +23,14 @@ from trainer.order import WINDOW_BLOCKS
 
 METRICS = "metrics.jsonl"
 EVALUATION = "evaluation.jsonl"
+TASK_SCORES = "tasks.jsonl"
 TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
 NOT_SETTINGS = (
     *("out", "debug", "shards", "mix", "model", "eval_shards"),
     *("checkpoint_every", "keep_checkpoints", "timeout_seconds"),
     *("export_every", "export_dtype", "ray_workers", "wandb_project", "profile", "prometheus"),
+    *("eval_tasks", "eval_tasks_every", "eval_device"),
     # trainer/going_on.py records these
     *("on_nonfinite", "skip_steps", "resume_from"),
     # these change the machine's work and the last digits, not what is computed

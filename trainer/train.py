@@ -23,7 +23,7 @@ from trainer.deterministic import deterministic
 from trainer.distributed import World, accumulate_only, connect, whole
 from trainer.experts import Balancing
 from trainer.export import EXPORTS, Rounding, export
-from trainer.exported import Exported, rounding_notes
+from trainer.exported import FOR_TASKS, Exported, rounding_notes
 from trainer.first_pass import first_pass
 from trainer.going_on import AVERAGE_MODEL, has_other_length, is_left_out, left_out_steps
 from trainer.guard import leave_out
@@ -44,7 +44,7 @@ def train(
     note: Callable[[str], None] = lambda line: None,
     phase: Callable[[str], None] = lambda name: None,
 ) -> TrainResult:
-    """Run or resume the run that `config` describes.
+    """Run or resume the run that `config` describes. Of --eval-tasks it writes the models; remit train evaluates them.
 
     progress: called on the first process after each step. should_stop: asked after each step; when true, the state is
     saved and the result is not finished. note: told, on the first process alone, what a user should know of the base or
@@ -105,7 +105,7 @@ def train_steps(run: Run, session: Session) -> bool:
                 run.average.update(step)
 
             is_last_step = step == run.num_steps
-            is_exported = is_last_step or is_due(step, config.export_every)
+            is_exported = is_last_step or is_due(step, config.export_every) or is_due(step, config.eval_tasks_every)
             stopping = session.somebody_stops() and not is_last_step
             # after the last step too, so that an export that fails need not train again
             is_saved = (
@@ -116,7 +116,8 @@ def train_steps(run: Run, session: Session) -> bool:
             if is_exported or is_due(step, config.eval_every):
                 run.evaluation.write(step, is_exported)
             if is_exported and not is_last_step:
-                export_model(run, session, f"{EXPORTS}/step-{step:06d}", step)
+                about = None if is_due(step, config.export_every) else {FOR_TASKS: True}
+                export_model(run, session, f"{EXPORTS}/step-{step:06d}", step, about)
             if is_saved:
                 if log:
                     log.flush()  # a resume from this checkpoint does not write these steps again

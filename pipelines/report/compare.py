@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from pipelines.report.compare_scores import score_lines
 from pipelines.report.runs import EVALUATION, Line, finite, read_lines, read_settings, require_different, run_names
 from pipelines.report.tables import ABSENT, Row, provenance_rows, settings_rows
 from pipelines.terminal import counted
@@ -72,7 +73,13 @@ def compare(runs: Sequence[Path]) -> str:
     objectives = [NAMES.get(run.settings.get("objective", ""), "") for run in evaluated]
     names = objectives if all(objectives) and len(set(objectives)) == len(runs) else run_names(runs)
     differing = differences([run.settings for run in evaluated], names == objectives)
-    return "\n".join([*table(evaluated, names), *difference_lines(differing, names), *conclusion(evaluated, names)])
+    parts = (
+        table(evaluated, names),
+        difference_lines(differing, names),
+        score_lines(runs, names),
+        conclusion(evaluated, names),
+    )
+    return "\n".join(line for part in parts for line in part)
 
 
 def read_evaluated(out: Path) -> Evaluated:

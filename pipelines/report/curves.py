@@ -7,13 +7,14 @@ time that a step took and figures of a source by its tokens, so that a point sho
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from pipelines.beside.scores import read_scores
 from pipelines.report.posttrain import renamed, stage_of
 from pipelines.report.runs import EVALUATION, METRICS, characters, read_lines, read_settings
 
@@ -27,7 +28,7 @@ class Run:
 
     steps: a column per figure; bins: tokens in each bin of weight, by its centre; quantiles: of the excess loss, by share;
     sources: figures of each corpus source; held_out: loss, exported_loss, tokens, manifest_sha256 of each evaluation, and the
-    trained_tokens before it.
+    trained_tokens before it. scores: the lines of tasks.jsonl; trained: tokens by step, from the base on.
     window: steps of a point; damaged: what was left out of the files.
     """
 
@@ -40,7 +41,13 @@ class Run:
     sources: dict[str, pd.DataFrame]
     held_out: pd.DataFrame
     damaged: str
+    scores: list[dict[str, Any]] = field(default_factory=list)
+    trained: pd.Series = field(default_factory=lambda: pd.Series(dtype="float64"))
     window: int = 1
+
+    def tokens_at(self, steps: pd.Index) -> pd.Series:
+        """Tokens that trained before each of these steps was done; NaN where metrics.jsonl does not say."""
+        return self.trained.reindex(steps)
 
 
 def read_run(out: Path, name: str, progress: Callable[[int], None] = lambda size: None) -> Run:
@@ -72,6 +79,8 @@ def read_run(out: Path, name: str, progress: Callable[[int], None] = lambda size
         {characters(name): _table((line["sources"].get(name, {}) for line in lines), index) for name in names},
         held_out.assign(trained_tokens=trained.reindex(held_out.index)),
         "; ".join(damaged),
+        read_scores(out),
+        trained,
     )
 
 
