@@ -209,8 +209,7 @@ def check_settings(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What run.json says of this run, and its "changes"; ValueError where --out holds a run with other settings."""
     world = session.world
-    lines = (line for shards in mixed.folders for line in check_tokenizer(Path(config.model), shards, session.note))
-    differences = list(dict.fromkeys(lines))
+    differences = check_tokenizer(Path(config.model), *mixed.folders, note=session.note)
     found: Any = None
     if world.first:
         settings = run_settings(config, mixed, context, world.size)

@@ -117,7 +117,7 @@ def prepare(config: RmtConfig, session: Session, count: Callable[[ShardFolder, i
     others = [] if config.baseline is None else [config.baseline]
     for name in others:
         require_baseline(config, shards, name, context)
-    differences = check_tokenizer(Path(config.model), shards, session.note)
+    differences = check_tokenizer(Path(config.model), shards, note=session.note)
     settings: dict[str, Any] = world.from_first(rmt_settings(config, shards, context) if world.first else None)
     if differences:
         settings["tokenizer_differences"] = differences
