@@ -37,7 +37,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
 .PHONY: help install sample score train verify inspect test test-fast test-slow test-real docs lint clean bench bench-score bench-pack \
-	bench-packing bench-scale bench-train bench-head bench-topk bench-bucket other-trainers gpu-check gpu-score-check lab lab-rmt rmt
+	bench-packing bench-scale bench-train bench-moe bench-head bench-documents bench-topk bench-bucket other-trainers gpu-check gpu-score-check lab lab-rmt rmt
 
 help: ## list targets and variables
 	@echo "targets:"
@@ -211,6 +211,9 @@ bench-scale: $(VENV)/.installed-dev ## a plan of 100,000 parts: start, resume, v
 bench-train: $(VENV)/.installed-dev ## ReMiT against next-token prediction, an online reference and transformers' Trainer
 	$(BIN)/python -m benchmarks.bench_train
 
+bench-moe: $(VENV)/.installed-dev ## a base with experts against a dense one of the same active parameters, and against transformers
+	$(BIN)/python -m benchmarks.bench_moe
+
 gpu-check: $(VENV)/.installed-dev ## the trainer on a GPU: correctness, speed at the shapes of OLMo-2-1B, exact resume
 	$(BIN)/python -m benchmarks.gpu_check
 	$(BIN)/python -m benchmarks.gpu_train
@@ -221,6 +224,9 @@ gpu-score-check: $(VENV)/.installed-dev ## the scorer on a GPU: right, fast, and
 bench-head: $(VENV)/.installed-dev ## memory of the loss head as vocabulary and length grow
 	$(BIN)/python -m benchmarks.bench_head
 
+bench-documents: $(VENV)/.installed-dev ## memory of document context at rows of 16,384, beside a mask of T x T
+	$(BIN)/python -m benchmarks.bench_documents
+
 bench-topk: $(VENV)/.installed-dev $(SAMPLE)/reference ## bytes per token of a reference's most probable tokens
 	$(BIN)/python -m benchmarks.bench_topk --sample $(SAMPLE)
 
@@ -228,7 +234,7 @@ bench-bucket: $(VENV)/.installed-real ## what k stored tokens and a bucket cost 
 	$(BIN)/python -m tests.real.models
 	$(BIN)/python -m benchmarks.bench_bucket
 
-bench: bench-score bench-pack bench-packing bench-scale bench-train bench-head bench-topk ## all benchmarks
+bench: bench-score bench-pack bench-packing bench-scale bench-train bench-moe bench-head bench-documents bench-topk ## all benchmarks
 
 docs: $(VENV)/.installed-dev ## build the documentation into docs/_build
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.train import RunConfig, ScalingConfig
@@ -21,13 +21,17 @@ from shards.store import absolute
 from trainer.config import TrainConfig
 from trainer.run_folder import TrainResult, run_result
 
+if TYPE_CHECKING:
+    from pipelines.beside.beside import Beside
+
 STOP = "stop"
 NOTES = "notes"  # what the workers tell the user
 
 
-def train_on_ray(config: TrainConfig, should_stop: Callable[[], bool]) -> TrainResult:
+def train_on_ray(config: TrainConfig, should_stop: Callable[[], bool], beside: "Beside | None" = None) -> TrainResult:
     """`trainer.train.train` in config.ray_workers processes of the cluster that RAY_ADDRESS names, or of a private one.
 
+    beside: evaluates models of the run on tasks, in Ray tasks; what is left of that after the training is waited for.
     RuntimeError with the worker's own error where one fails; the run can be resumed then, also with another number.
     """
     config = for_workers(config)
@@ -40,6 +44,7 @@ def train_on_ray(config: TrainConfig, should_stop: Callable[[], bool]) -> TrainR
             prefix=f".{config.out.name}.", suffix=".tmp", dir=config.out.parent, ignore_cleanup_errors=True
         ) as shared,
         watched(should_stop, Path(shared, STOP), Path(shared, NOTES)),
+        evaluating(beside, config, should_stop),
     ):
         stop_file, notes = Path(shared, STOP), Path(shared, NOTES)
         has_gpu = bool(ray.cluster_resources().get("GPU"))
@@ -57,6 +62,21 @@ def train_on_ray(config: TrainConfig, should_stop: Callable[[], bool]) -> TrainR
         except Exception as error:
             raise RuntimeError(f"a worker of Ray Train failed: {_last_line(cause(error))}") from error
     return run_result(config.out)
+
+
+@contextlib.contextmanager
+def evaluating(beside: "Beside | None", config: TrainConfig, should_stop: Callable[[], bool]) -> Iterator[None]:
+    """Evaluate models of the run in tasks of the cluster for the block, and after it what is left where the run is finished."""
+    if beside is None:
+        yield
+        return
+    from pipelines.beside.on_ray import launch_on_ray
+
+    beside.start(launch_on_ray(config, note))
+    with contextlib.closing(beside):
+        yield
+        if run_result(config.out).finished:
+            beside.finish(should_stop)
 
 
 def for_workers(config: TrainConfig) -> TrainConfig:

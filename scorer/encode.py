@@ -4,15 +4,18 @@ In: documents and the tokenizer. Out: a TokenDocument for each.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from scorer.chat_mask import chat_document
-from scorer.conversations import Rendered
+from scorer.conversations import ChatTemplate, Conversation, Rendered
+from scorer.corpus import BadDocument, Documents
 from scorer.documents import TokenDocument
 from scorer.sources import Source
+from scorer.tokens.documents import Found
 
 
 def _encode(encoder: Tokenizer, texts: list[str], source: Source, offsets: bool = False) -> Any:
@@ -60,3 +63,47 @@ def tokenise(
             yield doc_id, document.text, chat
         else:
             yield doc_id, "", document
+
+
+@dataclass
+class EncodedDocuments:
+    """Documents of one batch, without bad ones.
+
+    documents: each with its ordinal in its file and its text, which is empty where it came as tokens. kept: their fields
+    that --keep-fields names. position: bytes of the file that were read.
+    """
+
+    documents: list[tuple[int, str, TokenDocument]]
+    kept: list[tuple[Any, ...]]
+    position: int
+
+
+def encode_documents(
+    batches: Iterator[tuple[Documents, int]],
+    encoder: Tokenizer,
+    chat: ChatTemplate | None,
+    eos: int,
+    bos: int | None,
+    stops: bool,
+    source: Source,
+    found: Found,
+) -> Iterator[EncodedDocuments]:
+    """The tokens of batches of documents, which are counted in `found`. The BadDocument itself where one `stops` packing."""
+    for documents, position in batches:
+        first = found.read
+        good: list[tuple[int, str | Rendered | TokenDocument]] = []
+        for doc_id, document in enumerate(documents, first):
+            if isinstance(document, Conversation) and chat is not None:
+                document = chat.render(document)
+            if not isinstance(document, BadDocument):
+                good.append((doc_id, document))
+            elif stops:
+                raise document
+            else:
+                found.rejected.append(str(document))
+        found.read += len(documents)
+        encoded = list(tokenise(encoder, good, eos, bos, source))
+        packed = sum(len(document.ids) > 0 for *_, document in encoded)
+        found.packed += packed
+        found.empty += len(encoded) - packed
+        yield EncodedDocuments(encoded, [documents.kept[doc_id - first] for doc_id, *_ in encoded], position)

@@ -17,25 +17,22 @@ import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
 
-from scorer.best_fit import BestFitCutter, encode_lengths
-from scorer.conversations import ChatTemplate, Conversation, Rendered
-from scorer.corpus import BadDocument, BadFile, read_documents
-from scorer.cutter import RowCutter
+from scorer.ahead import ahead
+from scorer.conversations import ChatTemplate
+from scorer.corpus import BadFile, read_documents
 from scorer.decompress import window_of_each
-from scorer.documents import TokenDocument
-from scorer.encode import may_mask, tokenise
+from scorer.encode import encode_documents, may_mask
 from scorer.kept_fields import KeptFields, staged_name
 from scorer.roundtrip import DocumentSample
 from scorer.sources import Source
+from scorer.staged_rows import StagedRows
 from scorer.tokens.documents import Found, one_by_one
 from scorer.tokens.read import holds_tokens, may_have_mask
 from scorer.tokens.stage import fields_of, ready_blocks
-from scorer.vocabulary import pack_bits
 from shards.crash import crash_point
 from shards.folder import ShardFolder
 from shards.lease import check_fence
 from shards.manifest import CorpusFile
-from shards.packing import Window
 from shards.part import encode_json, read_record, sha256_file, write_part
 from shards.schema import PREDICT, list_array, list_lengths
 from shards.store import Store
@@ -104,22 +101,27 @@ def stage_source(
     found, window = Found(), window_of_each(threads)
     masked = may_have_mask(source) if has_tokens else may_mask(settings)
     chat = None if settings.get("chat") is None else ChatTemplate(settings["chat"])
-    packing = settings.get("packing")
-    row_settings = (settings["seq_len"], settings["rows_per_batch"], index, bos, masked)
-    cutter = BestFitCutter(*row_settings, Window.of(packing)) if packing else RowCutter(*row_settings)
+    staged = StagedRows(settings, index, bos, masked, _ids(encoder))
+    cutter = staged.cutter
     sample = DocumentSample(index)
-    row_lengths: list[np.ndarray] = []
-    occurrences_V = np.zeros(_ids(encoder), dtype=np.int64)
-    counts: dict[str, Any] = dict.fromkeys(("read", "packed", "empty", "rejected"), 0)
-    rejected: list[str] = []
-    reject_file, left_out = settings.get("on_bad_file") == "reject", list[str]()
-    rows = tokens = predicted_tokens = without_eos = 0
+    left_out = list[str]()
+    without_eos = 0
     checked = monotonic()
     temporary = staging.temporary(final)
+
+    def readable(batches: Iterator[Any]) -> Iterator[Any]:
+        return _until_bad_file(batches, left_out) if settings.get("on_bad_file") == "reject" else batches
 
     def may_go_on() -> None:
         if out is not None:
             check_fence(out, *lease)
+
+    def is_time() -> bool:
+        nonlocal checked
+        if monotonic() - checked <= 1:
+            return False
+        checked = monotonic()
+        return True
 
     side = KeptFields(staging.temporary(staged_name(index)), fields.kept)
     try:
@@ -127,77 +129,46 @@ def stage_source(
             staging.space_errors(final, 4 * (size or 0)),
             pa.ipc.new_file(temporary, cutter.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer,
         ):
-
-            def write(ready: Iterator[pa.RecordBatch]) -> None:
-                nonlocal rows, tokens, predicted_tokens
-                for batch in ready:
-                    writer.write_batch(batch)
-                    rows += batch.num_rows
-                    if packing:  # else they follow from their number
-                        row_lengths.append(list_lengths(batch.column("input_ids")))
-                    ids = batch.column("input_ids").flatten().to_numpy()
-                    tokens += len(ids)
-                    predicted_tokens += batch.column(PREDICT).flatten().true_count if masked else len(ids)
-                    occurrences_V[:] += np.bincount(ids, minlength=len(occurrences_V))
-
             blocks = ready_blocks(source, settings, encoder, found, window) if has_tokens else iter(())
-            for block, position in _until_bad_file(blocks, left_out) if reject_file else blocks:
+            for block, position in readable(blocks):
                 if block.predict is None:
-                    write(cutter.add_many(block.doc_ids, block.ids, block.lengths))
+                    staged.write(writer, cutter.add_many(block.doc_ids, block.ids, block.lengths))
                 else:
                     for doc_id, found_document in one_by_one(block, bos):
-                        write(cutter.add(doc_id, found_document))
+                        staged.write(writer, cutter.add(doc_id, found_document))
                 side.add(block.doc_ids.tolist(), block.fields or [])
-                counts, rejected = found.counts(), found.rejected
-                if monotonic() - checked > 1:
+                if is_time():
                     may_go_on()
-                    checked = monotonic()
-                yield {"bytes": position, "tokens": tokens}
-            batches = iter(()) if has_tokens else read_documents(source, fields, window)
-            for documents, position in _until_bad_file(batches, left_out) if reject_file else batches:
-                good: list[tuple[int, str | Rendered | TokenDocument]] = []
-                for offset, document in enumerate(documents):
-                    if isinstance(document, Conversation) and chat is not None:
-                        document = chat.render(document)
-                    if not isinstance(document, BadDocument):
-                        good.append((counts["read"] + offset, document))
-                    elif settings["on_bad_document"] == "stop":
-                        raise document
-                    else:
-                        counts["rejected"] += 1
-                        rejected.append(str(document))
-                first = counts["read"]
-                counts["read"] += len(documents)
-                for doc_id, text, document in tokenise(encoder, good, eos, bos, source):
+                yield {"bytes": position, "tokens": staged.tokens}
+            texts = iter(()) if has_tokens else read_documents(source, fields, window)
+            stops = settings["on_bad_document"] == "stop"
+            encoded = encode_documents(readable(texts), encoder, chat, eos, bos, stops, source, found)
+            for batch in ahead(encoded):  # the tokenizer's threads would stand still while rows are cut and written
+                for (doc_id, text, document), kept in zip(batch.documents, batch.kept):
                     if text:  # nothing comes back of an empty one
                         sample.offer(doc_id, text)
-                    if not len(document.ids):
-                        counts["empty"] += 1
-                        continue
-                    counts["packed"] += 1
-                    side.add([doc_id], [documents.kept[doc_id - first]])
-                    without_eos += int(document.ids[-1]) != eos
-                    write(cutter.add(doc_id, document))
-                if monotonic() - checked > 1:
+                    if len(document.ids):
+                        side.add([doc_id], [kept])
+                        without_eos += int(document.ids[-1]) != eos
+                        staged.write(writer, cutter.add(doc_id, document))
+                if is_time():
                     may_go_on()
-                    checked = monotonic()
-                yield {"bytes": position, "tokens": tokens}
-            write(cutter.finish())
+                yield {"bytes": batch.position, "tokens": staged.tokens}
+            staged.write(writer, cutter.finish())
         changed_beside = beside and source.sha256_beside() != beside
         if changed_beside or source.version() != version or (not version and source.sha256() != sha256):
             raise ValueError(f"{source.where}: changed while it was read; run again when nothing writes to it")
         if left_out:  # what came before the fault goes too
-            counts, rejected, found = dict.fromkeys(counts, 0), [], Found()
+            found, sample, without_eos = Found(), DocumentSample(index), 0
             side.clear()
-            rows = tokens = predicted_tokens = without_eos = 0
+            staged.clear()
             pa.ipc.new_file(temporary, cutter.schema).close()
-            sample, cutter.bos_tokens, occurrences_V[:], row_lengths = DocumentSample(index), 0, 0, []
-        with pa.OSFile(str(temporary)) as staged:
-            changed = sample.changed(staged, encoder, bos, as_found=chat is not None)
+        with pa.OSFile(str(temporary)) as file:
+            changed = sample.changed(file, encoder, bos, as_found=chat is not None)
         kinds = side.close()
         unknown = settings.get("unknown_id")
         # by pack, where it is one of these
-        added = {eos: 0 if chat else counts["packed"], bos: cutter.bos_tokens}.get(unknown, 0)
+        added = {eos: 0 if chat else found.packed, bos: cutter.bos_tokens}.get(unknown, 0)
         record = {
             "key": key,
             "settings": recorded,
@@ -206,30 +177,27 @@ def stage_source(
             "field_kinds": kinds,
             "file": asdict(
                 CorpusFile(
-                    **key,
-                    **{f"documents_{kind}": count for kind, count in counts.items()},
-                    rows=rows,
-                    tokens=tokens,
+                    **key | {f"documents_{kind}": count for kind, count in found.counts().items()},
+                    rows=staged.rows,
+                    tokens=staged.tokens,
                     bos_tokens=cutter.bos_tokens,
-                    unknown_tokens=0 if unknown is None else int(occurrences_V[unknown]) - added,
+                    unknown_tokens=0 if unknown is None else staged.times(unknown) - added,
                     documents_sampled=len(sample.texts),
                     documents_changed=len(changed),
                     left_out="".join(left_out),
                     documents_with_bos=found.with_bos if has_tokens else None,
                     eos_added=found.eos_added if has_tokens else None,
-                    predicted_tokens=predicted_tokens,
+                    predicted_tokens=staged.predicted_tokens,
                     without_eos=without_eos or None,
                 )
             ),
-            "rejected": rejected,
+            "rejected": found.rejected,
             "changed": changed[0] if changed else None,
-            "row_lengths": encode_lengths(row_lengths) if packing else None,
+            "row_lengths": staged.lengths(),
             "added_tokens": {
-                token: int(occurrences_V[its])
-                for token, its in settings.get("added_tokens", {}).items()
-                if occurrences_V[its]
+                token: staged.times(its) for token, its in settings.get("added_tokens", {}).items() if staged.times(its)
             },
-            "occurs": pack_bits(occurrences_V > 0),
+            "occurs": staged.occurring(),
         }
         crash_point("staging.written")
         may_go_on()
@@ -241,7 +209,7 @@ def stage_source(
         side.path.unlink(missing_ok=True)
         raise
     staging.replace(record_name, encode_json(record))
-    yield {"bytes": size or 0, "tokens": tokens, "record": record}
+    yield {"bytes": size or 0, "tokens": staged.tokens, "record": record}
 
 
 @lru_cache(maxsize=2)

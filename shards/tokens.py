@@ -7,6 +7,8 @@ defaults, so that two spellings of one thing are no difference.
 """
 
 import json
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +149,7 @@ def role_of(folder: Path, role: str) -> str | None:
 
 def own_prefix(encoder: Any) -> list[int]:
     """The ids that a tokenizer's own call puts in front of a text. encoder: a `tokenizers.Tokenizer`."""
-    for text in ("a", "0", "the", *list(encoder.get_vocab(with_added_tokens=False))[:100]):
+    for text in chain(("a", "0", "the"), _some_tokens(encoder)):
         try:
             bare, whole = (encoder.encode(text, add_special_tokens=added).ids for added in (False, True))
         except Exception:  # a vocabulary without this text, and without a token for what it lacks
@@ -156,6 +158,11 @@ def own_prefix(encoder: Any) -> list[int]:
             if bare and whole[start : start + len(bare)] == bare:
                 return whole[:start]
     return []
+
+
+def _some_tokens(encoder: Any) -> Iterator[str]:
+    """Asked for only where nothing simpler has an encoding: a large vocabulary takes a while."""
+    yield from list(encoder.get_vocab(with_added_tokens=False))[:100]
 
 
 def other_beginning(encoder: Any, bos_token_id: int | None) -> str:

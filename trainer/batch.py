@@ -35,7 +35,8 @@ class MicroBatch:
     """Rows padded on the right. predicted_BT: bool, true where x_t counts (never at t = 0), on the CPU so that a GPU need
     not be waited for. gated_BT: bool, likewise on the CPU, of an objective with a gate. columns: as of a Row, [B, T] or [B, T, K]. document_BT: int64, which document piece of the row;
     None: it is one. position_ids_BT: None in packed context, else they restart with each document. sources: corpus file
-    of each row, for the figures of a step. lengths: tokens of each row, without the padding."""
+    of each row, for the figures of a step. lengths: tokens of each row, without the padding. doc_lengths: in document
+    context of each document, row after row, the padding included."""
 
     input_ids_BT: Tensor
     predicted_BT: Tensor
@@ -45,6 +46,7 @@ class MicroBatch:
     sources: tuple[int, ...] | None = None
     lengths: tuple[int, ...] = ()
     gated_BT: Tensor | None = None
+    doc_lengths: tuple[int, ...] | None = None
 
     @property
     def tokens(self) -> int:
@@ -93,4 +95,11 @@ def collate(rows: list[Row], context: str, device: torch.device | str, length: i
         tuple(row.source for row in rows) or (0,),
         tuple(len(row.input_ids) for row in rows) or (0,),
         torch.zeros(shape, dtype=torch.bool) if gated is None else torch.from_numpy(gated),
+        _doc_lengths(rows, length) if context == "document" else None,
     )
+
+
+def _doc_lengths(rows: list[Row], length: int) -> tuple[int, ...]:
+    """Of the documents in rows that are padded to `length`; the padding of a row is one."""
+    lengths = [[*row.doc_lengths.tolist(), length - len(row.input_ids)] for row in rows] or [[length]]
+    return tuple(own for of_row in lengths for own in of_row if own)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from shards.folder import ShardFolder
 from shards.modelfolder import require_one_scaling
+from trainer.document_attention import DOCUMENTS, VARLEN
 
 if TYPE_CHECKING:
     from trainer.model import Base
@@ -72,24 +73,26 @@ def check_plain_head(base: "Base") -> None:
         )
 
 
-def _relative(one: Tensor, other: Tensor) -> float:
+def relative(one: Tensor, other: Tensor) -> float:
     """Largest difference, in units of the largest value."""
     return (one.float() - other.float()).abs().max().item() / max(other.float().abs().max().item(), 1e-6)
 
 
 @contextlib.contextmanager
-def _in_float32(base: "Base") -> Iterator["Base"]:
-    """The base in evaluation, without autocast and without flash attention, which has no float32."""
+def in_float32(base: "Base") -> Iterator["Base"]:
+    """The base in evaluation, without autocast and without the forms of attention that have no float32."""
     model: Any = base.model
     was_training, attention = model.training, model.config._attn_implementation
     model.eval()
     if attention == FLASH:
         model.set_attn_implementation("sdpa" if getattr(model, "_supports_sdpa", False) else "eager")
+    elif attention == VARLEN:
+        model.set_attn_implementation(DOCUMENTS)
     try:
         yield replace(base, dtype=torch.float32)
     finally:
         model.train(was_training)
-        if attention == FLASH:
+        if attention in (FLASH, VARLEN):
             model.set_attn_implementation(attention)
 
 
@@ -106,11 +109,11 @@ def check_runs(base: "Base") -> None:
     other_end = input_ids.clone()
     other_end[:, 16:] = (other_end[:, 16:] + 1) % base.num_embeddings
     devices = [base.device] if base.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), _in_float32(base) as exact:
+    with torch.random.fork_rng(devices), in_float32(base) as exact:
         expected = exact.hidden_states(input_ids)
-        ahead = _relative(exact.hidden_states(other_end)[:, :16], expected[:, :16])
+        ahead = relative(exact.hidden_states(other_end)[:, :16], expected[:, :16])
         base.model.train()
-        noise = max(_relative(exact.hidden_states(input_ids), expected) for _ in range(2))
+        noise = max(relative(exact.hidden_states(input_ids), expected) for _ in range(2))
     if ahead > EXACT:
         raise ValueError(
             f"{name}: is no causal language model: hidden states move by {ahead:.2g} with the tokens that follow, expected 0; "
@@ -129,7 +132,7 @@ def check_document_attention(base: "Base", seq_len: int = 0) -> None:
     """ValueError unless restarting position ids confine this model's attention to each document.
 
     Asked in float32, where the least that leaks shows: softmax attention gets a mask, but the state of linear attention,
-    of state-space layers and of short convolutions may run on. With flash attention, which has 16 bits alone and takes all
+    of state-space layers and of short convolutions may run on. With the forms of attention that have 16 bits alone and take all
     rows of a micro-batch as one, also as it will run. seq_len: tokens of the rows that it will train on.
     """
     name, remedy = type(base.model).__name__, "train it from shards with --context packed"
@@ -139,7 +142,7 @@ def check_document_attention(base: "Base", seq_len: int = 0) -> None:
             f"{name}: attends within chunks of {chunk} tokens (attention_chunk_size), which begin where the row begins and not "
             f"its documents, and the rows have {seq_len} tokens, expected at most {chunk}; {remedy}"
         )
-    with _in_float32(base) as exact:
+    with in_float32(base) as exact:
         try:
             moves = {"with the first one before it": _document_leak(exact), **_swapped_leaks(exact)}
         except TypeError:
@@ -147,8 +150,8 @@ def check_document_attention(base: "Base", seq_len: int = 0) -> None:
                 f"{name}: takes no position ids, so its attention cannot be confined to documents; {remedy}"
             ) from None
     limits = {what: TOLERANCE if what.startswith("with") else EXACT for what in moves}
-    if base.model.config._attn_implementation == FLASH:
-        flash = {f"{what}, in flash attention": value for what, value in _swapped_leaks(base).items()}
+    if base.model.config._attn_implementation in (FLASH, VARLEN):
+        flash = {f"{what}, in {base.dtype}": value for what, value in _swapped_leaks(base).items()}
         limits |= dict.fromkeys(flash, FLASH_TOLERANCE)
         moves |= flash
     for what, value in moves.items():
@@ -171,7 +174,7 @@ def _document_leak(base: "Base") -> float:
     """How far the second documents of two rows are from themselves alone."""
     (first, second, *_), positions = _documents(base)
     packed = base.hidden_states(torch.cat([first, second], 1), positions)[:, 12:]
-    return _relative(packed, base.hidden_states(second, positions[:, :12]))
+    return relative(packed, base.hidden_states(second, positions[:, :12]))
 
 
 def _swapped_leaks(base: "Base") -> dict[str, float]:
@@ -183,9 +186,9 @@ def _swapped_leaks(base: "Base") -> dict[str, float]:
     neighbour = torch.cat([rows[:1], torch.cat([other, another], 1)[1:]])
     above = torch.cat([torch.cat([other, another], 1)[:1], rows[1:]])
     return {
-        "as the first one is replaced": _relative(replaced[:, 12:], before[:, 12:]),
-        "as the row below is replaced": _relative(base.hidden_states(neighbour, positions)[0], before[0]),
-        "as the row above is replaced": _relative(base.hidden_states(above, positions)[1], before[1]),
+        "as the first one is replaced": relative(replaced[:, 12:], before[:, 12:]),
+        "as the row below is replaced": relative(base.hidden_states(neighbour, positions)[0], before[0]),
+        "as the row above is replaced": relative(base.hidden_states(above, positions)[1], before[1]),
     }
 
 

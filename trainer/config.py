@@ -12,7 +12,7 @@ from shards.output_folder import require_new_folder
 from shards.ranges import require, require_at_least, require_not_negative, require_positive
 from trainer.mixture import Mixture, given_mixture
 from trainer.objectives.settings import ObjectiveSettings
-from trainer.option_text import parse_average, parse_on_nonfinite, parse_steps
+from trainer.option_text import check_eval_device, parse_average, parse_on_nonfinite, parse_steps
 
 LOWEST = 1e-7
 
@@ -87,6 +87,11 @@ class TrainConfig(ObjectiveSettings):
     """Decides the order of the rows, together with the epoch."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the matrix products; weights and optimizer stay in float32. auto: bfloat16 on a GPU, float32 elsewhere."""
+    float8: bool = False
+    """Matrix products of the decoder layers' linear layers in 8 bit (torchao; in your checkout of remit: pip install '.[float8]'), on
+    GPUs that have it, Ada, Hopper and newer; the head stays in bfloat16. Part of what a run is."""
+    float8_emulated: bool = False
+    """With --float8: round to 8 bit and multiply in float32, slowly, on any device."""
     router_aux_loss: float | None = None
     """For a base with experts: coefficient of the loss that balances their load, which transformers calls aux_loss; 0:
     without. Such a base is refused while this is not given."""
@@ -119,6 +124,15 @@ class TrainConfig(ObjectiveSettings):
     """Held-out shard folder, whose mean loss goes to evaluation.jsonl."""
     eval_every: int = 0
     """Steps between evaluations; 0: only before the first and after the last step, if --eval-shards is given."""
+    eval_tasks: str | None = None
+    """Also evaluate the base and models of the run on tasks, beside the training, into OUT/tasks.jsonl: suites or tasks as remit eval
+    has them, with commas between (paper,recall), or a YAML file with options of remit eval (its --config)."""
+    eval_tasks_every: int = 0
+    """Steps between models that --eval-tasks evaluates; they are deleted then, but for those of --export-every. 0: only the base and
+    the last one."""
+    eval_device: str = "auto"
+    """Where --eval-tasks computes: cpu, cuda or cuda:N (N as torch counts). auto: a GPU that the training does not use, else the
+    CPU."""
     wandb_project: str | None = None
     """Also log to this project of Weights & Biases (in your checkout of remit: pip install '.[wandb]'); WANDB_MODE=offline: to OUT/wandb."""
     profile: int | None = None
@@ -153,12 +167,23 @@ class TrainConfig(ObjectiveSettings):
         require_positive(self, "max_grad_norm", "epochs", "timeout_seconds", "skip_spikes")
         require_not_negative(self, "learning_rate", "min_learning_rate", "weight_decay", "warmup_steps")
         require_not_negative(self, "checkpoint_every", "export_every", "eval_every", "seed", "ray_workers", "z_loss")
+        require_not_negative(self, "eval_tasks_every")
+        check_eval_device(self.eval_device, self.ray_workers)
+        if self.eval_tasks is None and (self.eval_tasks_every or self.eval_device != "auto"):
+            name = "--eval-tasks-every" if self.eval_tasks_every else "--eval-device"
+            raise ValueError(
+                f"{name} is given without --eval-tasks, which it belongs to; give --eval-tasks paper, or leave it out"
+            )
         require_not_negative(self, "router_aux_loss", expected="0 (without) or more, as 0.001")
         require(self, lambda share: 0 < share <= 1, "a share of the steps above 0, up to 1", "decay_fraction")
         if self.average is not None:
             parse_average(self.average)
         parse_on_nonfinite(self.on_nonfinite)
         parse_steps(self.skip_steps)
+        if self.float8_emulated and not self.float8:
+            raise ValueError(
+                "--float8-emulated is given without --float8, expected both; give --float8 too, or neither"
+            )
         if self.wandb_project is not None and not self.wandb_project.strip():
             raise ValueError(f"--wandb-project is {self.wandb_project!r}, expected the name of a project")
         if self.min_learning_rate > max(self.learning_rate, LOWEST):

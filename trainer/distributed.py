@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -168,10 +168,21 @@ def spread(
 def accumulate_only(model: nn.Module) -> Any:
     """Context for all micro-batches of a step but the last: replicas exchange their gradients once per step.
 
-    Sharded gradients are summed after each micro-batch, since keeping them whole would take the memory that
-    sharding saves.
+    Sharded gradients are summed within the shards after each micro-batch, since keeping them whole would take the memory that
+    sharding saves; with replicas of shards (hybrid) what is summed so far waits for the last one.
     """
-    return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
+    if isinstance(model, DistributedDataParallel):
+        return model.no_sync()
+    return _without_all_reduce(model) if isinstance(model, FSDPModule) else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _without_all_reduce(model: FSDPModule) -> Iterator[None]:
+    model.set_requires_all_reduce(False)
+    try:
+        yield
+    finally:
+        model.set_requires_all_reduce(True)
 
 
 def whole(value: Tensor) -> Tensor:

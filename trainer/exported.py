@@ -17,6 +17,8 @@ from trainer.layout import Layout
 
 EXPORTED = "exported.json"
 CHECKPOINTS = "checkpoints"
+FOR_TASKS = "for_tasks"
+"""Set in the entry of an export that is there for --eval-tasks alone, which deletes it."""
 LOSS_THAT_COUNTS = 5e-4
 """Nats per token: what rounding may cost without a word. Comparing runs calls less than this level."""
 GAIN_THAT_COUNTS = 0.05

@@ -18,7 +18,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from shards.store import temporary_name
 from trainer.config import TrainConfig
-from trainer.run_folder import METRICS, TENSORBOARD
+from trainer.model_flops import speed
+from trainer.run_folder import METRICS, TASK_SCORES, TENSORBOARD
 from trainer.statistics import WEIGHT_STEP
 
 WANDB_IDS = "wandb.json"
@@ -84,7 +85,7 @@ class Group:
 def step_groups(metrics: dict[str, Any]) -> Iterator[Group]:
     """The groups of one step as it stands in metrics.jsonl; those of the sources every ten steps, if there are several."""
     has_details = metrics["step"] == 1 or metrics["step"] % DETAILS_EVERY == 0
-    yield _group("train", metrics, has_details)
+    yield _group("train", metrics | speed(metrics), has_details)
     if has_details and len(metrics["sources"]) > 1:
         for name, of_source in metrics["sources"].items():
             yield _group(f"source {name}", of_source | (metrics.get("mixture") or {}).get(name, {}), has_details)
@@ -173,6 +174,8 @@ class WandbRun:
                 f"--wandb-project {project}: Weights & Biases refuses ({' '.join(str(error).split())}); `wandb login`, or "
                 "WANDB_MODE=offline to send the run later, or leave the option out"
             ) from None
+        self._run.define_metric("tasks/*", step_metric="tasks/step")
+        self._scores = WandbScores(out, project)
         if self._run.url:
             print(f"remit train: Weights & Biases: {self._run.url}")
 
@@ -192,7 +195,16 @@ class WandbRun:
             values |= {f"{group.name}/{name}": value for name, value in group.scalars.items()}
             if group.weights is not None:
                 values[f"{group.name}/weights"] = self._histogram(group.weights)
-        self._run.log(values, step=metrics["step"])
+        scores = self._scores.oldest_unsent()  # a row has room for one model's
+        self._run.log(values | (_with_group(scores) if scores else {}), step=metrics["step"])
+        if scores:
+            self._scores.mark_sent(scores)
+
+    def write_scores(self) -> None:
+        """Add all task scores that are not there yet."""
+        while scores := self._scores.oldest_unsent():
+            self._run.log(_with_group(scores))
+            self._scores.mark_sent(scores)
 
     def _histogram(self, weights: WeightHistogram) -> Any:
         first, last = (round(weights.centres[end] / WEIGHT_STEP) for end in (0, -1))
@@ -202,21 +214,78 @@ class WandbRun:
         return self._wandb.Histogram(np_histogram=(counts, edges))
 
 
+def score_figures(line: dict[str, Any]) -> dict[str, float]:
+    """The task scores of a line of OUT/tasks.jsonl by name, means first; none of a model that was passed over."""
+    if "skipped" in line:
+        return {}
+    means = {f"mean of {name}": group["value"] for name, group in line["groups"].items()}
+    if line["mean"] and len(line["tasks"]) > 1:
+        means = {"mean": line["mean"]["value"]} | means
+    return means | {task["label"]: task["value"] for task in line["tasks"].values()}
+
+
+def _with_group(scores: dict[str, float]) -> dict[str, float]:
+    return {f"tasks/{name}": value for name, value in scores.items()}
+
+
+class WandbScores:
+    """The task scores of a run that its run of `project` does not have yet. Those that it has are noted in OUT/wandb.json.
+
+    The evaluations write OUT/tasks.jsonl beside the training, in this process or another one.
+    """
+
+    def __init__(self, out: Path, project: str) -> None:
+        self._file, self._ids, self._name = out / TASK_SCORES, out / WANDB_IDS, f"{project}: steps with task scores"
+        self._seen: tuple[int, int] | None = None
+        self._unsent: list[dict[str, float]] = []
+
+    def oldest_unsent(self) -> dict[str, float] | None:
+        """Scores by name, and their `step`."""
+        try:
+            status = self._file.stat()
+        except FileNotFoundError:
+            return None
+        if (status.st_ino, status.st_mtime_ns) != self._seen:
+            self._seen = (status.st_ino, status.st_mtime_ns)
+            lines = [json.loads(line) for line in self._file.read_text(encoding="utf-8").splitlines()]
+            sent = self._read().get(self._name, [])
+            self._unsent = [
+                {**figures, "step": line["step"]}
+                for line in lines
+                if line["step"] not in sent and (figures := score_figures(line))
+            ]
+        return self._unsent[0] if self._unsent else None
+
+    def mark_sent(self, scores: dict[str, float]) -> None:
+        """Note that these are there."""
+        self._unsent.remove(scores)
+        noted = self._read()
+        _write_json(self._ids, noted | {self._name: [*noted.get(self._name, []), scores["step"]]})
+
+    def _read(self) -> dict[str, Any]:
+        value: dict[str, Any] = json.loads(self._ids.read_text(encoding="utf-8")) if self._ids.exists() else {}
+        return value
+
+
 def run_id(out: Path, project: str) -> str:
     """Id of this run in `project`: the one noted in OUT/wandb.json, else a new one, noted there."""
     path = out / WANDB_IDS
-    ids: dict[str, str] = {}
+    ids: dict[str, Any] = {}
     try:
         ids = json.loads(path.read_text(encoding="utf-8"))
-        return ids[project]
+        return str(ids[project])
     except FileNotFoundError:
         pass
     except KeyError:
         pass  # a run of another project so far
     except (ValueError, TypeError):
         raise ValueError(f"{path}: is not JSON of project names and run ids; delete it to log as a new run") from None
-    ids[project] = uuid.uuid4().hex[:12]
+    own = uuid.uuid4().hex[:12]
+    _write_json(path, ids | {project: own})
+    return own
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
     temporary = temporary_name(path)
-    temporary.write_text(json.dumps(ids, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
-    return ids[project]

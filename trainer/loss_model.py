@@ -37,7 +37,9 @@ class LossModel(nn.Module):
         """
         head = self._base.head
         routed = balancing is not None and batch.tokens > 0
-        hidden_BTH, router_logits = self._base.run_body(batch.input_ids_BT, batch.position_ids_BT, routed)
+        hidden_BTH, router_logits = self._base.run_body(
+            batch.input_ids_BT, batch.position_ids_BT, routed, batch.doc_lengths
+        )
         loss = objective_loss(
             hidden_BTH, head.weight, batch, objective, normaliser, bias_V=head.bias, statistics=statistics
         )  # fmt: skip

@@ -4,7 +4,7 @@ In: a model folder. Out: a Base, whose body gives hidden states and whose output
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +17,8 @@ from transformers.utils import is_flash_attn_2_available
 from shards.modelfolder import max_positions, require_base
 from trainer.checks import check_plain_head, check_runs
 from trainer.distributed import World, spread
+from trainer.document_attention import FORMS, Attention, lengths_of, locate
+from trainer.expert_products import use_autocast_in_experts
 from trainer.noise import silence
 from trainer.sharded import Shares, load_sharded
 from trainer.weight_map import Unmapped
@@ -31,7 +33,7 @@ class Base:
     dtype: of the matrix products; the weights are kept in float32. max_position: longest sequence, or None
     where the architecture has no bound. dropout: the settings of the config, by dotted name, that were set to 0 for training
     (trainer/noise.py). sharding: how `spread` spreads it over the ranks; shares: where each process holds a part of the weights already,
-    until then.
+    until then. attention: over documents, as trainer/attention_choice.py has chosen it.
     """
 
     model: PreTrainedModel
@@ -39,6 +41,7 @@ class Base:
     dropout: dict[str, float] = field(default_factory=dict)
     sharding: str = "replicate"
     shares: Shares | None = None
+    attention: Attention | None = None
 
     def ask(self, question: Callable[..., Answer], *more: Any) -> Answer:
         """question(base, *more), which runs the model as it was loaded; of a base in shares all ranks ask."""
@@ -49,7 +52,8 @@ class Base:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        model = self.model if self.shares is None else self.shares.asked.model  # not that of a model without values
+        return model.device
 
     @property
     def head(self) -> nn.Linear:
@@ -85,13 +89,18 @@ class Base:
         return self.run_body(input_ids_BT, position_ids_BT)[0]
 
     def run_body(
-        self, input_ids_BT: Tensor, position_ids_BT: Tensor | None = None, routed: bool = False
+        self,
+        input_ids_BT: Tensor,
+        position_ids_BT: Tensor | None = None,
+        routed: bool = False,
+        doc_lengths: Sequence[int] | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Last hidden states [B, T, H] in `dtype`; with routed also the router logits of each layer with experts.
 
         Rows are padded on the right; causal attention keeps the padding out of the tokens before it.
         position_ids_BT: restarting at 0 with each document; transformers then confines attention to the
-        documents. None: one sequence per row.
+        documents. None: one sequence per row. doc_lengths: of the same documents, row after row, the padding included, so that a GPU
+        need not be asked for them.
         """
         shape = input_ids_BT.shape
         positions = {} if position_ids_BT is None else {"position_ids": position_ids_BT}
@@ -99,24 +108,40 @@ class Base:
             # transformers looks for documents in batches of one row only; theirs are told apart by their positions
             input_ids_BT, positions = input_ids_BT.view(1, -1), {"position_ids": position_ids_BT.reshape(1, -1)}
         options: dict[str, Any] = positions | ({"output_router_logits": True} if routed else {})
+        if self.model.config._attn_implementation in FORMS:
+            if doc_lengths is None:
+                doc_lengths = [shape[1]] * shape[0] if position_ids_BT is None else lengths_of(position_ids_BT)
+            options["documents"] = locate(doc_lengths, input_ids_BT.device)
         with self.autocast():
             output = self.model.get_decoder()(input_ids=input_ids_BT, use_cache=False, return_dict=True, **options)
         hidden_BTH = output.last_hidden_state.view(*shape, -1).to(self.dtype)
         return hidden_BTH, tuple(output.router_logits) if routed else ()
 
-    def prepare(self, activation_checkpointing: bool, compile_layers: str, static: bool = False) -> None:
+    def prepare(
+        self,
+        activation_checkpointing: bool,
+        compile_layers: str,
+        static: bool = False,
+        swap_layers: Callable[[], None] = lambda: None,
+    ) -> None:
         """Before the weights are spread over ranks. compile_layers: "auto" (on a GPU), "on", "off".
 
         static: compile for each shape by itself, and not, as torch does by default, for any shape once it has seen two:
-        what a step is made of then depends on the steps before it, which a resumed run has not seen.
+        what a step is made of then depends on the steps before it, which a resumed run has not seen. swap_layers: called
+        before layers are compiled, to put others in their place (--float8).
         """
-        device = self.device
         if self.shares is not None:
             self.model = self.shares.skeleton()  # its weights come in `spread`
             self.model.train()
+        if self.attention is not None and self.model.config._attn_implementation != self.attention.form:
+            # of another model than the one that it was tried with
+            self.model.set_attn_implementation(self.attention.form)
         if activation_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if compile_layers == "on" or (compile_layers == "auto" and device.type == "cuda"):
+        if self.dtype != torch.float32:
+            use_autocast_in_experts(self.model)
+        swap_layers()
+        if compile_layers == "on" or (compile_layers == "auto" and self.device.type == "cuda"):
             for layer in self.layers:
                 layer.compile(dynamic=False if static else None)
 

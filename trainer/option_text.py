@@ -89,3 +89,11 @@ def contains(ranges: Ranges, step: int) -> bool:
 def show(ranges: Ranges) -> str:
     """As the option is written: 9001..9002 9100..9100."""
     return " ".join(f"{first}..{last}" for first, last in ranges)
+
+
+def check_eval_device(text: str, ray_workers: int) -> None:
+    """ValueError unless --eval-device names a device that --eval-tasks can be given."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise ValueError(f"--eval-device is {text!r}, expected auto, cpu, cuda or cuda:N, as cuda:7")
+    if ray_workers and ":" in text:
+        raise ValueError(f"--eval-device is {text} with --ray-workers, expected auto, cpu or cuda: Ray chooses the GPU")

@@ -14,7 +14,15 @@ from trainer.guard import Guard
 from trainer.layout import Layout
 from trainer.loss_model import LossModel
 from trainer.option_text import parse_average
-from trainer.run_folder import CHECKPOINTS, EVALUATION, METRICS, drop_exports, keep_lines, refuse_other_settings
+from trainer.run_folder import (
+    CHECKPOINTS,
+    EVALUATION,
+    METRICS,
+    TASK_SCORES,
+    drop_exports,
+    keep_lines,
+    refuse_other_settings,
+)
 from trainer.session import Session
 
 
@@ -80,11 +88,15 @@ def resume(
         session.note(f"passed over a damaged checkpoint: {problem}")
     if has_own:
         session.note(f"going on after step {first_step:,}")
+        began = (read_record(config.out) or {}).get("attention", "that of an earlier release")
+        if settings.get("attention", began) != began:
+            session.note(f"attention over documents was {began} when the run began: its last digits may change")
     last_line = keep_lines(config.out / METRICS, first_step)
     if "counts" not in checkpoints.run_state:  # of a version that did not count
         guard.counts.tokens = last_line.get("tokens", 0)
     drop_exports(config.out, first_step)
-    Exported(config.out).begin(layout)
+    keep_lines(config.out / TASK_SCORES, first_step)
+    Exported(config.out).begin(layout)  # from here on --eval-tasks takes exports
     keep_lines(
         config.out / EVALUATION, first_step if has_own else first_step - 1
     )  # the one before the first step is made again

@@ -23,21 +23,31 @@ from trainer.order import WINDOW_BLOCKS
 
 METRICS = "metrics.jsonl"
 EVALUATION = "evaluation.jsonl"
+TASK_SCORES = "tasks.jsonl"
 TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
 NOT_SETTINGS = (
     *("out", "debug", "shards", "mix", "model", "eval_shards"),
     *("checkpoint_every", "keep_checkpoints", "timeout_seconds"),
     *("export_every", "export_dtype", "ray_workers", "wandb_project", "profile", "prometheus"),
+    *("eval_tasks", "eval_tasks_every", "eval_device"),
     # trainer/going_on.py records these
     *("on_nonfinite", "skip_steps", "resume_from"),
     # these change the machine's work and the last digits, not what is computed
     *("micro_batch_size", "sharding", "activation_checkpointing", "compile", "deterministic"),
 )
-# what run.json says beside the settings: not compared by a resume, since the base's folder may be moved and older runs lack it
-RECORDED = ("base", "rows_left_out", "tokenizer_differences")
+# what run.json says beside the settings: not compared by a resume, since older runs lack it, and the base's folder and what a machine
+# has installed may change
+RECORDED = ("base", "rows_left_out", "tokenizer_differences", "attention")
 # options that a run began without where they are off, as all runs of older versions
-OFF: dict[str, Any] = {"z_loss": 0.0, "skip_spikes": None, "average": None, "decay_embeddings": True}
+OFF: dict[str, Any] = {
+    "z_loss": 0.0,
+    "skip_spikes": None,
+    "average": None,
+    "decay_embeddings": True,
+    "float8": False,
+    "float8_emulated": False,
+}
 
 
 @dataclass(frozen=True)

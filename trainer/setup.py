@@ -15,26 +15,27 @@ from torch import nn
 from torch.optim import Optimizer
 
 from shards.folder import ShardFolder
-from trainer.auto_sharding import choose_sharding
 from trainer.average import Average
 from trainer.batch import MicroBatch, Row, collate
 from trainer.batches import GlobalBatch, global_batches
 from trainer.checkpoint import Checkpoints
-from trainer.checks import check_document_attention, check_fits
 from trainer.config import TrainConfig
 from trainer.data import RowReader, RowReaders, top_k_problem
 from trainer.evaluation import Evaluation, open_measure
 from trainer.exchange import Processes
-from trainer.experts import RouterLoss, check_experts, describe, router_loss
+from trainer.experts import RouterLoss
 from trainer.exported import Exported, untrained_notes
+from trainer.float8 import require_float8
 from trainer.going_on import RESUMED_FROM, begins_at, describe_source, left_out_steps, plan_changes, rows_begin_at
+from trainer.gpu_peaks import peak_of_all
 from trainer.guard import Guard
-from trainer.layout import Layout, read_layout
+from trainer.layout import Layout
 from trainer.loggers import require_wandb
 from trainer.loss_model import LossModel
 from trainer.mix import MixedOrder
 from trainer.mixed_shards import MixedShards, choose_steps, require_epochs, table
-from trainer.model import Base, load_base
+from trainer.model import Base
+from trainer.model_flops import ModelFlops
 from trainer.objectives import make_objective
 from trainer.objectives.objective import Objective
 from trainer.resume import first_warmup, is_finished, require_steps_fit, resume
@@ -42,6 +43,7 @@ from trainer.run_folder import references_left_out, refuse_other_settings, run_s
 from trainer.session import Session
 from trainer.statistics import Sources
 from trainer.tokenizer import check_tokenizer
+from trainer.trainable import balancing_loss, counted_flops, layout_of, load_trainable, swap_layers
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class Run:
 
     settings: what run.json says. collate: pads rows to a micro-batch on the device. balance: the balancing loss of a base
     with experts. loss_model: body and loss head, which hold the weights; model: the same spread over the ranks, to be
-    called. average: of the weights, where one is asked for. order: of the rows; batches: of the steps first_step + 1 ..
+    called. flops: of a step's rows in `context`, None where they cannot be counted; peak: of all devices, in bfloat16 FLOP/s, where
+    they are known. average: of the weights, where one is asked for. order: of the rows; batches: of the steps first_step + 1 ..
     num_steps but for those that `changes`, what later commands changed, leaves out. begin: the step that the run began with, of
     another run; rows_from: the one after which the run's own rows train, an earlier one where that run has the same.
     """
@@ -61,8 +64,11 @@ class Run:
     shards: ShardFolder
     objective: Objective
     sources: Sources
+    context: str
     collate: Callable[[list[Row]], MicroBatch]
     base: Base
+    flops: ModelFlops | None
+    peak: float | None
     layout: Layout
     balance: RouterLoss | None
     loss_model: LossModel
@@ -87,6 +93,7 @@ def prepare(config: TrainConfig, session: Session) -> Run | None:
     """
     if config.wandb_project is not None:
         require_wandb()  # before minutes of loading
+    require_float8(config, session.world.device)
     torch.manual_seed(config.seed)
     world = session.world
     mixed = MixedShards.open(config.mixture)
@@ -115,6 +122,8 @@ def prepare(config: TrainConfig, session: Session) -> Run | None:
             session.note(line)
 
     base = load_trainable(config, session, mixed, context)
+    if base.attention:
+        settings["attention"] = base.attention.text
     balance = balancing_loss(config, session, base)
     layout = layout_of(config, session, base)
     for line in untrained_notes(layout, type(base.model).__name__):
@@ -124,7 +133,9 @@ def prepare(config: TrainConfig, session: Session) -> Run | None:
     if mixed.mixture.is_mixed:
         sources = Sources.of_mixture({name: of.manifest.corpus for name, of in zip(mixed.names, mixed.folders)})
 
-    base.prepare(config.activation_checkpointing, config.compile, static=config.deterministic)
+    base.prepare(
+        config.activation_checkpointing, config.compile, config.deterministic, partial(swap_layers, config, session, base)
+    )  # fmt: skip
     pad_to = shards.manifest.seq_len if config.deterministic else None  # few shapes, since each is compiled
     loss_model = LossModel(base)
     model = base.spread(loss_model, world)
@@ -150,8 +161,11 @@ def prepare(config: TrainConfig, session: Session) -> Run | None:
         shards=shards,
         objective=objective,
         sources=sources,
+        context=context,
         collate=partial(collate, context=context, device=world.device, length=pad_to),
         base=base,
+        flops=counted_flops(base, session),
+        peak=peak_of_all(world, base.dtype),
         layout=layout,
         balance=balance,
         loss_model=loss_model,
@@ -193,8 +207,7 @@ def check_settings(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What run.json says of this run, and its "changes"; ValueError where --out holds a run with other settings."""
     world = session.world
-    lines = (line for shards in mixed.folders for line in check_tokenizer(Path(config.model), shards, session.note))
-    differences = list(dict.fromkeys(lines))
+    differences = check_tokenizer(Path(config.model), *mixed.folders, note=session.note)
     found: Any = None
     if world.first:
         settings = run_settings(config, mixed, context, world.size)
@@ -211,46 +224,6 @@ def check_settings(
         found = settings, changes
     both: tuple[dict[str, Any], dict[str, Any]] = world.from_first(found)
     return both
-
-
-def load_trainable(config: TrainConfig, session: Session, mixed: MixedShards, context: str) -> Base:
-    """The base on the device, ValueError where it does not fit the rows or the options."""
-    check_experts(Path(config.model), config.router_aux_loss)
-    sharding = choose_sharding(config, session, mixed)
-    base = load_base(
-        Path(config.model), config.dtype, session.world.device, context, session.world, sharding, session.note
-    )
-    for shards in mixed.folders:
-        check_fits(base, Path(config.model), shards)
-    if context == "document":
-        held_out = [] if config.eval_shards is None else [ShardFolder(config.eval_shards)]
-        base.ask(check_document_attention, max(shards.manifest.seq_len for shards in (mixed.first, *held_out)))
-    if base.dropout:
-        settings = ", ".join(f"{name} {value:g}" for name, value in base.dropout.items())
-        session.note(f"off while training, kept in the export: {settings}")
-    return base
-
-
-def layout_of(config: TrainConfig, session: Session, base: Base) -> Layout:
-    """How the base's files hold its weights, compared with them: here, or by all ranks when they read their shares."""
-    if base.shares is not None:
-        return base.shares.layout
-    world = session.world
-    layout: Layout = world.from_first(read_layout(Path(config.model), base.model) if world.first else None)
-    return layout
-
-
-def balancing_loss(config: TrainConfig, session: Session, base: Base) -> RouterLoss | None:
-    """The balancing loss of a base with experts; None for one without."""
-    balance = None if config.router_aux_loss is None else base.ask(lambda asked: router_loss(asked.model))
-    if config.router_aux_loss and balance is None:
-        raise ValueError(
-            f"{config.model}: the balancing loss of {type(base.model).__name__} is not found in this release of transformers, "
-            "expected one for --router-aux-loss above 0; give --router-aux-loss 0, or another release"
-        )
-    if line := describe(base.model.config.to_dict(), config.router_aux_loss):
-        session.note(line)
-    return balance
 
 
 def open_rows(

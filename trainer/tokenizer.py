@@ -5,15 +5,24 @@ file, since it builds some classes anew and leaves parts of the file out.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer
 
 from shards.folder import ShardFolder
-from shards.tokens import FAITHFUL, differing_components, faithful_config, other_beginning, role_of
+from shards.tokens import (
+    FAITHFUL,
+    differences,
+    differing_components,
+    disagreement,
+    faithful_config,
+    other_beginning,
+    role_of,
+)
 
 
 def load_encoder(folder: Path) -> Tokenizer | None:
@@ -34,28 +43,71 @@ def load_encoder(folder: Path) -> Tokenizer | None:
     return None
 
 
-def check_tokenizer(folder: Path, shards: ShardFolder, note: Callable[[str], None] = lambda line: None) -> list[str]:
+def check_tokenizer(folder: Path, *shards: ShardFolder, note: Callable[[str], None] = lambda line: None) -> list[str]:
     """In which tokens that no row has the base's tokenizer differs from the rows'; ValueError where it matters.
 
-    note: told of such tokens, and of another BOS or end token than the base's own.
+    shards: one folder, or several that can be mixed. note: told of such tokens, and of another BOS or end token than the
+    base's own.
     """
-    encoder, rows = load_encoder(folder), shards.manifest.tokenizer
+    encoder, rows = load_encoder(folder), shards[0].manifest.tokenizer
     if encoder is None:
         return []
-    canonical = lambda value: json.loads(Tokenizer.from_str(json.dumps(value)).to_str())  # noqa: E731
-    differences = shards.require_tokenizer(json.loads(encoder.to_str()), str(folder), canonical)
+    differing = require_tokenizer(shards, encoder.to_str(), str(folder))
     if replaced := replaced_components(folder):
         note(
             f"{folder}: transformers would put others in the place of the {', '.join(replaced)} of tokenizer.json, by the "
             f"class that it takes for it; the ids are those of the file, and the exported model will name {FAITHFUL[0]}"
         )
-    if differences:
-        note(f"{folder}: its tokenizer differs in tokens that no row has: {'; '.join(differences)}")
+    if differing:
+        note(f"{folder}: its tokenizer differs in tokens that no row has: {'; '.join(differing)}")
     if line := other_beginning(encoder, rows.get("bos_token_id")):
         note(f"{folder}: {line}")
     if line := other_end(folder, encoder, rows["eos_token_id"]):
         note(f"{folder}: {line}")
-    return differences
+    return differing
+
+
+def require_tokenizer(shards: Sequence[ShardFolder], theirs: str, model: str) -> list[str]:
+    """ShardFolder.require_tokenizer of several folders: the differences in tokens that none of their rows has.
+
+    theirs: the model's tokenizer.json as the library writes it. Folders with one tokenizer are asked together, for all ids that
+    they have, and only where it is another than the model's: a comparison takes seconds where the vocabulary is large.
+    """
+    same: dict[bytes, list[ShardFolder]] = {}
+    for folder in shards:
+        same.setdefault(folder.tokenizer_file("tokenizer.json"), []).append(folder)
+    found: list[str] = []
+    for data, folders in same.items():
+        if _is(data, theirs):
+            continue
+        occurs_V, parsed = union([folder.token_ids() for folder in folders]), json.loads(theirs)
+        ours = _canonical(folders[0].tokenizer_json())
+        if disagreement(ours, parsed, occurs_V, {}):
+            for folder in folders:  # one of them raises, and says what it has
+                folder.require_tokenizer(parsed, model, _canonical)
+        found += differences(ours, parsed, occurs_V)
+    return list(dict.fromkeys(found))
+
+
+def _is(data: bytes, theirs: str) -> bool:
+    """Whether a tokenizer.json is one that the library writes as `theirs`."""
+    try:
+        return bool(Tokenizer.from_str(data.decode()).to_str() == theirs)
+    except Exception:  # damaged, which those say who read it
+        return False
+
+
+def _canonical(value: dict[str, Any]) -> dict[str, Any]:
+    parsed: dict[str, Any] = json.loads(Tokenizer.from_str(json.dumps(value)).to_str())
+    return parsed
+
+
+def union(occurs: Sequence[np.ndarray]) -> np.ndarray:
+    """Where one of several arrays of bool, of any lengths, is True."""
+    found = np.zeros(max(map(len, occurs)), dtype=bool)
+    for own in occurs:
+        found[: len(own)] |= own
+    return found
 
 
 def replaced_components(folder: Path) -> list[str]:
@@ -64,10 +116,11 @@ def replaced_components(folder: Path) -> list[str]:
         return []
     try:
         theirs: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        loaded = json.loads(theirs.backend_tokenizer.to_str())
+        loaded = theirs.backend_tokenizer.to_str()
     except Exception as error:
         return [f"whole ({(str(error).splitlines() or [type(error).__name__])[0]})"]
-    return differing_components(loaded, json.loads(Tokenizer.from_file(str(folder / "tokenizer.json")).to_str()))
+    own = Tokenizer.from_file(str(folder / "tokenizer.json")).to_str()
+    return [] if loaded == own else differing_components(json.loads(loaded), json.loads(own))
 
 
 def make_faithful(folder: Path) -> None:

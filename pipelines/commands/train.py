@@ -28,13 +28,19 @@ def run(config: TrainConfig, should_stop: ShouldStop) -> int:
         require_shards(folder)
     model = resolve_model("--model", config.model)
     require_base(model.path)  # before Ray starts workers, or the corpus is looked at
-    from trainer.train import train  # a mistyped path is told before these seconds
+    from pipelines.beside.setup import beside_training  # a mistyped path is told before these seconds
+    from trainer.model_flops import speed
+    from trainer.train import train
 
     quiet_libraries()
+    config = replace(config, model=str(model.path))
     tokens_at_start: int | None = None
     clips = config.objective == "remit" and config.epsilon < 1
     rank = int(os.environ.get("RANK", "0"))  # of torchrun; the others are quiet
-    with progress_bar(desc="train", unit=" steps", disable=rank > 0) as bar:
+    with (
+        beside_training(config, rank, note) as beside,
+        progress_bar(desc="train", unit=" steps", disable=rank > 0) as bar,
+    ):
 
         def progress(done: int, total: int, metrics: dict[str, Any]) -> None:
             nonlocal tokens_at_start
@@ -47,23 +53,28 @@ def run(config: TrainConfig, should_stop: ShouldStop) -> int:
                 numbers += f"clipped {metrics['clipped_low']:.0%}/{metrics['clipped_high']:.0%}, "
             if metrics.get("kd_loss") is not None:  # of the switch none where nothing is gated
                 numbers += f"KL {metrics['kd_loss']:.3f}, "
-            bar.set_postfix_str(f"{numbers}{metrics['tokens_per_second']:,.0f} tokens/s", refresh=False)
+            numbers += f"{metrics['tokens_per_second']:,.0f} tokens/s"
+            if "mfu" in metrics:
+                numbers += f", MFU {metrics['mfu']:.1%}"
+            elif "model_flops_per_token" in metrics:
+                numbers += f", {speed(metrics)['teraflops_per_second']:.3g} TFLOP/s"
+            bar.set_postfix_str(numbers, refresh=False)
             bar.update(done - bar.n)
 
         def phase(name: str) -> None:
             bar.set_description_str(name, refresh=sys.stderr.isatty())  # shown at once: an evaluation may take minutes
 
-        config = replace(config, model=str(model.path))
         if config.ray_workers:
             from pipelines.ray_train import train_on_ray
             from trainer.experts import check_experts
 
             check_experts(model.path, config.router_aux_loss)  # here, and not in each worker
-            result = with_remedy(partial(train_on_ray, config, should_stop))
+            result = with_remedy(partial(train_on_ray, config, should_stop, beside))
         else:
             result = with_remedy(partial(train, config, progress, should_stop, note, phase))
-    if not result.finished:
-        return STOPPED
+        bar.close()  # what follows is no step
+        if not result.finished or (beside is not None and not beside.finish(should_stop)):
+            return STOPPED
     if rank:
         return DONE
     has_trained = config.ray_workers or tokens_at_start is not None
@@ -72,6 +83,8 @@ def run(config: TrainConfig, should_stop: ShouldStop) -> int:
     print(f"{what} {counted(result.steps, 'step')} -> {result.out / 'model'}{took}")
     if config.eval_shards is not None:
         print(held_out_summary(result.out))
+    if beside is not None:
+        print(beside.summary())
     if clips:
         low, high = 1 - config.epsilon, 1 + config.epsilon
         print(

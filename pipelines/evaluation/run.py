@@ -68,14 +68,9 @@ def evaluate(config: EvalConfig, note: Note) -> tuple[Path, dict[str, Any]]:
 
     Raises ValueError for a model or task that cannot be used, RuntimeError where another command writes the same results.
     """
-    require_packages(config)
-    if config.task_dir is not None and not config.task_dir.is_dir():
-        raise ValueError(f"--task-dir {config.task_dir}: no such folder, expected one with the YAML files of tasks")
-    tasks, left_out = plan_tasks(config)
+    model, tasks, left_out = chosen(config)
     if left_out:
         note(f"left out: {', '.join(left_out)}{why_left_out(config)}")
-    model = resolve_model("--model", config.model)
-    require_usable(config, model.path)
     note(f"{config.model}: reading weights for their fingerprint")
     settings = settings_of(config, model)
     # OUT/model is what every run of remit train is called: the folder above tells them apart
@@ -100,6 +95,28 @@ def evaluate(config: EvalConfig, note: Note) -> tuple[Path, dict[str, Any]]:
             lease.check()
             write_json(folder / "results.json", values)
     return folder, values
+
+
+def chosen(config: EvalConfig) -> tuple[LocalModel, list[SuiteTask], list[str]]:
+    """The model, its tasks and, by label, those that are left out. ValueError for a model or options that cannot be used."""
+    require_packages(config)
+    if config.task_dir is not None and not config.task_dir.is_dir():
+        raise ValueError(f"--task-dir {config.task_dir}: no such folder, expected one with the YAML files of tasks")
+    tasks, left_out = plan_tasks(config)
+    model = resolve_model("--model", config.model)
+    require_usable(config, model.path)
+    return model, tasks, left_out
+
+
+def require_ready(config: EvalConfig) -> None:
+    """ValueError for what `evaluate` would refuse before it loads the model: tasks, their data, libraries, settings."""
+    from pipelines.evaluation import harness
+    from pipelines.evaluation.tasks import load_tasks
+
+    model, tasks, _ = chosen(config)
+    harness.prepare_process(config, model.path)
+    with contextlib.redirect_stdout(sys.stderr):
+        load_tasks([task.task for task in tasks], config.task_dir, config.allow_code_execution)
 
 
 @contextlib.contextmanager

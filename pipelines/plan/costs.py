@@ -64,15 +64,19 @@ class Costs:
 def step_of(base: ModelShape, machine: Machine, rates: Rates, job: Job, layout: Layout) -> Step:
     """The step as the GPU with most rows sees it.
 
-    Replicas exchange beside the backward of their last micro-batch, two thirds of its time; sharded weights beside everything.
+    Replicas exchange beside the backward of their last micro-batch, two thirds of its time, those of hybrid sharding too; sharded
+    weights beside everything.
     """
     rows = job.rows_per_gpu(machine.num_gpus)
     micro_batches = math.ceil(rows / layout.micro_batch_size)
     compute = rows * job.row_tokens * rates.train
     within, between = exchange(base, machine, layout, micro_batches)
-    seconds = within / machine.link + between / machine.network
-    beside = compute if layout.sharding != "replicate" else 2 / 3 * compute / micro_batches
-    return Step(compute, seconds, min(seconds, beside))
+    seconds, last = (within / machine.link, between / machine.network), 2 / 3 * compute / micro_batches
+    if layout.sharding == "hybrid":
+        hidden = min(seconds[0], compute) + min(seconds[1], last)
+    else:
+        hidden = min(sum(seconds), last if layout.sharding == "replicate" else compute)
+    return Step(compute, sum(seconds), hidden)
 
 
 def costs(step: Step, machine: Machine, rates: Rates, job: Job) -> Costs:

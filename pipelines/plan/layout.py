@@ -42,7 +42,7 @@ def exchange(base: ModelShape, machine: Machine, layout: Layout, micro_batches: 
     """Bytes that each GPU sends per step: (within its machine, between machines). trainer/distributed.py does it so.
 
     Replicas sum their float32 gradients once per step. Sharded weights are gathered for the forward and for the backward of
-    each micro-batch, and their gradients are summed after it, with hybrid sharding between the machines too.
+    each micro-batch, and their gradients are summed after it; hybrid sharding sums them between machines once per step.
     """
 
     def ring(members: int) -> float:
@@ -54,7 +54,7 @@ def exchange(base: ModelShape, machine: Machine, layout: Layout, micro_batches: 
         sharded = (2 * machine.element_bytes + 4) * base.parameters * micro_batches
         within = ring(layout.shards) * sharded
         replicas = machine.num_gpus // layout.shards
-        between = 2 * ring(replicas) * 4 * base.parameters / layout.shards * micro_batches
+        between = 2 * ring(replicas) * 4 * base.parameters / layout.shards
     together = machine.num_gpus if layout.sharding == "replicate" else layout.shards
     if machine.nodes > 1 and together > machine.gpus_per_node:  # a ring is as fast as its slowest link
         within, between = 0.0, within + between

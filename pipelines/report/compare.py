@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from pipelines.report.compare_scores import score_lines
 from pipelines.report.runs import EVALUATION, Line, finite, read_lines, read_settings, require_different, run_names
 from pipelines.report.tables import ABSENT, Row, provenance_rows, settings_rows
 from pipelines.terminal import counted
@@ -23,12 +24,13 @@ NAMES = {
     "rkl": "reverse KL",
     "switch": "switch",
     "sampled": "sampled KD",
+    "entropy": "by entropy",
 }
 # what belongs to an objective: itself, and what it reads
 OF_AN_OBJECTIVE = {"objective", "reference", *(name for names in OPTIONS.values() for name in names)}
 OF_RHO1 = {"micro_batch_size", "processes"}  # with --scope micro, which ranks the tokens of a forward pass
 # how often a run is evaluated, of which only common steps are compared; where the base was found
-MAY_DIFFER = OF_AN_OBJECTIVE | OF_RHO1 | {"eval_every", "base", "leave_out"}
+MAY_DIFFER = OF_AN_OBJECTIVE | OF_RHO1 | {"eval_every", "base", "leave_out", "attention"}
 MAX_ROWS = 8  # of the table
 MAX_DIFFERENCES = 12
 LEVEL = 5e-4  # nats per token: runs that are nearer than this are level
@@ -71,7 +73,13 @@ def compare(runs: Sequence[Path]) -> str:
     objectives = [NAMES.get(run.settings.get("objective", ""), "") for run in evaluated]
     names = objectives if all(objectives) and len(set(objectives)) == len(runs) else run_names(runs)
     differing = differences([run.settings for run in evaluated], names == objectives)
-    return "\n".join([*table(evaluated, names), *difference_lines(differing, names), *conclusion(evaluated, names)])
+    parts = (
+        table(evaluated, names),
+        difference_lines(differing, names),
+        score_lines(runs, names),
+        conclusion(evaluated, names),
+    )
+    return "\n".join(line for part in parts for line in part)
 
 
 def read_evaluated(out: Path) -> Evaluated:

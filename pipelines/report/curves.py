@@ -7,18 +7,19 @@ time that a step took and figures of a source by its tokens, so that a point sho
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from pipelines.beside.scores import read_scores
 from pipelines.report.posttrain import renamed, stage_of
 from pipelines.report.runs import EVALUATION, METRICS, characters, read_lines, read_settings
 
 OF_A_SOURCE = ("predicted_tokens", "ntp_loss", "weight_mean")
-BY_TIME = ["tokens_per_second", "data_wait_share"]
+BY_TIME = ["tokens_per_second", "data_wait_share", "teraflops_per_second", "mfu"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Run:
 
     steps: a column per figure; bins: tokens in each bin of weight, by its centre; quantiles: of the excess loss, by share;
     sources: figures of each corpus source; held_out: loss, exported_loss, tokens, manifest_sha256 of each evaluation, and the
-    trained_tokens before it.
+    trained_tokens before it. scores: the lines of tasks.jsonl; trained: tokens by step, from the base on.
     window: steps of a point; damaged: what was left out of the files.
     """
 
@@ -40,7 +41,13 @@ class Run:
     sources: dict[str, pd.DataFrame]
     held_out: pd.DataFrame
     damaged: str
+    scores: list[dict[str, Any]] = field(default_factory=list)
+    trained: pd.Series = field(default_factory=lambda: pd.Series(dtype="float64"))
     window: int = 1
+
+    def tokens_at(self, steps: pd.Index) -> pd.Series:
+        """Tokens that trained before each of these steps was done; NaN where metrics.jsonl does not say."""
+        return self.trained.reindex(steps)
 
 
 def read_run(out: Path, name: str, progress: Callable[[int], None] = lambda size: None) -> Run:
@@ -72,6 +79,8 @@ def read_run(out: Path, name: str, progress: Callable[[int], None] = lambda size
         {characters(name): _table((line["sources"].get(name, {}) for line in lines), index) for name in names},
         held_out.assign(trained_tokens=trained.reindex(held_out.index)),
         "; ".join(damaged),
+        read_scores(out),
+        trained,
     )
 
 
@@ -83,14 +92,19 @@ def _table(rows: Iterable[dict], index: pd.Index) -> pd.DataFrame:
 
 def derive(steps: pd.DataFrame) -> pd.DataFrame:
     """The same with the figures that follow from several others."""
-    columns = ("tokens", "predicted_tokens", "effective_tokens", "data_wait_seconds", "tokens_per_second")
-    tokens, predicted, effective, wait, speed = (steps.get(name, pd.Series(np.nan, steps.index)) for name in columns)
+    columns = (
+        *("tokens", "predicted_tokens", "effective_tokens", "data_wait_seconds", "tokens_per_second"),
+        *("model_flops_per_token", "mfu"),
+    )
+    tokens, predicted, effective, wait, speed, flops, mfu = (
+        steps.get(name, pd.Series(np.nan, steps.index)) for name in columns
+    )
     # the step after a gap has no time of its own: the tokens since the line before it are of several steps
     follows = np.diff(steps.index.to_numpy(), prepend=0) == 1
     seconds = (tokens - tokens.shift(fill_value=0.0)).where(follows) / speed
     return steps.assign(
         tokens=tokens, seconds=seconds, data_wait_share=wait / seconds, effective_share=effective / predicted,
-        tokens_per_second=speed,
+        tokens_per_second=speed, teraflops_per_second=flops * speed / 1e12, mfu=mfu,
     )  # fmt: skip
 
 

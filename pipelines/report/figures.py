@@ -6,7 +6,7 @@ Colours of text and grid come from the page's style, which follows the light or 
 import html
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -52,6 +52,8 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("Gradient norm", "before clipping", ("grad_norm",)),
         Panel("Learning rate", "per step", ("lr",), ".3e"),
         Panel("Throughput", "tokens/s", ("tokens_per_second",), ",.0f"),
+        Panel("Model FLOPs", "TFLOP/s", ("teraflops_per_second",), note="of all processes together, forward and backward."),
+        Panel("Model FLOP utilisation", "share of the peak", ("mfu",), ".1%", note="of the GPUs' dense bfloat16 peak."),
         Panel("Waiting for data", "share of the step", ("data_wait_share",), ".3%"),
         Panel("Peak memory", "bytes", ("peak_memory_bytes",), ",.0f"),
     ),
@@ -69,8 +71,15 @@ OF_SOURCES = (
 class Stack:
     """A figure of panels over one horizontal axis, with buttons for steps and tokens."""
 
-    def __init__(self, panels: Sequence[Panel], num_steps: int, legend: Sequence[str] = ()) -> None:
-        """num_steps: where the axis ends; legend: the names that it has, none for no legend."""
+    def __init__(
+        self,
+        panels: Sequence[Panel],
+        num_steps: int,
+        legend: Sequence[str] = (),
+        over: Literal["step", "tokens"] = "step",
+    ) -> None:
+        """num_steps: where the axis ends; legend: the names that it has, none for no legend; over: the axis at first."""
+        self.over = over
         plots = len(panels) * PANEL + (len(panels) - 1) * GAP
         names_per_row = max(1, 330 // (7 * max(map(len, legend), default=1) + 45))  # in a window of 400 pixels
         self.height = plots + 105 + 30 * math.ceil(len(legend) / names_per_row)
@@ -84,8 +93,8 @@ class Stack:
             font={"size": 12, "family": "system-ui, sans-serif"}, margin={"l": 10, "r": 10, "t": 55, "b": 40},
             legend={"orientation": "h", "x": 0, "yref": "container", "y": 1, "yanchor": "top"}, showlegend=bool(legend),
         )  # fmt: skip
-        self.figure.update_xaxes(automargin=True, matches="x", **self._axis("step"))
-        self.figure.update_xaxes(title={"text": "step", "standoff": 6}, row=len(panels))
+        self.figure.update_xaxes(automargin=True, matches="x", **self._axis(over))
+        self.figure.update_xaxes(title={"text": over, "standoff": 6}, row=len(panels))
         for row, panel in enumerate(panels, start=1):
             share, count = "%" in panel.format, "," in panel.format
             # a constant share would get a whole unit on both sides
@@ -102,8 +111,9 @@ class Stack:
 
     def add(self, row: int, trace: Any, tokens: pd.Series) -> None:
         """Add a trace of points; tokens: those so far at each, by step."""
-        trace.x = tokens.index.to_numpy()
-        self.x.append((trace.x, tokens.to_numpy("float64")))
+        places = tokens.index.to_numpy(), tokens.to_numpy("float64")
+        trace.x = places[self.over == "tokens"]
+        self.x.append(places)
         self.figure.add_trace(trace, row=row, col=1)
 
     def html(self, name: str) -> str:
@@ -116,7 +126,15 @@ class Stack:
             buttons.append({"label": what, "method": "update", "args": [x, layout | {f"{axes[-1]}.title.text": what}]})
         place_of_it = {"x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom", "pad": {"b": 22}}
         self.figure.update_layout(
-            updatemenus=[{"type": "buttons", "direction": "right", "buttons": buttons, **place_of_it}]
+            updatemenus=[
+                {
+                    "type": "buttons",
+                    "direction": "right",
+                    "buttons": buttons,
+                    "active": int(self.over == "tokens"),
+                    **place_of_it,
+                }
+            ]
         )
         return self.figure.to_html(
             full_html=False, include_plotlyjs=False, div_id=name, default_height=f"{self.height}px",
@@ -130,9 +148,9 @@ def line(number: int, colors: Sequence[str], place: int = 0) -> dict[str, Any]:
     return {"color": colors[number % len(colors)], "dash": dash, "width": 1.6}
 
 
-def label(name: str) -> str:
-    """At most 40 characters of a name, its end, without what plotly would read as a tag."""
-    return html.escape(name if len(name) <= 40 else f"…{name[-39:]}", quote=False)
+def label(name: str, length: int = 40) -> str:
+    """At most so many characters of a name, its end, without what plotly would read as a tag."""
+    return html.escape(name if len(name) <= length else f"…{name[1 - length :]}", quote=False)
 
 
 def curve(values: pd.Series, name: str, format_: str, **more: Any) -> go.Scatter:

@@ -27,6 +27,7 @@ from pipelines.report.figures import (
 from pipelines.report.panels import Panel
 from pipelines.report.posttrain import PANELS, STAGES, log_every, stage_of
 from pipelines.report.runs import run_names
+from pipelines.report.scores import draw_scores
 from pipelines.report.settings import ReportConfig
 from pipelines.report.tables import provenance_rows, settings_rows, totals_rows
 
@@ -76,9 +77,11 @@ def render(runs: Sequence[Run]) -> str:
 
 
 def make_sections(runs: Sequence[Run]) -> tuple[list[tuple[str, list[str], list[tuple[str, Stack]]]], list[str]]:
-    """Title, notes and captioned figures of each part of the page, weights first; the titles of panels that are left out."""
+    """Title, notes and captioned figures of each part of the page, scores and weights first; the titles of panels that are left out."""
     parts: list[tuple[str, list[str], list[tuple[str, Stack | None]]]] = []
     left_out: list[str] = []
+    if drawn_scores := draw_scores(runs):
+        parts.append(("Task scores", drawn_scores[1], [("", drawn_scores[0])]))
     for title, panels in panels_of(runs).items():
         own = [(run.name, weights_of(run)) for run in runs] if title == "Weights" else []
         drawn = [panel for panel in panels if says_something(_tables(runs, panel), panel)]

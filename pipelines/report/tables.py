@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from pipelines.beside.scores import in_words
 from pipelines.report.posttrain import log_every, stage_of
 
 if TYPE_CHECKING:
@@ -115,9 +116,12 @@ def _totals(run: "Run") -> dict[str, str]:
         "steps": f"{len(run.steps) * every:,}" + _missing(run.steps.index, every),
         "tokens": _figure(last.get("tokens"), ",.0f"),
         "time of training, from tokens/s": ABSENT if math.isnan(seconds) else duration(seconds),
+        "model FLOPs, mean": _figure(_mean_over_time(run, "teraflops_per_second"), ",.4g", " TFLOP/s"),
+        "share of the bfloat16 peak, mean": _figure(_mean_over_time(run, "mfu"), ".1%"),
         "next-token loss, last step": _figure(last.get("ntp_loss"), ".4f"),
         "held-out loss, last": _held_out(run),
         "held-out tokens": "; ".join(held_out) or ABSENT,
+        "task scores, last": _scores(run),
         "peak memory": _figure(peak, ".2f", " GiB"),
         **{
             f"{label}, mean of the last tenth": _late(run, name, format_)
@@ -125,6 +129,13 @@ def _totals(run: "Run") -> dict[str, str]:
         },
         "left out": run.damaged or ABSENT,
     }
+
+
+def _mean_over_time(run: "Run", name: str) -> float:
+    """The mean of a rate over the time of training; NaN where no step has it."""
+    values = run.steps[name]
+    seconds = run.steps["seconds"].where(values.notna())
+    return float((values * seconds).sum() / seconds.sum()) if seconds.sum() else math.nan
 
 
 OF_STAGES = {  # what post-training came to; a single step says little
@@ -161,6 +172,19 @@ def _missing(index: Sequence[int], every: int = 1) -> str:
     shown = [f"{first:,}" if first == last else f"{first:,} to {last:,}" for first, last in gaps[:3]]
     more = f" and {len(gaps) - 3:,} more stretches" if len(gaps) > 3 else ""
     return f"; metrics.jsonl lacks {', '.join(shown)}{more}" if gaps else ""
+
+
+def _scores(run: "Run") -> str:
+    """Of the newest model that was evaluated, with the mean of the base."""
+    lines = [line for line in run.scores if "skipped" not in line]
+    if not lines:
+        return ABSENT
+    first, last = lines[0], lines[-1]
+    if not last["mean"] or len(last["tasks"]) == 1:
+        return f"{in_words(last)} (step {last['step']:,})"
+    is_same = first["mean"] and {*first["tasks"]} == {*last["tasks"]} and first is not last
+    before = f"; {first['mean']['value']:.2%} at step {first['step']:,}" if is_same else ""
+    return f"mean {last['mean']['value']:.2%} of {len(last['tasks'])} tasks (step {last['step']:,}{before})"
 
 
 def _held_out(run: "Run") -> str:

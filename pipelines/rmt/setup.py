@@ -48,9 +48,10 @@ from trainer.model import Base
 from trainer.resume import resume
 from trainer.run_folder import RECORDED, keep_lines
 from trainer.session import Session
-from trainer.setup import choose_context, load_trainable, make_optimizer
+from trainer.setup import choose_context, make_optimizer
 from trainer.statistics import Sources
 from trainer.tokenizer import check_tokenizer
+from trainer.trainable import load_trainable
 
 POSITIONS = "positions.jsonl"
 RESOLVED = "resolved"  # in run.json: what was chosen where the settings leave it to the model and the shards
@@ -117,7 +118,7 @@ def prepare(config: RmtConfig, session: Session, count: Callable[[ShardFolder, i
     others = [] if config.baseline is None else [config.baseline]
     for name in others:
         require_baseline(config, shards, name, context)
-    differences = check_tokenizer(Path(config.model), shards, session.note)
+    differences = check_tokenizer(Path(config.model), shards, note=session.note)
     settings: dict[str, Any] = world.from_first(rmt_settings(config, shards, context) if world.first else None)
     if differences:
         settings["tokenizer_differences"] = differences
@@ -127,6 +128,8 @@ def prepare(config: RmtConfig, session: Session, count: Callable[[ShardFolder, i
         return None
 
     base = load_trainable(shared, session, mixed, context)
+    if base.attention:
+        settings["attention"] = base.attention.text
     layout = world.from_first(read_layout(Path(config.model), base.model) if world.first else None)
     tokenizer = load_tokenizer(Path(config.model), shards, config.out)
     prompter = make_prompter(config, tokenizer, base.max_position, ends_of(base.model))

@@ -112,11 +112,11 @@ class Command:
 class Ranks:
     """A remit train on several ranks without a launcher: each is a `Command` with the variables that torchrun sets.
 
-    machines: the ranks are spread over so many, as far as they can tell. What is asked of it is what a
-    subprocess.Popen of torchrun is asked.
+    machines: the ranks are spread over so many, as far as they can tell. first: as of a Command. What is asked of it is what
+    a subprocess.Popen of torchrun is asked.
     """
 
-    def __init__(self, folder: Path, arguments: list[object], ranks: int, machines: int = 1) -> None:
+    def __init__(self, folder: Path, arguments: list[object], ranks: int, machines: int = 1, first: str = "") -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -126,7 +126,9 @@ class Ranks:
             "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
         }  # fmt: skip
         self._commands = [
-            Command(folder, *arguments, private=True, RANK=str(rank), LOCAL_RANK=str(rank % local), **everyones)
+            Command(
+                folder, *arguments, private=True, first=first, RANK=str(rank), LOCAL_RANK=str(rank % local), **everyones
+            )
             for rank in range(ranks)
         ]
 

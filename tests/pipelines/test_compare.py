@@ -91,6 +91,41 @@ def test_losses_of_exported_models_end_the_table_where_rounding_changed_them(tmp
         ]
 
 
+def with_scores(out: Path, by_step: dict[int, list[float]], shots: int = 0) -> Path:
+    """Task scores as remit train --eval-tasks leaves them: the table, and results.json of each model."""
+    lines = []
+    for step, right in by_step.items():
+        record = {
+            "label": "Öl", "metric": "acc,none", "value": sum(right) / len(right), "stderr": 0.25, "higher_is_better": True,
+            "shots": {"oil": shots}, "questions": "q", "task_versions": {}, "num_samples": {"oil": len(right)},
+            "samples": {"oil": [[f"question {index}", value] for index, value in enumerate(right)]},
+        }  # fmt: skip
+        file = out / f"tasks/step-{step}/results.json"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps({"suite": None, "settings": {}, "tasks": {"oil": record}}))
+        lines.append({"step": step, "tasks": {"oil": record}, "results": str(file.relative_to(out))})
+    lines.append({"step": 9, "skipped": "why"})
+    (out / "tasks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return out
+
+
+def test_task_scores_by_hand(tmp_path: Path) -> None:
+    """At the newest step that both have; paired: differences 0, 1, 0, 0 have a mean of 0.25 and an error of 0.5 / 2."""
+    plain = [written(tmp_path / name, *losses({0: 2.0, 9: 1.0}), objective=name) for name in ("ntp", "remit")]
+    without = compare(plain)
+    ntp = with_scores(plain[0], {0: [0, 0, 0, 0], 4: [1, 0, 1, 0]})
+    remit = with_scores(plain[1], {0: [0, 0, 0, 0], 4: [1, 1, 1, 0], 8: [1, 1, 1, 1]})
+    *table, title, line, last = compare([ntp, remit]).splitlines()
+    assert [*table, last] == without.splitlines()
+    assert title == "Task scores after 4 steps:"
+    assert line == "  Öl: 75.00 % (ReMiT), 50.00 % (NTP), +25.00 ± 25.00 %, no difference beyond its error"
+    shutil.rmtree(ntp / "tasks")
+    with_scores(ntp, {4: [1, 0, 1, 0]}, shots=5)
+    assert "  Öl: ReMiT and NTP do not compare: shots is " in compare([ntp, remit])
+    shutil.rmtree(ntp / "tasks")
+    assert compare([ntp, remit]) == without
+
+
 def test_runs_of_different_lengths(tmp_path: Path) -> None:
     """Finished ones compare at their ends; one that goes on, where both were evaluated."""
     short = written(tmp_path / "short", *losses({0: 2.0, 4: 1.5}), max_steps=4)

@@ -211,7 +211,7 @@ def test_gpus_without_a_row_wait() -> None:
         (Layout("replicate", 1, 1, False), 64, (0, 63 / 64 * 8)),
         (Layout("full", 8, 1, False), 8, (7 / 8 * (2 + 2 + 4) * 3, 0)),  # each of three micro-batches
         (Layout("full", 64, 1, False), 64, (0, 63 / 64 * (2 + 2 + 4) * 3)),
-        (Layout("hybrid", 8, 1, False), 64, (7 / 8 * (2 + 2 + 4) * 3, 7 / 8 * 8 / 8 * 3)),
+        (Layout("hybrid", 8, 1, False), 64, (7 / 8 * (2 + 2 + 4) * 3, 7 / 8 * 8 / 8)),
         (Layout("hybrid", 8, 1, False), 8, (7 / 8 * (2 + 2 + 4) * 3, 0)),
         (Layout("replicate", 1, 1, False), 1, (0, 0)),
     ],
@@ -219,6 +219,15 @@ def test_gpus_without_a_row_wait() -> None:
 def test_exchange_by_hand(layout: Layout, num_gpus: int, expected: tuple[float, float]) -> None:
     found = exchange(EIGHT_B, machine(num_gpus), layout, 3)
     assert found == pytest.approx(tuple(8_030_261_248 * share for share in expected))
+
+
+def test_machines_exchange_beside_the_last_backward_of_a_step() -> None:
+    """Two machines of eight, three micro-batches: 462 bytes within, 11 between in the last third of two thirds of 3 s."""
+    slow = replace(machine(16), link=1000.0, network=1.0)
+    rates = Rates(0.04, 0.1, 0.05, 1.0, 0.0, 0.0)
+    job, base = Job.of_full_rows(1000, 1.0, 10, 40), replace(ONE_B, parameters=22)
+    step = step_of(base, slow, rates, job, Layout("hybrid", 8, 1, False))
+    assert (step.compute, step.exchange, step.waits) == pytest.approx((3, 0.462 + 11, 11 - 2 / 3))
 
 
 def test_gpu_hours_of_an_eight_b_model() -> None:

@@ -534,6 +534,79 @@ CUT_OR_COVERED = """() => [...document.querySelectorAll('.js-plotly-plot')].flat
 })"""
 
 
+def scored(step: int, values: dict[str, float], limit: int | None = None, questions: str = "q") -> dict:
+    """A line of tasks.jsonl; a value above 1 is of a perplexity."""
+    tasks = {
+        name: {"label": name, "metric": "acc,none", "value": value, "stderr": 0.02, "higher_is_better": value <= 1,
+               "shots": {name: 5}, "questions": questions}
+        for name, value in values.items()
+    }  # fmt: skip
+    mean = {"value": sum(values.values()) / len(values), "stderr": 0.01} if max(values.values()) <= 1 else None
+    groups = {"reasoning": {"value": 0.5, "stderr": None, "tasks": [*values][:2]}} if len(values) > 2 else {}
+    settings = {"limit": limit, "chat_template": False, "seed": 1234, "max_length": None}
+    return {
+        "step": step,
+        "suite": None,
+        "tasks": tasks,
+        "groups": groups,
+        "mean": mean,
+        "left_out": [],
+        "settings": settings,
+    }
+
+
+def write_scores(out: Path, lines: list[dict]) -> Path:
+    (out / "tasks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return out
+
+
+def scored_runs(folder: Path) -> list[Path]:
+    """Two runs with other tokens a step, one of which has odd names of tasks, and one without scores."""
+    tasks = ("GSM8K", ODD_NAME, "bbh_cot_fewshot_tracking_shuffled_objects_seven_objects")
+    steps = [figures(step) for step in range(1, 41)]
+    remit = write_run(folder / "remit", steps)
+    ntp = write_run(folder / "ntp", [line | {"tokens": 50 * line["step"]} for line in steps])
+    write_scores(remit, [scored(step, dict(zip(tasks, (0.1 + step / 100, 0.5, 0.9)))) for step in (0, 10, 30, 40)])
+    write_scores(ntp, [scored(step, dict(zip(tasks, (0.1 + step / 200, 0.5, 0.8)))) for step in (0, 20, 40)])
+    return [remit, ntp, write_run(folder / "without", steps)]
+
+
+def test_task_scores(tmp_path: Path, remit: Remit) -> None:
+    runs = scored_runs(tmp_path)
+    write_scores(runs[1], [
+        scored(0, {"GSM8K": 0.1}), {"step": 10, "skipped": "why"}, scored(20, {"GSM8K": 0.2}), scored(40, {"GSM8K": 0.3}, 7)
+    ])  # fmt: skip
+    page = tmp_path / "page.html"
+    assert remit("report", "--run", *runs, "--out", page)[0] == 0
+    found = panels(page)
+    titles = [title for title in found if title.startswith(("Mean of", "GSM8K"))]
+    assert titles == ["Mean of all 3 tasks", "Mean of reasoning", "GSM8K, 5-shot"]
+    traces = {trace["name"]: trace for trace in found["GSM8K, 5-shot"]}
+    assert [*traces] == ["remit", "ntp"]
+    for name, steps, tokens, y in (
+        ("remit", [0, 10, 30, 40], [0, 1000, 3000, 4000], [0.1, 0.2, 0.4, 0.5]),
+        ("ntp", [0, 20, 40], [0, 1000, 2000], [0.1, 0.2, 0.3]),
+    ):
+        assert (traces[name]["steps"], traces[name]["tokens"]) == (tokens, tokens)  # over tokens at first
+        assert traces[name]["y"] == pytest.approx(y, rel=1e-6)
+        assert traces[name]["error_y"]["array"] == pytest.approx([0.02] * len(steps), rel=1e-6)
+    text = html.unescape(page.read_text(encoding="utf-8"))
+    assert "GSM8K, 5-shot: other questions, settings or metrics for some of the points; do not compare them." in text
+    assert "ntp: no scores of step 10, which evaluations did not get to." in text
+    assert "Mean of reasoning: over 2 tasks, GSM8K, " in text
+    cells = table_rows(page)["task scores, last"]
+    assert cells == ["mean 63.33% of 3 tasks (step 40; 50.00% at step 0)", "GSM8K 30.00 ± 2.00 % (step 40)", "–"]
+
+
+def test_task_scores_without_metrics_and_of_a_perplexity(tmp_path: Path, remit: Remit) -> None:
+    """No tokens are known: the axis is that of the steps."""
+    out = write_scores(write_run(tmp_path / "out", []), [scored(step, {"ppl": 9.5 - step}) for step in (0, 5)])
+    assert remit("report", "--run", out, "--out", tmp_path / "page.html")[0] == 0
+    (trace,) = panels(tmp_path / "page.html")["ppl, 5-shot"]
+    assert (trace["steps"], trace["y"]) == ([0, 5], [9.5, 4.5])
+    assert table_rows(tmp_path / "page.html")["task scores, last"] == ["ppl 4.5000 ± 0.0200 (step 5)"]
+
+
 def luminance(color: str) -> float:
     """Relative luminance of a CSS color rgb(r, g, b), as the contrast formula of WCAG has it."""
     channels = [int(value) / 255 for value in re.findall(r"\d+", color)[:3]]
@@ -562,12 +635,13 @@ def pages(tmp_path_factory: pytest.TempPathFactory, real: list[Path]) -> dict[st
     single = write_run(folder / "single", [figures(1)])
     write_report(ReportConfig([real], folder / "real.html"))
     write_report(ReportConfig([[odd, single]], folder / "odd.html"))
-    return {"real": folder / "real.html", "odd": folder / "odd.html"}
+    write_report(ReportConfig([scored_runs(folder / "scored")], folder / "scores.html"))
+    return {name: folder / f"{name}.html" for name in ("real", "odd", "scores")}
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 400])
-@pytest.mark.parametrize("name", ["real", "odd"])
+@pytest.mark.parametrize("name", ["real", "odd", "scores"])
 def test_page_in_a_browser(browser: Browser, pages: dict[str, Path], name: str, width: int, scheme: str) -> None:
     with open_page(browser, pages[name], width, scheme) as opened:  # type: ignore[arg-type]
         drawn = opened.page.evaluate(PLOTS_DRAWN)

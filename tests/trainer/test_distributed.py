@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from annotated import annotate, by_model, rows_of_step, run, top_by_model
 from conftest import make_model
+from exchanged import exchanged, write_down
 from exporting import make_base
 from oracles import load, read_rows, remit_step
 from processes import Ranks
@@ -36,9 +37,11 @@ def arguments(out: Path, shards: Path | None, model: Path, options: tuple[object
     ]  # fmt: skip
 
 
-def launch(out: Path, shards: Path | None, model: Path, ranks: int, *options: object, machines: int = 1) -> Ranks:
+def launch(
+    out: Path, shards: Path | None, model: Path, ranks: int, *options: object, machines: int = 1, first: str = ""
+) -> Ranks:
     """remit train on several ranks, forked from a process that has imported all: what a rank does is the same."""
-    return Ranks(out.parent, arguments(out, shards, model, options), ranks, machines)
+    return Ranks(out.parent, arguments(out, shards, model, options), ranks, machines, first)
 
 
 def torchrun(
@@ -195,6 +198,45 @@ def test_hybrid_over_two_machines(
     assert not (tmp_path / "out/model").exists()
     finish(launch(tmp_path / "out", annotated["packed"], models["base"], 1))
     assert_same(metrics_of(tmp_path / "out"), metrics_of(one))
+
+
+EACH_TIME = """
+import contextlib
+import trainer.train
+trainer.train.accumulate_only = lambda model: contextlib.nullcontext()
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "exchanges"),
+    [("", 1), pytest.param(EACH_TIME, 3, marks=pytest.mark.slow)],
+    ids=["as it is", "each time"],
+)
+def test_gradients_cross_machines_once_per_step(
+    tmp_path: Path, small: Path, models: dict[str, Path], before: str, exchanges: int
+) -> None:
+    """Two machines with two ranks; three micro-batches a step, the last of one rank without a row, others of rows that train nothing.
+
+    Counted are the bytes of gradients in the groups that span the machines, held against the shards of all weights in float32.
+    """
+    base, unscored = models["base"], {0, 1, 2, 3, 9, 14, 15}
+    shards = annotate(
+        small, tmp_path / "shards", by_model(models["reference"], "packed", 0), "packed", unscored=unscored
+    )
+    size = ("--global-batch-size", 11, "--micro-batch-size", 1)
+    run(tmp_path / "one", shards, base, max_steps=STEPS, global_batch_size=11, micro_batch_size=2)
+    out, first = tmp_path / "out", write_down(tmp_path) + before
+    finish(launch(out, shards, base, 4, "--sharding", "hybrid", *size, machines=2, first=first))
+    assert_same(metrics_of(out), metrics_of(tmp_path / "one"))
+    got, want = (load_file(folder / "model/model.safetensors") for folder in (out, tmp_path / "one"))
+    assert all((got[name] - want[name]).abs().max() < 1e-5 for name in want)
+    shard_bytes = sum(4 * -(-len(weight) // 2) * weight[0].numel() for weight in load_all(base).values())
+    for rank in range(4):
+        counts = exchanged(tmp_path, rank)
+        across, within = (rank % 2, rank % 2 + 2), (rank - rank % 2, rank - rank % 2 + 1)
+        assert counts["all_reduce", across] == exchanges * STEPS * shard_bytes
+        assert counts["reduce_scatter", within] == 3 * STEPS * 2 * shard_bytes
+        assert counts.keys() == {("all_reduce", across), ("reduce_scatter", within), ("all_gather", within)}
 
 
 @pytest.mark.parametrize("sharding", [pytest.param("replicate", marks=pytest.mark.slow), "full"])

@@ -2,8 +2,10 @@
 
 import json
 import math
+import random
 import re
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,15 +19,18 @@ from inline_ray import pack_inline
 from oracles import load, read_rows, remit_step
 from test_distributed import assert_same, finish, kill_tree, launch, metrics_of, wait_for
 
+import trainer.tokenizer
 from pipelines.commands.plan import run as run_plan
 from pipelines.plan.settings import PlanConfig
 from pipelines.ray_train import _absolute_shards
 from scorer.config import PackConfig
+from shards.folder import ShardFolder
 from shards.manifest import Manifest
 from trainer.config import TrainConfig
 from trainer.dataset import RowDataset
 from trainer.mixed_shards import MixedShards, block_rows, most_steps, table
 from trainer.mixture import Mixture, given_mixture, read_mix
+from trainer.tokenizer import check_tokenizer
 
 Remit = Callable[..., tuple[int, str, str]]
 STAGES = [{"after_step": 3, "weights": {"text": 0.1, "code": 0.9, "odd": 0}}]
@@ -232,6 +237,28 @@ def test_kills_and_other_ranks_under_a_mixture(tmp_path: Path, mix: Path, models
     assert [line["mixture"] for line in metrics_of(out)] == [line["mixture"] for line in metrics_of(tmp_path / "whole")]
 
 
+def newest_checkpoint(out: Path) -> int:
+    return max((int(path.name[5:]) for path in out.glob("checkpoints/step-*")), default=0)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("starts_processes")
+def test_many_kills_under_a_mixture(tmp_path: Path, mix: Path, models: dict[str, Path]) -> None:
+    """Fifteen kills at random moments, 2 -> 1 -> 3 processes in turn, some of them within a step or as a checkpoint is written."""
+    options = ("--mix", mix, "--checkpoint-every", 1, "--max-steps", 40)
+    finish(launch(tmp_path / "whole", None, models["base"], 1, *options))
+    rng, out = random.Random(3), tmp_path / "out"
+    for number in range(15):
+        process = launch(out, None, models["base"], (2, 1, 3)[number % 3], *options)
+        wait_for(lambda step=2 * number + 1: newest_checkpoint(out) >= step, process)
+        time.sleep(rng.uniform(0, 0.1))
+        kill_tree(process)
+        assert not (out / "model").exists()
+    finish(launch(out, None, models["base"], 2, *options))
+    assert_same(metrics_of(out), metrics_of(tmp_path / "whole"))
+    assert [line["mixture"] for line in metrics_of(out)] == [line["mixture"] for line in metrics_of(tmp_path / "whole")]
+
+
 @pytest.mark.usefixtures("starts_processes")
 def test_a_bad_part_of_one_rank_stops_all_with_its_message(
     tmp_path: Path, folders: dict[str, Path], models: dict[str, Path]
@@ -365,6 +392,35 @@ def test_the_table_has_the_tokens_to_predict(folders: dict[str, Path]) -> None:
     assert int(found[0][1].replace(",", "")) == pytest.approx(tokens[0] * share, abs=1)
     assert (found[1][1], found[2][1]) == ("unknown", found[2][0])
     assert not any("from step 1" in line for line in lines)
+
+
+def test_a_tokenizer_is_compared_once_for_all_folders(
+    tmp_path: Path, folders: dict[str, Path], tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A comparison takes a second with a large vocabulary. Two ids that change places matter to the rows that have one."""
+    ids = {name: {token for row in read_rows(path) for token in row["input_ids"]} for name, path in folders.items()}
+    text = (tokenizer_folder / "tokenizer.json").read_text()
+    nobodys = sorted({*json.loads(text)["model"]["vocab"].values()} - set.union(*ids.values()))
+    texts = sorted(ids["text"] - ids["code"] - ids["odd"])
+    opened = [ShardFolder(folders[name]) for name in ("odd", "code", "text")]
+
+    def with_exchanged(one: int, other: int) -> Path:
+        value = json.loads(text)
+        exchange = {one: other, other: one}
+        value["model"]["vocab"] = {token: exchange.get(at, at) for token, at in value["model"]["vocab"].items()}
+        folder = tmp_path / f"{one}-{other}"
+        shutil.copytree(tokenizer_folder, folder)
+        (folder / "tokenizer.json").write_text(json.dumps(value))
+        (folder / "config.json").write_text("{}")
+        return folder
+
+    compared, inner = [], trainer.tokenizer.disagreement
+    monkeypatch.setattr("trainer.tokenizer.disagreement", lambda *given: compared.append(given) or inner(*given))
+    found = check_tokenizer(with_exchanged(*nobodys[:2]), *opened)
+    assert [line.split(" is ")[0] for line in found] == [f"id {index}" for index in nobodys[:2]]
+    assert len(compared) == 1
+    with pytest.raises(ValueError, match=re.escape(f"{folders['text']}: id {texts[0]} is")):
+        check_tokenizer(with_exchanged(texts[0], nobodys[0]), *opened)
 
 
 def test_what_cannot_be_mixed(tmp_path: Path, folders: dict[str, Path]) -> None:

@@ -8,6 +8,7 @@ import transformers
 from conftest import make_model
 from oracles import load
 
+from trainer.attention_choice import choose_attention
 from trainer.checks import check_document_attention, check_plain_head, check_runs
 from trainer.export import export
 from trainer.layout import read_layout
@@ -103,6 +104,9 @@ def test_state_that_runs_on_is_seen_in_any_dtype(family: str, dtype: torch.dtype
     check_runs(base)  # in packed context it is a base like any other
     with pytest.raises(ValueError, match=rf"{type(model).__name__}: its attention is not confined .*--context packed"):
         check_document_attention(base)
+    choose_attention(base)  # where a class can do without a mask, its state runs on all the same
+    with pytest.raises(ValueError, match=rf"{type(model).__name__}: its attention is not confined .*--context packed"):
+        check_document_attention(base)
     assert model.training is base.model.training
 
 
@@ -111,6 +115,8 @@ def test_state_that_runs_on_is_seen_in_any_dtype(family: str, dtype: torch.dtype
 def test_windows_keep_to_documents(family: str, dtype: torch.dtype) -> None:
     base = Base(make_tiny(family, **WINDOWS[family]), dtype)
     check_runs(base)
+    check_document_attention(base, 64)
+    choose_attention(base)
     check_document_attention(base, 64)
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from annotated import annotate
 from conftest import source_texts, write_corpus
+from processes import until
 
+from pipelines.beside.setup import send_scores
 from scorer.config import PackConfig
 from scorer.pack import pack
 from trainer.config import TrainConfig
@@ -91,12 +93,25 @@ def test_offline_and_resumed(
     with pytest.raises(Killed):
         train(config, kill)
     assert "wandb_project" not in json.loads((tmp_path / "out/run.json").read_text())
+    scores = {"step": 10, "tasks": {"t": {"label": "Öl", "value": 0.5}}, "groups": {}, "mean": None}
+    table = tmp_path / "out/tasks.jsonl"  # as an evaluation beside the training has left it
+    table.write_text(json.dumps(scores) + "\n")
     train(config)
     lines = {line["step"]: line for line in map(json.loads, (tmp_path / "out/metrics.jsonl").read_text().splitlines())}
     (first_id, before), (second_id, after) = logged(tmp_path / "out")
     assert first_id == second_id == json.loads((tmp_path / "out/wandb.json").read_text())["mid-training"]
     assert sorted(before) == list(range(1, 13))
     assert sorted(after) == [11, 12, 13, 14]
+    rows = {step: figures for step, figures in after.items() if "tasks/step" in figures}
+    assert {step: (row["tasks/step"], row["tasks/Öl"]) for step, row in rows.items()} == {11: (10, 0.5)}
+    with table.open("a") as file:
+        file.write(json.dumps(scores | {"step": 14}) + "\n")
+    send_scores("mid-training", tmp_path / "out")  # those that come after the last step
+    until(lambda: logged(tmp_path / "out")[-1][1])  # the library's process writes a little later
+    last_id, late = logged(tmp_path / "out")[-1]
+    assert (last_id, [row["tasks/step"] for row in late.values()]) == (first_id, [14])
+    send_scores("mid-training", tmp_path / "out")
+    assert len(logged(tmp_path / "out")) == 3
     for steps in (before, after):
         for step, figures in steps.items():
             for key in ("loss", "ntp_loss", "grad_norm", "lr", "effective_tokens", "delta_mean"):
