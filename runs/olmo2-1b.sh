@@ -2,7 +2,11 @@
 # OLMo 2 1B, mid-trained on the 50B tokens of its own stage 2, with next-token prediction and with ReMiT: one machine, 8 H100.
 #
 # From `remit plan` (its assumptions; nothing of this has been run):
-#   PLAN
+#   score once: 12.5 h, 100 GPU-hours
+#   train NTP: 33.1 h, 265 GPU-hours
+#   train ReMiT, stored log-probs: 33.4 h, 268 GPU-hours
+#   disk of both shard folders: 280 GB
+#   memory: 51 GB per GPU
 # Beside it: 200 GB for the token ids as downloaded, 20 GB for each of two checkpoints per run.
 #
 # Needs `pip install '.[gpu,eval]'`, a token of the hub for the tasks' data and the last lines (hf auth login), and

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 from urllib.parse import quote, unquote
 
@@ -88,7 +89,7 @@ def _near(api: Any, place: Place) -> list[str]:
 class HubStore(RemoteStore):
     """A folder of a dataset at one commit. ValueError from the constructor where the hub has none, and from all that writes."""
 
-    piece_options = {"cache_type": "none"}  # its files would read five megabytes ahead of every piece
+    piece_options = MappingProxyType({"cache_type": "none"})  # its files would read five megabytes ahead of each piece
 
     def __init__(self, url: str, commit: str | None = None) -> None:
         from huggingface_hub import HfFileSystem

@@ -86,15 +86,13 @@ def small_file(store: Store, name: str, path: str) -> PushFile:
 def shard_files(folder: ShardFolder, path: str, hashed: Callable[[int], object]) -> Files:
     """The files of a whole shard folder. ValueError where a part is missing or its bytes are not those of its record.
 
-    path: folder in the repository. hashed: told the bytes that were read.
+    path: folder in the repository. hashed: told the bytes of each part that was read.
     """
     folder.require_complete()
     store, manifest = folder.store, folder.manifest
 
     def small(name: str) -> PushFile:
-        file = small_file(store, name, path)
-        hashed(file.size)
-        return file
+        return small_file(store, name, path)
 
     files = []
     for plan in manifest.parts:

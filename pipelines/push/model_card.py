@@ -122,9 +122,8 @@ def _data(settings: dict[str, Any]) -> str:
     corpus = shards.get("corpus") or []
     lines = ["### Data"]
     if corpus:
-        from trainer.statistics import Sources
-
         from shards.corpus_file import CorpusFile
+        from trainer.statistics import Sources
 
         files = [CorpusFile(**file) for file in corpus]
         sources = Sources(files)
@@ -143,9 +142,7 @@ def _data(settings: dict[str, Any]) -> str:
 
 def _figures(run: Path) -> str:
     rows = []
-    last: dict[str, Any] = {}
-    for last in read_lines(run / METRICS, lambda line: None):
-        pass
+    *_, last = [{}, *read_lines(run / METRICS, lambda line: None)]
     for name, label in (
         ("step", "steps"), ("tokens", "tokens trained on"), ("loss", "loss of the last step"), ("ntp_loss", "next-token loss of the last step"),
         ("weight_std", "standard deviation of its token weights"), ("reward", "reward of the last step"),

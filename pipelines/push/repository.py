@@ -5,7 +5,6 @@ was interrupted, or whose answer was lost, goes on; and what the hub holds at th
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from fnmatch import fnmatch
 from functools import partial
 from typing import Any, Literal
 from urllib.parse import quote

@@ -106,3 +106,14 @@ def test_hours_in_front_are_those_of_the_plan(script: Path, tmp_path: Path, remi
     plan = json.loads((tmp_path / "plan.json").read_text())
     for figure in figures(plan):
         assert figure in source, figure
+
+
+def figures(plan: dict) -> list[str]:
+    """The figures of remit plan as the scripts have them in front."""
+    found = [
+        f"#   {name}: {cost['wall_seconds'] / 3600:.1f} h, {cost['gpu_hours']:.0f} GPU-hours\n"
+        for name, cost in plan["costs"].items()
+        if "online" not in name
+    ]
+    found += [f"#   disk of both shard folders: {plan['disk_bytes']['both folders'] / 1e9:.0f} GB\n"]
+    return [*found, f"#   memory: {plan['memory_bytes']['in all'] / 1e9:.0f} GB per GPU\n"]

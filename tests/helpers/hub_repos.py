@@ -208,7 +208,9 @@ class HubRepos:
         if what == "preupload":
             return self.json({"files": [self.mode(files, file) for file in json.loads(body)["files"]]})
         if what == "commit":
-            return self.commit(request, repo, revision, files, body)
+            return self.commit(
+                request, f"{'datasets/' if kind == 'datasets' else ''}{name}", repo, revision, files, body
+            )
         entries = {path: blob.entry(path) for path, blob in files.items()}
         for path in files:
             for parent in [path.rsplit("/", depth + 1)[0] for depth in range(path.count("/"))]:
@@ -256,7 +258,7 @@ class HubRepos:
         self.lfs[oid] = body
         return self.json({})
 
-    def commit(self, request: Any, repo: Repo, branch: str, before: dict[str, Blob], body: bytes) -> Any:
+    def commit(self, request: Any, where: str, repo: Repo, branch: str, before: dict[str, Blob], body: bytes) -> Any:
         header, files = {}, dict(before)
         for line in body.decode().splitlines():
             key, value = (json.loads(line)[name] for name in ("key", "value"))
@@ -281,7 +283,7 @@ class HubRepos:
             request.close_connection = True
             request.connection.close()
             return None
-        return self.json({"success": True, "commitOid": oid, "commitUrl": f"{self.endpoint}/commit/{oid}"})
+        return self.json({"success": True, "commitOid": oid, "commitUrl": f"{self.endpoint}/{where}/commit/{oid}"})
 
     def resolve(self, request: Any, repo: Repo, revision: str, path: str) -> Any:
         oid = repo.find(revision)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
@@ -11,8 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.dataset
 import pytest
 import torch
 import transformers
@@ -26,6 +25,7 @@ from pipelines.commands import push
 from pipelines.push.markdown import LICENSE, NO_LICENSE, code, merge
 from pipelines.push.settings import PushConfig
 from shards import ShardFolder
+from shards.fingerprint import weights_fingerprint
 from shards.hub import HubStore, Place, parse_place
 from shards.store import absolute, is_remote, open_store
 from trainer.config import TrainConfig
@@ -50,7 +50,7 @@ def annotated(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def values(row: dict) -> list:
         rng = np.random.default_rng(sum(row["input_ids"]))
-        return [None, *np.float32(-rng.gamma(2, 1, len(row["input_ids"]) - 1)).tolist()]
+        return [None, *(-np.round(rng.gamma(2, 64, len(row["input_ids"]) - 1)) / 64).tolist()]
 
     out = tmp_path_factory.mktemp("annotated") / "scored"
     return annotate(small, out, values, "packed", step=1 / 64, unscored=[31, 32, 40], model="org/olmo|rl", dtype="float16",
@@ -92,16 +92,12 @@ def test_a_pushed_folder_is_read_verified_and_trained_from_the_hub(
 
     # row by row what Arrow reads from the local folder
     remote = ShardFolder(f"{URL}/mid/web/")
-    rows = [row for batch in remote.batches() for row in read_batch(batch)]
-    table = pyarrow.dataset.dataset(annotated, format="arrow").to_table().to_pylist()
-    assert [row["input_ids"] for row in table] == [ids for ids, _ in rows]
-    for row, (_, logprobs) in zip(table, rows):
-        np.testing.assert_array_equal(np.array(row["rl_logprobs"], float), logprobs)
+    rows = [row for batch in remote.batches() for row in batch.batch.to_pylist()]
+    assert rows == read_rows(annotated)
 
-    for command in (["verify"], ["inspect"], ["inspect", "--row", 33], ["weights", "--base", "x"][:1]):
-        if command != ["weights"]:
-            code_, output, error = remit(*command, f"{URL}@main/mid/web")
-            assert code_ == 0, (command, error)
+    for command in (["verify"], ["inspect"], ["inspect", "--row", 33]):
+        code_, output, error = remit(*command, f"{URL}@main/mid/web")
+        assert code_ == 0, (command, error)
     losses = []
     for name, shards in (("here", str(annotated)), ("hub", f"{URL}@{commit}/mid/web")):
         base = make_model(tmp_path / f"base-{name}", seed=3)
@@ -109,16 +105,6 @@ def test_a_pushed_folder_is_read_verified_and_trained_from_the_hub(
         train(TrainConfig((shards,), str(base), run, max_steps=4, global_batch_size=4))
         losses.append([json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()])
     assert losses[0] == losses[1]
-
-
-def read_batch(rows: object) -> list[tuple[list[int], np.ndarray]]:
-    found = []
-    for index in range(len(rows)):
-        row = rows.row(index)
-        found.append(
-            (row.column("input_ids").to_pylist()[0], np.array(row.column("rl_logprobs").to_pylist()[0], float))
-        )
-    return found
 
 
 def test_only_the_columns_that_train_come_over_the_network(hub: HubRepos, remit: Remit, annotated: Path) -> None:
@@ -163,12 +149,14 @@ def test_a_push_goes_on_where_it_was_stopped(
     assert push.run(PushConfig(str(annotated), DATASET), lambda: next(answers)) == 3
     there = hub.files("datasets", DATASET)
     assert 0 < len(there) < len(list(annotated.rglob("*"))) - 3
-    with pytest.raises(ValueError, match="_manifest.json"):
+    with pytest.raises(ValueError, match=r"_manifest\.json"):
         ShardFolder(URL)
     hub.lose = 2  # answers of commits that were made
     assert remit("push", annotated, DATASET)[0] == 0
     assert hub.lose == 0
-    assert set(hub.uploaded.values()) <= {1, *(file.stat().st_size for file in annotated.glob("part-*"))}
+    parts = [file.read_bytes() for file in annotated.glob("part-*")]
+    sent = {oid: size for oid, size in hub.uploaded.items() if oid in hub.lfs}
+    assert sent == {hashlib.sha256(data).hexdigest(): len(data) for data in parts}
     commits = len(hub.repos["datasets", DATASET].messages)
     assert ShardFolder(URL).manifest.checksum == ShardFolder(annotated).manifest.checksum
     # nothing is left to do
@@ -231,8 +219,6 @@ def test_what_is_refused(
     words: list[str],
     message: str,
 ) -> None:
-    import shutil
-
     folder = shutil.copytree(annotated, tmp_path / "scored")
     if "token" in change:
         use(hub, monkeypatch, change["token"])
@@ -261,8 +247,6 @@ def test_bad_names(remit: Remit, words: list[str]) -> None:
 
 
 def test_a_model_goes_with_its_run(hub: HubRepos, remit: Remit, trained: Path, tmp_path: Path) -> None:
-    from shards.fingerprint import weights_fingerprint
-
     (trained / "model" / "modeling_x.bin").write_bytes(b"pickle")
     result = {
         "value": 0.4321,
@@ -277,7 +261,7 @@ def test_a_model_goes_with_its_run(hub: HubRepos, remit: Remit, trained: Path, t
               "tasks": {"gsm8k": {"task": "gsm8k", **result}}}  # fmt: skip
     results = tmp_path / "results.json"
     results.write_text(json.dumps(values))
-    code_, output, error = remit("push", trained, "lab/mid", "--results", results)
+    code_, _, error = remit("push", trained, "lab/mid", "--results", results)
     (trained / "model" / "modeling_x.bin").unlink()
     assert code_ == 0, error
     assert "not pushed: modeling_x.bin" in error
@@ -420,7 +404,7 @@ def test_reading_refusals(
     for words in (["score", "--shards", annotated, "--model", "m", "--out", f"{URL}/out"],
                   ["train", "--shards", annotated, "--model", "m", "--out", f"{URL}/out"]):  # fmt: skip
         code_, _, error = remit(*words)
-        assert "the hub is only read" in error
+        assert "the hub is only read" in " ".join(error.replace("│", " ").split())
     for call in (
         lambda s: s.create("x", b""),
         lambda s: s.replace("x", b""),
