@@ -1,21 +1,22 @@
-"""The published recipes of docs/recipes, which an installation without the checkout has too: --config olmo2-1b."""
+"""The published recipes of docs/recipes by their name, as in --config olmo2-1b; an installed package has them too."""
 
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
-CHECKOUT = Path(__file__).resolve().parent.parent / "docs" / "recipes"
+ROOT = Path(__file__).resolve().parent.parent  # of the packages
+FOLDERS = (ROOT / "docs" / "recipes", ROOT / "share" / "remit" / "recipes")
+"""In a checkout, and where pip install --target puts them; other installations list them among their files."""
 
 
 def recipes() -> dict[str, Path]:
-    """The file of each recipe, by its name: of the checkout that this is, or of the installed package."""
-    found = sorted(CHECKOUT.glob("*.yaml"))
+    """The file of each recipe, by its name."""
+    found = [file for folder in FOLDERS for file in folder.glob("*.yaml")]
     if not found:
         try:
-            own = [Path(str(entry.locate())) for entry in files("remit") or [] if entry.parts[-2:-1] == ("recipes",)]
+            found = [Path(str(entry.locate())) for entry in files("remit") or [] if entry.match("recipes/*.yaml")]
         except PackageNotFoundError:
-            own = []
-        found = sorted(file for file in own if file.suffix == ".yaml" and file.exists())
-    return {file.stem: file for file in found}
+            return {}
+    return {file.stem: file.resolve() for file in sorted(found)}
 
 
 def config_file(text: str) -> Path:

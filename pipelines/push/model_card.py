@@ -51,7 +51,7 @@ def metadata(
     values: dict[str, Any] = {"license": licence} if licence else {}
     values |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
     tags = ["remit", str((settings or {}).get("objective") or (settings or {}).get("stage") or "")]
-    values["tags"] = [tag for tag in tags if tag]
+    values["tags"] = [tag for tag in dict.fromkeys(tags) if tag]
     if base.get("revision"):  # it came from the hub
         values["base_model"] = base["model"]
     results = [

@@ -47,11 +47,11 @@ def remit_words(call: list[str]) -> list[str] | None:
 
 @pytest.mark.usefixtures("starts_processes")
 @pytest.mark.parametrize("script", SCRIPTS, ids=[script.stem for script in SCRIPTS])
-def test_every_command_has_options_that_exist(
-    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remit: object
-) -> None:
+def test_every_command_has_options_that_exist(script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = calls(script, tmp_path, HUB="lab", RAY_ADDRESS="head:6379")
-    monkeypatch.chdir(ROOT)
+    (tmp_path / "checkout" / "docs").symlink_to(ROOT / "docs")
+    (tmp_path / "checkout" / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "checkout")
     parsed = [parse(expand_config_file(words)) for call in found if (words := remit_words(call)) is not None]
     kinds = [type(config).__name__ for config in parsed]
     assert kinds.count("TrainConfig") == 2

@@ -272,7 +272,7 @@ def test_a_model_goes_with_its_run(hub: HubRepos, remit: Remit, trained: Path, t
     assert len(hub.repos["models", "lab/mid"].messages) == 2  # its own first, and one with everything
     facts = front(card)
     assert facts["model-index"][0]["results"][0]["metrics"][0]["value"] == 43.21
-    assert facts["tags"] == ["remit", "remit"][:1]
+    assert facts["tags"] == ["remit"]
     held_out = [json.loads(line) for line in (trained / "evaluation.jsonl").read_text().splitlines()]
     for expected in ("| `learning_rate` | `0.0003` |", "org/olmo\\|rl", "| objective | `remit` |", "| GSM8K | `gsm8k` |", "43.21 ± 1.00",
                      f"{held_out[0]['loss']:.4f}", f"{held_out[-1]['loss']:.4f}", NO_LICENSE.strip(), "of 1 tasks"):  # fmt: skip
