@@ -9,74 +9,23 @@ import hashlib
 import json
 import re
 import threading
-from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
+from hub_blobs import Blob, Refused, Repo
 
 USER, TOKEN, READ_TOKEN = "org", "hf_write", "hf_read"
 PAGE = 7  # entries of a listing in one answer
 LFS_SUFFIXES = (".arrow", ".safetensors")
 
 
-def sha1(data: bytes) -> str:
-    return hashlib.sha1(data).hexdigest()
-
-
-@dataclass(frozen=True)
-class Blob:
-    """A file. lfs: whether it is kept outside of git, under the sha256 of its bytes."""
-
-    data: bytes
-    lfs: bool
-
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.data).hexdigest()
-
-    @property
-    def oid(self) -> str:
-        """Of git: of the file, or of the pointer that stands for it."""
-        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.data)}\n"
-        data = pointer.encode() if self.lfs else self.data
-        return sha1(f"blob {len(data)}\0".encode() + data)
-
-    def entry(self, path: str) -> dict[str, Any]:
-        lfs = {"lfs": {"oid": self.sha256, "size": len(self.data), "pointerSize": 134}} if self.lfs else {}
-        return {"type": "file", "oid": self.oid, "size": len(self.data), "path": path, **lfs}
-
-
-@dataclass
-class Repo:
-    """branches: commit of each; commits: the files of each; messages: of each, oldest first."""
-
-    private: bool
-    branches: dict[str, str] = field(default_factory=dict)
-    commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
-    messages: list[str] = field(default_factory=list)
-
-    def commit(self, branch: str, files: dict[str, Blob], message: str) -> str:
-        oid = sha1(f"{len(self.commits)} {branch} {sorted(files)}".encode())
-        self.commits[oid], self.branches[branch] = files, oid
-        self.messages.append(message)
-        return oid
-
-    def find(self, revision: str) -> str | None:
-        oid = self.branches.get(revision, revision)
-        return oid if oid in self.commits else None
-
-
-class Refused(Exception):
-    """An answer that is an error: status, X-Error-Code and text."""
-
-
 class HubRepos:
     """repos: by kind (datasets, models) and name. uploaded: bytes that came in, by path or sha256; served: bytes given out.
 
-    lose: answers to commits that are carried out and never sent; fail: statuses of the next answers; limit: commits of all
-    repositories after which each further one is answered with 500.
+    lose: answers to commits that are carried out and never sent; fail: statuses of the next answers; alter: sha256 of a file
+    that is kept without its last byte.
     """
 
     def __init__(self) -> None:
@@ -87,7 +36,7 @@ class HubRepos:
         self.requests: list[str] = []
         self.lose = 0
         self.fail: list[int] = []
-        self.alter: str | None = None  # sha256 of what is kept with one bit less
+        self.alter: str | None = None
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
