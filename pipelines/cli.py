@@ -37,6 +37,7 @@ COMMANDS = {
     "average": ("pipelines.commands.average:AverageConfig", "pipelines.commands.average:run"),
     "verify": ("pipelines.commands.verify:VerifyConfig", "pipelines.commands.verify:run"),
     "upgrade": ("pipelines.commands.upgrade:UpgradeConfig", "pipelines.commands.upgrade:run"),
+    "export": ("pipelines.export.settings:ExportConfig", "pipelines.commands.export:run"),
     "inspect": ("pipelines.inspect.settings:InspectConfig", "pipelines.commands.inspect:run"),
     "distribution": ("pipelines.distribution.settings:DistributionConfig", "pipelines.commands.distribution:run"),
     "weights": ("pipelines.weights.settings:WeightsConfig", "pipelines.commands.weights:run"),
@@ -55,7 +56,7 @@ COMMANDS = {
 GOES_ON = "the same command again goes on"
 OWN_CONFIG = ("flywheel", "completion")  # the file of the first describes a loop, the second has no file
 # these end what they are at when a signal comes: a step and a checkpoint, the parts in work, the stage that runs
-GRACEFUL = ("pack", "score", "select", "train", "upgrade", "push", "sft", "dpo", "rl", "rmt", "flywheel")
+GRACEFUL = ("pack", "score", "select", "train", "upgrade", "export", "push", "sft", "dpo", "rl", "rmt", "flywheel")
 MOVED = {  # options of remit plan that went elsewhere
     "--weights": "--weights is a command of its own now: remit weights --shards DIR",
     "--measure": "--measure is gone; run remit train --max-steps 20, score one part, and give --train-rate and --score-rate",

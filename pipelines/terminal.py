@@ -1,6 +1,7 @@
 """What the commands share: exit codes, progress bars, lines beside them, tables, and what a signal does."""
 
 import functools
+import logging
 import math
 import os
 import select
@@ -32,6 +33,9 @@ def quiet_libraries() -> None:
     import datasets
     import transformers
 
+    # transformers imports torchao, where it is installed, and that tells what it lacks
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()

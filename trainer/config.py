@@ -87,6 +87,11 @@ class TrainConfig(ObjectiveSettings):
     """Decides the order of the rows, together with the epoch."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the matrix products; weights and optimizer stay in float32. auto: bfloat16 on a GPU, float32 elsewhere."""
+    float8: bool = False
+    """Matrix products of the decoder layers' linear layers in 8 bit (torchao; in your checkout of remit: pip install '.[float8]'), on
+    GPUs that have it, Ada, Hopper and newer; the head stays in bfloat16. Part of what a run is."""
+    float8_emulated: bool = False
+    """With --float8: round to 8 bit and multiply in float32, slowly, on any device."""
     router_aux_loss: float | None = None
     """For a base with experts: coefficient of the loss that balances their load, which transformers calls aux_loss; 0:
     without. Such a base is refused while this is not given."""
@@ -158,6 +163,10 @@ class TrainConfig(ObjectiveSettings):
             parse_average(self.average)
         parse_on_nonfinite(self.on_nonfinite)
         parse_steps(self.skip_steps)
+        if self.float8_emulated and not self.float8:
+            raise ValueError(
+                "--float8-emulated is given without --float8, expected both; give --float8 too, or neither"
+            )
         if self.wandb_project is not None and not self.wandb_project.strip():
             raise ValueError(f"--wandb-project is {self.wandb_project!r}, expected the name of a project")
         if self.min_learning_rate > max(self.learning_rate, LOWEST):

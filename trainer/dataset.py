@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from trainer.batch import Row, collate
+from trainer.batch import MicroBatch, Row, collate
 from trainer.data import RowReader, RowReaders
 from trainer.head import token_losses
 from trainer.mixed_shards import MixedShards
@@ -45,7 +45,7 @@ class RowDataset(IterableDataset):
     context: as trainer.config says; None: as the reference was scored, packed without one. num_embeddings: token ids
     must be below it. rank and world_size: this process takes every world_size-th row; the workers of a DataLoader
     divide those among them in turn, so the order within a batch depends on num_workers (0 and 1 are exact). Each of these
-    readers reads every block, since they cannot exchange rows as remit train does.
+    readers reads every block, since they cannot exchange rows as remit train does. seq_len: the most tokens that a row may have.
     ValueError as for remit train.
     """
 
@@ -80,6 +80,7 @@ class RowDataset(IterableDataset):
             readers.append(RowReader(folder, context, reference, num_embeddings, left_out=left_out, first_source=files))
             files += len(folder.manifest.corpus)
         self.context = context
+        self.seq_len = max(folder.manifest.seq_len for folder in mixed.folders)
         self._readers_of_sources = RowReaders(readers)
         self._order = mixed.order(seed, global_batch_size or 1)
         self._end = None if epochs is None else round(epochs * self._order.num_rows)
@@ -134,12 +135,17 @@ class Collator:
 
     def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
         batch = collate(rows, self.context, "cpu")
-        missing = torch.full(batch.input_ids_BT.shape, torch.nan)  # which TrainerLoss refuses where it needs them
-        logprobs = batch.columns.get("logprobs", missing)
-        high = logprobs.contiguous().view(torch.int32).long() << 32
-        labels = torch.where(batch.predicted_BT, high | batch.input_ids_BT, IGNORED)
+        labels = packed_labels(batch)
         positions = {} if batch.position_ids_BT is None else {"position_ids": batch.position_ids_BT}
         return {"input_ids": batch.input_ids_BT, "labels": labels, **positions}
+
+
+def packed_labels(batch: MicroBatch) -> Tensor:
+    """Labels int64 [B, T] of the tokens of a batch on the CPU, as Collator has them: each at the place of its own token."""
+    missing = torch.full(batch.input_ids_BT.shape, torch.nan)  # which TrainerLoss refuses where it needs them
+    logprobs = batch.columns.get("logprobs", missing)
+    high = logprobs.contiguous().view(torch.int32).long() << 32
+    return torch.where(batch.predicted_BT, high | batch.input_ids_BT, IGNORED)
 
 
 def split_labels(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from shards.store import temporary_name
 from trainer.config import TrainConfig
+from trainer.model_flops import speed
 from trainer.run_folder import METRICS, TENSORBOARD
 from trainer.statistics import WEIGHT_STEP
 
@@ -84,7 +85,7 @@ class Group:
 def step_groups(metrics: dict[str, Any]) -> Iterator[Group]:
     """The groups of one step as it stands in metrics.jsonl; those of the sources every ten steps, if there are several."""
     has_details = metrics["step"] == 1 or metrics["step"] % DETAILS_EVERY == 0
-    yield _group("train", metrics, has_details)
+    yield _group("train", metrics | speed(metrics), has_details)
     if has_details and len(metrics["sources"]) > 1:
         for name, of_source in metrics["sources"].items():
             yield _group(f"source {name}", of_source | (metrics.get("mixture") or {}).get(name, {}), has_details)

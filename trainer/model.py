@@ -4,6 +4,7 @@ In: a model folder. Out: a Base, whose body gives hidden states and whose output
 """
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from shards.modelfolder import max_positions, require_base
 from trainer.checks import check_plain_head, check_runs
+from trainer.expert_products import use_autocast_in_experts
 from trainer.noise import silence
 
 
@@ -95,14 +97,24 @@ class Base:
         hidden_BTH = output.last_hidden_state.view(*shape, -1).to(self.dtype)
         return hidden_BTH, tuple(output.router_logits) if routed else ()
 
-    def prepare(self, activation_checkpointing: bool, compile_layers: str, static: bool = False) -> None:
+    def prepare(
+        self,
+        activation_checkpointing: bool,
+        compile_layers: str,
+        static: bool = False,
+        swap_layers: Callable[[], None] = lambda: None,
+    ) -> None:
         """Before the weights are spread over ranks. compile_layers: "auto" (on a GPU), "on", "off".
 
         static: compile for each shape by itself, and not, as torch does by default, for any shape once it has seen two:
-        what a step is made of then depends on the steps before it, which a resumed run has not seen.
+        what a step is made of then depends on the steps before it, which a resumed run has not seen. swap_layers: called
+        before layers are compiled, to put others in their place (--float8).
         """
         if activation_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if self.dtype != torch.float32:
+            use_autocast_in_experts(self.model)
+        swap_layers()
         if compile_layers == "on" or (compile_layers == "auto" and self.device.type == "cuda"):
             for layer in self.layers:
                 layer.compile(dynamic=False if static else None)

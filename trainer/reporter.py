@@ -22,6 +22,7 @@ from trainer.batches import GlobalBatch
 from trainer.guard import Counts, Guard
 from trainer.loggers import Loggers
 from trainer.loss_model import peak_memory_bytes
+from trainer.model_flops import speed
 from trainer.session import Session
 from trainer.statistics import Sources, StepStatistics
 
@@ -43,6 +44,7 @@ class StepNumbers:
     verdict_2: Tensor
     learning_rate: float
     tokens: int
+    model_flops: float
     began: float
 
 
@@ -57,7 +59,7 @@ class Reporter:
     """Writes down the steps of a run in their order: counts, metrics, progress.
 
     log: None on the processes that write nothing. shown: options whose figures belong to the metrics, by the metric's name.
-    patience: steps in a row that may be not finite. passes: of a mixture, for each source what trained of it up to a step. lag:
+    patience: steps in a row that may be not finite. peak: bfloat16 FLOP/s of all devices, None where it is not known. passes: of a mixture, for each source what trained of it up to a step. lag:
     steps that a step's numbers may be read later.
     """
 
@@ -72,10 +74,11 @@ class Reporter:
         shown: frozenset[str],
         prometheus: Path | None = None,
         passes: Callable[[int], dict[str, Any]] | None = None,
+        peak: float | None = None,
     ) -> None:
         self.session, self.log, self.sources, self.guard = session, log, sources, guard
         self.num_steps, self.patience, self.shown, self.prometheus = num_steps, patience, shown, prometheus
-        self.passes, self._told = passes, False
+        self.passes, self.peak, self._told = passes, peak, False
         self.lag = 1 if session.world.device.type == "cuda" else 0
         self._waiting: deque[_OnItsWay] = deque()
         self._norms: deque[float] = deque(maxlen=RECENT_STEPS)
@@ -124,6 +127,10 @@ class Reporter:
         self._last_read = now
         metrics: dict[str, Any] = {"step": numbers.step, "tokens": counts.tokens} | statistics.metrics(self.sources)
         metrics |= {"grad_norm": grad_norm, "lr": numbers.learning_rate, "tokens_per_second": numbers.tokens / seconds}
+        if numbers.model_flops:
+            metrics["model_flops_per_token"] = numbers.model_flops / numbers.tokens
+            if self.peak is not None:
+                metrics["mfu"] = numbers.model_flops / seconds / self.peak
         metrics |= {"data_wait_seconds": numbers.batch.data_wait_seconds}
         metrics |= {"peak_memory_bytes": peak_memory_bytes(self.session.world.device)}
         if self.passes is not None:
@@ -206,9 +213,8 @@ def where(rows: list[Row]) -> str:
 def write_prometheus(path: Path, metrics: dict[str, Any], num_steps: int) -> None:
     """The numbers of a step as gauges `remit_train_NAME`, whole or not at all; sources as a label."""
     lines: list[str] = []
-    flat = {name: value for name, value in metrics.items() if isinstance(value, int | float)} | {
-        "steps_planned": num_steps
-    }
+    flat = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+    flat |= speed(metrics) | {"steps_planned": num_steps}
     sources = metrics["sources"] if len(metrics["sources"]) > 1 else {}
     for name, value in flat.items():
         metric = "remit_train_" + re.sub(r"[^a-zA-Z0-9_]", "_", name)

@@ -37,7 +37,14 @@ NOT_SETTINGS = (
 # what run.json says beside the settings: not compared by a resume, since the base's folder may be moved and older runs lack it
 RECORDED = ("base", "rows_left_out", "tokenizer_differences")
 # options that a run began without where they are off, as all runs of older versions
-OFF: dict[str, Any] = {"z_loss": 0.0, "skip_spikes": None, "average": None, "decay_embeddings": True}
+OFF: dict[str, Any] = {
+    "z_loss": 0.0,
+    "skip_spikes": None,
+    "average": None,
+    "decay_embeddings": True,
+    "float8": False,
+    "float8_emulated": False,
+}
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,9 @@ from trainer.evaluation import Evaluation, open_measure
 from trainer.exchange import Processes
 from trainer.experts import RouterLoss, check_experts, describe, router_loss
 from trainer.exported import Exported, untrained_notes
+from trainer.float8 import require_float8, use_float8
 from trainer.going_on import RESUMED_FROM, begins_at, describe_source, left_out_steps, plan_changes, rows_begin_at
+from trainer.gpu_peaks import peak_of_all
 from trainer.guard import Guard
 from trainer.layout import Layout, read_layout
 from trainer.loggers import require_wandb
@@ -35,6 +37,7 @@ from trainer.loss_model import LossModel
 from trainer.mix import MixedOrder
 from trainer.mixed_shards import MixedShards, choose_steps, require_epochs, table
 from trainer.model import Base, load_base
+from trainer.model_flops import ModelFlops, count_model_flops
 from trainer.objectives import make_objective
 from trainer.objectives.objective import Objective
 from trainer.resume import first_warmup, is_finished, require_steps_fit, resume
@@ -50,7 +53,8 @@ class Run:
 
     settings: what run.json says. collate: pads rows to a micro-batch on the device. balance: the balancing loss of a base
     with experts. loss_model: body and loss head, which hold the weights; model: the same spread over the ranks, to be
-    called. average: of the weights, where one is asked for. order: of the rows; batches: of the steps first_step + 1 ..
+    called. flops: of a step's rows in `context`, None where they cannot be counted; peak: of all devices, in bfloat16 FLOP/s, where
+    they are known. average: of the weights, where one is asked for. order: of the rows; batches: of the steps first_step + 1 ..
     num_steps but for those that `changes`, what later commands changed, leaves out. begin: the step that the run began with, of
     another run; rows_from: the one after which the run's own rows train, an earlier one where that run has the same.
     """
@@ -61,8 +65,11 @@ class Run:
     shards: ShardFolder
     objective: Objective
     sources: Sources
+    context: str
     collate: Callable[[list[Row]], MicroBatch]
     base: Base
+    flops: ModelFlops | None
+    peak: float | None
     layout: Layout
     balance: RouterLoss | None
     loss_model: LossModel
@@ -87,6 +94,7 @@ def prepare(config: TrainConfig, session: Session) -> Run | None:
     """
     if config.wandb_project is not None:
         require_wandb()  # before minutes of loading
+    require_float8(config, session.world.device)
     torch.manual_seed(config.seed)
     world = session.world
     mixed = MixedShards.open(config.mixture)
@@ -124,7 +132,9 @@ def prepare(config: TrainConfig, session: Session) -> Run | None:
     if mixed.mixture.is_mixed:
         sources = Sources.of_mixture({name: of.manifest.corpus for name, of in zip(mixed.names, mixed.folders)})
 
-    base.prepare(config.activation_checkpointing, config.compile, static=config.deterministic)
+    base.prepare(
+        config.activation_checkpointing, config.compile, config.deterministic, partial(swap_layers, config, session, base)
+    )  # fmt: skip
     pad_to = shards.manifest.seq_len if config.deterministic else None  # few shapes, since each is compiled
     loss_model = LossModel(base)
     model = spread(loss_model, base.layers, world, config.sharding, base.dtype)
@@ -150,8 +160,11 @@ def prepare(config: TrainConfig, session: Session) -> Run | None:
         shards=shards,
         objective=objective,
         sources=sources,
+        context=context,
         collate=partial(collate, context=context, device=world.device, length=pad_to),
         base=base,
+        flops=counted_flops(base, session),
+        peak=peak_of_all(world, base.dtype),
         layout=layout,
         balance=balance,
         loss_model=loss_model,
@@ -225,6 +238,21 @@ def load_trainable(config: TrainConfig, session: Session, mixed: MixedShards, co
         settings = ", ".join(f"{name} {value:g}" for name, value in base.dropout.items())
         session.note(f"off while training, kept in the export: {settings}")
     return base
+
+
+def swap_layers(config: TrainConfig, session: Session, base: Base) -> None:
+    """Put layers in float8 in the place of those that are, with --float8."""
+    if config.float8:
+        session.note(use_float8(base, config.float8_emulated))
+
+
+def counted_flops(base: Base, session: Session) -> ModelFlops | None:
+    """What the model costs; None, with a note, where that cannot be counted."""
+    try:
+        return count_model_flops(base.model.config)
+    except ValueError as error:
+        session.note(f"{error}; metrics.jsonl has no model_flops_per_token")
+        return None
 
 
 def balancing_loss(config: TrainConfig, session: Session, base: Base) -> RouterLoss | None:

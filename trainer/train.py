@@ -92,10 +92,10 @@ def train_steps(run: Run, session: Session) -> bool:
                 guard.counts.skipped_steps += 1
             else:
                 batch = next(run.batches)
-                predicted, tokens = count_tokens(batch, session.world)
+                predicted, tokens, model_flops = count(batch, run, session.world)
                 if predicted:
                     with profiled(config.profile == step and session.world.first, config.out, step):
-                        numbers = train_step(run, session, step, batch, predicted, tokens)
+                        numbers = train_step(run, session, step, batch, predicted, tokens, model_flops)
                     reporter.add(numbers)
                 else:
                     reporter.settle()
@@ -140,7 +140,7 @@ def make_reporter(run: Run, session: Session, log: Loggers | None) -> Reporter:
     return Reporter(
         session, log, run.sources, run.guard, run.num_steps, parse_on_nonfinite(config.on_nonfinite),
         frozenset(name for name, is_on in wanted.items() if is_on), config.prometheus,
-        partial(passes, run) if len(run.order.names) > 1 else None,
+        partial(passes, run) if len(run.order.names) > 1 else None, run.peak,
     )  # fmt: skip
 
 
@@ -158,11 +158,11 @@ def passes(run: Run, step: int) -> dict[str, Any]:
 
 
 def train_step(
-    run: Run, session: Session, step: int, batch: GlobalBatch, predicted: int, step_tokens: int
+    run: Run, session: Session, step: int, batch: GlobalBatch, predicted: int, step_tokens: int, model_flops: float
 ) -> StepNumbers:
     """Forward, backward and update of one global batch. All ranks take part; the device is not waited for.
 
-    predicted, step_tokens: tokens to predict and tokens of the global batch, over all ranks.
+    predicted, step_tokens, model_flops: of `count`.
     """
     config, world = run.config, session.world
     began = perf_counter()
@@ -188,7 +188,9 @@ def train_step(
     leave_out(run.optimizer, verdict_2)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    return StepNumbers(step, batch, statistics, mean_loss, grad_norm, verdict_2, learning_rate, step_tokens, began)
+    return StepNumbers(
+        step, batch, statistics, mean_loss, grad_norm, verdict_2, learning_rate, step_tokens, model_flops, began
+    )  # fmt: skip
 
 
 def is_due(step: int, every: int) -> bool:
@@ -196,11 +198,13 @@ def is_due(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
 
 
-def count_tokens(batch: GlobalBatch, world: World) -> tuple[int, int]:
-    """Predicted tokens and tokens of a global batch, over all ranks."""
+def count(batch: GlobalBatch, run: Run, world: World) -> tuple[int, int, float]:
+    """Predicted tokens, tokens and model FLOPs (0 where they cannot be counted) of a global batch, over all ranks."""
     own = [sum(int(row.predicted.sum()) for row in batch.rows), sum(len(row.input_ids) for row in batch.rows)]
-    predicted, tokens = world.sum(torch.tensor(own)).tolist()
-    return predicted, tokens
+    flops = run.flops.of_step(batch.rows, run.context) if run.flops else 0.0
+    # float64 has whole numbers up to 9e15
+    predicted, tokens, model_flops = world.sum(torch.tensor([*own, flops], dtype=torch.float64)).tolist()
+    return int(predicted), int(tokens), model_flops
 
 
 def export_model(

@@ -16,7 +16,7 @@ from benchmarks.lab.results import Results
 
 ACCURACY = "greedy_all"
 Values = dict[int, float]
-Kind = Literal["paper", "control", "check"]
+Kind = Literal["paper", "control", "check", "switch"]
 REPRODUCED, CONTRADICTED, UNDECIDED, MISSING = "reproduced", "contradicted", "not decided", "not measured"
 PREMISE = "not tested, premise not shown"
 COLLAPSED = 1e-3  # of the norm with the clip: a norm below that counts as this, so that zero has a logarithm
@@ -229,6 +229,22 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(LENGTH_HELPS, "",
           difference(("ntp", RL), ("ntp-rl10", RL)), kind="check"),
 )  # fmt: skip
+OF_SWITCH: tuple[Claim, ...] = (
+    Claim("Switch is above NTP after mid-training", "44.7 and 26.1 (reasoning)",
+          difference(("switch", MID), ("ntp", MID)), kind="switch"),
+    Claim("Switch is above KD, forward KL at every token", "not compared at equal settings",
+          difference(("switch", MID), ("kd", MID)), kind="switch"),
+    Claim("Switch is above reverse KL at every token", "not compared at equal settings",
+          difference(("switch", MID), ("rkl", MID)), kind="switch"),
+    Claim("Switch is above ReMiT", "not in the paper", difference(("switch", MID), ("remit", MID)), kind="switch"),
+    Claim("Switch has a lower loss on right solutions than NTP", "not in the paper",
+          difference(("ntp", MID), ("switch", MID), "loss_solutions"), "nats", kind="switch"),
+    Claim("Switch has a lower loss on right solutions than ReMiT", "not in the paper",
+          difference(("remit", MID), ("switch", MID), "loss_solutions"), "nats", kind="switch"),
+    Claim("Switch has a higher loss than NTP on notes, which mid-training all but lacks", "29.3 and 30.3 (recall of facts)",
+          difference(("switch", MID), ("ntp", MID), "loss_notes"), "nats", kind="switch"),
+)  # fmt: skip
+"""Judged where the arm was measured: not every recipe has it."""
 
 
 def judge(claim: Claim, results: Results) -> Finding:
@@ -261,6 +277,8 @@ def is_counted(finding: Finding) -> bool:
 
 
 def judge_all(results: Results, claims: Sequence[Claim] = CLAIMS) -> list[Finding]:
+    if "switch" in results.arms("mid") and claims is CLAIMS:
+        claims = (*CLAIMS, *OF_SWITCH)
     findings = [judge(claim, results) for claim in claims]
     counted = [finding.estimate.p if finding.estimate and is_counted(finding) else None for finding in findings]
     return [replace(finding, survives=survives) for finding, survives in zip(findings, holm(counted), strict=True)]

@@ -7,7 +7,7 @@ differs. `Arm` says what an arm trains with.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ FULL_RL, SHORT_RL = "rl", "rl10"
 SHORT_RL_SHARE = 0.1
 CURVES = (NTP, REMIT, "ntp-guided")  # arms that are measured in mid-run too
 CONTEXT = ("--context", "document")  # as the problems are posed later: nothing before them
+SOFTENED = ("--entropy", "--entropy-temperature", "2")  # what a reverse KL at temperature 2 and the gate read
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,11 @@ ARMS: dict[str, Arm] = {
     "no-clip": Arm(("--objective", "remit", "--epsilon", "inf"), "rl"),
     "remit-rl10": Arm(("--objective", "remit"), "rl10"),
     "remit2": Arm(("--objective", "remit"), "rl2"),
+    "rkl": Arm(("--objective", "rkl", "--temperature", "2"), "rl"),
+    "switch": Arm(("--objective", "switch"), "sure"),
 }
-"""`rl` is the reference made from the NTP arm, `rl10` the same after a tenth of the steps, `rl2` made from the ReMiT arm."""
+"""`rl` is the reference made from the NTP arm, `rl10` the same after a tenth of the steps, `rl2` made from the ReMiT arm; `sure`
+is `rl` again, with its most probable tokens stored only where its entropy is low."""
 
 
 class Seed:
@@ -88,8 +92,8 @@ class Seed:
         ntp = self.arm(NTP)
         sft, _, rl = self.post_train(NTP)
         if REMIT in arms:
-            # one scoring for ReMiT and for distillation: the log-probs are the same with and without the top k
-            self.column("rl", rl, top_k=recipe.top_k if "kd" in arms else 0)
+            # one scoring for ReMiT and for distillation: the log-probs are the same with and without the other columns
+            self.column("rl", rl, stored=self.stored_for(arms))
             self.arm(REMIT)
             self.measure_all(rl)  # so that the first numbers do not wait for all arms
         if "remit2" in arms or REMIT in recipe.post_trained:
@@ -107,6 +111,11 @@ class Seed:
             if (arm, "rl") not in self.models:
                 self.post_train(arm)
         self.measure_all(rl)
+
+    def stored_for(self, arms: Collection[str]) -> tuple[str, ...]:
+        """Options of remit score for the columns that arms read beside log-probs."""
+        top = ("--top-k", str(self.recipe.top_k)) if {"kd", "rkl", "switch"} & set(arms) else ()
+        return (*top, *(SOFTENED if {"rkl", "switch"} & set(arms) else ()))
 
     def prepare(self, arm: str, ntp: Stage, sft: Stage, rl: Stage) -> None:
         """What an arm reads that is not there yet: its reference, and the corpus scored with it."""
@@ -126,6 +135,8 @@ class Seed:
             short = self.rl("ntp/rl10", self.models[NTP, "dpo"], max(1, round(recipe.rl_steps * SHORT_RL_SHARE)))
             self.models["ntp-rl10", "rl"] = short
             self.column("rl10", short)
+        elif arm == "switch":
+            self.column("sure", rl, stored=(*self.stored_for([arm]), "--top-k-below-entropy", "quantile:0.2"))
 
     def train(
         self, path: str, start: Stage, sub: str, rows: str, arm: Arm, steps: int, learning_rate: float,
@@ -169,8 +180,9 @@ class Seed:
         self.models[name, "mid"] = stage
         return stage
 
-    def column(self, name: str, model: Stage, on: str | None = None, top_k: int = 0) -> Stage:
-        """The mid-training corpus scored with a model. on: another column that the folder has too."""
+    def column(self, name: str, model: Stage, on: str | None = None, stored: tuple[str, ...] = ()) -> Stage:
+        """The mid-training corpus scored with a model. on: another column that the folder has too; stored: options for more
+        columns."""
         inputs: dict[str, Stage] = {"model": model}
         if on is None:
             inputs["data"] = self.data
@@ -180,7 +192,7 @@ class Seed:
             folder = At("scored")
         words: tuple[Word, ...] = (
             "score", "--shards", folder, "--model", At("model"), "--name", name, "--out", At("out"),
-            "--num-engines", "1", "--dtype", "float32", *CONTEXT, *(("--top-k", str(top_k)) if top_k else ()),
+            "--num-engines", "1", "--dtype", "float32", *CONTEXT, *stored,
         )  # fmt: skip
         self.columns[name] = self.add(f"score/{name}", "pipelines.cli", words, inputs, resumes=True)
         return self.columns[name]

@@ -17,6 +17,7 @@ LINES = {
     "base": (GREY, "solid"), "ntp": (BLUE, "solid"), "remit": (ORANGE, "solid"), "remit2": (RED, "solid"),
     "ntp-guided": (GREEN, "dashdot"), "sft-guided": (OLIVE, "solid"), "rho1": (PINK, "solid"), "miniplm": (VIOLET, "solid"),
     "kd": (PINK, "dash"), "no-clip": (VIOLET, "dot"), "remit-rl10": (OLIVE, "dot"), "ntp-rl10": (GREY, "dot"),
+    "rkl": (GREEN, "dot"), "switch": (RED, "dash"),
 }  # fmt: skip
 GRID = "rgba(128, 128, 128, 0.3)"  # on white and on black
 

@@ -52,7 +52,8 @@ class Recipe:
     texts: int = 200
     """Held-out documents of each general text."""
     arms: tuple[str, ...] = (
-        "remit", "remit2", "ntp-guided", "sft-guided", "rho1", "miniplm", "kd", "no-clip", "remit-rl10",
+        "remit", "remit2", "ntp-guided", "sft-guided", "rho1", "miniplm", "kd", "no-clip", "remit-rl10", "rkl",
+        "switch",
     )  # fmt: skip
     """Beside NTP, which is always there."""
     post_trained: tuple[str, ...] = ("kd", "remit")
@@ -65,7 +66,7 @@ RECIPES: dict[Size, Recipe] = {
         hidden_size=64, intermediate_size=128, layers=2, heads=2, pretraining_steps=80, midtraining_steps=80,
         curated_steps=20, evaluations=2, exports=0, sft_examples=128, dpo_examples=64, rl_prompts=64, rl_steps=10, rl_batch=32,
         problems=40, sampled=20, curve_problems=20, texts=30, post_trained=(),
-        arms=("remit", "ntp-guided", "rho1", "miniplm", "kd", "no-clip"),
+        arms=("remit", "ntp-guided", "rho1", "miniplm", "kd", "no-clip", "rkl", "switch"),
     ),
     "tiny": Recipe(
         hidden_size=64, intermediate_size=64, layers=1, heads=2, pretraining_steps=10, midtraining_steps=10,

@@ -39,6 +39,7 @@ SCHEMA = pa.schema(
 ABOUT = ("seed", "size", "recipe", "seconds", "versions", "code")
 RESULT = "measurements.json"  # that benchmarks.lab.measure writes into its output folder
 POINTS = 20  # of a curve that has a value for every step
+OF_STEPS = ("grad_norm", "clipped_low", "clipped_high", "gated", "gate_without_topk")  # of mid-training
 
 Key = tuple[str, str, str]
 """arm, stage, metric"""
@@ -72,7 +73,7 @@ def collect(
         if kind == "mid":
             for line in _json_lines(run / "evaluation.jsonl"):
                 add(arm, "mid", "loss_heldout", line["loss"], line["step"])
-            for step, means in curve(_json_lines(run / "metrics.jsonl"), ("grad_norm", "clipped_low", "clipped_high")):
+            for step, means in curve(_json_lines(run / "metrics.jsonl"), OF_STEPS):
                 for metric, value in means.items():
                     add(arm, "mid", metric, value, step)
         elif kind == "rl":

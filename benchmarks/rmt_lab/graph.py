@@ -86,7 +86,7 @@ class RmtSeed(Seed):
     def _sft(self, path: str, model: Stage) -> Stage:
         return self.post(path, "sft", model, ("--learning-rate", str(self.recipe.sft_learning_rate)))
 
-    def column(self, name: str, model: Stage, on: str | None = None, top_k: int = 0) -> Stage:
+    def column(self, name: str, model: Stage, on: str | None = None, stored: tuple[str, ...] = ()) -> Stage:
         """The corpus scored with a model: log-probs for ReMiT, entropies for the tiers."""
         self.columns[name] = self._score(f"score/{name}", model, "midtraining")
         return self.columns[name]

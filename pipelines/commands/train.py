@@ -28,7 +28,8 @@ def run(config: TrainConfig, should_stop: ShouldStop) -> int:
         require_shards(folder)
     model = resolve_model("--model", config.model)
     require_base(model.path)  # before Ray starts workers, or the corpus is looked at
-    from trainer.train import train  # a mistyped path is told before these seconds
+    from trainer.model_flops import speed  # a mistyped path is told before these seconds
+    from trainer.train import train
 
     quiet_libraries()
     tokens_at_start: int | None = None
@@ -47,7 +48,12 @@ def run(config: TrainConfig, should_stop: ShouldStop) -> int:
                 numbers += f"clipped {metrics['clipped_low']:.0%}/{metrics['clipped_high']:.0%}, "
             if metrics.get("kd_loss") is not None:  # of the switch none where nothing is gated
                 numbers += f"KL {metrics['kd_loss']:.3f}, "
-            bar.set_postfix_str(f"{numbers}{metrics['tokens_per_second']:,.0f} tokens/s", refresh=False)
+            numbers += f"{metrics['tokens_per_second']:,.0f} tokens/s"
+            if "mfu" in metrics:
+                numbers += f", MFU {metrics['mfu']:.1%}"
+            elif "model_flops_per_token" in metrics:
+                numbers += f", {speed(metrics)['teraflops_per_second']:.3g} TFLOP/s"
+            bar.set_postfix_str(numbers, refresh=False)
             bar.update(done - bar.n)
 
         def phase(name: str) -> None:

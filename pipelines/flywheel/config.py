@@ -238,6 +238,15 @@ def check_together(config: FlywheelConfig) -> None:
         raise ValueError(
             f"score.top_k is 0, expected at least 1, for instance 32, since train.objective is {objective}"
         )
+    if config.rounds and objective in ("kd", "rkl") and score.get("top_k_below_entropy") is not None:
+        raise ValueError(
+            f"score.top_k_below_entropy is {score['top_k_below_entropy']!r}, expected none, since train.objective is {objective}, which "
+            "needs the most probable tokens everywhere"
+        )
+    if config.rounds and objective == "sampled" and not score.get("sample_k"):
+        raise ValueError("score.sample_k is 0, expected at least 1, for instance 25, since train.objective is sampled")
+    if config.rounds and objective == "entropy" and not score.get("entropy"):
+        raise ValueError("score.entropy is False, expected true, since train.objective is entropy")
     if objective == "switch" and config.rounds:
         temperature = train.get("temperature", TEMPERATURES["switch"])
         stored = score.get("entropy_temperature") if temperature != 1 else 1

@@ -23,6 +23,7 @@ NAMES = {
     "rkl": "reverse KL",
     "switch": "switch",
     "sampled": "sampled KD",
+    "entropy": "by entropy",
 }
 # what belongs to an objective: itself, and what it reads
 OF_AN_OBJECTIVE = {"objective", "reference", *(name for names in OPTIONS.values() for name in names)}

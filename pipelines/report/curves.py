@@ -18,7 +18,7 @@ from pipelines.report.posttrain import renamed, stage_of
 from pipelines.report.runs import EVALUATION, METRICS, characters, read_lines, read_settings
 
 OF_A_SOURCE = ("predicted_tokens", "ntp_loss", "weight_mean")
-BY_TIME = ["tokens_per_second", "data_wait_share"]
+BY_TIME = ["tokens_per_second", "data_wait_share", "teraflops_per_second", "mfu"]
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,19 @@ def _table(rows: Iterable[dict], index: pd.Index) -> pd.DataFrame:
 
 def derive(steps: pd.DataFrame) -> pd.DataFrame:
     """The same with the figures that follow from several others."""
-    columns = ("tokens", "predicted_tokens", "effective_tokens", "data_wait_seconds", "tokens_per_second")
-    tokens, predicted, effective, wait, speed = (steps.get(name, pd.Series(np.nan, steps.index)) for name in columns)
+    columns = (
+        *("tokens", "predicted_tokens", "effective_tokens", "data_wait_seconds", "tokens_per_second"),
+        *("model_flops_per_token", "mfu"),
+    )
+    tokens, predicted, effective, wait, speed, flops, mfu = (
+        steps.get(name, pd.Series(np.nan, steps.index)) for name in columns
+    )
     # the step after a gap has no time of its own: the tokens since the line before it are of several steps
     follows = np.diff(steps.index.to_numpy(), prepend=0) == 1
     seconds = (tokens - tokens.shift(fill_value=0.0)).where(follows) / speed
     return steps.assign(
         tokens=tokens, seconds=seconds, data_wait_share=wait / seconds, effective_share=effective / predicted,
-        tokens_per_second=speed,
+        tokens_per_second=speed, teraflops_per_second=flops * speed / 1e12, mfu=mfu,
     )  # fmt: skip
 
 

@@ -52,6 +52,8 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("Gradient norm", "before clipping", ("grad_norm",)),
         Panel("Learning rate", "per step", ("lr",), ".3e"),
         Panel("Throughput", "tokens/s", ("tokens_per_second",), ",.0f"),
+        Panel("Model FLOPs", "TFLOP/s", ("teraflops_per_second",), note="of all processes together, forward and backward."),
+        Panel("Model FLOP utilisation", "share of the peak", ("mfu",), ".1%", note="of the GPUs' dense bfloat16 peak."),
         Panel("Waiting for data", "share of the step", ("data_wait_share",), ".3%"),
         Panel("Peak memory", "bytes", ("peak_memory_bytes",), ",.0f"),
     ),

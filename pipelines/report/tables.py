@@ -115,6 +115,8 @@ def _totals(run: "Run") -> dict[str, str]:
         "steps": f"{len(run.steps) * every:,}" + _missing(run.steps.index, every),
         "tokens": _figure(last.get("tokens"), ",.0f"),
         "time of training, from tokens/s": ABSENT if math.isnan(seconds) else duration(seconds),
+        "model FLOPs, mean": _figure(_mean_over_time(run, "teraflops_per_second"), ",.4g", " TFLOP/s"),
+        "share of the bfloat16 peak, mean": _figure(_mean_over_time(run, "mfu"), ".1%"),
         "next-token loss, last step": _figure(last.get("ntp_loss"), ".4f"),
         "held-out loss, last": _held_out(run),
         "held-out tokens": "; ".join(held_out) or ABSENT,
@@ -125,6 +127,13 @@ def _totals(run: "Run") -> dict[str, str]:
         },
         "left out": run.damaged or ABSENT,
     }
+
+
+def _mean_over_time(run: "Run", name: str) -> float:
+    """The mean of a rate over the time of training; NaN where no step has it."""
+    values = run.steps[name]
+    seconds = run.steps["seconds"].where(values.notna())
+    return float((values * seconds).sum() / seconds.sum()) if seconds.sum() else math.nan
 
 
 OF_STAGES = {  # what post-training came to; a single step says little

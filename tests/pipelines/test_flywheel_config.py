@@ -191,6 +191,12 @@ BAD = [
     ({"train": {"objective": "ntp"}}, "train.objective is 'ntp', expected one with a reference"),
     ({"train": {"objective": "kd", "epsilon": 0.3}}, "--epsilon belongs to --objective remit"),
     ({"train": {"objective": "kd"}}, "score.top_k is 0, expected at least 1, for instance 32, since train.objective is kd"),
+    (
+        {"train": {"objective": "rkl"}, "score": {"top_k": 8, "entropy": True, "top_k_below_entropy": "quantile:0.2"}},
+        "score.top_k_below_entropy is 'quantile:0.2', expected none, since train.objective is rkl",
+    ),
+    ({"train": {"objective": "sampled"}}, "score.sample_k is 0, expected at least 1, for instance 25, since train.objective is"),
+    ({"train": {"objective": "entropy"}}, "score.entropy is False, expected true, since train.objective is entropy"),
     ({"train": {"context": "document"}}, "train.context is 'document', expected packed, as score.context is, or auto"),
     (
         {"train": {"context": "packed"}, "score": {"context": "document"}},

@@ -284,8 +284,13 @@ def test_references_are_the_ones_that_the_arms_are_named_after() -> None:
         return seed.models[arm, "mid"].inputs["shards"].inputs["model"]
 
     rl = seed.models["ntp", "rl"]
-    for arm in ("remit", "no-clip", "kd"):
+    for arm in ("remit", "no-clip", "kd", "rkl", "switch"):
         assert scored_with(arm) is rl
+    assert option(seed.models["switch", "mid"].inputs["shards"], "--top-k-below-entropy") == "quantile:0.2"
+    everywhere = seed.models["rkl", "mid"].inputs["shards"]
+    assert everywhere is seed.models["remit", "mid"].inputs["shards"]
+    assert (option(everywhere, "--top-k"), option(everywhere, "--entropy-temperature")) == ("16", "2")
+    assert "--top-k-below-entropy" not in everywhere.command
     assert scored_with("ntp-guided") is seed.models["ntp", "mid"]
     assert scored_with("sft-guided") is seed.models["ntp", "sft"]
     assert scored_with("remit2") is seed.models["remit", "rl"]

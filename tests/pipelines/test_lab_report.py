@@ -44,9 +44,9 @@ from benchmarks.lab.claims import (
 )
 from benchmarks.lab.plots import make_plots
 from benchmarks.lab.recipe import RECIPES
-from benchmarks.lab.report import MARK, PICTURES, lead, main, to_markdown, to_page
+from benchmarks.lab.report import MARK, PICTURES, lead, main, markdown_table, to_markdown, to_page
 from benchmarks.lab.results import Results, read
-from benchmarks.lab.tables import cell, found_text, make_tables
+from benchmarks.lab.tables import cell, claims_table, differences_table, found_text, make_tables
 
 COMMITTED = Path(__file__).resolve().parents[2] / "docs" / "lab-report"
 ARMS = ["ntp", "remit", "remit2", "ntp-guided", "sft-guided", "rho1", "miniplm", "kd", "no-clip", "remit-rl10"]
@@ -467,7 +467,9 @@ def test_committed_report_is_that_of_its_results(tmp_path: Path) -> None:
     """Its tables are what the command writes; each number of the summary by hand is in them."""
     results = read([COMMITTED])
     assert (results.seeds, results.size, len(results.code)) == ([1, 2, 3, 4, 5], "full", 1)
-    assert results.recipe == json.loads(json.dumps(asdict(RECIPES["full"])))
+    recipe = json.loads(json.dumps(asdict(RECIPES["full"])))
+    later = ["rkl", "switch"]  # arms that joined after those seeds had run, and change nothing for the others
+    assert results.recipe | {"arms": [*results.recipe["arms"], *later]} == recipe
     committed = (COMMITTED / "report.md").read_text(encoding="utf-8")
     summary, _, tables = committed.partition(MARK)
     findings = judge_all(results)
@@ -483,6 +485,44 @@ def test_committed_report_is_that_of_its_results(tmp_path: Path) -> None:
     assert f"the paired interval is {rl.low:.1f} to {rl.high:.1f} points" in " ".join(page.split())
     assert set(PICTURES) <= {plot.title for plot in make_plots(results)}
     assert set(PICTURES.values()) == {file.name for file in COMMITTED.glob("*.png")}
+
+
+def test_switch_has_a_table_where_it_was_measured(tmp_path: Path) -> None:
+    """By hand: 3 points above NTP in every seed but for a little, and no row of what was not measured."""
+    records = [made_up(seed) for seed in range(4)]
+    for record, ahead in zip(records, (0.029, 0.03, 0.031, 0.03)):
+        values = {
+            (row["arm"], row["metric"]): row["value"]
+            for row in record["measurements"]
+            if row["stage"] == "mid" and row["step"] is None
+        }
+        level = values["ntp", "greedy_all"] + ahead
+        record["measurements"] += [
+            entry("switch", "mid", "greedy_all", level),
+            entry("switch", "mid", "gate_without_topk", 0.01, 100),
+        ]
+    results = read([write(tmp_path / "lab", *records)])
+    (table,) = [table for table in make_tables(results, judge_all(results)) if table.title == "Switch distillation"]
+    assert [row[4] for row in table.rows if row[2] == "–"] == [
+        "not measured"
+    ] * 4  # no reverse KL, no losses of the arm
+    assert table.rows[0][1:4] == ["44.7 and 26.1 (reasoning)", "+3.0 (+2.9 to +3.1) points", "4 of 4"]
+    assert table.rows[0][4].startswith("reproduced")
+    assert results.curve("switch", "mid", "gate_without_topk") == {seed: [(100, 0.01)] for seed in range(4)}
+
+
+def test_page_of_the_switch_is_that_of_its_results() -> None:
+    results = read([COMMITTED.parent / "lab-switch"])
+    assert results.size == "small"
+    assert results.seeds == sorted({1, 2, 3, 4, 5} & set(results.seeds))
+    page = (COMMITTED.parent / "lab-switch.md").read_text(encoding="utf-8")
+    findings = judge_all(results)
+    for table in (claims_table(results, findings, "switch"), differences_table(results, "ntp")):
+        assert markdown_table(table) in page
+    summary, tables = page[page.index("In short") : page.index("## What ran")], page[page.index("## What was found") :]
+    numbers = re.findall(r"[-+][\d.]+ \([-+][\d.]+ to [-+][\d.]+\)|[-+][\d.]+ ± [\d.]+\d", summary)
+    assert len(numbers) > 3
+    assert not [number for number in numbers if number not in tables]
 
 
 def test_markdown_tables_are_whole(lab: Path) -> None:

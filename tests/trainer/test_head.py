@@ -7,7 +7,7 @@ import torch
 from oracles import kd_token, rkl_token
 
 from trainer.batch import MicroBatch
-from trainer.head import objective_loss
+from trainer.head import gradient_in_place, low_gradient, objective_loss
 from trainer.objectives import ObjectiveSettings, make_objective
 from trainer.statistics import StepStatistics
 
@@ -276,3 +276,23 @@ def test_gated_tokens_have_a_loss_of_their_own(budget: int) -> None:
         torch.testing.assert_close(got.grad.double(), want.grad, rtol=2e-4, atol=2e-6)
     assert statistics.sums["gated"] == gated.sum()
     assert statistics.sums["kd_loss"] == pytest.approx(kl_sum, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gradient_that_is_rounded_in_one_pass_is_the_same(dtype: torch.dtype) -> None:
+    """The form that GPUs take, held against float64 and, bit for bit, against the one in the memory of the logits."""
+    generator = torch.Generator().manual_seed(5)
+    logits_NV = 4 * torch.randn(9, 257, generator=generator)
+    targets_N = torch.randint(0, 257, (9,), generator=generator)
+    logits_NV[2, targets_N[2]] = 40.0  # a probability near 1, where the target's entry is a small difference
+    scale_N, z_N = torch.rand(9, generator=generator) / 97, torch.rand(9, generator=generator) / 1000
+    probabilities_NV = logits_NV.double().softmax(-1)
+    wanted_NV = (scale_N + z_N)[:, None].double() * probabilities_NV
+    wanted_NV[torch.arange(9), targets_N] -= scale_N.double()
+    exponentials_NV = (logits_NV - logits_NV.amax(-1, keepdim=True)).exp()
+    factor_N = (scale_N + z_N) / exponentials_NV.sum(-1)
+    found_NV = low_gradient(exponentials_NV.clone(), targets_N, factor_N, scale_N, dtype)
+    assert found_NV.dtype == dtype
+    in_place_NV = gradient_in_place(exponentials_NV, targets_N, factor_N, scale_N, dtype)
+    assert torch.equal(found_NV, in_place_NV.to(dtype))
+    assert (found_NV.double() - wanted_NV).norm() < 2e-3 * wanted_NV.norm()

@@ -20,7 +20,7 @@ from trainer.objectives.kd import kd_losses
 from trainer.objectives.objective import Tokens, differentiable
 from trainer.objectives.remit import remit_weights
 from trainer.objectives.rho1 import top_share
-from trainer.objectives.rkl import divergence, least_rest
+from trainer.objectives.rkl import divergence, least_rest, log_outcomes
 from trainer.objectives.settings import OPTIONS, Name
 
 
@@ -270,6 +270,21 @@ def test_rkl_with_the_whole_vocabulary_is_dense(temperature: float) -> None:
     assert missing.abs().max() == 0
 
 
+def test_what_a_sure_reference_leaves_keeps_its_digits() -> None:
+    """A millionth and more outside of the stored ids, of which a float32 sum would lose a tenth."""
+    g = torch.Generator().manual_seed(3)
+    for temperature in (0.7, 1.0, 2.0):
+        rest_N = torch.logspace(-5.5, -1, 40, dtype=torch.float64)
+        inside_NK = torch.rand(40, 12, generator=g, dtype=torch.float64) ** 8
+        hot_NK = (inside_NK / inside_NK.sum(-1, keepdim=True) * (1 - rest_N[:, None])).log()
+        z_N = torch.randn(40, generator=g)
+        stored_NK = (temperature * (hot_NK + z_N.double()[:, None])).float()
+        want_N = 1 - (stored_NK.double() / temperature - z_N.double()[:, None]).exp().sum(-1)
+        log_p_NO, missing_N = log_outcomes(stored_NK, temperature, z_N, 1e-6, whole=False)
+        torch.testing.assert_close(log_p_NO[:, -1].double(), want_N.log(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(missing_N.double(), want_N, rtol=1e-5, atol=0)
+
+
 def test_rkl_of_certain_predictions_is_finite() -> None:
     """The reference leaves nothing outside of the stored ids, the base has all there: what rounding leaves open bounds it."""
     logits = torch.zeros(3, 50)
@@ -306,7 +321,7 @@ def test_a_loss_by_automatic_differentiation() -> None:
 def test_the_default_temperature_is_that_of_the_objective() -> None:
     found = {name: ObjectiveSettings(objective=name).temperature for name in OPTIONS}
     softened = {"kd": 1.0, "rkl": 1.0, "switch": 2.0}
-    assert found == dict.fromkeys(("remit", "ntp", "rho1", "sampled")) | softened
+    assert found == dict.fromkeys(("remit", "ntp", "rho1", "sampled", "entropy")) | softened
     assert replace(ObjectiveSettings(objective="switch"), gate_quantile=0.3).temperature == 2.0
 
 

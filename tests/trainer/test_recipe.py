@@ -50,7 +50,7 @@ def lines_of(out: Path, name: str = "metrics.jsonl") -> list[dict]:
 
 
 @pytest.mark.parametrize("budget", [1 << 30, 4 * 61 * 6, 1])
-@pytest.mark.parametrize("name", ["ntp", "remit", "rho1", "kd", "rkl", "switch", "sampled"])
+@pytest.mark.parametrize("name", ["ntp", "remit", "rho1", "kd", "rkl", "switch", "sampled", "entropy"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_z_loss_adds_its_float64_gradient(name: str, budget: int, bias: bool) -> None:
     """Of every objective: with the option minus without it is COEF / N sum log^2 Z, in value and gradient."""
@@ -69,6 +69,7 @@ def test_z_loss_adds_its_float64_gradient(name: str, budget: int, bias: bool) ->
         "logprobs": -5 * torch.rand(rows, length, generator=g),
         "topk_ids": top.indices,
         "topk_logprobs": top.values,
+        "entropy": 4 * torch.rand(rows, length, generator=g),
         "entropy_t2": torch.rand(rows, length, generator=g),
         "log_partition_t2": top.values.div(2).exp().sum(-1).mul(1.5).log(),
         "sample_ids": torch.randint(0, vocabulary, (rows, length, 5), generator=g),

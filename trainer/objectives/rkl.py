@@ -42,12 +42,15 @@ def log_outcomes(
         log_NK = (topk_logprobs_NK / temperature).log_softmax(-1)
         return torch.nn.functional.pad(log_NK, (0, 1)), log_NK.new_zeros(len(log_NK))
     exact = log_partition_N is not None
-    log_NK = topk_logprobs_NK / temperature - log_partition_N[:, None] if exact else topk_logprobs_NK  # type: ignore[index]
+    log_NK = topk_logprobs_NK.double()  # what is left of 1 has few digits in float32 where it is small
+    if exact:
+        log_NK = log_NK / temperature - log_partition_N.double()[:, None]  # type: ignore[union-attr]
     log_total_N1 = log_NK.logsumexp(-1, keepdim=True)
     missing_N1 = -torch.expm1(log_total_N1.clamp(max=0))
     down_N1 = (math.log1p(-least) - log_total_N1).where(missing_N1 < least, 0.0)  # so that all sum to 1
     log_NO = torch.cat([log_NK + down_N1, missing_N1.clamp(min=least).log()], dim=-1)
-    return (log_NO if exact else (log_NO / temperature).log_softmax(-1)), missing_N1[:, 0]
+    log_NO = log_NO if exact else (log_NO / temperature).log_softmax(-1)
+    return log_NO.float(), missing_N1[:, 0].float()
 
 
 def reverse_losses(

@@ -6,7 +6,7 @@ from typing import Literal
 
 from shards.ranges import require, require_one_of
 
-Name = Literal["remit", "ntp", "rho1", "kd", "rkl", "switch", "sampled"]
+Name = Literal["remit", "ntp", "rho1", "kd", "rkl", "switch", "sampled", "entropy"]
 """Each is a module of this package with a function make(settings) -> Objective."""
 
 OPTIONS: dict[str, tuple[str, ...]] = {
@@ -17,6 +17,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "rkl": ("kd_weight", "temperature"),
     "switch": ("gate_quantile", "temperature", "scope"),
     "sampled": ("kd_weight",),
+    "entropy": (),
 }
 """The settings that each objective reads."""
 
@@ -40,7 +41,7 @@ class ObjectiveSettings:
     """remit weights each token by how much better the reference predicts it; ntp is plain next-token prediction; rho1
     trains on the tokens whose loss exceeds the reference's most; kd learns the reference's most probable tokens, rkl
     likewise by the reverse KL, and switch does so where the reference is sure, with next-token prediction elsewhere; sampled
-    learns tokens that were drawn from the reference."""
+    learns tokens that were drawn from the reference; entropy weights each token by how unsure the reference is."""
     epsilon: float = 0.2
     """remit: weights are clipped to 1 - epsilon .. 1 + epsilon (Eq. 5); inf: no clip."""
     centring: Literal["row", "document", "none"] = "row"

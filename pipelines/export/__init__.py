@@ -1,0 +1,1 @@
+"""remit export: annotated shards as the files that other trainers, and the datasets library, read."""
