@@ -24,6 +24,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 import tyro
 import yaml
 
+from pipelines.recipes import config_file
 from pipelines.terminal import BAD_USAGE, FAILED, STOPPED, BadUsage, ShouldStop, SignalReceived, StopRequest, note
 from shards.asking import tell_of_silence
 
@@ -41,6 +42,7 @@ COMMANDS = {
     "distribution": ("pipelines.distribution.settings:DistributionConfig", "pipelines.commands.distribution:run"),
     "weights": ("pipelines.weights.settings:WeightsConfig", "pipelines.commands.weights:run"),
     "plan": ("pipelines.plan.settings:PlanConfig", "pipelines.commands.plan:run"),
+    "push": ("pipelines.push.settings:PushConfig", "pipelines.commands.push:run"),
     "compare": ("pipelines.report.compare:CompareConfig", "pipelines.commands.compare:run"),
     "report": ("pipelines.report.settings:ReportConfig", "pipelines.commands.report:run"),
     "eval": ("pipelines.evaluation.settings:EvalConfig", "pipelines.commands.eval:run"),
@@ -54,7 +56,7 @@ COMMANDS = {
 GOES_ON = "the same command again goes on"
 OWN_CONFIG = ("flywheel", "completion")  # the file of the first describes a loop, the second has no file
 # these end what they are at when a signal comes: a step and a checkpoint, the parts in work, the stage that runs
-GRACEFUL = ("pack", "score", "select", "train", "upgrade", "export", "sft", "dpo", "rl", "rmt", "flywheel")
+GRACEFUL = ("pack", "score", "select", "train", "upgrade", "export", "push", "sft", "dpo", "rl", "rmt", "flywheel")
 MOVED = {  # options of remit plan that went elsewhere
     "--weights": "--weights is a command of its own now: remit weights --shards DIR",
     "--measure": "--measure is gone; run remit train --max-steps 20, score one part, and give --train-rate and --score-rate",
@@ -81,7 +83,7 @@ def expand_config_file(arguments: list[str]) -> list[str]:
         if name != "--config":
             rest.append(argument)
             continue
-        path = Path(value if equals else next(iterator, ""))
+        path = config_file(value if equals else next(iterator, ""))
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError) as error:
@@ -99,7 +101,7 @@ def expand_config_file(arguments: list[str]) -> list[str]:
 
 def with_config_file(settings: type) -> type:
     """`settings` with --config, which expand_config_file replaces before options are parsed; for --help and completion."""
-    text = "YAML file with options, for instance seq_len: 4096; those on the command line win."
+    text = "YAML file with options, for instance seq_len: 4096, or of train the name of a published recipe, olmo2-1b; options on the command line win."
     entry = Annotated[Path | None, tyro.conf.arg(help=text)]
     changed = make_dataclass(
         settings.__name__, [("config", entry, field(default=None))], bases=(settings,), frozen=True

@@ -116,6 +116,11 @@ def find_corpus(corpus: list[str], text_field: str = "text", own: tuple[str, ...
     streamed: list[Source] = []
     ours = {folder if is_remote(folder) else os.path.realpath(folder) for folder in own}
     for entry in corpus:
+        if entry.startswith(HUB) and is_remote(entry):
+            raise ValueError(
+                f"{entry}: is a folder of a dataset, expected the dataset, OWNER/NAME[@REVISION][:CONFIG[:SPLIT]], which pins its "
+                "commit and reads its files one by one"
+            )
         listing = list_remote(entry, text_field, ours) if is_remote(entry) else list_word(entry, text_field, ours)
         if listing is None:
             streamed += [Source(shard.name, location, shard=shard) for shard, location in find_shards(entry)]

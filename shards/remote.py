@@ -12,9 +12,10 @@ import secrets
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import fsspec
@@ -76,7 +77,12 @@ class _Pieces(io.RawIOBase):
 
 
 class RemoteStore(Store):
-    """A folder of an object store; parts are read whole, and written from a local temporary file."""
+    """A folder of an object store; parts are read whole, and written from a local temporary file.
+
+    piece_options: for the filesystem, where a piece of a file is asked for.
+    """
+
+    piece_options: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
@@ -122,7 +128,7 @@ class RemoteStore(Store):
         """Bytes start .. stop - 1 of a file."""
 
         def piece(path: str) -> bytes:
-            data = self._fs.cat_file(path, start=start, end=stop)
+            data = self._fs.cat_file(path, start=start, end=stop, **self.piece_options)
             if len(data) != stop - start:
                 raise OSError(f"{len(data)} bytes came instead of {stop - start}")
             return data

@@ -21,12 +21,18 @@ from shards.publish import fsync_folder, give_name
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 TEMPORARY_SUFFIX = ".tmp"
+HUB = "hf://"
+HUB_IS_READ = "{}: the hub is only read; write to a folder here or in an object store, then remit push it"
 
 
 def open_store(folder: "str | Path | Store") -> "Store":
-    """The store of a path or URL (s3://, gs://, hdfs:// and whatever else fsspec knows)."""
+    """The store of a path or URL (s3://, gs://, hdfs:// and whatever else fsspec knows; hf:// to read)."""
     if isinstance(folder, Store):
         return folder
+    if str(folder).startswith(HUB):
+        from shards.hub import HubStore
+
+        return HubStore(str(folder))
     if is_remote(folder):
         from shards.remote import RemoteStore
 
@@ -36,12 +42,18 @@ def open_store(folder: "str | Path | Store") -> "Store":
 
 def is_remote(folder: "str | Path") -> bool:
     """Whether a --corpus, --shards or --out is a URL rather than a path."""
-    return "://" in str(folder) and not str(folder).startswith(("file://", "hf://"))
+    # hf://NAME of a --corpus is a dataset for the library of that name
+    return "://" in str(folder) and not str(folder).startswith("file://") and not is_dataset(folder)
+
+
+def is_dataset(word: "str | Path") -> bool:
+    """Whether hf:// stands in front of a dataset's name, and not of a folder in one (hf://datasets/)."""
+    return str(word).startswith(HUB) and not str(word).startswith(f"{HUB}datasets/")
 
 
 def absolute(folder: "str | Path") -> str:
     """The same folder for processes with another working directory."""
-    return str(folder) if is_remote(folder) else str(Path(folder).absolute())
+    return str(folder) if is_remote(folder) or is_dataset(folder) else str(Path(folder).absolute())
 
 
 class Store:

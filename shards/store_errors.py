@@ -35,6 +35,9 @@ def answer_of(error: BaseException) -> tuple[str, int]:
     """Error code and HTTP status of what the store answered; "" and 0 where it did not."""
     for one in (error, error.__cause__):
         response = getattr(one, "response", None)
+        status = getattr(response, "status_code", None)  # of httpx, which the hub's library uses
+        if isinstance(status, int):
+            return "", status
         if isinstance(response, dict):
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
             return str(response.get("Error", {}).get("Code", "")), int(status)
@@ -73,7 +76,8 @@ def plain(error: Exception, where: str) -> Exception:
             f"{where}: the store has not answered for {retry_seconds():.0f} s ({text_of(error)}); check network and "
             "endpoint, then run the same command again"
         )
-    return OSError(f"{where}: the store refuses, with status {status} ({text_of(error)})")
+    kind = PermissionError if status in (401, 402, 403) else OSError
+    return kind(f"{where}: the store refuses, with status {status} ({text_of(error)})")
 
 
 def bucket_of(where: str) -> str:

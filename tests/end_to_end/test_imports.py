@@ -73,10 +73,11 @@ def test_benchmarks_import_what_there_is() -> None:
 def test_shards_needs_pyarrow_and_numpy_alone() -> None:
     allowed = set(sys.stdlib_module_names) | {"pyarrow", "numpy", "shards"}
     for file in (ROOT / "shards").rglob("*.py"):
-        # remote.py is imported for URLs alone, and asking.py needs tenacity for those
-        ours = allowed | {"fsspec", "tenacity"} if file.name in ("remote.py", "asking.py") else allowed
+        # remote.py and hub.py are imported for URLs alone, and asking.py needs tenacity for those
+        of_urls = {"remote.py": {"fsspec"}, "asking.py": {"tenacity"}, "hub.py": {"huggingface_hub"}}
+        ours = allowed | of_urls.get(file.name, set())
         assert imported(file) <= ours, file
-    code = "import sys, shards; assert not {'fsspec', 'tenacity', 'torch', 'ray'} & set(sys.modules)"
+    code = "import sys, shards; assert not {'fsspec', 'tenacity', 'huggingface_hub', 'torch', 'ray'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -25,7 +25,7 @@ def test_help_explains_every_option(remit: Remit, command: str) -> None:
     settings = find(COMMANDS[command][0])
     for name in settings.__dataclass_fields__:
         is_positional = name == "folder" or (command, name) in (
-            ("completion", "shell"), ("compare", "runs"), ("average", "models"),
+            ("completion", "shell"), ("compare", "runs"), ("average", "models"), ("push", "repo"),
         )  # fmt: skip
         assert f"--{name.replace('_', '-')}" in output or is_positional
     assert ("--config" in output) is (command != "completion")
