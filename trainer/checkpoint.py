@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ from shards.part import encode_json, publish_json, sha256_file
 from shards.publish import fsync_folder
 from shards.store import open_store, temporary_name
 from trainer.average import Average
-from trainer.distributed import World
+from trainer.distributed import PATIENCE, World
+from trainer.rank_reports import clear_reports, leave_report, signs_of_life, wait_for_report
 
 INDEX = "checkpoint.json"
 
@@ -68,7 +70,8 @@ class Checkpoints:
         """What `save` was given with the checkpoint that was loaded; empty in those of older versions."""
         self._passed_over: list[Path] = []  # damaged ones, newer than what was loaded; the next save deletes them
         # a save runs beside the training and must not meet its collectives
-        self._group = dist.new_group(backend="gloo", timeout=world.timeout) if world.size > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if world.size > 1 else None
+        self._ending = threading.Event()  # with an error: ranks that are gone are not waited for
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future | None = None
 
@@ -76,6 +79,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        if kind:
+            self._ending.set()
         with contextlib.suppress(Exception) if kind else contextlib.nullcontext():  # the first error is the one to show
             self.wait()
 
@@ -85,6 +90,7 @@ class Checkpoints:
         run_state: more of the run's state, as JSON.
         """
         self.wait()
+        self.world.meet()  # the first rank publishes, the others may be here long before it
         final = self.folder / f"step-{step:06d}"
         temporary = Path(self.world.from_first(str(temporary_name(final))))
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -104,33 +110,53 @@ class Checkpoints:
             saving.result()
 
     def _publish(self, written: Future, temporary: Path, final: Path, index: dict[str, Any], random: str) -> None:
-        written.result()
-        states: list[Any] = [random] * self.world.size
-        if self._group is not None:
-            dist.all_gather_object(states, random, group=self._group)
-        if self.world.first:
-            files = sorted(temporary.iterdir())
-            with ThreadPoolExecutor(8) as pool:
+        """Hash what this rank wrote; on the first rank, publish when all have done so. Nobody waits in a collective here."""
+        reports = [self._hash_own(written, temporary, random)]
+        if not self.world.first:
+            return
+        quiet = self.world.timeout.total_seconds()
+        reports += [wait_for_report(temporary, rank, quiet, self._ending) for rank in range(1, self.world.size)]
+        clear_reports(temporary)
+        index["random"] = [report["random"] for report in reports]
+        index["files"] = dict(sorted(item for report in reports for item in report["files"].items()))
+        publish_json(open_store(temporary), INDEX, encode_json(index | {"checksum": _checksum(index)}), "")
+        try:
+            if final.exists():  # one that did not match its hashes, or the run would have gone on from it
+                self._delete(final)
+            self._check()
+            os.rename(temporary, final)
+        except LeaseLost:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        fsync_folder(self.folder)
+        passed_over = [path for path in self._passed_over if path != final]
+        kept = [path for step, path in _steps(self.folder).items() if step <= index["step"]]
+        older = [path for path in kept if path not in passed_over][: -self.keep]
+        for old in [*passed_over, *older]:
+            self._delete(old)
+        self._passed_over = []
+        for leftover in self.folder.glob(".step-*.tmp"):
+            self._delete(leftover)
+
+    def _hash_own(self, written: Future, temporary: Path, random: str) -> dict[str, Any]:
+        """Random state and hashes of this rank's files, which a rank but the first leaves beside them."""
+        rank = self.world.rank
+        try:
+            written.result()
+            files = sorted(temporary.glob(f"__{rank}_*"))
+            if self.world.first:
+                files.append(temporary / ".metadata")
+            beat = min(5.0, self.world.timeout.total_seconds() / 5)
+            with signs_of_life(temporary, rank, beat), ThreadPoolExecutor(8) as pool:
                 hashes = dict(zip([file.name for file in files], pool.map(_sync_and_hash, files)))
-            index |= {"random": states, "files": hashes}
-            publish_json(open_store(temporary), INDEX, encode_json(index | {"checksum": _checksum(index)}), "")
-            try:
-                if final.exists():  # one that did not match its hashes, or the run would have gone on from it
-                    self._delete(final)
-                self._check()
-                os.rename(temporary, final)
-            except LeaseLost:
-                shutil.rmtree(temporary, ignore_errors=True)
-                raise
-            fsync_folder(self.folder)
-            passed_over = [path for path in self._passed_over if path != final]
-            kept = [path for step, path in _steps(self.folder).items() if step <= index["step"]]
-            older = [path for path in kept if path not in passed_over][: -self.keep]
-            for old in [*passed_over, *older]:
-                self._delete(old)
-            self._passed_over = []
-            for leftover in self.folder.glob(".step-*.tmp"):
-                self._delete(leftover)
+        except BaseException as error:
+            if not self.world.first and temporary.exists():
+                leave_report(temporary, rank, {"error": f"{type(error).__name__}: {error}"})
+            raise
+        report = {"random": random, "files": hashes}
+        if not self.world.first:
+            leave_report(temporary, rank, report)
+        return report
 
     def _check(self) -> None:
         if self.lease:
@@ -140,33 +166,40 @@ class Checkpoints:
         self._check()
         shutil.rmtree(checkpoint)
 
+    def _problem(self, checkpoint: Path, settings: str | None) -> str | None:
+        """What is wrong with a checkpoint, or None. All ranks take part, and each hashes its share of the files.
+
+        settings: that it must have, None: any.
+        """
+        found = self.world.from_first(_read_files(checkpoint, settings) if self.world.first else None)
+        if isinstance(found, str):
+            return found
+        names = sorted(found)[self.world.rank :: self.world.size]
+        return self.world.first_problem(_altered(checkpoint, {name: found[name] for name in names}))
+
     def load_newest(self) -> tuple[int, list[str]]:
-        """Load the newest valid checkpoint into model and optimizer.
+        """Load the newest valid checkpoint into model and optimizer. All ranks take part.
 
         Returns the number of steps done (0 without a checkpoint) and what was wrong with newer ones. ValueError where
         there are checkpoints and none is valid: to begin again is the user's decision.
         """
-        found: tuple[Path | None, list[str]] = (None, [])
-        if self.world.first:
-            for checkpoint in reversed(_steps(self.folder).values()):
-                problem = _damage(checkpoint, self.settings)
-                if problem is None:
-                    found = (checkpoint, found[1])
-                    break
-                found[1].append(problem)
-                self._passed_over.append(checkpoint)
-        checkpoint_found, problems = self.world.from_first(found)
-        if checkpoint_found is None:
-            if problems:
-                raise ValueError(
-                    f"{self.folder}: no checkpoint can be used: {'; '.join(problems)}; delete the run's folder to start over"
-                )
-            return 0, problems
-        return self._load(checkpoint_found), problems
+        problems: list[str] = []
+        newest_first = [*reversed(_steps(self.folder).values())] if self.world.first else None
+        for checkpoint in self.world.from_first(newest_first):
+            problem = self._problem(checkpoint, self.settings)
+            if problem is None:
+                return self._load(checkpoint), problems
+            problems.append(problem)
+            self._passed_over.append(checkpoint)
+        if problems:
+            raise ValueError(
+                f"{self.folder}: no checkpoint can be used: {'; '.join(problems)}; delete the run's folder to start over"
+            )
+        return 0, problems
 
     def load_from(self, checkpoint: Path) -> int:
         """Load a checkpoint of another run, whatever its settings; the steps that it has done. ValueError if it is damaged."""
-        problem = self.world.from_first(_damage(checkpoint, None) if self.world.first else None)
+        problem = self._problem(checkpoint, None)
         if problem is not None:
             raise ValueError(f"--resume-from {problem}; choose another checkpoint")
         return self._load(checkpoint)
@@ -215,20 +248,26 @@ def _checksum(index: dict[str, Any]) -> str:
     return hashlib.sha256(encode_json(index)).hexdigest()
 
 
-def _damage(checkpoint: Path, settings: str | None) -> str | None:
-    """What is wrong with a checkpoint, or None. settings: that it must have, None: any."""
+def _read_files(checkpoint: Path, settings: str | None) -> dict[str, str] | str:
+    """The hashes of a checkpoint's files by name, or what is wrong with its index."""
     try:
         index = json.loads((checkpoint / INDEX).read_text(encoding="utf-8"))
         if index.pop("checksum") != _checksum(index):
             return f"{checkpoint / INDEX}: altered since it was written"
         if settings is not None and index["settings"] != settings:
             return f"{checkpoint}: of a run with other settings"
-        files = sorted(index["files"])
+        return {str(name): str(sha256) for name, sha256 in index["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{checkpoint / INDEX}: {error}"
+
+
+def _altered(checkpoint: Path, files: dict[str, str]) -> str | None:
+    """The first of some files that has not the hash that it should have, or None."""
+    try:
         with ThreadPoolExecutor(8) as pool:
-            hashes = pool.map(sha256_file, [checkpoint / name for name in files])
-            for name, sha256 in zip(files, hashes):
-                if index["files"][name] != sha256:
+            for name, sha256 in zip(files, pool.map(sha256_file, [checkpoint / name for name in files])):
+                if files[name] != sha256:
                     return f"{checkpoint / name}: sha256 differs from {INDEX}"
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
         return f"{checkpoint / INDEX}: {error}"
     return None

@@ -97,7 +97,8 @@ class TrainConfig(ObjectiveSettings):
     without. Such a base is refused while this is not given."""
     sharding: Literal["auto", "replicate", "full", "hybrid"] = "auto"
     """With several processes: a replica on each (DDP), weights sharded over all (FSDP2), or sharded within a machine
-    and replicated across machines. auto: replicas up to 1.5B parameters, else full on one machine, hybrid on more."""
+    and replicated across machines. auto: the first that fits into memory by the formula of remit plan, of replicas (up to 1.5B
+    parameters), hybrid (on several machines) and full."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass: slower, and much less memory for long rows."""
     compile: Literal["auto", "on", "off"] = "auto"

@@ -9,31 +9,34 @@ import contextlib
 import gc
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-DDP_PARAMETERS = 1_500_000_000
-"""auto shards models above this: with AdamW in float32 a replica of it takes 24 GB."""
+PATIENCE = timedelta(days=1)
+"""For what one process does for all, or reads and writes by itself. A process that is gone is noticed at once: its connections
+close."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of the run. local_size: processes on each machine."""
+    """This process among those of the run. local_size: processes on each machine. patient: a group of all processes that waits
+    for PATIENCE; without it they wait for `timeout`."""
 
     device: torch.device
     rank: int = 0
     size: int = 1
     local_size: int = 1
     timeout: timedelta = timedelta(minutes=10)
+    patient: dist.ProcessGroup | None = field(default=None, repr=False)
 
     @property
     def first(self) -> bool:
@@ -71,6 +74,19 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def meet(self) -> None:
+        """Wait until all ranks are here, however long one of them reads or writes before."""
+        if self.size > 1:
+            dist.barrier(group=self.patient)
+
+    def first_problem(self, problem: str | None) -> str | None:
+        """Of what each rank says, that of the lowest one that says something, on all ranks; they wait as long as it takes."""
+        if self.size == 1:
+            return problem
+        problems: list[Any] = [None] * self.size
+        dist.all_gather_object(problems, problem, group=self.patient)
+        return next((each for each in problems if each is not None), None)
+
 
 @contextlib.contextmanager
 def connect(timeout_seconds: float) -> Iterator[World]:
@@ -98,7 +114,8 @@ def connect(timeout_seconds: float) -> Iterator[World]:
     dist.all_gather_object(local_sizes, int(os.environ.get("LOCAL_WORLD_SIZE", str(size))))
     # machines with different numbers of processes cannot be replicas of each other: they count as one
     local_size = local_sizes[0] if len(set(local_sizes)) == 1 else size
-    yield World(device, dist.get_rank(), size, local_size, timedelta(seconds=timeout_seconds))
+    patient = dist.new_group(backend="gloo", timeout=max(PATIENCE, timedelta(seconds=timeout_seconds)))
+    yield World(device, dist.get_rank(), size, local_size, timedelta(seconds=timeout_seconds), patient)
     # not where the block raised: the others are still in a collective, and the launcher ends them
     if own:
         dist.barrier()
@@ -108,30 +125,43 @@ def connect(timeout_seconds: float) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def spread(module: nn.Module, layers: list[nn.Module], world: World, sharding: str, dtype: torch.dtype) -> nn.Module:
-    """The module to call for the forward of `module`, spread over the ranks.
-
-    layers: its decoder layers, each a unit of sharding. sharding: "replicate" (DDP), "full" (FSDP2 over all ranks),
-    "hybrid" (FSDP2 within a machine, replicas across machines), or "auto" by the number of parameters. dtype: of the
-    matrix products; parameters, gradients and their sum over the ranks stay in float32.
-    """
-    if world.size == 1:
-        return module
-    parameters = sum(parameter.numel() for parameter in module.parameters())
+def make_mesh(world: World, sharding: str) -> DeviceMesh:
+    """The ranks as "full" sharding has them, or as "hybrid" has them: one dimension of machines, one of their processes."""
     machines = world.size // world.local_size
-    if sharding == "auto":
-        sharding = "replicate" if parameters <= DDP_PARAMETERS else "hybrid" if machines > 1 else "full"
-    if sharding == "replicate":
-        return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
     if sharding == "hybrid" and machines > 1:
-        mesh = init_device_mesh(world.device.type, (machines, world.local_size), mesh_dim_names=("replicate", "shard"))
-    else:
-        mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+        shape, names = (machines, world.local_size), ("replicate", "shard")
+        return init_device_mesh(world.device.type, shape, mesh_dim_names=names)
+    return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+
+
+def shard(module: nn.Module, layers: list[nn.Module], mesh: DeviceMesh, dtype: torch.dtype) -> None:
+    """Have FSDP2 keep a part of each weight of `module` on each rank and gather them layer by layer, in `dtype`."""
     low = dtype if dtype != torch.float32 else None
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh, mp_policy=policy)
+
+
+def spread(
+    module: nn.Module,
+    layers: list[nn.Module],
+    world: World,
+    sharding: str,
+    dtype: torch.dtype,
+    mesh: DeviceMesh | None = None,
+) -> nn.Module:
+    """The module to call for the forward of `module`, spread over the ranks.
+
+    layers: its decoder layers, each a unit of sharding. sharding: "replicate" (DDP), "full" (FSDP2 over all ranks) or
+    "hybrid" (FSDP2 within a machine, replicas across machines); trainer/memory.py has "auto". dtype: of the
+    matrix products; parameters, gradients and their sum over the ranks stay in float32. mesh: of an earlier call.
+    """
+    if world.size == 1:
+        return module
+    if sharding == "replicate":
+        return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+    shard(module, layers, mesh or make_mesh(world, sharding), dtype)
     return module
 
 

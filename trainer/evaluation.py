@@ -16,7 +16,7 @@ from shards.folder import ShardFolder
 from trainer.average import Average
 from trainer.batch import collate
 from trainer.batches import GlobalBatch
-from trainer.checks import check_document_attention, check_fits
+from trainer.checks import check_fits
 from trainer.config import TrainConfig
 from trainer.data import RowReader, RowReaders
 from trainer.exchange import Alone, Exchange, Processes, make_parcels, open_parcels
@@ -46,8 +46,6 @@ def open_measure(
     shards = ShardFolder(config.eval_shards)
     check_fits(base, Path(config.model), shards)
     check_tokenizer(Path(config.model), shards)
-    if context == "document" and shards.manifest.seq_len > trained.manifest.seq_len:
-        check_document_attention(base, shards.manifest.seq_len)
     for what in ("bos_token", "eos_token"):
         ours, theirs = (folder.manifest.tokenizer.get(f"{what}_id") for folder in (shards, trained))
         if ours != theirs:

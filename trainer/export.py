@@ -12,9 +12,9 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from shards.folder import ShardFolder
 from shards.store import fsync_folder, temporary_name
 from trainer.layout import INDEX, SINGLE, Files, Layout, State
+from trainer.safetensors_writer import SafetensorsWriter
 from trainer.tokenizer import make_faithful
 
 EXPORTS = "exports"
@@ -29,6 +30,8 @@ EXPORTS = "exports"
 COPIED = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".yaml", ".yml")
 TEMPLATES = "additional_chat_templates"
 NAMES_COPIED = ("license", "licence", "notice", "use_policy")
+PIECE = 1 << 24
+"""Values of a weight that are rounded and compared at a time."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,18 @@ class Rounding:
         return self.returned_weights / max(1, self.updated_weights)
 
 
+class Weights(Protocol):
+    """Weights by their names in memory: a dict, or what gathers one at a time (trainer/gathered.py)."""
+
+    def pop(self, name: str, /) -> Tensor: ...
+
+    def clear(self) -> None: ...
+
+
 def export(
     model: PreTrainedModel,
     layout: Layout,
-    state: State,
+    state: Weights,
     final: Path,
     export_dtype: str = "base",
     shards: ShardFolder | None = None,
@@ -69,7 +80,7 @@ def export(
         shards.copy_tokenizer(temporary)
     make_faithful(temporary)
     for file in temporary.rglob("*"):
-        if file.is_file():
+        if file.is_file() and file.suffix != ".safetensors":  # those are on the disk by now
             with open(file, "rb") as written:
                 os.fsync(written.fileno())
     record(rounding)
@@ -113,54 +124,73 @@ def write_config(layout: Layout, folder: Path, export_dtype: str) -> None:
 
 
 @torch.no_grad()
-def write_weights(model: PreTrainedModel, layout: Layout, state: State, folder: Path, export_dtype: str) -> Rounding:
-    """The base's weight files with the weights of `state`, which is emptied on the way; one file after the other."""
-    rounding, recast = layout.rounding(export_dtype), layout.recast(export_dtype)
-    waiting: dict[str, dict[str, Tensor]] = {stored.file: {} for stored in layout.stored.values()}
-    missing: dict[str, set[str]] = {file: set() for file in waiting}
+def write_weights(model: PreTrainedModel, layout: Layout, state: Weights, folder: Path, export_dtype: str) -> Rounding:
+    """The base's weight files with the weights of `state`, which is emptied on the way; one weight in memory at a time."""
+    rounding = layout.rounding(export_dtype)
+    dtypes = export_dtypes(model, layout, export_dtype)
+    missing: dict[str, set[str]] = {stored.file: set() for stored in layout.stored.values()}
     for name, stored in layout.stored.items():
         missing[stored.file].add(name)
-    for name in layout.carried_over:
-        missing[layout.stored[name].file].remove(name)
-    updated = returned = size = 0
+    updated = returned = 0
     with Files(layout.folder) as files:
+        writers = {
+            file: SafetensorsWriter(
+                folder / file,
+                {name: (dtypes[name], layout.stored[name].shape) for name in names},
+                files.handle(file).metadata() or {"format": "pt"},
+            )
+            for file, names in missing.items()
+        }
 
-        def save(file: str) -> int:
-            for name in layout.carried_over:
-                if layout.stored[name].file == file:
-                    waiting[file][name] = files.read(file, name)
-            tensors = waiting.pop(file)
-            save_file(tensors, folder / file, metadata=files.handle(file).metadata() or {"format": "pt"})
-            return sum(tensor.nbytes for tensor in tensors.values())
+        def done(name: str) -> None:
+            file = layout.stored[name].file
+            missing[file].remove(name)
+            if not missing[file]:
+                writers[file].close()
+                files.close(file)
 
-        for file in [file for file, names_left in missing.items() if not names_left]:
-            size += save(file)
+        for name in layout.carried_over:
+            file = layout.stored[name].file
+            writers[file].write(name, files.read(file, name))
+            done(name)
         for group in layout.groups:
             part = {name: state.pop(name).to("cpu") for name in group}
-            is_recast = any(name in recast for name in group)
             for name, tensor in layout.as_stored(model, part).items():
-                stored = layout.stored[name]
-                dtype = stored.dtype if not is_recast else getattr(torch, export_dtype)
-                value = tensor.to(rounding[group[0]]).to(dtype)
-                before = files.read(stored.file, name)
-                is_updated = tensor != before.to(tensor.dtype)
-                is_returned = is_updated & (value == before)
-                updated += int(is_updated.sum())
-                returned += int(is_returned.sum())
-                if not value.isfinite().all() and tensor.isfinite().all():
-                    raise ValueError(
-                        f"{name}: has values of up to {tensor.abs().max():.4g}, more than {dtype} holds; "
-                        "run the same command again with --export-dtype float32"
-                    )
-                # what is as it was has the base's own bits: a zero with a sign, digits beyond float32
-                same = before.to(dtype)
-                waiting[stored.file][name] = torch.where(is_updated & (value != same), value, same).contiguous()
-                missing[stored.file].remove(name)
-                if not missing[stored.file]:
-                    size += save(stored.file)
+                file, dtype = layout.stored[name].file, dtypes[name]
+                before, values = files.read(file, name).reshape(-1), tensor.reshape(-1)
+                for first in range(0, values.numel(), PIECE):
+                    piece, old = values[first : first + PIECE], before[first : first + PIECE]
+                    value = piece.to(rounding[group[0]]).to(dtype)
+                    is_updated = piece != old.to(piece.dtype)
+                    updated += int(is_updated.sum())
+                    returned += int((is_updated & (value == old)).sum())
+                    if not value.isfinite().all() and piece.isfinite().all():
+                        raise ValueError(
+                            f"{name}: has values of up to {tensor.abs().max():.4g}, more than {dtype} holds; "
+                            "run the same command again with --export-dtype float32"
+                        )
+                    # what is as it was has the base's own bits: a zero with a sign, digits beyond float32
+                    same = old.to(dtype)
+                    writers[file].write(name, torch.where(is_updated & (value != same), value, same), first)
+                done(name)
     state.clear()
-    write_index(layout, folder, size)
+    write_index(layout, folder, sum(writer.nbytes for writer in writers.values()))
     return Rounding(updated, returned)
+
+
+def export_dtypes(model: PreTrainedModel, layout: Layout, export_dtype: str) -> dict[str, torch.dtype]:
+    """Of each tensor of the exported files: the base's, or `export_dtype` for what is exported in another one."""
+    recast = layout.recast(export_dtype)
+    dtypes = {name: stored.dtype for name, stored in layout.stored.items()}
+    if recast:
+        memory: State = model.state_dict()
+        for group in layout.groups:
+            if recast & {*group}:
+                meta = {
+                    name: torch.empty(memory[name].shape, dtype=memory[name].dtype, device="meta") for name in group
+                }
+                dtypes |= dict.fromkeys(layout.as_stored(model, meta), getattr(torch, export_dtype))
+    return dtypes
 
 
 def write_index(layout: Layout, folder: Path, size: int) -> None:

@@ -6,7 +6,7 @@ Out: a Layout, tried out before training: every weight, written back, must be wh
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -103,11 +103,11 @@ def read_stored(folder: Path) -> dict[str, Stored]:
         with safe_open(folder / file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a mapping
                 part = tensors.get_slice(name)
-                stored[name] = Stored(file, _DTYPES.get(part.get_dtype(), torch.float32), tuple(part.get_shape()))
+                stored[name] = Stored(file, DTYPES.get(part.get_dtype(), torch.float32), tuple(part.get_shape()))
     return stored
 
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -126,10 +126,16 @@ _DTYPES = {
 }
 
 
-def read_layout(folder: Path, model: PreTrainedModel) -> Layout:
+Compare = Callable[
+    [Path, PreTrainedModel, Mapping[str, Stored], Iterable[tuple[str, ...]], Mapping[str, str], State], set[str]
+]
+"""Like _require_equal, of weights that may have no values."""
+
+
+def read_layout(folder: Path, model: PreTrainedModel, compare: Compare | None = None) -> Layout:
     """The layout of the files in `folder`, from which `model` was just loaded with float32 weights.
 
-    ValueError where a trained weight could not be written back under the base's own names, or not with its own values.
+    compare: in place of the comparison of all weights with the files. ValueError where a trained weight could not be written back under the base's own names, or not with its own values.
     """
     stored = read_stored(folder)
     weights: State = model.state_dict(keep_vars=True)
@@ -140,8 +146,8 @@ def read_layout(folder: Path, model: PreTrainedModel) -> Layout:
     placed = {id(weights[name]) for group in groups for name in group}
     lost = sorted(name for name in left if id(weights[name]) in parameters - placed)
     if lost:
-        raise ValueError(_refusal(folder, lost[0], "is not found in its files under a name that could be written back"))
-    covered = _require_equal(folder, model, stored, groups, renames, weights)
+        raise ValueError(refusal(folder, lost[0], "is not found in its files under a name that could be written back"))
+    covered = (compare or _require_equal)(folder, model, stored, groups, renames, weights)
     keep_float32 = [
         *(getattr(model, "_keep_in_fp32_modules", None) or ()),
         *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
@@ -164,7 +170,7 @@ def read_layout(folder: Path, model: PreTrainedModel) -> Layout:
     )
 
 
-def _refusal(folder: Path, name: str, what: str) -> str:
+def refusal(folder: Path, name: str, what: str) -> str:
     return (
         f"{folder}: {name} {what}, so that an export would not be the base where nothing was trained; load it with "
         "transformers, write it with save_pretrained into a new folder and train that"
@@ -223,7 +229,7 @@ def _require_equal(
             for name, tensor in as_stored(model, {name: weights[name].detach() for name in group}, renames).items():
                 value = files.read(stored[name].file, name).to(tensor.device, tensor.dtype)
                 if not torch.equal(value.nan_to_num(), tensor.nan_to_num()):
-                    raise ValueError(_refusal(folder, name, "would not be written back with the values that were read"))
+                    raise ValueError(refusal(folder, name, "would not be written back with the values that were read"))
                 covered.add(name)
     return covered
 
@@ -264,6 +270,10 @@ class Files:
         if file not in self._open:
             self._open[file] = safe_open(self.folder / file, "pt").__enter__()
         return self._open[file]
+
+    def close(self, file: str) -> None:
+        if file in self._open:
+            self._open.pop(file).__exit__(None, None, None)
 
     def read(self, file: str, name: str) -> Tensor:
         return self.handle(file).get_tensor(name)

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,14 @@ from transformers.utils import is_flash_attn_2_available
 
 from shards.modelfolder import max_positions, require_base
 from trainer.checks import check_plain_head, check_runs
+from trainer.distributed import World, spread
 from trainer.document_attention import FORMS, Attention, lengths_of, locate
 from trainer.expert_products import use_autocast_in_experts
 from trainer.noise import silence
+from trainer.sharded import Shares, load_sharded
+from trainer.weight_map import Unmapped
+
+Answer = TypeVar("Answer")
 
 
 @dataclass
@@ -27,17 +32,28 @@ class Base:
 
     dtype: of the matrix products; the weights are kept in float32. max_position: longest sequence, or None
     where the architecture has no bound. dropout: the settings of the config, by dotted name, that were set to 0 for training
-    (trainer/noise.py). attention: over documents, as trainer/attention_choice.py has chosen it.
+    (trainer/noise.py). sharding: how `spread` spreads it over the ranks; shares: where each process holds a part of the weights already,
+    until then. attention: over documents, as trainer/attention_choice.py has chosen it.
     """
 
     model: PreTrainedModel
     dtype: torch.dtype
     dropout: dict[str, float] = field(default_factory=dict)
+    sharding: str = "replicate"
+    shares: Shares | None = None
     attention: Attention | None = None
+
+    def ask(self, question: Callable[..., Answer], *more: Any) -> Answer:
+        """question(base, *more), which runs the model as it was loaded; of a base in shares all ranks ask."""
+        if self.shares is None:
+            return question(self, *more)
+        answer: Answer = self.shares.ask(lambda: question(self, *more))
+        return answer
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        model = self.model if self.shares is None else self.shares.asked.model  # not that of a model without values
+        return model.device
 
     @property
     def head(self) -> nn.Linear:
@@ -47,14 +63,7 @@ class Base:
 
     @property
     def layers(self) -> list[nn.Module]:
-        """The decoder layers: the list of modules that holds most of the parameters."""
-        lists = [module for module in self.model.get_decoder().modules() if isinstance(module, nn.ModuleList)]
-        return list(max(lists, key=lambda module: sum(p.numel() for p in module.parameters()), default=[]))
-
-    def idle_parameters(self) -> list[nn.Parameter]:
-        """Those that no text goes through, such as a vision tower: they have no gradient, for which DDP would wait."""
-        used = {id(p) for part in (self.model.get_decoder(), self.head) for p in part.parameters()}
-        return [p for p in self.model.parameters() if id(p) not in used]
+        return layers_of(self.model)
 
     @property
     def num_embeddings(self) -> int:
@@ -121,10 +130,12 @@ class Base:
         what a step is made of then depends on the steps before it, which a resumed run has not seen. swap_layers: called
         before layers are compiled, to put others in their place (--float8).
         """
+        if self.shares is not None:
+            self.model = self.shares.skeleton()  # its weights come in `spread`
+            self.model.train()
         if self.attention is not None and self.model.config._attn_implementation != self.attention.form:
-            self.model.set_attn_implementation(
-                self.attention.form
-            )  # of another model than the one that it was tried with
+            # of another model than the one that it was tried with
+            self.model.set_attn_implementation(self.attention.form)
         if activation_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if self.dtype != torch.float32:
@@ -134,6 +145,16 @@ class Base:
             for layer in self.layers:
                 layer.compile(dynamic=False if static else None)
 
+    def spread(self, module: nn.Module, world: World) -> nn.Module:
+        """What to call for the forward of `module`, which has the prepared model as its `model`, spread over the ranks."""
+        shares, self.shares = self.shares, None
+        spread_module = spread(
+            module, self.layers, world, self.sharding, self.dtype, None if shares is None else shares.mesh
+        )
+        if shares is not None:
+            shares.settle(module)
+        return spread_module
+
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """auto: bfloat16 on a GPU that has it, float32 elsewhere."""
@@ -142,15 +163,46 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def load_base(folder: Path, dtype: str, device: torch.device, context: str = "packed") -> Base:
+def load_base(
+    folder: Path,
+    dtype: str,
+    device: torch.device,
+    context: str = "packed",
+    world: World | None = None,
+    sharding: str = "replicate",
+    note: Callable[[str], None] = lambda line: None,
+) -> Base:
     """Load the model with float32 weights for rows of one sequence (packed) or several (document); ValueError where it is missing, carries code or pickles, or its head is not
-    plain."""
+    plain.
+
+    world, sharding: with "full" or "hybrid" each process holds its share of the weights, and all take part in what runs the
+    model. note: told where the files cannot be read in shares, so that each process holds all of them for a while.
+    """
     require_base(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     dropout = silence(config)
     # PyTorch's own attention is as fast where a row is one sequence, but masks T x T where it holds several
     can_flash = device.type == "cuda" and resolve_dtype(dtype, device) != torch.float32 and is_flash_attn_2_available()
     use_flash = context == "document" and can_flash and architecture_has_flash(config)
+    attention = "flash_attention_2" if use_flash else None
+    base = None
+    if world is not None and world.size > 1 and sharding != "replicate":
+        try:
+            shares = load_sharded(folder, config, attention, world, sharding, freeze_idle, layers_of)
+            base = Base(shares.asked.model, resolve_dtype(dtype, device), dropout, sharding, shares)
+        except Unmapped as reason:
+            note(f"{folder}: each process holds all of its weights before they are sharded, since {reason}")
+    if base is None:
+        base = Base(load_whole(folder, config, attention).to(device), resolve_dtype(dtype, device), dropout, sharding)
+        freeze_idle(base.model)
+    base.ask(check_plain_head)
+    base.ask(check_runs)
+    base.model.train()
+    return base
+
+
+def load_whole(folder: Path, config: Any, attention: str | None) -> Any:
+    """The model with all of its weights, float32, on the CPU; ValueError where its files lack some."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
@@ -159,7 +211,7 @@ def load_base(folder: Path, dtype: str, device: torch.device, context: str = "pa
         trust_remote_code=False,
         local_files_only=True,
         output_loading_info=True,
-        attn_implementation="flash_attention_2" if use_flash else None,
+        attn_implementation=attention,
     )
     model, loading = loaded
     for kind in ("missing_keys", "mismatched_keys"):
@@ -168,14 +220,21 @@ def load_base(folder: Path, dtype: str, device: torch.device, context: str = "pa
                 f"{folder}: its weights lack {sorted(map(str, loading[kind]))[0]} ({len(loading[kind])} {kind}); "
                 "these would train from random numbers; write the folder again with save_pretrained"
             )
-    model.to(device)
-    base = Base(model, resolve_dtype(dtype, device), dropout)
-    for parameter in base.idle_parameters():
-        parameter.requires_grad_(False)
-    check_plain_head(base)
-    check_runs(base)
-    model.train()
-    return base
+    return model
+
+
+def layers_of(model: Any) -> list[nn.Module]:
+    """The decoder layers: the list of modules that holds most of the parameters."""
+    lists = [module for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList)]
+    return list(max(lists, key=lambda module: sum(p.numel() for p in module.parameters()), default=[]))
+
+
+def freeze_idle(model: Any) -> None:
+    """Take the gradients from weights that no text goes through, such as a vision tower: they have none, and DDP would wait."""
+    used = {id(p) for part in (model.get_decoder(), model.get_output_embeddings()) for p in part.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in used:
+            parameter.requires_grad_(False)
 
 
 def architecture_has_flash(config: Any) -> bool:

@@ -15,30 +15,27 @@ from torch import nn
 from torch.optim import Optimizer
 
 from shards.folder import ShardFolder
-from trainer.attention_choice import choose_attention
 from trainer.average import Average
 from trainer.batch import MicroBatch, Row, collate
 from trainer.batches import GlobalBatch, global_batches
 from trainer.checkpoint import Checkpoints
-from trainer.checks import check_document_attention, check_fits
 from trainer.config import TrainConfig
 from trainer.data import RowReader, RowReaders, top_k_problem
-from trainer.distributed import spread
 from trainer.evaluation import Evaluation, open_measure
 from trainer.exchange import Processes
-from trainer.experts import RouterLoss, check_experts, describe, router_loss
+from trainer.experts import RouterLoss
 from trainer.exported import Exported, untrained_notes
-from trainer.float8 import require_float8, use_float8
+from trainer.float8 import require_float8
 from trainer.going_on import RESUMED_FROM, begins_at, describe_source, left_out_steps, plan_changes, rows_begin_at
 from trainer.gpu_peaks import peak_of_all
 from trainer.guard import Guard
-from trainer.layout import Layout, read_layout
+from trainer.layout import Layout
 from trainer.loggers import require_wandb
 from trainer.loss_model import LossModel
 from trainer.mix import MixedOrder
 from trainer.mixed_shards import MixedShards, choose_steps, require_epochs, table
-from trainer.model import Base, load_base
-from trainer.model_flops import ModelFlops, count_model_flops
+from trainer.model import Base
+from trainer.model_flops import ModelFlops
 from trainer.objectives import make_objective
 from trainer.objectives.objective import Objective
 from trainer.resume import first_warmup, is_finished, require_steps_fit, resume
@@ -46,6 +43,7 @@ from trainer.run_folder import references_left_out, refuse_other_settings, run_s
 from trainer.session import Session
 from trainer.statistics import Sources
 from trainer.tokenizer import check_tokenizer
+from trainer.trainable import balancing_loss, counted_flops, layout_of, load_trainable, swap_layers
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,7 @@ def prepare(config: TrainConfig, session: Session) -> Run | None:
     if base.attention:
         settings["attention"] = base.attention.text
     balance = balancing_loss(config, session, base)
-    layout = world.from_first(read_layout(Path(config.model), base.model) if world.first else None)
+    layout = layout_of(config, session, base)
     for line in untrained_notes(layout, type(base.model).__name__):
         session.note(line)
     readers = open_rows(config, session, mixed, context, objective, base, settings["rows_left_out"])
@@ -140,7 +138,7 @@ def prepare(config: TrainConfig, session: Session) -> Run | None:
     )  # fmt: skip
     pad_to = shards.manifest.seq_len if config.deterministic else None  # few shapes, since each is compiled
     loss_model = LossModel(base)
-    model = spread(loss_model, base.layers, world, config.sharding, base.dtype)
+    model = base.spread(loss_model, world)
     optimizer = make_optimizer(loss_model, config)
     measure = open_measure(config, session, base, model, context, shards)
     average = None if config.average is None else Average(config.average, loss_model, num_steps)
@@ -226,50 +224,6 @@ def check_settings(
         found = settings, changes
     both: tuple[dict[str, Any], dict[str, Any]] = world.from_first(found)
     return both
-
-
-def load_trainable(config: TrainConfig, session: Session, mixed: MixedShards, context: str) -> Base:
-    """The base on the device, ValueError where it does not fit the rows or the options."""
-    check_experts(Path(config.model), config.router_aux_loss)
-    base = load_base(Path(config.model), config.dtype, session.world.device, context)
-    for shards in mixed.folders:
-        check_fits(base, Path(config.model), shards)
-    if context == "document":
-        base.attention = choose_attention(base)
-        session.note(f"attention over documents: {base.attention.text}")
-        check_document_attention(base, mixed.first.manifest.seq_len)
-    if base.dropout:
-        settings = ", ".join(f"{name} {value:g}" for name, value in base.dropout.items())
-        session.note(f"off while training, kept in the export: {settings}")
-    return base
-
-
-def swap_layers(config: TrainConfig, session: Session, base: Base) -> None:
-    """Put layers in float8 in the place of those that are, with --float8."""
-    if config.float8:
-        session.note(use_float8(base, config.float8_emulated))
-
-
-def counted_flops(base: Base, session: Session) -> ModelFlops | None:
-    """What the model costs; None, with a note, where that cannot be counted."""
-    try:
-        return count_model_flops(base.model.config)
-    except ValueError as error:
-        session.note(f"{error}; metrics.jsonl has no model_flops_per_token")
-        return None
-
-
-def balancing_loss(config: TrainConfig, session: Session, base: Base) -> RouterLoss | None:
-    """The balancing loss of a base with experts; None for one without."""
-    balance = None if config.router_aux_loss is None else router_loss(base.model)
-    if config.router_aux_loss and balance is None:
-        raise ValueError(
-            f"{config.model}: the balancing loss of {type(base.model).__name__} is not found in this release of transformers, "
-            "expected one for --router-aux-loss above 0; give --router-aux-loss 0, or another release"
-        )
-    if line := describe(base.model.config.to_dict(), config.router_aux_loss):
-        session.note(line)
-    return balance
 
 
 def open_rows(

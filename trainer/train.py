@@ -17,7 +17,6 @@ import torch
 
 from shards.output_folder import MODEL, writing_run
 from trainer.batches import GlobalBatch
-from trainer.checkpoint import whole_weights
 from trainer.config import TrainConfig, learning_rate_at
 from trainer.deterministic import deterministic
 from trainer.distributed import World, accumulate_only, connect, whole
@@ -25,6 +24,7 @@ from trainer.experts import Balancing
 from trainer.export import EXPORTS, Rounding, export
 from trainer.exported import FOR_TASKS, Exported, rounding_notes
 from trainer.first_pass import first_pass
+from trainer.gathered import Gathered
 from trainer.going_on import AVERAGE_MODEL, has_other_length, is_left_out, left_out_steps
 from trainer.guard import leave_out
 from trainer.loggers import Loggers, open_loggers
@@ -72,6 +72,7 @@ def train_in(session: Session, config: TrainConfig) -> TrainResult:
     run = prepare(config, session)
     if run is not None and train_steps(run, session):
         export_last(run, session)
+    session.world.meet()  # the first process may still save
     return session.world.from_first(run_result(config.out) if session.world.first else None)
 
 
@@ -215,13 +216,17 @@ def export_model(
 
     more: what exported.json says of it besides.
     """
-    state = whole_weights(run.loss_model)
-    if not session.lease:
-        return None
-    session.check_lease()
-    out, dtype = run.config.out, run.config.export_dtype
-    record = partial(Exported(out, session.lease).add, name, step, dtype, more=more)
-    return export(run.base.model, run.layout, state, out / name, dtype, run.shards, record)
+    world, rounding = session.world, None
+    weights = Gathered(run.loss_model, world)
+    if session.lease:
+        session.check_lease()
+        out, dtype = run.config.out, run.config.export_dtype
+        record = partial(Exported(out, session.lease).add, name, step, dtype, more=more)
+        rounding = export(run.base.model, run.layout, weights, out / name, dtype, run.shards, record)
+    else:
+        weights.follow(run.layout.groups)
+    world.meet()  # the first process writes on after the last weight was gathered
+    return rounding
 
 
 def export_last(run: Run, session: Session) -> None:

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from pipelines.pages import write_json
 from pipelines.plan.hardware import compute_dtype
-from pipelines.plan.presets import find_model
+from pipelines.plan.presets import find_model, read_config
 from pipelines.plan.settings import PlanConfig
 from pipelines.plan.tables import show
 from pipelines.terminal import DONE, ShouldStop, quiet_libraries
@@ -22,7 +22,7 @@ def run(config: PlanConfig, should_stop: ShouldStop) -> int:
 
         config, mixed = with_folders(config)
     from pipelines.plan.figures import plan_costs
-    from pipelines.plan.model_shape import count, read_config
+    from trainer.model_shape import count
 
     quiet_libraries()
     configs = [(option, read_config(option, found), name) for option, (found, name) in models.items()]

@@ -7,8 +7,9 @@ import math
 from dataclasses import dataclass
 
 from pipelines.plan.hardware import Machine
-from pipelines.plan.layout import Job, Layout, exchange
-from pipelines.plan.model_shape import ModelShape
+from pipelines.plan.layout import Job, exchange
+from trainer.memory import Layout
+from trainer.model_shape import ModelShape
 
 
 @dataclass(frozen=True)

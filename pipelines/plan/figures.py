@@ -8,13 +8,14 @@ from typing import Any
 
 from pipelines.plan.costs import Rates, Step, costs, disk, step_of
 from pipelines.plan.hardware import GPUS, UNKNOWN_GPU, Machine, compute_dtype
-from pipelines.plan.layout import Job, default_sharding, engine_size, memory, propose
+from pipelines.plan.layout import Job, chosen_by_train, engine_size, propose
 from pipelines.plan.mixture import mixture_job
-from pipelines.plan.model_shape import ModelShape
 from pipelines.plan.rmt import rmt_assumptions, rmt_figures, rmt_warnings
 from pipelines.plan.settings import PlanConfig
 from pipelines.terminal import counted
+from trainer.memory import memory
 from trainer.mixed_shards import MixedShards
+from trainer.model_shape import ModelShape
 
 RUNS = (1, 2, 3, 5, 10)
 SAMPLE_BYTES = 1.1
@@ -160,7 +161,7 @@ def plan_costs(
         | {
             "fits": needed <= machine.usable_bytes,
             "usable_bytes": machine.usable_bytes,
-            "remit_train_chooses": default_sharding(base, machine),
+            "remit_train_chooses": chosen_by_train(base, machine, job, layout),
             "engine_gpus": engine,
             "online_reference_bytes": machine.element_bytes * reference.parameters,
         },

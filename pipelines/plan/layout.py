@@ -1,4 +1,4 @@
-"""How a process trains and what it holds: memory of a step, the sharding that fits, the size of an engine.
+"""How a process trains and what it sends: the layout that fits, the size of an engine.
 
 B = rows of a micro-batch, T = tokens of a row, S = processes that share the weights.
 """
@@ -6,12 +6,10 @@ B = rows of a micro-batch, T = tokens of a row, S = processes that share the wei
 import math
 from dataclasses import dataclass
 from itertools import product
-from operator import itemgetter
 
 from pipelines.plan.hardware import Machine
-from pipelines.plan.model_shape import ModelShape
-from trainer.distributed import DDP_PARAMETERS
-from trainer.head import LOGITS_BUDGET_BYTES
+from trainer.memory import Layout, first_fitting, shardings, shards_of
+from trainer.model_shape import ModelShape
 
 LARGEST_MICRO_BATCH = 64
 SCORE_WEIGHTS_SHARE = 0.6  # of an engine's memory; keys, values and logits need the rest
@@ -40,40 +38,6 @@ class Job:
         return math.ceil(self.global_batch_size / num_gpus)
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Sharding, processes that share the weights, rows per forward, checkpointing."""
-
-    sharding: str
-    shards: int
-    micro_batch_size: int
-    activation_checkpointing: bool
-
-
-def memory(base: ModelShape, machine: Machine, layout: Layout, seq_len: int) -> dict[str, float]:
-    """Bytes per GPU at the fullest moment of a training step, by what holds them."""
-    element, tokens = machine.element_bytes, layout.micro_batch_size * seq_len
-    embeddings = base.head_parameters * (1 if base.tied else 2)
-    layer_parameters = (base.parameters - embeddings) / max(1, base.num_layers)
-    gathered = 0.0
-    if layout.shards > 1:
-        gathered = element * (2 * layer_parameters + embeddings)
-    elif element < 4:  # autocast keeps a copy of each matrix until its backward
-        gathered = element * (base.parameters - embeddings + base.head_parameters)
-    kept = tokens * base.kept_bytes
-    if layout.activation_checkpointing:  # the input of each layer, and one layer at a time
-        kept = tokens * element * base.hidden_size * base.num_layers + kept / max(1, base.num_layers)
-    return {
-        "weights, float32": 4 * base.parameters / layout.shards,
-        "gradients, float32": 4 * base.parameters / layout.shards,
-        "AdamW moments, float32": 8 * base.parameters / layout.shards,
-        f"gathered or cast weights, {machine.dtype}": gathered,
-        "activations": kept,
-        "logits of one row": min(4 * seq_len * base.vocab_size, LOGITS_BUDGET_BYTES),
-        "gradient of the output embedding": 4 * base.head_parameters,
-    }
-
-
 def exchange(base: ModelShape, machine: Machine, layout: Layout, micro_batches: int) -> tuple[float, float]:
     """Bytes that each GPU sends per step: (within its machine, between machines). trainer/distributed.py does it so.
 
@@ -97,20 +61,6 @@ def exchange(base: ModelShape, machine: Machine, layout: Layout, micro_batches: 
     return within, between
 
 
-def default_sharding(base: ModelShape, machine: Machine) -> str:
-    """What --sharding auto of remit train chooses."""
-    if machine.num_gpus == 1 or base.parameters <= DDP_PARAMETERS:
-        return "replicate"
-    return "hybrid" if machine.replicas > 1 else "full"
-
-
-def shards_of(sharding: str, machine: Machine) -> int:
-    """Processes that share the weights."""
-    if sharding == "replicate":
-        return 1
-    return machine.num_gpus // machine.replicas if sharding == "hybrid" else machine.num_gpus
-
-
 def propose(
     base: ModelShape,
     machine: Machine,
@@ -124,20 +74,21 @@ def propose(
     Sharding as remit train chooses it comes before more of it, no checkpointing before it, more rows per forward before fewer.
     What is given is kept.
     """
-    shardings = [sharding]
-    if sharding == "auto":
-        more = ["hybrid"] * (machine.replicas > 1) + ["full"] * (machine.num_gpus > 1)
-        shardings = list(dict.fromkeys([default_sharding(base, machine), *more]))
+    kinds = [sharding] if sharding != "auto" else shardings(base.parameters, machine.num_gpus, machine.replicas)
     recomputes = {"auto": (False, True), "on": (True,), "off": (False,)}[checkpointing]
     most = min(job.rows_per_gpu(machine.num_gpus), LARGEST_MICRO_BATCH)
     sizes = [micro_batch_size] if micro_batch_size else powers_down(most)
     layouts = [
-        Layout(kind, shards_of(kind, machine), size, recompute)
-        for kind, recompute, size in product(shardings, recomputes, sizes)
+        Layout(kind, shards_of(kind, machine.num_gpus, machine.replicas), size, recompute)
+        for kind, recompute, size in product(kinds, recomputes, sizes)
     ]
-    needed = [(layout, sum(memory(base, machine, layout, job.seq_len).values())) for layout in layouts]
-    fitting = (entry for entry in needed if entry[1] <= machine.usable_bytes)
-    return next(fitting, min(needed, key=itemgetter(1)))
+    return first_fitting(base, machine, layouts, job.seq_len, machine.usable_bytes)
+
+
+def chosen_by_train(base: ModelShape, machine: Machine, job: Job, layout: Layout) -> str:
+    """What --sharding auto of remit train chooses on these GPUs with the other options of a layout."""
+    checkpointing = "on" if layout.activation_checkpointing else "off"
+    return propose(base, machine, job, "auto", layout.micro_batch_size, checkpointing)[0].sharding
 
 
 def powers_down(largest: int) -> list[int]:

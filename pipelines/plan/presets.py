@@ -30,3 +30,25 @@ def find_model(option: str, model: str) -> tuple[Path | dict[str, Any], str]:
     except ValueError as error:
         raise ValueError(f"{error}; or one of {', '.join(PRESETS)}") from None
     return found.path, found.name
+
+
+def read_config(option: str, folder: Path | dict[str, Any]) -> Any:
+    """transformers' config of a folder, or of the settings of a preset.
+
+    ValueError where a folder has none that transformers can build without remote code.
+    """
+    from transformers import AutoConfig
+
+    from trainer.model_shape import first_line
+
+    if isinstance(folder, dict):
+        return AutoConfig.for_model(**folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{option} {folder}: has no config.json, expected a Hugging Face model folder, NAME or NAME@REVISION of the hub, "
+            f"or one of {', '.join(PRESETS)}"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        raise ValueError(f"{option} {folder}: its config.json cannot be used ({first_line(error)})") from None

@@ -9,10 +9,10 @@ from typing import Any
 
 from pipelines.plan.costs import Rates
 from pipelines.plan.hardware import Machine
-from pipelines.plan.layout import Layout, memory
-from pipelines.plan.model_shape import ModelShape
 from pipelines.plan.settings import PlanConfig
 from pipelines.rmt.budget import budget_at
+from trainer.memory import Layout, memory
+from trainer.model_shape import ModelShape
 
 LONGEST_PREFIX = 4096  # of remit rmt, unless --max-prefix says otherwise
 Assumption = tuple[str, float | None, str, str]

@@ -48,9 +48,10 @@ from trainer.model import Base
 from trainer.resume import resume
 from trainer.run_folder import RECORDED, keep_lines
 from trainer.session import Session
-from trainer.setup import choose_context, load_trainable, make_optimizer
+from trainer.setup import choose_context, make_optimizer
 from trainer.statistics import Sources
 from trainer.tokenizer import check_tokenizer
+from trainer.trainable import load_trainable
 
 POSITIONS = "positions.jsonl"
 RESOLVED = "resolved"  # in run.json: what was chosen where the settings leave it to the model and the shards

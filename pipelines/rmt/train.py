@@ -20,12 +20,12 @@ from pipelines.rmt.positions import rows_without
 from pipelines.rmt.settings import RmtConfig
 from pipelines.rmt.setup import Run
 from shards.output_folder import MODEL
-from trainer.checkpoint import whole_weights
 from trainer.config import learning_rate_at
 from trainer.distributed import whole
 from trainer.evaluation import Evaluation, open_measure
 from trainer.export import export
 from trainer.exported import Exported, rounding_notes
+from trainer.gathered import Gathered
 from trainer.loggers import open_loggers
 from trainer.loss_model import peak_memory_bytes
 from trainer.objectives.ntp import NTP
@@ -167,11 +167,18 @@ def export_last(run: Run, session: Session, evaluation: Evaluation) -> None:
     """Write OUT/model, which makes the run finished, and note what its rounding costs."""
     config = run.config
     evaluation.require_of_export(config.num_steps)
-    state = whole_weights(run.loss_model)
     if not session.lease:
         return
     session.check_lease()
     record = partial(Exported(config.out, session.lease).add, MODEL, config.num_steps, config.export_dtype)
-    rounding = export(run.base.model, run.layout, state, config.out / MODEL, config.export_dtype, run.shards, record)
+    rounding = export(
+        run.base.model,
+        run.layout,
+        Gathered(run.loss_model, session.world),
+        config.out / MODEL,
+        config.export_dtype,
+        run.shards,
+        record,
+    )
     for line in rounding_notes(rounding, *evaluation.first_and_last()):
         session.note(line)

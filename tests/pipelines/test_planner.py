@@ -19,10 +19,11 @@ from pipelines.cli import parse
 from pipelines.plan.costs import Rates, costs, disk, step_of
 from pipelines.plan.figures import plan_costs
 from pipelines.plan.hardware import Machine
-from pipelines.plan.layout import Job, Layout, engine_size, exchange, memory, powers_down, propose
-from pipelines.plan.model_shape import ModelShape, count, mean_context, read_config
-from pipelines.plan.presets import find_model
+from pipelines.plan.layout import Job, engine_size, exchange, powers_down, propose
+from pipelines.plan.presets import find_model, read_config
 from pipelines.plan.rmt import RmtJob, seconds_of, tokens_of
+from trainer.memory import Layout, memory
+from trainer.model_shape import ModelShape, count, mean_context
 
 Remit = Callable[..., tuple[int, str, str]]
 TIED = [False, True]

@@ -343,7 +343,8 @@ def test_a_run_says_which_and_makes_no_mask(
     assert json.loads((out / "run.json").read_text())["attention"] == EACH
     notes.clear()
     monkeypatch.setattr(
-        "trainer.setup.choose_attention", lambda base: replace(choose_attention(base), text="the flash-attn package")
+        "trainer.trainable.choose_attention",
+        lambda base: replace(choose_attention(base), text="the flash-attn package"),
     )
     train(config, note=notes.append)
     assert f"attention over documents was {EACH} when the run began: its last digits may change" in notes

@@ -18,6 +18,7 @@ from trainer.config import TrainConfig
 from trainer.export import export
 from trainer.layout import read_layout
 from trainer.model import load_base
+from trainer.safetensors_writer import SafetensorsWriter
 from trainer.train import train
 
 Remit = Callable[..., tuple[int, str, str]]
@@ -395,22 +396,20 @@ def test_an_export_that_fails_is_made_again(
     base, shards, out = make_base(tmp_path / "base", "Olmoe"), annotated["packed"], tmp_path / "out"
     settings = {"max_steps": 2, "checkpoint_every": 1, "eval_shards": shards, **options("Olmoe")}
     run(tmp_path / "whole", shards, base, **settings)
-    written: list[Path] = []
+    written: list[str] = []
 
-    def full(tensors: dict, path: Path, metadata: dict) -> None:
-        if len(written) == 3:
+    def full(self: SafetensorsWriter, name: str, *values: object) -> None:
+        if len(written) == 9:
             raise OSError(28, "No space left on device")
-        written.append(path)
-        save(tensors, path, metadata=metadata)
+        written.append(name)
+        write(self, name, *values)
 
-    import trainer.export
-
-    save = trainer.export.save_file
-    monkeypatch.setattr(trainer.export, "save_file", full)
+    write = SafetensorsWriter.write
+    monkeypatch.setattr(SafetensorsWriter, "write", full)
     with pytest.raises(OSError, match="No space"):
         run(out, shards, base, **settings)
     assert not (out / "model").exists()
-    monkeypatch.setattr(trainer.export, "save_file", save)
+    monkeypatch.setattr(SafetensorsWriter, "write", write)
     run(out, shards, base, **settings)
     require_same_weights(out / "model", tmp_path / "whole/model")
     assert evaluations(out) == evaluations(tmp_path / "whole")

@@ -353,7 +353,7 @@ def test_the_model_is_gone_before_the_processes_part(
             gc.collect()  # as connect does before it destroys the group of several processes
             alive.append(spread_out[0]() is not None)
 
-    monkeypatch.setattr("trainer.setup.spread", watched_spread)
+    monkeypatch.setattr("trainer.model.spread", watched_spread)
     monkeypatch.setattr("trainer.train.connect", watched_connect)
     run(tmp_path / "out", annotated["packed"], models["base"], max_steps=1, checkpoint_every=1)
     assert alive == [False]

@@ -1,18 +1,16 @@
-"""What a plan needs to know of a model, from its config.json alone: transformers builds it on fake tensors, which have shapes
-and no memory, and torch counts what the decoder layers compute (trainer/model_flops.py) and keep.
+"""What a plan, and a choice of sharding, need to know of a model, from its config.json alone: transformers builds it on fake
+tensors, which have shapes and no memory, and torch counts what the decoder layers compute (trainer/model_flops.py) and keep.
 
 FLOPs are floating point operations, two per multiply-add.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.plan.presets import PRESETS
 from shards.modelfolder import max_positions
 from trainer.model_flops import build, forward, pairs
 
@@ -62,26 +60,6 @@ def mean_context(seq_len: int, window: int | None = None) -> float:
     return float(pairs(np.array(float(seq_len)), window)) / seq_len
 
 
-def read_config(option: str, folder: Path | dict[str, Any]) -> Any:
-    """transformers' config of a folder, or of the settings of a preset.
-
-    ValueError where a folder has none that transformers can build without remote code.
-    """
-    from transformers import AutoConfig
-
-    if isinstance(folder, dict):
-        return AutoConfig.for_model(**folder)
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"{option} {folder}: has no config.json, expected a Hugging Face model folder, NAME or NAME@REVISION of the hub, "
-            f"or one of {', '.join(PRESETS)}"
-        )
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:
-        raise ValueError(f"{option} {folder}: its config.json cannot be used ({_reason(error)})") from None
-
-
 def count(option: str, config: Any, name: str, seq_len: int, dtype: str = "float32") -> ModelShape:
     """The shape of a config's causal language model in rows of `seq_len`, its products in `dtype`.
 
@@ -97,7 +75,7 @@ def count(option: str, config: Any, name: str, seq_len: int, dtype: str = "float
         except Exception as error:
             unknown = "Unrecognized configuration class" in str(error)
             what = "is no causal language model of transformers" if unknown else "cannot be counted without weights"
-            raise ValueError(f"{option} {name}: {what} ({_reason(error)})") from None
+            raise ValueError(f"{option} {name}: {what} ({first_line(error)})") from None
         text, head = config.get_text_config(), model.get_output_embeddings().weight
         matrix, attention, kept = ((more - less) / seq_len for less, more in zip(one, two))
         return ModelShape(
@@ -134,6 +112,7 @@ def _run(model: Any, rows: int, seq_len: int, dtype: str) -> tuple[float, float,
     return products, attended, sum(storage.nbytes() for storage in kept.values())
 
 
-def _reason(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, short enough for a line of its own."""
     text = (str(error).splitlines() or [type(error).__name__])[0]
     return text if len(text) <= 160 else text[:160] + "..."
