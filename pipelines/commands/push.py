@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.push.files import Files, model_files, shard_files, small_file
 from pipelines.push.markdown import NO_LICENSE, merge
+from pipelines.push.revealing import revealing, told
 from pipelines.push.settings import PushConfig
 from pipelines.terminal import DONE, STOPPED, ShouldStop, counted, note, progress_bar
 from shards.folder import ShardFolder
@@ -32,6 +33,8 @@ def run(config: PushConfig, should_stop: ShouldStop) -> int:
         note(
             f"not pushed: {', '.join(files.left_out)}; a model here is config, safetensors, tokenizer and licence files"
         )
+    if found := revealing(files):
+        note(told(found))
     if repository is None:
         print(card(None))
         print(f"{counted(len(files.all), 'file')}, {files.size:,} bytes; nothing was pushed to {where}")
