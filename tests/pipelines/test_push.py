@@ -206,7 +206,7 @@ def test_what_was_rejected_stays_here(
     assert remit("push", folder, DATASET, "--path", "a")[0] == 0
     repo = hub.repos["datasets", DATASET]
     assert not any("_rejected" in path for files in repo.commits.values() for path in files)
-    # an earlier release pushed it
+    # an earlier version pushed it
     pushed = repo.commits[repo.branches["main"]]
     earlier = {f"{place}/_rejected.jsonl": pushed[".gitattributes"] for place in ("a", "b")}
     repo.commit("main", pushed | earlier, "earlier")
