@@ -3,6 +3,8 @@
 The rows stay where they are: trainer/integrations/torchtitan.py reads them, in the order of remit train.
 """
 
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import yaml
 from pipelines.export.settings import ExportConfig
 from shards.folder import TOKEN_IDS
 from shards.manifest import Manifest
-from shards.store import absolute, open_store
+from shards.store import is_remote, open_store
 from trainer.data import context_of_rows
 from trainer.mixed_shards import MixedShards, most_steps
 from trainer.mixture import Mixture
@@ -47,6 +49,14 @@ Install remit beside torchtitan, and start torchtitan with this folder on the pa
 
 BASE is the Hugging Face folder of the model that is trained, with the tokenizer of the rows.
 """
+
+
+def absolute(path: str | Path) -> str:
+    """The same folder or file for processes with another working directory, with its last name, which a mixture's order is of."""
+    if is_remote(path):
+        return str(path)
+    whole = Path(path).absolute()
+    return os.path.join(os.path.abspath(whole.parent), whole.name)
 
 
 def absolute_shards(mixture: Mixture, shards: tuple[str, ...]) -> list[str]:
@@ -98,13 +108,16 @@ def rows_of(config: ExportConfig, mixed: MixedShards) -> dict[str, Any]:
 
 
 def _refuse_max_epochs(config: ExportConfig, mixed: MixedShards) -> None:
-    """ValueError where a source has max_epochs: torchtitan has its steps from its own command line, and asks for no limit."""
+    """ValueError where a source has max_epochs that some number of steps exceeds: torchtitan has its steps from its own command
+    line, and asks for no limit."""
     limit = next(((s.name, s.max_epochs) for s in config.mixture.sources if s.max_epochs is not None), None)
     if limit is None:
         return
     allowed, batch = "", config.global_batch_size
     if batch is not None:
         steps, _ = most_steps(mixed, mixed.order(config.seed, batch), batch)
+        if steps == math.inf:  # the last stage leaves the source out
+            return
         allowed = f", and give torchtitan at most --training.steps {steps:.0f} of {batch:,} rows"
     raise ValueError(
         f"--mix {config.mix}: max_epochs of {limit[0]} is {limit[1]:g}, which torchtitan would not keep, since it has its steps "

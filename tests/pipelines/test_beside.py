@@ -135,6 +135,12 @@ class Fake:
         self.ended = True
 
 
+def empty_layout(folder: Path) -> Layout:
+    """Of a base without weights, about which exported.json has nothing to say."""
+    none: frozenset[str] = frozenset()
+    return Layout(folder, {}, (), {}, (), (), none, none, {}, False, False)
+
+
 class Project:
     """The folder of a run as a training leaves it, and its evaluations."""
 
@@ -153,7 +159,7 @@ class Project:
         """As resume() does once it has deleted what is made again."""
         self.out.mkdir(exist_ok=True)
         (self.out / "run.json").write_text("{}")
-        Exported(self.out).begin(Layout(self.out, {}, (), (), False, False))
+        Exported(self.out).begin(empty_layout(self.out))
 
     def export(self, step: int, name: str = "", kept: bool = False) -> Path:
         name = name or f"exports/step-{step:06d}"

@@ -18,6 +18,7 @@ from conftest import pack_inline, source_texts, write_corpus
 from oracles import contexts, is_trained, read_rows
 
 from pipelines.export import run as writer
+from pipelines.export.titan import absolute
 from scorer.config import PackConfig
 from shards import ShardFolder
 
@@ -418,6 +419,7 @@ def test_weights_are_kept_to_the_last_digit(shards: dict[str, Path], remit: Remi
     assert code == 0, error
     assert [float(text.rpartition("=")[2]) for text in rows_argument(out)["shards"]] == [*weights]
     assert rows_argument(out)["shards"] == given
+    assert absolute("../a/..") == os.path.abspath("../a") + "/.."  # by which name its rows are shuffled
 
 
 def test_max_epochs_that_nobody_would_keep(shards: dict[str, Path], remit: Remit, tmp_path: Path) -> None:
@@ -435,6 +437,10 @@ def test_max_epochs_that_nobody_would_keep(shards: dict[str, Path], remit: Remit
     code, _, error = remit(*arguments, "--global-batch-size", 2)
     allowed = int(error.split("--training.steps ")[1].split(" of 2 rows")[0])
     assert (code, (tmp_path / "out").exists()) == (1, False)
+    later = {"stages": [{"after_step": 2, "weights": {"one": 1, "two": 0}}]}
+    mix.write_text(yaml.safe_dump({"sources": sources} | later))
+    assert remit(*arguments, "--global-batch-size", 2)[0] == 0  # no number of steps goes through it once
+    mix.write_text(yaml.safe_dump({"sources": sources}))
 
     with pytest.raises(ValueError, match="two: max_epochs is 1, and rows without an end would not keep it"):
         RowDataset((), "rl", mix=mix, global_batch_size=2)
@@ -454,7 +460,7 @@ def test_max_epochs_that_nobody_would_keep(shards: dict[str, Path], remit: Remit
             RowDataset(two, "rl", **wrong)
     del sources["one"]
     mix.write_text(yaml.safe_dump({"sources": sources}))
-    with pytest.raises(ValueError, match="two: max_epochs is 1, epochs 1.5"):
+    with pytest.raises(ValueError, match="two: max_epochs is 1, epochs"):
         RowDataset((), "rl", mix=mix, epochs=1.5)
     assert len([*RowDataset((), "rl", mix=mix, epochs=1)]) == num_rows
 
