@@ -12,8 +12,10 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+import traceback
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,12 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
         if kind:
             self._ending.set()
+            # a rank that is gone with its connections open would be waited for as long as the group's patience lasts
+            limit = self.world.timeout.total_seconds() if self.world.size > 1 else None
+            if self._saving is not None and wait([self._saving], limit).not_done:
+                traceback.print_exception(rest[0])
+                sys.stderr.flush()
+                os._exit(1)  # else the end of the process waits for the thread
         with contextlib.suppress(Exception) if kind else contextlib.nullcontext():  # the first error is the one to show
             self.wait()
 

@@ -38,6 +38,9 @@ def unscored_rows(folder: ShardFolder) -> dict[str, set[tuple[str, int]]]:
     return found
 
 
+CONTEXTS = ("auto", "packed", "document")
+
+
 class RowReader:
     """Rows of a complete shard folder by block and place, where a block is a record batch of a part.
 
@@ -197,6 +200,27 @@ class RowReaders:
         """The rows of a block, each checked, as trainer.packed_rows has them. May be called in several threads."""
         number = int(np.searchsorted(self._first_blocks, block, side="right")) - 1
         return pack_rows(self.readers[number].read_block(block - int(self._first_blocks[number])))
+
+
+def context_of_rows(folders: Sequence[ShardFolder], reference: str | None, asked: str = "auto") -> str:
+    """The context to read rows in, "packed" or "document".
+
+    auto: as the reference was scored; without one as all references of the folders were, so that NTP and ReMiT
+    runs from the same shards compare like with like, and packed where they differ or there are none. ValueError where
+    the reference is missing or was scored in another one.
+    """
+    if asked not in CONTEXTS:
+        raise ValueError(f"context is {asked!r}, expected {', '.join(CONTEXTS[:-1])} or {CONTEXTS[-1]}")
+    context = asked
+    if asked == "auto" and reference is not None:
+        context = folders[0].require_reference(reference)["context"]
+    elif asked == "auto":
+        contexts = {entry["context"] for folder in folders for entry in folder.manifest.references.values()}
+        context = contexts.pop() if len(contexts) == 1 else "packed"
+    if reference is not None:
+        for folder in folders:
+            folder.require_scored(reference, context)
+    return context
 
 
 def top_k_problem(readers: list[RowReader]) -> tuple[str, list[str]]:

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from trainer.batch import MicroBatch, Row, collate
-from trainer.data import RowReader, RowReaders
+from trainer.data import RowReader, RowReaders, context_of_rows
 from trainer.head import token_losses
-from trainer.mixed_shards import MixedShards
-from trainer.mixture import given_mixture
+from trainer.mixed_shards import MixedShards, require_epochs
+from trainer.mixture import Mixture, given_mixture
 from trainer.objectives import ObjectiveSettings, make_objective
 from trainer.objectives.objective import Tokens
 from trainer.packed_rows import unpack_rows
@@ -34,7 +34,8 @@ IGNORED = -100
 
 
 class RowDataset(IterableDataset):
-    """Rows in training order, without end unless `epochs` is given; state_dict and load_state_dict resume exactly.
+    """Rows in training order, without end unless epochs or max_steps is given; state_dict and load_state_dict resume
+    exactly.
 
     The state lives where the rows are read: torchdata's StatefulDataLoader collects it from its workers, torch's own
     DataLoader does so without workers only.
@@ -42,11 +43,12 @@ class RowDataset(IterableDataset):
     Each item is a trainer.batch.Row. shards: a shard folder; or mix: a file that describes a mixture, as for remit train, with
     global_batch_size, of which its stages count steps. reference: name of the stored log-probs, or None for plain next-token
     prediction. Rows that a reference of their folder could not score predict nothing, whatever `reference` is.
-    context: as trainer.config says; None: as the reference was scored, packed without one. num_embeddings: token ids
-    must be below it. rank and world_size: this process takes every world_size-th row; the workers of a DataLoader
-    divide those among them in turn, so the order within a batch depends on num_workers (0 and 1 are exact). Each of these
-    readers reads every block, since they cannot exchange rows as remit train does. seq_len: the most tokens that a row may have.
-    ValueError as for remit train.
+    context: packed, document, or None, which chooses as remit train does: as the reference was scored; without one as all
+    references of the folders were, packed where those differ or there are none. max_steps: the rows end after so many steps
+    of global_batch_size rows; a mixture with max_epochs needs it. num_embeddings: token ids must be below it. rank and
+    world_size: this process takes every world_size-th row; the workers of a DataLoader divide those among them in turn, so
+    the order within a batch depends on num_workers (0 and 1 are exact). Each of these readers reads every block, since they
+    cannot exchange rows as remit train does. seq_len: the most tokens that a row may have. ValueError as for remit train.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class RowDataset(IterableDataset):
         global_batch_size: int | None = None,
         seed: int = 0,
         epochs: float | None = None,
+        max_steps: int | None = None,
         context: str | None = None,
         num_embeddings: int = 2**31 - 1,
         rank: int = 0,
@@ -69,21 +72,24 @@ class RowDataset(IterableDataset):
             raise ValueError(f"{mix}: has stages, which begin after a number of steps; give global_batch_size too")
         if mixture.is_mixed and epochs is not None:
             raise ValueError(f"epochs is {epochs:g}, and a mixture has no passes of its own; leave it out")
+        _require_end_in(mixture, epochs, max_steps, global_batch_size)
         mixed = MixedShards.open(mixture)
         mixed.require_alike(reference)
+        self.context = context_of_rows(mixed.folders, reference, context or "auto")
         readers, files = [], 0
         for folder in mixed.folders:
-            if reference:
-                context = folder.require_scored(reference, context)["context"]
-            context = context or "packed"
             left_out = tuple(folder.manifest.references)
-            readers.append(RowReader(folder, context, reference, num_embeddings, left_out=left_out, first_source=files))
+            readers.append(
+                RowReader(folder, self.context, reference, num_embeddings, left_out=left_out, first_source=files)
+            )
             files += len(folder.manifest.corpus)
-        self.context = context
         self.seq_len = max(folder.manifest.seq_len for folder in mixed.folders)
         self._readers_of_sources = RowReaders(readers)
         self._order = mixed.order(seed, global_batch_size or 1)
         self._end = None if epochs is None else round(epochs * self._order.num_rows)
+        if max_steps is not None and global_batch_size is not None:
+            require_epochs(mixed, self._order, max_steps, global_batch_size)
+            self._end = max_steps * global_batch_size
         self._rank, self._world_size = rank, world_size
         self._next: int | None = None
         self._loaded: dict[str, Any] = {}
@@ -120,6 +126,26 @@ class RowDataset(IterableDataset):
 
     def _readers(self, stride: int) -> dict[str, Any]:
         return {"seed": self._order.seed, "rank": self._rank, "readers": stride}
+
+
+def _require_end_in(mixture: Mixture, epochs: float | None, max_steps: int | None, batch: int | None) -> None:
+    """ValueError unless what ends the rows goes together, and max_epochs of the sources can be kept."""
+    if max_steps is not None and epochs is not None:
+        raise ValueError(f"epochs is {epochs:g} and max_steps {max_steps}, expected one of them; leave the other out")
+    if max_steps is not None and (batch is None or max_steps < 1):
+        raise ValueError(f"max_steps is {max_steps}, expected 1 or more, of global_batch_size rows each; give both")
+    for source in mixture.sources:
+        if source.max_epochs is None:
+            continue
+        if epochs is None and max_steps is None:
+            raise ValueError(
+                f"{source.name}: max_epochs is {source.max_epochs:g}, and rows without an end would not keep it; take it out, or "
+                "give RowDataset max_steps and global_batch_size"
+            )
+        if epochs is not None and epochs > source.max_epochs:
+            raise ValueError(
+                f"{source.name}: max_epochs is {source.max_epochs:g}, epochs {epochs:g}; give fewer epochs"
+            )
 
 
 class Collator:

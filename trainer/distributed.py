@@ -21,9 +21,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-PATIENCE = timedelta(days=1)
+PATIENCE = timedelta(hours=2)
 """For what one process does for all, or reads and writes by itself. A process that is gone is noticed at once: its connections
-close."""
+close; one whose machine is gone with them open, after this time."""
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,7 @@ class Evaluation:
         """Evaluate the last step again where it was evaluated for an export in another dtype, or by an older version."""
         if self.measure is None:
             return
+        self.session.world.meet()  # the first process may still publish a checkpoint
         last = read_lines(self.path)[-1] if self.session.world.first else {}
         is_there = last.get("export_dtype") == self.export_dtype and last.get("step") == step
         if not self.session.world.from_first(is_there):

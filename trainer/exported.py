@@ -17,6 +17,8 @@ from trainer.layout import Layout
 
 EXPORTED = "exported.json"
 CHECKPOINTS = "checkpoints"
+BEGUN = "begun"
+"""How many commands have begun or gone on with the run; written once what they make again is deleted, and by nothing else."""
 FOR_TASKS = "for_tasks"
 """Set in the entry of an export that is there for --eval-tasks alone, which deletes it."""
 LOSS_THAT_COUNTS = 5e-4
@@ -53,9 +55,11 @@ class Exported:
             )
 
     def begin(self, layout: Layout) -> None:
-        """Write down what is carried over and what is not trained, and forget exports that are not there."""
-        models = {name: entry for name, entry in self.read()["models"].items() if (self.out / name).exists()}
-        self._write({"carried_over": layout.carried_over, "not_trained": layout.frozen, "models": models})
+        """Write down what is carried over and what is not trained, forget exports that are not there, and count the command."""
+        value = self.read()
+        models = {name: entry for name, entry in value["models"].items() if (self.out / name).exists()}
+        begun = value.get(BEGUN, 0) + 1
+        self._write({"carried_over": layout.carried_over, "not_trained": layout.frozen, BEGUN: begun, "models": models})
 
     def add(
         self, name: str, step: int, export_dtype: str, rounding: Rounding, more: dict[str, Any] | None = None
@@ -79,7 +83,8 @@ class Exported:
     def rename(self, names: dict[str, str]) -> None:
         """Give exports that were moved their new names."""
         value = self.read()
-        models = {names.get(name, name): entry for name, entry in value["models"].items()}
+        moved = {names[name]: entry for name, entry in value["models"].items() if name in names}
+        models = {name: entry for name, entry in value["models"].items() if name not in names} | moved
         self._write(value | {"models": models})
 
     def _write(self, value: dict[str, Any]) -> None:

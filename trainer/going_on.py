@@ -221,7 +221,7 @@ def describe_source(config: TrainConfig, settings: Settings) -> tuple[Settings, 
                 f"--resume-from {checkpoint}: {what} is not that of the run, {name} is {source.get(name)} there and "
                 f"{settings[name]} now; a branch keeps it"
             )
-    ignored = {"base", "tokenizer_differences", RESUMED_FROM}
+    ignored = {"attention", "base", "tokenizer_differences", RESUMED_FROM}
     ours, theirs = ({key: value for key, value in run.items() if key not in ignored} for run in (settings, source))
     others = list(dict.fromkeys(field.split(".")[0].split("[")[0] for field, _ in differences(ours, theirs)))
     with_others = f", with other settings than there: {', '.join(others)}" if others else ""

@@ -204,7 +204,7 @@ def _match(
     taken = {name for group in groups for name in as_stored(model, {name: meta[name] for name in group}, {})}
     renames: dict[str, str] = {}
     for name in left:
-        for other in stored.keys() - taken:
+        for other in sorted(stored.keys() - taken):  # the same on all ranks
             if (name.endswith(f".{other}") or other.endswith(f".{name}")) and fits([name], {name: other}):
                 renames[name] = other
                 taken.add(other)

@@ -184,6 +184,8 @@ def load_base(
     # PyTorch's own attention is as fast where a row is one sequence, but masks T x T where it holds several
     can_flash = device.type == "cuda" and resolve_dtype(dtype, device) != torch.float32 and is_flash_attn_2_available()
     use_flash = context == "document" and can_flash and architecture_has_flash(config)
+    if world is not None:  # on all machines or on none: the checks of a base in shares are collectives
+        use_flash = int(world.sum(torch.tensor(int(use_flash)))) == world.size
     attention = "flash_attention_2" if use_flash else None
     base = None
     if world is not None and world.size > 1 and sharding != "replicate":

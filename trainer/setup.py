@@ -20,7 +20,7 @@ from trainer.batch import MicroBatch, Row, collate
 from trainer.batches import GlobalBatch, global_batches
 from trainer.checkpoint import Checkpoints
 from trainer.config import TrainConfig
-from trainer.data import RowReader, RowReaders, top_k_problem
+from trainer.data import RowReader, RowReaders, context_of_rows, top_k_problem
 from trainer.evaluation import Evaluation, open_measure
 from trainer.exchange import Processes
 from trainer.experts import RouterLoss
@@ -185,21 +185,8 @@ def prepare(config: TrainConfig, session: Session) -> Run | None:
 
 
 def choose_context(config: TrainConfig, mixed: MixedShards, reference: str | None) -> str:
-    """The context to train in; ValueError where the reference is missing or was scored in another one.
-
-    auto: as the reference was scored; without one as all references of the folders were, so that NTP and ReMiT
-    runs from the same shards compare like with like, and packed where they differ or there are none.
-    """
-    contexts = {entry["context"] for shards in mixed.folders for entry in shards.manifest.references.values()}
-    context: str = config.context
-    if context == "auto" and reference is not None:
-        context = mixed.first.require_reference(reference)["context"]
-    elif context == "auto":
-        context = contexts.pop() if len(contexts) == 1 else "packed"
-    if reference is not None:
-        for shards in mixed.folders:
-            shards.require_scored(reference, context)
-    return context
+    """The context to train in; ValueError where the reference is missing or was scored in another one."""
+    return context_of_rows(mixed.folders, reference, config.context)
 
 
 def check_settings(

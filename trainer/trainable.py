@@ -19,8 +19,14 @@ from trainer.model_flops import ModelFlops, count_model_flops
 from trainer.session import Session
 
 
-def load_trainable(config: TrainConfig, session: Session, mixed: MixedShards, context: str) -> Base:
-    """The base on the device, ValueError where it does not fit the rows or the options."""
+def load_trainable(
+    config: TrainConfig, session: Session, mixed: MixedShards, context: str, takes_masks: bool = False
+) -> Base:
+    """The base on the device, ValueError where it does not fit the rows or the options.
+
+    takes_masks: it is called with attention masks as well, of rows that are padded on the left, which attention over documents
+    does not look at.
+    """
     check_experts(Path(config.model), config.router_aux_loss)
     sharding = choose_sharding(config, session, mixed)
     base = load_base(
@@ -30,8 +36,9 @@ def load_trainable(config: TrainConfig, session: Session, mixed: MixedShards, co
         check_fits(base, Path(config.model), shards)
     if context == "document":
         held_out = [] if config.eval_shards is None else [ShardFolder(config.eval_shards)]
-        base.attention = base.ask(choose_attention)
-        session.note(f"attention over documents: {base.attention.text}")
+        if not takes_masks:
+            base.attention = base.ask(choose_attention)
+            session.note(f"attention over documents: {base.attention.text}")
         base.ask(check_document_attention, max(shards.manifest.seq_len for shards in (mixed.first, *held_out)))
     if base.dropout:
         settings = ", ".join(f"{name} {value:g}" for name, value in base.dropout.items())

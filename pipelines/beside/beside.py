@@ -17,10 +17,10 @@ from pipelines.beside import scores
 from pipelines.beside.process import Launch, Running, last_words
 from shards.lease import LeaseLost, lease_numbers, read_lease
 from shards.output_folder import MODEL, read_record
-from shards.store import open_store, temporary_name
+from shards.store import TEMPORARY_SUFFIX, open_store, temporary_name
 from trainer.config import TrainConfig
 from trainer.export import EXPORTS
-from trainer.exported import EXPORTED, FOR_TASKS
+from trainer.exported import BEGUN, FOR_TASKS, Exported
 from trainer.going_on import begins_at
 from trainer.loggers import score_figures
 from trainer.run_folder import TENSORBOARD
@@ -47,7 +47,7 @@ class Beside:
         self.failed: dict[int, str] = {}
         self.complete = False
         """Whether nothing is left to evaluate after the training, but for what failed."""
-        self._before = self._stamp()
+        self._before = self._begun()
         self._trained, self._stop = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self._token = ""  # of the training's lease
@@ -114,7 +114,7 @@ class Beside:
 
     def _work(self, launch: Launch) -> None:
         try:
-            while self._stamp() == self._before and not self._trained.is_set():
+            while not self._is_begun() and not self._trained.is_set():
                 if self._stop.wait(LOOK_SECONDS):
                     return
             self._token = self._newest_token()
@@ -142,6 +142,7 @@ class Beside:
     def _look(self, launch: Launch) -> bool:
         """Evaluate the next model, or wait a little; False where nothing is left and nothing will come."""
         is_last_look = self._trained.is_set()
+        self._sweep()
         self._make_room()
         found = [(step, folder) for step, folder in self.waiting().items() if step not in self.failed]
         if found:
@@ -178,14 +179,12 @@ class Beside:
         line = {"step": step, **json.loads(result.read_text(encoding="utf-8"))}
         self._require_own_folder()
         scores.add(self.out, line)
+        if step and self._is_ours(self._exported(), step):
+            self._delete(folder, line)
         for file in (log, result):
             file.unlink(missing_ok=True)
-        self._show(line)
         self.note(f"task scores of step {step:,}: {scores.in_words(line)}")
-        if step and self._is_ours(self._exported(), step):
-            self._delete(folder)
-            for answers in (self.out / line["results"]).parent.glob("answers-*"):
-                answers.unlink()  # of a model that is gone
+        self._show(line)
 
     def _wait_for(self, running: Running, step: int) -> int | None:
         """Its exit code; None where it was ended."""
@@ -196,6 +195,24 @@ class Beside:
             self._make_room(step)
         return code
 
+    def _sweep(self) -> None:
+        """Delete what a kill or an error left after a line was written: exports for the tasks alone, and halves of them.
+
+        The training writes no export of a step with a line: a resume cuts the lines of the steps that it makes again.
+        """
+        lines = {f"step-{line['step']:06d}": line for line in scores.read_scores(self.out)}
+        models = self._exported()
+        for path in sorted((self.out / EXPORTS).glob("*step-*")):
+            name = path.name.removeprefix(".").partition(".")[0]
+            if name not in lines:
+                continue
+            if path.name == name and self._is_ours(models, lines[name]["step"]):
+                self._require_own_folder()
+                self._delete(path, lines[name])
+            elif path.match(f".{name}.*{TEMPORARY_SUFFIX}"):
+                self._require_own_folder()
+                shutil.rmtree(path, ignore_errors=True)
+
     def _make_room(self, in_work: int | None = None) -> None:
         """Pass over the oldest of the exports that wait, where there are too many."""
         models = self._exported()
@@ -205,14 +222,19 @@ class Beside:
         for step, folder in ours[: max(0, len(ours) - MAX_WAITING)]:
             why = self.failed.pop(step, f"{MAX_WAITING} later ones waited already")
             self._require_own_folder()
-            scores.add(self.out, {"step": step, "skipped": why})
-            self._delete(folder)
+            line = {"step": step, "skipped": why}
+            scores.add(self.out, line)
+            self._delete(folder, line)
             self.note(
                 f"no task scores of step {step:,}, whose export is deleted: {why}; a larger --eval-tasks-every, fewer tasks or a "
                 "limit, or --eval-device help, and --export-every keeps exports"
             )
 
-    def _delete(self, folder: Path) -> None:
+    def _delete(self, folder: Path, line: scores.Line) -> None:
+        """Delete an export that has its line in the table, its answers first: while the export is there, _sweep comes back."""
+        if "results" in line:
+            for answers in (self.out / line["results"]).parent.glob("answers-*"):
+                answers.unlink(missing_ok=True)
         gone = temporary_name(folder)
         with contextlib.suppress(FileNotFoundError):
             folder.rename(gone)  # no reader sees half of it
@@ -220,10 +242,7 @@ class Beside:
 
     def _exported(self) -> dict[str, Any]:
         """What exported.json says of each export."""
-        try:
-            models: dict[str, Any] = json.loads((self.out / EXPORTED).read_text(encoding="utf-8"))["models"]
-        except FileNotFoundError:
-            return {}
+        models: dict[str, Any] = Exported(self.out).read()["models"]
         return models
 
     @staticmethod
@@ -231,9 +250,16 @@ class Beside:
         """Whether an export is there for the tasks alone."""
         return bool(models.get(f"{EXPORTS}/step-{step:06d}", {}).get(FOR_TASKS))
 
-    def _stamp(self) -> tuple[int, int] | None:
-        """Changes when exported.json is written: the training does so once it has deleted what it makes again."""
-        return _identity(self.config.out / EXPORTED)
+    def _begun(self) -> int:
+        """Counts the commands that have begun to train here: each does so once it has deleted what it makes again."""
+        return int(Exported(self.out).read().get(BEGUN, 0))
+
+    def _is_begun(self) -> bool:
+        """Whether the training of this command has gone to its checkpoint."""
+        try:
+            return self._begun() != self._before
+        except OSError:  # of a shared filesystem that stumbles; the next look tells
+            return False
 
     def _newest_token(self) -> str:
         """Of the lease of the run's folder, "" where nobody holds one."""

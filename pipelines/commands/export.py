@@ -63,7 +63,9 @@ def _rows(config: ExportConfig, should_stop: ShouldStop) -> int:
             "references": {name: manifest.references[name] for name in names},
         }  # fmt: skip
         make_files = partial(OlmoCoreFiles if config.to == "olmo-core" else MegatronFiles, plan=plan)
-    asked = writer.made_of(config, [shards], references=list(names), **more)
+    asked = writer.made_of(
+        config, [shards], references=list(names), **{writer.PARTS: writer.parts_sha256(shards)}, **more
+    )
     what = f"{counted(manifest.rows, 'row')}, {counted(manifest.tokens, 'token')}"
     if writer.is_finished(Path(config.out), asked):
         print(f"nothing to do, exported before: {what} -> {config.out}")

@@ -1,12 +1,12 @@
 """remit push: a shard folder or a model, with its card, to the Hugging Face hub."""
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.push.files import Files, model_files, shard_files, small_file
 from pipelines.push.markdown import NO_LICENSE, merge
+from pipelines.push.revealing import revealing, told
 from pipelines.push.settings import PushConfig
 from pipelines.terminal import DONE, STOPPED, ShouldStop, counted, note, progress_bar
 from shards.folder import ShardFolder
@@ -14,12 +14,9 @@ from shards.manifest import MANIFEST
 from shards.store import LocalStore, Store, is_remote
 
 if TYPE_CHECKING:
-    from pipelines.push.repository import Repository
+    from pipelines.push.repository import Card, Repository
 
 FOLDER_FILES = 10_000  # that the hub advises not to exceed
-
-Card = Callable[[str | None], str]
-"""The card that a repository gets, given the one that it has."""
 
 
 def run(config: PushConfig, should_stop: ShouldStop) -> int:
@@ -36,18 +33,24 @@ def run(config: PushConfig, should_stop: ShouldStop) -> int:
         note(
             f"not pushed: {', '.join(files.left_out)}; a model here is config, safetensors, tokenizer and licence files"
         )
+    if found := revealing(files):
+        note(told(found))
     if repository is None:
         print(card(None))
         print(f"{counted(len(files.all), 'file')}, {files.size:,} bytes; nothing was pushed to {where}")
         return DONE
     is_private = repository.make(config.public)
-    before = repository.read_card()
-    text = card(before)
+    card(repository.read_card())  # one that cannot be merged is told now, and not after the upload
     message = f"remit push {Path(config.folder).name}"
+    if repository.begin(files, message):
+        note(
+            f"{repository.url}@{config.revision}: began with another shard folder of main in this place; it was taken out there"
+        )
     with progress_bar(desc="push", unit="B", unit_scale=True, total=files.size) as bar:
-        commit = repository.push(files, text.encode(), message, bar.update, should_stop)
-    if commit is None:
+        done = repository.push(files, card, message, bar.update, should_stop)
+    if done is None:
         return STOPPED
+    commit, text = done
     at = f"{where}@{commit}" + (f"/{config.path}" if config.path else "")
     print(
         f"pushed {counted(len(files.all), 'file')}, {files.size:,} bytes -> {at} ({'private' if is_private else 'public'})"
@@ -93,24 +96,18 @@ def _repository(config: PushConfig, shards: ShardFolder | None) -> "Repository":
     """The repository, which may not exist yet; ValueError where this may not be pushed to it."""
     from huggingface_hub.utils import disable_progress_bars
 
-    from pipelines.push.repository import Repository, same
+    from pipelines.push.repository import Repository
 
     disable_progress_bars()  # ours counts all files together
     warnings.filterwarnings("ignore", message="Warnings while validating metadata in README.md")  # of a missing licence
     repository = Repository(config.repo, "model" if shards is None else "dataset", config.revision)
     repository.require(config.public)
     if shards is not None:
-        ours = small_file(shards.store, MANIFEST, config.path)
-        there = repository.entries(config.path).get(ours.path)
-        if there is not None and not same(ours, there):  # its parts have the names of ours
-            raise ValueError(
-                f"{repository.url}/{ours.path}: is there, of other rows or another scoring than {config.folder}; give another "
-                "--path or NAME, or delete that folder on the hub"
-            )
+        repository.require_ours(small_file(shards.store, MANIFEST, config.path))
     return repository
 
 
-def _of_shards(config: PushConfig, folder: ShardFolder) -> tuple[Files, Card]:
+def _of_shards(config: PushConfig, folder: ShardFolder) -> tuple[Files, "Card"]:
     from pipelines.push.shard_card import RIGHTS, metadata, text
 
     total = sum(folder.store.size(plan.name) or 0 for plan in folder.manifest.parts)
@@ -131,13 +128,13 @@ def _of_shards(config: PushConfig, folder: ShardFolder) -> tuple[Files, Card]:
     return files, lambda before: merge(before, title, own, config.path or "rows", section, RIGHTS)
 
 
-def _of_model(config: PushConfig, model: Path) -> tuple[Files, Card]:
+def _of_model(config: PushConfig, model: Path) -> tuple[Files, "Card"]:
     from pipelines.push.model_card import RIGHTS, find_run, metadata, read_evaluations, text
 
     made_by = find_run(model.absolute())
     evaluations = read_evaluations(config.results, model)
     store: Store = LocalStore(model)
-    total = sum(path.stat().st_size for path in model.iterdir() if path.is_file())
+    total = sum(path.stat().st_size for path in model.rglob("*") if path.is_file())
     with progress_bar(desc="hash", unit="B", unit_scale=True, total=total) as bar:
         files = model_files(store, bar.update)
     own = metadata(made_by[1] if made_by else None, evaluations, config.repo, config.license)

@@ -4,10 +4,12 @@ Until then it is OUT's neighbour .OUT.export, whose _progress.json says which pa
 same command again cuts off what a killed one wrote beyond that, and goes on.
 """
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +25,9 @@ from shards.store import LocalStore
 from trainer.integrations.folder import INDEX
 
 PROGRESS = "_progress.json"
+PARTS = "parts_sha256"
+"""Of what an export was made of: as parts_sha256 has it."""
+HINTS = {PARTS: " (parts of --shards were written anew since, or an earlier release exported them)"}
 Progress = Callable[[int], None]
 """Told the number of tokens that are done."""
 
@@ -59,7 +64,7 @@ def is_finished(out: Path, made_of: dict[str, Any]) -> bool:
         there = json.loads((out / INDEX).read_text(encoding="utf-8"))["made_of"]
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"--out {out}: is not empty and no export; choose another --out or empty it") from None
-    refuse_other(str(out), "export", made_of, there, "choose another --out, or delete that folder")
+    refuse_other(str(out), "export", made_of, there, "choose another --out, or delete that folder", hints=HINTS)
     return True
 
 
@@ -99,6 +104,8 @@ def write_export(
             state["parts"] = index + 1
             state["sizes"] |= {name: _synced(staging / name) for name in names}
             _write(staging, PROGRESS, state)
+        if made_of[PARTS] != parts_sha256(shards):
+            raise ValueError(f"{shards.path}: parts were written anew during the export; run the same command again")
         columns = files.finish()
         _index(staging, made_of, described | {"columns": columns}, lease)
         _rename(staging, out, lease)
@@ -194,6 +201,14 @@ def _write(folder: Path, name: str, value: dict[str, Any]) -> None:
     LocalStore(folder).replace(name, encode_json(value))
 
 
+def parts_sha256(shards: ShardFolder) -> str:
+    """Hash of the hashes of all parts, from their commit records: remit verify --repair and another scoring change parts under
+    the same manifest. ValueError where one is not committed."""
+    with ThreadPoolExecutor(8) as pool:  # each is a small file, perhaps of an object store
+        sums = pool.map(lambda plan: shards.record_alone(plan.name).sha256, shards.manifest.parts)
+        return hashlib.sha256("\n".join(sums).encode()).hexdigest()
+
+
 def made_of(config: ExportConfig, folders: list[ShardFolder], **more: Any) -> dict[str, Any]:
-    """What decides the bytes of an export."""
+    """What decides the bytes of an export. An export that copies rows needs PARTS too; torchtitan's reads them in place."""
     return {"to": config.to, "shards": [folder.manifest.checksum for folder in folders], **more}

@@ -1,7 +1,7 @@
 """What of a folder is pushed: files with their size and hash, in the order in which they may appear in the repository."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -26,9 +26,12 @@ MODEL_FILES = (
     "NOTICE*",
     "USE_POLICY*",
 )
-MODEL_STALE = ("*.safetensors", "*.safetensors.index.json")
-SHARD_STALE = ("part-*.arrow", f"{COMMITS}/*", f"{SUMS}/*", f"{TOKENIZER}/*", f"{FIELDS}/*", "_quarantine/rows/*")
-REJECTED = "_rejected.jsonl"
+TEMPLATES = "additional_chat_templates"  # of a tokenizer, beside chat_template.jinja
+MODEL_STALE = ("*.safetensors", "*.safetensors.index.json", f"{TEMPLATES}/*.jinja")
+SHARD_STALE = (
+    *("part-*.arrow", f"{COMMITS}/*", f"{SUMS}/*", f"{TOKENIZER}/*", f"{FIELDS}/*", "_quarantine/rows/*"),
+    "_rejected.jsonl",  # never pushed: it says where documents lay, and quotes those that were left out on purpose
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,11 @@ class Files:
     @property
     def size(self) -> int:
         return sum(file.size for file in self.all)
+
+    def foreign_names(self, there: Mapping[str, object], is_same: Callable[[PushFile, object], bool]) -> list[str]:
+        """Of the files in a repository, by path, those of another folder in the same place: stale ones, and other bytes."""
+        other = [file.path for file in self.all if file.path in there and not is_same(file, there[file.path])]
+        return [*other, *self.stale_names(there)]
 
     def stale_names(self, there: Iterable[str]) -> list[str]:
         """Of the paths in a repository those that an earlier push left."""
@@ -110,17 +118,21 @@ def shard_files(folder: ShardFolder, path: str, hashed: Callable[[int], object])
     beside = [f"{TOKENIZER}/{name}" for name in folder.tokenizer_files()]
     beside += [record_name(plan.name, SUMS) for plan in manifest.parts] if store.names(SUMS) else []
     beside += [table_name(source) for source, file in enumerate(manifest.corpus) if file.fields_sha256]
-    beside += [REJECTED] if store.size(REJECTED) is not None else []
     return Files(
         store, (*files, *map(small, beside)), (small(MANIFEST),), tuple(_join(path, name) for name in SHARD_STALE)
     )
 
 
 def model_files(store: Store, hashed: Callable[[int], object]) -> Files:
-    """The files of a model folder on this machine: config, weights as safetensors, tokenizer, licence. Nothing else goes along."""
+    """The files of a model folder on this machine: config, weights as safetensors, tokenizer with its chat templates, licence.
+    Nothing else goes along."""
     assert store.local is not None
-    names = sorted(path.name for path in store.local.iterdir() if path.is_file() and not path.name.startswith("."))
+    paths = [path for path in store.local.iterdir() if not path.name.startswith(".")]
+    names = sorted(path.name for path in paths if path.is_file())
     taken = [name for name in names if any(fnmatch(name, pattern) for pattern in MODEL_FILES)]
+    beside = sorted(f"{TEMPLATES}/{path.name}" for path in (store.local / TEMPLATES).glob("*") if path.is_file())
+    taken += [name for name in beside if fnmatch(name, "*.jinja")]
+    folders = sorted(f"{path.name}/" for path in paths if path.is_dir() and path.name != TEMPLATES)
 
     def file(name: str) -> PushFile:
         path = Path(store.local or "", name)
@@ -132,7 +144,7 @@ def model_files(store: Store, hashed: Callable[[int], object]) -> Files:
 
     last = [name for name in taken if name == "config.json" or name.endswith(".index.json")]
     first = tuple(file(name) for name in taken if name not in last)
-    left_out = tuple(name for name in names if name not in taken and name != "README.md")
+    left_out = tuple(name for name in (*names, *beside, *folders) if name not in taken and name != "README.md")
     return Files(store, first, tuple(map(file, last)), MODEL_STALE, left_out, at_once=True)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from pipelines.evaluation.results import read_results
 from pipelines.push.markdown import code, table
+from pipelines.push.revealing import without_place
 from pipelines.report.runs import EVALUATION, METRICS, finite, read_lines, read_settings
 from shards.fingerprint import RUN, config_fingerprint, weights_fingerprint
 
@@ -103,16 +103,12 @@ def _origin(settings: dict[str, Any]) -> str:
 
 
 def _settings(settings: dict[str, Any]) -> str:
-    """The settings that are one value; of a path the last name, since the others are of the owner's machine."""
+    """The settings that are one value; of a path or a bucket the last name."""
     rows = []
     for name, value in settings.items():
         if name in _APART or name.endswith("sha256") or isinstance(value, dict | list) or value is None:
             continue
-        shown = (
-            re.sub(r"^.*/(?=[^/])", "", value)
-            if isinstance(value, str) and value.startswith(("/", "~", ".."))
-            else value
-        )
+        shown = without_place(value) if isinstance(value, str) else value
         rows.append([code(name), code(json.dumps(shown) if isinstance(shown, bool) else shown)])
     return table(["setting", "value"], rows)
 
@@ -130,7 +126,7 @@ def _data(settings: dict[str, Any]) -> str:
         tokens = [
             sum(f.tokens for g, f in zip(sources.group, files) if g == group) for group in range(len(sources.names))
         ]
-        rows = [[code(name), f"{count:,}"] for name, count in zip(sources.names, tokens)]
+        rows = [[code(without_place(name)), f"{count:,}"] for name, count in zip(sources.names, tokens)]
         lines += [table(["source", "tokens in the corpus"], rows)]
     for stage in (settings.get("mixture") or {}).get("stages", []):
         rows = [[code(name), f"{share:.2%}"] for name, share in stage["weights"].items()]

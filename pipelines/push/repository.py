@@ -6,6 +6,7 @@ was interrupted, or whose answer was lost, goes on; and what the hub holds at th
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from http import HTTPStatus
 from typing import Any, Literal
 from urllib.parse import quote
 
@@ -18,6 +19,10 @@ Kind = Literal["dataset", "model"]
 COMMIT_FILES, COMMIT_BYTES = 250, 20 << 30
 UPLOAD_FILES, UPLOAD_BYTES = 16, 1 << 30  # between two looks at whether to stop; of another store they are in memory
 MAIN, README = "main", "README.md"
+FINISH_TRIES = 8  # while others commit, too
+
+Card = Callable[[str | None], str]
+"""The card that a repository gets, given the one that it has."""
 
 
 class Repository:
@@ -94,11 +99,57 @@ class Repository:
         found: dict[str, Any] = self._ask(listed)
         return found
 
-    def read_card(self) -> str | None:
+    def is_fresh(self) -> bool:
+        """Whether the branch has nothing of its own: it is not there yet, or its newest commit is that of main."""
+        from huggingface_hub.errors import RepositoryNotFoundError
+
+        def heads() -> dict[str, str]:
+            try:
+                refs = self._api.list_repo_refs(self.name, repo_type=self.kind)
+            except RepositoryNotFoundError:
+                return {}
+            return {branch.name: branch.target_commit for branch in refs.branches}
+
+        found: dict[str, str] = self._ask(heads)
+        return self.branch != MAIN and found.get(self.branch) in (None, found.get(MAIN))
+
+    def require_ours(self, ours: PushFile) -> None:
+        """ValueError where the branch holds another file in the place of `ours`, the manifest of a shard folder; not where the
+        branch has nothing of its own, which `begin` then takes out."""
+        there = self.entries(ours.path.rpartition("/")[0]).get(ours.path)
+        if there is not None and not same(ours, there) and not self.is_fresh():  # its parts have the names of ours
+            raise ValueError(
+                f"{self.url}/{ours.path}: is there, of other rows or another scoring than the folder that is pushed; give another "
+                "--path, --revision or NAME, or delete that folder on the hub"
+            )
+
+    def begin(self, files: Files, message: str) -> bool:
+        """See that readers find no other folder's manifest over our files; whether one was taken out.
+
+        A new branch has what main has. Where that is another shard folder in this place, it goes with the first commit;
+        main keeps it. ValueError where the branch has another folder of its own, which may have come since `require_ours`.
+        """
+        return bool(not files.at_once and self._ask(partial(self._begin, files, message)))
+
+    def _begin(self, files: Files, message: str) -> bool:
+        from huggingface_hub import CommitOperationDelete
+
+        head = self._head()
+        there = self.entries(revision=head)
+        if all(file.path not in there or same(file, there[file.path]) for file in files.last):
+            return False
+        for file in files.last:
+            self.require_ours(file)
+        gone = files.foreign_names(there, same)
+        self._commit([CommitOperationDelete(path_in_repo=path) for path in gone], message, head)
+        return True
+
+    def read_card(self, revision: str | None = None) -> str | None:
         """README.md of the repository, None without one."""
         from huggingface_hub import HfFileSystem
 
-        where = f"{'datasets/' if self.kind == 'dataset' else ''}{self.name}@{quote(self.branch, safe='')}/{README}"
+        at = quote(revision or self.branch, safe="")
+        where = f"{'datasets/' if self.kind == 'dataset' else ''}{self.name}@{at}/{README}"
         try:
             data: bytes = self._ask(lambda: HfFileSystem(skip_instance_cache=True).cat_file(where))
         except FileNotFoundError:
@@ -106,11 +157,13 @@ class Repository:
         return data.decode("utf-8", "replace")
 
     def push(
-        self, files: Files, card: bytes, message: str, sent: Callable[[int], object], should_stop: ShouldStop
-    ) -> str | None:
-        """Upload what is not there, and last the card and what makes the folder one; the commit, None where it was stopped.
+        self, files: Files, card: Card, message: str, sent: Callable[[int], object], should_stop: ShouldStop
+    ) -> tuple[str, str] | None:
+        """Upload what is not there, and last the card and what makes the folder one; the commit and the card, None where it was
+        stopped.
 
-        sent: told the bytes of what is there now. OSError where the hub holds other bytes afterwards than were hashed.
+        card: called at the end, with the card that is there by then. sent: told the bytes of what is there now. OSError where
+        the hub holds other bytes afterwards than were hashed.
         """
         there = self.entries()
         missing = [file for file in files.first if not same(file, there.get(file.path))]
@@ -129,27 +182,42 @@ class Repository:
                 pending += operations
             else:
                 self._ask(partial(self._commit, operations, message))
-        head = None if files.at_once else self._check(files.first)
-        commit: str = self._ask(partial(self._finish, files, pending, card, message, head))
+        for _ in range(FINISH_TRIES):
+            head: str = self._ask(self._head) if files.at_once else self._check(files.first)
+            text = card(self.read_card(head))
+            commit = self._ask(partial(self._finish, files, pending, text.encode(), message, head))
+            if commit is not None:
+                break
+        else:
+            raise OSError(
+                f"{self.url}: others commit to it all the time; run the same command again when they are done"
+            )
         if files.at_once:
             self._check(files.all)
         sent(sum(file.size for file in files.last))
-        return commit
+        return str(commit), text
 
-    def _finish(self, files: Files, pending: list[Any], card: bytes, message: str, head: str | None) -> str:
-        """The last commit; one that was made, and whose answer was lost, is found."""
+    def _finish(self, files: Files, pending: list[Any], card: bytes, message: str, head: str) -> str | None:
+        """The last commit, on top of `head`; None where the branch has a newer one by now. That may be ours, whose answer was
+        lost: then all is there the next time."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+        from huggingface_hub.errors import HfHubHTTPError
 
-        there = self.entries()
+        there = self.entries(revision=head)
         stale = files.stale_names(there)
         readme = there.get(README)
         is_there = all(same(file, there.get(file.path)) for file in files.all)
         if is_there and not stale and readme is not None and readme.blob_id == git_oid(card):
-            return self._head()
+            return head
         operations = [*pending, *self._additions(files, files.last)]
         operations += [CommitOperationAdd(path_in_repo=README, path_or_fileobj=card)]
         operations += [CommitOperationDelete(path_in_repo=path) for path in stale]
-        return self._commit(operations, message, head)
+        try:
+            return self._commit(operations, message, head)
+        except HfHubHTTPError as error:
+            if error.response.status_code != HTTPStatus.PRECONDITION_FAILED:
+                raise
+            return None
 
     def _additions(self, files: Files, chosen: Sequence[PushFile]) -> list[Any]:
         from huggingface_hub import CommitOperationAdd

@@ -5,6 +5,7 @@ from importlib.metadata import version
 from typing import Any
 
 from pipelines.push.markdown import code, table
+from pipelines.push.revealing import without_place
 from shards.folder import ShardFolder
 from shards.manifest import Manifest
 from shards.store import Store
@@ -163,7 +164,9 @@ def _sources(manifest: Manifest) -> str:
     for group, file in zip(sources.group, manifest.corpus):
         for place, count in enumerate((1, file.documents_packed, file.tokens)):
             sums[group][place] += count
-    rows = [[code(name), *(f"{count:,}" for count in counts)] for name, counts in zip(sources.names, sums)]
+    rows = [
+        [code(without_place(name)), *(f"{count:,}" for count in counts)] for name, counts in zip(sources.names, sums)
+    ]
     return table(["source", "files", "documents", "tokens"], rows)
 
 

@@ -67,6 +67,7 @@ def rmt(
             with contextlib.suppress(Stopped), engines(run, session) as started:
                 phase("train")
                 train_steps(run, session, started)
+        world.meet()  # the first process may still save or export
         return world.from_first(result(config.out) if world.first else None)
 
 

@@ -127,9 +127,7 @@ def prepare(config: RmtConfig, session: Session, count: Callable[[ShardFolder, i
     if world.from_first(session.lease is None or (config.out / MODEL).exists()):
         return None
 
-    base = load_trainable(shared, session, mixed, context)
-    if base.attention:
-        settings["attention"] = base.attention.text
+    base = load_trainable(shared, session, mixed, context, takes_masks=True)  # TRL's
     layout = world.from_first(read_layout(Path(config.model), base.model) if world.first else None)
     tokenizer = load_tokenizer(Path(config.model), shards, config.out)
     prompter = make_prompter(config, tokenizer, base.max_position, ends_of(base.model))

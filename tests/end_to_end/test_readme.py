@@ -85,5 +85,7 @@ def test_nobody_is_sent_to_the_index_for_remit() -> None:
             and file.name != "test_readme.py"
         ):
             places = asks_the_index(file.read_text(encoding="utf-8"))
-            # the extra that takes in others of the checkout, which pip has in its hands then
-            assert places == (["remit[s3,docs,wandb,flywheel]"] if file.name == "pyproject.toml" else []), file
+            # extras that take in others of the checkout, which pip has in its hands then
+            assert places == (
+                ["remit[float8]", "remit[s3,docs,wandb,flywheel]"] if file.name == "pyproject.toml" else []
+            ), file

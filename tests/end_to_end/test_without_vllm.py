@@ -97,7 +97,7 @@ def test_scoring_says_what_is_missing(tmp_path: Path, packed: Path, reference_mo
 
 
 def test_the_wheel_has_all_files(tmp_path: Path) -> None:
-    """Every file of the packages that git knows, the pages' templates and styles with them."""
+    """Every file of the packages that git knows, the pages' templates and styles with them, and the recipes."""
     source = tmp_path / "source"
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
@@ -111,6 +111,9 @@ def test_the_wheel_has_all_files(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("remit-*.whl")
     inside = {name for name in zipfile.ZipFile(wheel).namelist() if "dist-info" not in name}
     packages = ("shards/", "scorer/", "trainer/", "pipelines/")
+    recipes = {name.rpartition("/")[2] for name in inside if "/share/remit/recipes/" in name}
+    assert recipes == {file.name for file in (ROOT / "docs" / "recipes").glob("*.yaml")}
+    inside = {name for name in inside if "/share/remit/recipes/" not in name}
     assert inside == {name for name in listed.stdout.splitlines() if name.startswith(packages)}
 
 

@@ -21,6 +21,9 @@ from pipelines.beside.beside import MAX_WAITING, Beside
 from pipelines.beside.process import environment, free_gpu, last_words
 from pipelines.beside.setup import read_options
 from trainer.config import TrainConfig
+from trainer.export import Rounding
+from trainer.exported import FOR_TASKS, Exported
+from trainer.layout import Layout
 from trainer.loggers import WandbScores
 
 Remit = Callable[..., tuple[int, str, str]]
@@ -132,6 +135,12 @@ class Fake:
         self.ended = True
 
 
+def empty_layout(folder: Path) -> Layout:
+    """Of a base without weights, about which exported.json has nothing to say."""
+    none: frozenset[str] = frozenset()
+    return Layout(folder, {}, (), {}, (), (), none, none, {}, False, False)
+
+
 class Project:
     """The folder of a run as a training leaves it, and its evaluations."""
 
@@ -150,25 +159,15 @@ class Project:
         """As resume() does once it has deleted what is made again."""
         self.out.mkdir(exist_ok=True)
         (self.out / "run.json").write_text("{}")
-        self.write(self.models())
-
-    def write(self, models: dict[str, Any]) -> None:
-        """exported.json, whole as the trainer writes it."""
-        (self.out / "new").write_text(json.dumps({"models": models}))
-        (self.out / "new").replace(self.out / "exported.json")
-
-    def models(self) -> dict[str, Any]:
-        path = self.out / "exported.json"
-        found = json.loads(path.read_text())["models"] if path.exists() else {}
-        return {name: entry for name, entry in found.items() if (self.out / name).exists()}
+        Exported(self.out).begin(empty_layout(self.out))
 
     def export(self, step: int, name: str = "", kept: bool = False) -> Path:
         name = name or f"exports/step-{step:06d}"
-        entry = {"step": step} | ({} if kept or name == "model" else {"for_tasks": True})
+        more = {} if kept or name == "model" else {FOR_TASKS: True}
         (self.out / "whole").mkdir()
         (self.out / "whole" / "weights").write_text(str(step / 100))
         (self.out / "exports").mkdir(exist_ok=True)
-        self.write(self.models() | {name: entry})
+        Exported(self.out).add(name, step, "base", Rounding(), more)
         return (self.out / "whole").rename(self.out / name)
 
     def launch(self, words: list[str], log: Path) -> Fake:
@@ -242,6 +241,91 @@ def test_exports_that_a_resume_deletes_are_not_taken(project: Project) -> None:
     until(lambda: 10 in project.table())
     assert own.finish(never)
     own.close()
+
+
+def test_a_run_made_longer_is_not_evaluated_before_it_is_cut(project: Project) -> None:
+    """Its model gets another name in exported.json before the training has gone to its checkpoint."""
+    project.may_end.set()
+    project.begin()
+    project.export(40, "model")
+    own = project.beside()
+    (project.out / "exports").mkdir(exist_ok=True)
+    (project.out / "model").rename(project.out / "exports/step-000040")
+    Exported(project.out).rename({"model": "exports/step-000040"})
+    Exported(project.out).add("exports/step-000020", 20, "base", Rounding(), {})
+    time.sleep(0.1)
+    assert (project.launched, own.waiting()) == (
+        [],
+        {0: Path(project.config.model), 40: project.out / "exports/step-000040"},
+    )
+    project.begin()
+    assert own.finish(never)
+    assert project.table() == {0: 0.0, 40: 0.4}
+    models = Exported(project.out).read()["models"]
+    assert {name: entry["step"] for name, entry in models.items()} == {"exports/step-000040": 40}
+
+
+def test_a_moved_model_keeps_its_entry(tmp_path: Path) -> None:
+    """An export for the tasks of the same step is not there any more, wherever its entry stands."""
+    exported = Exported(tmp_path)
+    exported.add("model", 40, "base", Rounding())
+    exported.add("exports/step-000040", 40, "base", Rounding(), {FOR_TASKS: True})
+    exported.rename({"model": "exports/step-000040", "model-average": "exports/step-000040-average"})
+    ((name, entry),) = exported.read()["models"].items()
+    assert (name, FOR_TASKS in entry) == ("exports/step-000040", False)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_what_a_kill_leaves_after_a_line_is_deleted(project: Project, finished: bool) -> None:
+    """Between the line in the table and the deletion, and within the deletion; nothing else is touched."""
+    project.begin()
+    left = [project.export(10), project.export(20)]
+    kept = [project.export(25, kept=True), project.export(30, kept=True)]
+    project.export(40, "model")
+    answers = project.out / "tasks/m-10/answers-a.jsonl"
+    answers.parent.mkdir(parents=True)
+    for file in (answers, answers.with_name("results.json")):
+        file.write_text("{}")
+    half = [project.out / f"exports/.step-0000{step}.77-abcd.tmp" for step in (10, 25, 30, 50)]
+    for folder in half:
+        folder.mkdir()
+    for step in (0, 20, 30, 40):
+        scores.add(project.out, {"step": step, "skipped": "x"})
+    scores.add(project.out, {"step": 10, "results": "tasks/m-10/results.json", "skipped": "x"})
+    own = project.beside()
+    if not finished:
+        project.begin()
+    assert own.finish(never)
+    assert project.launched == []
+    assert [path.exists() for path in left] == [False, False]
+    assert [path.exists() for path in (*kept, project.out / "model")] == [True] * 3
+    # those of 25 and 50 have no line: the training may be writing them
+    assert [path.exists() for path in half] == [False, True, False, True]
+    assert [path.name for path in answers.parent.iterdir()] == ["results.json"]
+
+
+def test_an_error_after_a_line_was_written(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard that cannot be written, and a deletion that fails once: the export goes all the same, no score is lost."""
+    deletes, failures = Beside._delete, [OSError(116, "Stale file handle")]
+
+    def delete(own: Beside, folder: Path, line: dict[str, Any]) -> None:
+        if failures:
+            raise failures.pop()
+        deletes(own, folder, line)
+
+    def show(own: Beside, line: dict[str, Any]) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Beside, "_delete", delete)
+    monkeypatch.setattr(Beside, "_show", show)
+    project.may_end.set()
+    own = project.beside()
+    project.begin()
+    exports = [project.export(10), project.export(20)]
+    until(lambda: 20 in project.table())
+    assert own.finish(never)
+    assert project.table() == {0: 0.0, 10: 0.1, 20: 0.2}
+    assert [path.exists() for path in exports] == [False, False]
 
 
 def test_a_stop_ends_what_runs_and_the_next_command_goes_on(project: Project) -> None:

@@ -18,16 +18,20 @@ import transformers
 import yaml
 from annotated import annotate
 from conftest import make_model
+from hub_blobs import Blob
 from hub_repos import READ_TOKEN, TOKEN, HubRepos, use
 from oracles import read_rows
 
 from pipelines.commands import push
+from pipelines.push.files import Files, small_file
 from pipelines.push.markdown import LICENSE, NO_LICENSE, code, merge
+from pipelines.push.repository import Repository
+from pipelines.push.revealing import revealing, reveals, told, without_place
 from pipelines.push.settings import PushConfig
 from shards import ShardFolder
 from shards.fingerprint import weights_fingerprint
 from shards.hub import HubStore, Place, parse_place
-from shards.store import absolute, is_remote, open_store
+from shards.store import LocalStore, absolute, is_remote, open_store
 from trainer.config import TrainConfig
 from trainer.train import train
 
@@ -194,6 +198,154 @@ def test_other_branches_and_more_folders_in_one_dataset(
     assert (code_, "of other rows or another scoring" in error) == (1, True), error
 
 
+def test_what_was_rejected_stays_here(
+    hub: HubRepos, remit: Remit, annotated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(annotated, tmp_path / "scored")
+    (folder / "_rejected.jsonl").write_text('{"path": "a", "reason": "/data/a.jsonl:3: not JSON: secret"}\n')
+    assert remit("push", folder, DATASET, "--path", "a")[0] == 0
+    repo = hub.repos["datasets", DATASET]
+    assert not any("_rejected" in path for files in repo.commits.values() for path in files)
+    # an earlier version pushed it
+    pushed = repo.commits[repo.branches["main"]]
+    earlier = {f"{place}/_rejected.jsonl": pushed[".gitattributes"] for place in ("a", "b")}
+    repo.commit("main", pushed | earlier, "earlier")
+    assert remit("push", folder, DATASET, "--path", "a")[0] == 0
+    assert {*hub.files("datasets", DATASET)} == {*pushed, "b/_rejected.jsonl"}
+    assert remit("verify", f"{URL}/a")[0] == 0
+
+
+@pytest.mark.parametrize("is_made_already", [False, True])
+def test_a_new_branch_never_shows_the_manifest_of_main_over_other_parts(
+    hub: HubRepos, remit: Remit, annotated: Path, small: Path, monkeypatch: pytest.MonkeyPatch, is_made_already: bool
+) -> None:
+    for path in ("a", "b"):
+        assert remit("push", annotated, DATASET, "--path", path)[0] == 0
+    for name, value in (("COMMIT_FILES", 3), ("UPLOAD_FILES", 2)):
+        monkeypatch.setattr(f"pipelines.push.repository.{name}", value)
+    repo, main = hub.repos["datasets", DATASET], hub.files("datasets", DATASET)
+    if is_made_already:  # by a push that was killed right after
+        repo.branches["v2"] = repo.branches["main"]
+    before = set(repo.commits)
+    hub.lose = 1  # of the commit that takes it out
+    answers = iter([False, True])
+    assert push.run(PushConfig(str(small), DATASET, "a", "v2"), lambda: next(answers)) == 3
+    ours = {f"a/{file.relative_to(small)}": file.read_bytes() for file in small.rglob("*") if file.is_file()}
+    assert 0 < len([path for path in hub.files("datasets", DATASET, "v2") if path.startswith("a/")]) < len(ours)
+    for commit in set(repo.commits) - before:  # at no time
+        there = {path: blob.data for path, blob in repo.commits[commit].items() if path.startswith("a/")}
+        assert there.items() <= ours.items()
+        assert "a/_manifest.json" not in there
+    code_, _, error = remit("push", small, DATASET, "--path", "a", "--revision", "v2")
+    assert code_ == 0, error
+    files = hub.files("datasets", DATASET, "v2")
+    assert {path: data for path, data in files.items() if path.startswith("a/")} == ours
+    assert {path: data for path, data in files.items() if path.startswith("b/")} == {
+        path: data for path, data in main.items() if path.startswith("b/")
+    }
+    assert hub.files("datasets", DATASET) == main
+    # it has a folder of its own now
+    code_, _, error = remit("push", annotated, DATASET, "--path", "a", "--revision", "v2")
+    assert (code_, "of other rows or another scoring" in error) == (1, True), error
+    assert hub.files("datasets", DATASET, "v2") == files
+
+
+def test_a_folder_that_comes_while_ours_is_hashed_is_not_overwritten(
+    hub: HubRepos, remit: Remit, annotated: Path, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = Repository.make
+
+    def late(self: Repository, public: bool) -> bool:
+        monkeypatch.setattr(Repository, "make", make)
+        assert remit("push", annotated, DATASET)[0] == 0
+        return make(self, public)
+
+    monkeypatch.setattr(Repository, "make", late)
+    code_, _, error = remit("push", small, DATASET)
+    assert (code_, "of other rows or another scoring" in error) == (1, True), error
+    assert remit("verify", URL)[0] == 0
+
+
+@pytest.mark.parametrize("when", ["while files are sent", "after the card was read", "all the time"])
+def test_what_others_do_to_the_card_meanwhile_stays(
+    hub: HubRepos, remit: Remit, annotated: Path, small: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    assert remit("push", annotated, DATASET, "--path", "first")[0] == 0
+    repo, edits = hub.repos["datasets", DATASET], []
+
+    def edit() -> None:
+        """Of the owner, who fills in the licence; and another push, into another folder."""
+        if edits and when != "all the time":
+            return
+        files = repo.commits[repo.branches["main"]]
+        card = files["README.md"].data.decode().replace(NO_LICENSE, "license: mit\n") + f"Edited {len(edits)}.\n"
+        repo.commit("main", files | {"README.md": Blob(card.encode(), False)}, "edit")
+        edits.append(card)
+        if when != "all the time":
+            assert push.run(PushConfig(str(small), DATASET, "second"), lambda: False) == 0
+
+    def should_stop() -> bool:
+        if when == "while files are sent":
+            edit()
+        return False
+
+    read = Repository.read_card
+
+    def read_card(self: Repository, revision: str | None = None) -> str | None:
+        found = read(self, revision)
+        if when != "while files are sent" and revision is not None:
+            edit()
+        return found
+
+    monkeypatch.setattr(Repository, "read_card", read_card)
+    monkeypatch.setattr("pipelines.push.repository.FINISH_TRIES", 2)
+    if when == "all the time":
+        with pytest.raises(OSError, match="others commit to it all the time"):
+            push.run(PushConfig(str(small), DATASET, "third"), should_stop)
+        return
+    assert push.run(PushConfig(str(small), DATASET, "third"), should_stop) == 0
+    card = hub.files("datasets", DATASET)["README.md"].decode()
+    assert len(edits) == 1
+    assert front(card)["license"] == "mit"
+    assert {config["config_name"] for config in front(card)["configs"]} == {"first", "second", "third"}
+    assert [card.count(f"\n## {name}\n") for name in ("first", "second", "third")] == [1, 1, 1]
+    assert "Edited 0." in card
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [("/data/me/base", "base"), ("~/x/y", "y"), ("../x/y", "y"), ("s3://bucket/x/y.jsonl", "y.jsonl"), ("file:///a/b", "b"),
+     ("org/name", "org/name"), ("hf://o/n@main:c:train", "hf://o/n@main:c:train"), ("0.5", "0.5")],
+)  # fmt: skip
+def test_places_of_the_owner_are_not_shown(value: str, shown: str) -> None:
+    assert without_place(value) == shown
+    assert reveals(f"cannot be opened (FileNotFoundError: {value})") == (value != shown and not value.startswith(".."))
+
+
+def test_what_the_manifest_and_configs_reveal_is_told(tmp_path: Path) -> None:
+    """A corpus of files here and in a bucket, of which the manifest has whole paths; and vocabularies, which name no place."""
+    corpus = [{"path": "s3://bucket/x.jsonl"}, {"path": "web/x.jsonl", "left_out": "begins with b'My secret'"}, {"path": "a/b.jsonl"},
+              {"path": "hf://o/n@abc:c:train"}]  # fmt: skip
+    (tmp_path / "_tokenizer").mkdir()
+    for name, value in {
+        "_manifest.json": {"corpus": corpus, "url": "https://arxiv.org/abs/2602.03075"},
+        "_tokenizer/tokenizer_config.json": {"name_or_path": "/data/me/base", "chat_template": "/a/b" + " " * 1000},
+        "_tokenizer/tokenizer.json": {"model": {"vocab": {"/usr/bin/env": 1}, "merges": ["/usr/bin /env"]}},
+    }.items():
+        (tmp_path / name).write_text(json.dumps(value))
+    (tmp_path / "_tokenizer" / "special_config.json").write_text("no JSON")
+    store = LocalStore(tmp_path)
+    names = sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.json"))
+    files = Files(store, tuple(small_file(store, name, "") for name in names), (), ())
+    found = revealing(files)
+    assert found == [
+        "_manifest.json: corpus[0].path is 's3://bucket/x.jsonl'",
+        "_manifest.json: corpus[1].left_out is \"begins with b'My secret'\"",
+        "_tokenizer/tokenizer_config.json: name_or_path is '/data/me/base'",
+    ]
+    assert told([*found, "x"]).endswith("/base'; and 1 more. See whether others may read this")
+
+
 @pytest.mark.parametrize(
     ("change", "words", "message"),
     [
@@ -297,13 +449,24 @@ def test_files_of_an_earlier_model_go(hub: HubRepos, remit: Remit, trained: Path
     transformers.AutoTokenizer.from_pretrained(trained / "model").save_pretrained(tmp_path / "cut")
     model.save_pretrained(tmp_path / "cut", max_shard_size="200KB")
     assert (tmp_path / "cut" / "model.safetensors.index.json").exists()
-    assert remit("push", tmp_path / "cut", "org/mid")[0] == 0
+    for name, data in (("additional_chat_templates/tool.jinja", "{{ tools }}"), ("additional_chat_templates/notes.txt", "x"),
+                       ("original/params.json", "{}")):  # fmt: skip
+        (tmp_path / "cut" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "cut" / name).write_text(data)
+    config = json.loads((tmp_path / "cut" / "config.json").read_text()) | {"_name_or_path": "/home/me/base"}
+    (tmp_path / "cut" / "config.json").write_text(json.dumps(config))
+    code_, _, error = remit("push", tmp_path / "cut", "org/mid")
+    assert code_ == 0, error
+    assert "not pushed: additional_chat_templates/notes.txt, original/; a model" in error
+    assert "pushed as it stands: config.json: _name_or_path is '/home/me/base'. See" in error
+    assert hub.files("models", "org/mid")["additional_chat_templates/tool.jinja"] == b"{{ tools }}"
     hub.repos["models", "org/mid"].commits[hub.repos["models", "org/mid"].branches["main"]]["notes/a.safetensors"] = (
         next(iter(hub.repos["models", "org/mid"].commits[hub.repos["models", "org/mid"].branches["main"]].values()))
     )
     assert remit("push", trained / "model", "org/mid")[0] == 0
     names = set(hub.files("models", "org/mid"))
     assert {name for name in names if "safetensors" in name} == {"model.safetensors", "notes/a.safetensors"}
+    assert not any("additional_chat_templates" in name for name in names)
 
 
 def test_an_unfinished_run_has_no_model(hub: HubRepos, remit: Remit, trained: Path, tmp_path: Path) -> None:

@@ -27,9 +27,11 @@ from shards import ShardFolder
 from trainer.batch import collate
 from trainer.distributed import World
 from trainer.head import objective_loss
+from trainer.mixed_shards import MixedShards
 from trainer.model import load_base
 from trainer.objectives.ntp import NTP
 from trainer.statistics import StepStatistics
+from trainer.trainable import load_trainable
 
 CPU = torch.device("cpu")
 
@@ -111,6 +113,23 @@ def test_the_gradient_at_a_position_of_the_step_is_zero_and_elsewhere_the_traine
     assert ours[chosen].abs().max() == 0
     assert trainers[chosen].abs().sum(-1).min() > 0
     assert torch.equal(ours[~chosen], trainers[~chosen])
+
+
+def test_attention_in_document_context_still_takes_masks(
+    tmp_path: Path, models: dict[str, Path], annotated: dict[str, Path]
+) -> None:
+    """TRL pads prompts on the left and says so in a mask; attention over documents would not look at it."""
+    shards = annotated["document"]
+    shared = config(tmp_path, shards=str(shards), model=models["base"], reference="rl", dtype="float32").train_config()
+    session: Any = SimpleNamespace(world=World(CPU), note=lambda line: None)
+    base = load_trainable(shared, session, MixedShards.open(shared.mixture), "document", takes_masks=True)
+    called, oracle = RmtModel(base), load(models["base"])
+    ids = torch.randint(1, 500, (1, 9), generator=torch.Generator().manual_seed(1))
+    padded, mask = nn.functional.pad(ids, (5, 0)), nn.functional.pad(torch.ones_like(ids), (5, 0))
+    with torch.no_grad():
+        got = called(input_ids=padded, attention_mask=mask).logits[:, 5:]
+        want = oracle(input_ids=ids).logits
+    assert float((got - want).abs().max()) < 1e-4
 
 
 def rollouts(model: Path, off_policy: float = 0.0) -> list[Scored]:

@@ -67,6 +67,8 @@ class RowDataLoader(ParallelAwareDataloader):
         """In place of shards: file that describes a mixture."""
         reference: str | None = None
         """Name of the stored log-probs; None: plain next-token prediction."""
+        context: str | None = None
+        """packed, document, or None, which chooses as remit train does."""
         seed: int = 0
         """Decides the order of the rows."""
         epochs: float | None = None
@@ -97,6 +99,7 @@ class RowDataLoader(ParallelAwareDataloader):
             global_batch_size=config.steps_batch_size,
             seed=config.seed,
             epochs=config.epochs,
+            context=config.context,
             num_embeddings=config.num_embeddings,
             rank=dp_rank,
             world_size=dp_world_size,
@@ -109,7 +112,7 @@ class RowDataLoader(ParallelAwareDataloader):
             dp_rank=dp_rank,
             dp_world_size=dp_world_size,
             batch_size=local_batch_size,
-            collate_fn=FixedLength(rows.context or "packed", seq_len),
+            collate_fn=FixedLength(rows.context, seq_len),
             drop_last=True,
             num_workers=config.num_workers,
             persistent_workers=config.persistent_workers,
@@ -246,29 +249,32 @@ def on_rows(
     mix: str | None = None,
     steps_batch_size: int | None = None,
     seed: int = 0,
+    context: str | None = None,
     **objective: Any,
 ) -> Trainer.Config:
     """`config` with annotated shards as its data and an objective of remit as its loss.
 
-    objective: as ObjectiveLoss.Config has it. What torchtitan's command line sets wins. ValueError where the model's
-    attention cannot keep the documents of a row apart and the reference was scored so.
+    context: packed, document, or None, which chooses as remit train does. objective: as ObjectiveLoss.Config has it. What
+    torchtitan's command line sets wins. ValueError where the model's attention cannot keep the documents of a row apart and
+    the context is document.
     """
     if reference is None and objective.get("objective", "remit") != "ntp":
         raise ValueError("reference is None, and only the objective ntp does without log-probs; name one")
-    rows = RowDataset(shards, reference, mix=mix, global_batch_size=steps_batch_size)
+    rows = RowDataset(shards, reference, mix=mix, global_batch_size=steps_batch_size, context=context)
     assert config.model_spec is not None
     model: Any = config.model_spec.model
     if rows.context == "document" and not any(
         any(True for _ in model.traverse(kind)) for kind in (FlexAttention.Config, VarlenAttention.Config)
     ):
         raise ValueError(
-            f"{config.model_spec.name}: its attention has no masks, and {reference!r} was scored within documents; use flex or "
+            f"{config.model_spec.name}: its attention has no masks, and the rows are read in document context; use flex or "
             "varlen attention"
         )
     config.dataloader = RowDataLoader.Config(
         shards=shards,
         mix=mix,
         reference=reference,
+        context=rows.context,
         seed=seed,
         steps_batch_size=steps_batch_size,
         num_embeddings=model.vocab_size,

@@ -18,6 +18,7 @@ from conftest import pack_inline, source_texts, write_corpus
 from oracles import contexts, is_trained, read_rows
 
 from pipelines.export import run as writer
+from pipelines.export.titan import absolute
 from scorer.config import PackConfig
 from shards import ShardFolder
 
@@ -318,6 +319,13 @@ def test_refusals(shards: dict[str, Path], packed: Path, remit: Remit, tmp_path:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
 
 
+def rows_argument(out: Path) -> dict:
+    """The arguments of on_rows in an exported module."""
+    text, names = (out / "remit_rows.py").read_text(), dict[str, dict]()
+    exec(text[text.index("ROWS = ") : text.index("def __getattr__")], names)
+    return names["ROWS"]
+
+
 def test_torchtitan_module(shards: dict[str, Path], remit: Remit, tmp_path: Path) -> None:
     """What the module says, without torchtitan: it is Python, its paths are absolute, its options are those asked for."""
     code, said, _ = remit(
@@ -325,15 +333,12 @@ def test_torchtitan_module(shards: dict[str, Path], remit: Remit, tmp_path: Path
         "--out", tmp_path / "out",
     )  # fmt: skip
     assert code == 0
-    text = (tmp_path / "out" / "remit_rows.py").read_text()
-    start = text.index("ROWS = ")
-    names: dict = {}
-    exec(text[start : text.index("def __getattr__")], names)
-    assert names["ROWS"] == {
-        "shards": [str(shards["plain"])], "reference": "rl", "mix": None, "steps_batch_size": None, "seed": 0,
-        "objective": "remit", "epsilon": math.inf,
+    assert rows_argument(tmp_path / "out") == {
+        "shards": [str(shards["plain"])], "reference": "rl", "context": "packed", "mix": None, "steps_batch_size": None,
+        "seed": 0, "objective": "remit", "epsilon": math.inf,
     }  # fmt: skip
     assert (tmp_path / "out" / "tokenizer" / "tokenizer.json").exists()
+    assert "with the log-probs of `rl`, in packed context" in (tmp_path / "out" / "README.md").read_text()
     assert str(tmp_path / "out") in said
 
 
@@ -348,7 +353,7 @@ def test_torchtitan_mixture(
     annotate(tmp_path / "rest", tmp_path / "b", lambda row: made_up(row, "packed", 0), "packed", 1 / 64)
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "m.yaml").write_text(
-        "sources: {one: {shards: a, weight: 0.75}, two: {shards: b, weight: 0.25, max_epochs: 9}}\n"
+        "sources: {one: {shards: a, weight: 0.75}, two: {shards: b, weight: 0.25}}\n"
         "stages: [{after_step: 2, weights: {one: 0.1, two: 0.9}}]\n"
     )
     monkeypatch.chdir(tmp_path)
@@ -363,3 +368,152 @@ def test_torchtitan_mixture(
     assert [os.path.realpath(row.where) for row, _ in zip(theirs, range(32))] == [
         os.path.realpath(tmp_path / where) for where in wanted
     ]
+
+
+def test_next_token_prediction_has_the_context_of_the_references(
+    shards: dict[str, Path], packed: Path, remit: Remit, tmp_path: Path
+) -> None:
+    """As remit train has it: that of all references together; packed where they differ or there are none."""
+    from trainer.dataset import RowDataset
+
+    both = annotate(shards["chats"], tmp_path / "both", lambda row: made_up(row, "packed", 2), "packed", name="sft2")
+    for number, (folder, references, context) in enumerate(
+        (
+            (shards["chats"], (), "document"),
+            (shards["chats"], ("--reference", "rl"), "document"),
+            (shards["plain"], (), "packed"),
+            (packed, (), "packed"),
+            (both, ("--reference", "rl"), "packed"),  # its log-probs are not read
+        )
+    ):
+        out = tmp_path / f"out-{number}"
+        code, _, error = remit(
+            "export", "--to", "torchtitan", "--objective", "ntp", "--shards", folder, *references, "--out", out
+        )
+        assert code == 0, error
+        found = rows_argument(out)
+        assert (found["reference"], found["context"]) == (None, context)
+        readme = " ".join((out / "README.md").read_text().split())
+        assert f"without log-probs, for next-token prediction, in {context} context" in readme
+        rows = RowDataset(folder, None, epochs=1)
+        assert rows.context == RowDataset(folder, None, context=context).context == context
+    trained = sum(int(row.predicted.sum()) for row in RowDataset(shards["chats"], None, epochs=1))
+    assert trained == sum(sum(expected_mask(row, "document", ["rl_logprobs"])) for row in read_rows(shards["chats"]))
+    assert RowDataset(both, "sft2").context == "packed"
+    with pytest.raises(ValueError, match="was scored in document context, packed asked for"):
+        RowDataset(both, "rl", context="packed")
+    with pytest.raises(ValueError, match="context is 'row', expected auto, packed or document"):
+        RowDataset(both, None, context="row")
+
+
+def test_weights_are_kept_to_the_last_digit(shards: dict[str, Path], remit: Remit, tmp_path: Path) -> None:
+    """Rounded shares are other shares, and in the end other rows; as is a folder by another name."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    os.symlink(shards["plain"], one)
+    rest = shards["plain"].parent / "packed"
+    annotate(rest, two, lambda row: made_up(row, "packed", 9), "packed", 1 / 64)
+    weights = (0.123456789012, 1 / 3)
+    given = [f"{path}={weight!r}" for path, weight in zip((one, two), weights)]
+    out = tmp_path / "out"
+    code, _, error = remit("export", "--to", "torchtitan", "--shards", *given, "--reference", "rl", "--out", out)
+    assert code == 0, error
+    assert [float(text.rpartition("=")[2]) for text in rows_argument(out)["shards"]] == [*weights]
+    assert rows_argument(out)["shards"] == given
+    assert absolute("../a/..") == os.path.abspath("../a") + "/.."  # by which name its rows are shuffled
+
+
+def test_max_epochs_that_nobody_would_keep(shards: dict[str, Path], remit: Remit, tmp_path: Path) -> None:
+    """The rows have no end of their own: refused, with the steps that are allowed where they can be told."""
+    from trainer.dataset import RowDataset
+
+    rest, two = shards["plain"].parent / "packed", tmp_path / "two"
+    annotate(rest, two, lambda row: made_up(row, "packed", 9), "packed", 1 / 64)
+    mix, num_rows = tmp_path / "m.yaml", len(read_rows(two))
+    sources = {"one": {"shards": str(shards["plain"]), "weight": 1}, "two": {"shards": str(two), "weight": 1, "max_epochs": 1}}  # fmt: skip
+    mix.write_text(yaml.safe_dump({"sources": sources}))
+    arguments = ("export", "--to", "torchtitan", "--mix", mix, "--reference", "rl", "--out", tmp_path / "out")
+    code, _, error = remit(*arguments)
+    assert (code, "max_epochs of two is 1, which torchtitan would not keep" in error) == (1, True), error
+    code, _, error = remit(*arguments, "--global-batch-size", 2)
+    allowed = int(error.split("--training.steps ")[1].split(" of 2 rows")[0])
+    assert (code, (tmp_path / "out").exists()) == (1, False)
+    later = {"stages": [{"after_step": 2, "weights": {"one": 1, "two": 0}}]}
+    mix.write_text(yaml.safe_dump({"sources": sources} | later))
+    assert remit(*arguments, "--global-batch-size", 2)[0] == 0  # no number of steps goes through it once
+    mix.write_text(yaml.safe_dump({"sources": sources}))
+
+    with pytest.raises(ValueError, match="two: max_epochs is 1, and rows without an end would not keep it"):
+        RowDataset((), "rl", mix=mix, global_batch_size=2)
+    with pytest.raises(ValueError, match=f"two: {allowed + 1} steps go through it .* times, max_epochs is 1"):
+        RowDataset((), "rl", mix=mix, global_batch_size=2, max_steps=allowed + 1)
+    seen = [row.where for row in RowDataset((), "rl", mix=mix, global_batch_size=2, max_steps=allowed)]
+    assert len(seen) == 2 * allowed  # and there they end
+    of_two = [where for where in seen if where.startswith(str(two))]
+    assert len(set(of_two)) == len(of_two)
+    assert num_rows - 2 <= len(of_two) <= num_rows
+    for wrong, words in (
+        ({"max_steps": 3}, "give both"),
+        ({"max_steps": 0, "global_batch_size": 2}, "expected 1 or more"),
+        ({"max_steps": 3, "global_batch_size": 2, "epochs": 1.0}, "expected one of them"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            RowDataset(two, "rl", **wrong)
+    del sources["one"]
+    mix.write_text(yaml.safe_dump({"sources": sources}))
+    with pytest.raises(ValueError, match="two: max_epochs is 1, epochs"):
+        RowDataset((), "rl", mix=mix, epochs=1.5)
+    assert len([*RowDataset((), "rl", mix=mix, epochs=1)]) == num_rows
+
+
+def scored_anew(folder: Path, to: Path, salt: int) -> Path:
+    """The same rows scored once more, to other values: another hash of each part, under the same manifest."""
+    rest = folder.parent / "packed"
+    annotate(rest, to, lambda row: made_up(row, "packed", salt), "packed", 1 / 64)
+    return to
+
+
+def test_parts_that_change_under_an_export(
+    shards: dict[str, Path], remit: Remit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a half-written nor a finished export of older parts is taken for one of the new parts."""
+    old, new = (scored_anew(shards["plain"], tmp_path / f"salt-{salt}", salt) for salt in (1, 2))
+    assert ShardFolder(old).manifest.checksum == ShardFolder(new).manifest.checksum
+    here, out = tmp_path / "here", tmp_path / "out"
+    here.symlink_to(old)
+    arguments = ("export", "--to", "olmo-core", "--shards", here, "--out", out)
+    counted, seen = writer._counted, list[str]()
+
+    def dies(shards, part, columns, progress, done):  # type: ignore[no-untyped-def]
+        seen.append(part)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        yield from counted(shards, part, columns, progress, done)
+
+    def change(to: Path) -> None:
+        here.unlink()
+        here.symlink_to(to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "_counted", dies)
+        with pytest.raises(KeyboardInterrupt):
+            remit(*arguments)
+    change(new)
+    assert remit(*arguments)[0] == 0
+    values = np.concatenate([np.fromfile(path, "<f4") for path in sorted(out.glob("*rl_logprobs.npy"))])
+    rows = read_rows(new)
+    padded = [row["rl_logprobs"] + [None] * (31 - len(row["rl_logprobs"])) for row in rows]
+    assert same_floats(values, [value for row in padded for value in row])
+    change(old)
+    code, _, error = remit(*arguments)
+    assert (code, "holds another export: parts_sha256" in error, "written anew since" in error) == (1, True, True)
+
+    def changes(shards, part, columns, progress, done):  # type: ignore[no-untyped-def]
+        yield from counted(shards, part, columns, progress, done)
+        if part == shards.manifest.parts[0].name:
+            change(new)
+
+    monkeypatch.setattr(writer, "_counted", changes)
+    late = (*arguments[:-1], tmp_path / "late")
+    code, _, error = remit(*late)
+    assert (code, "parts were written anew during the export" in error) == (1, True), error
+    assert not (tmp_path / "late").exists()
