@@ -85,3 +85,9 @@ def test_files_stay_short() -> None:
     for package in (*FORBIDDEN, "benchmarks"):
         for file in (ROOT / package).rglob("*.py"):
             assert len(file.read_text(encoding="utf-8").splitlines()) <= 320, file
+
+
+def test_files_of_tests_have_names_of_their_own() -> None:
+    """pytest takes two of one name in folders that are no packages for one module, and stops where it meets the second."""
+    names = [file.name for file in (ROOT / "tests").rglob("test_*.py") if not (file.parent / "__init__.py").exists()]
+    assert len(names) == len(set(names))
