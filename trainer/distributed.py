@@ -75,12 +75,12 @@ class World:
             dist.barrier()
 
     def meet(self) -> None:
-        """Wait until all ranks are here, however long one of them reads or writes before."""
+        """Wait until all ranks are here, up to PATIENCE for one that reads or writes before."""
         if self.size > 1:
             dist.barrier(group=self.patient)
 
     def first_problem(self, problem: str | None) -> str | None:
-        """Of what each rank says, that of the lowest one that says something, on all ranks; they wait as long as it takes."""
+        """Of what each rank says, that of the lowest one that says something, on all ranks, which wait up to PATIENCE."""
         if self.size == 1:
             return problem
         problems: list[Any] = [None] * self.size

