@@ -3,6 +3,7 @@
 import faulthandler
 import os
 import signal
+import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -43,9 +44,8 @@ def on_ranks(folder: Path, call: Callable[..., None], size: int, *more: Any, mac
     """
     outside.require_allowed("processes")
     start_server()
-    for attempt in range(2):
-        (folder / f"ranks-{attempt}").mkdir()
-        ended, errors = _run(folder / f"ranks-{attempt}", call, size, machines, more)
+    for _ in range(2):
+        ended, errors = _run(Path(tempfile.mkdtemp(prefix="ranks-", dir=folder)), call, size, machines, more)
         if -signal.SIGABRT not in ended:
             break
     assert ended == [0] * size, f"ranks ended with {ended}\n{errors}"
