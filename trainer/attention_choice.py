@@ -1,7 +1,7 @@
 """Which attention over documents a base gets: the fastest that its class and this machine have, tried out before it is used.
 
-In: a loaded base. Out: its attention is set, and a line says which it is and, where it is not the first choice, why. The order:
-the flash-attn package (trainer/model.py loads the base with it); on a GPU in 16 bits PyTorch's varlen_attn; else its
+In: a loaded base. Out: its attention is set, and a line says which it is and, where it is not the first choice, why (that what it was
+loaded with leaves nothing out is made sure of before, by trainer/whole_attention.py). The order: the flash-attn package (trainer/model.py loads the base with it); on a GPU in 16 bits PyTorch's varlen_attn; else its
 scaled_dot_product_attention, one document after the other; and where a class does not take its attention from outside, a mask of T x T.
 """
 
@@ -51,8 +51,8 @@ def choose_attention(base: "Base") -> Attention:
     before = model.config._attn_implementation
     if before == FLASH:
         return Attention(before, "the flash-attn package")
-    trial = _Trial()
-    problem = _problem_of_class(base, trial)
+    trial = Trial()
+    problem = problem_of_class(base, trial)
     if problem:
         return Attention(before, f"masks of T x T ({type(model).__name__} {problem})")
     each = "PyTorch's scaled_dot_product_attention, one document after the other"
@@ -67,7 +67,7 @@ def choose_attention(base: "Base") -> Attention:
 
 
 @dataclass
-class _Trial:
+class Trial:
     """What the layers of a class ask of their attention, held against the mask that they would get.
 
     windows: masks that were made, and how far each lets look back, if not to the beginning. problem: the first difference.
@@ -124,7 +124,7 @@ def _masks(device: torch.device, window: int | None) -> tuple[Tensor, Tensor]:
     return inside_BHTT, inside_BHTT & seen_TT
 
 
-def _problem_of_class(base: "Base", trial: _Trial) -> str | None:
+def problem_of_class(base: "Base", trial: Trial) -> str | None:
     """Why a class cannot have its documents attended to one by one; None where it can, and `trial` knows its heads."""
     model: Any = base.model
     if not (getattr(model, "_supports_attention_backend", False) and model._can_set_attn_implementation()):

@@ -182,8 +182,8 @@ def load_sharded(
 def embeddings_of(model: PreTrainedModel) -> list[nn.Module]:
     """Input and output embedding where each is a weight of its own, so that one of them is gathered at a time."""
     found: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
-    weights = [{id(parameter) for parameter in module.parameters()} if module else set() for module in found]
-    return found if all(weights) and not weights[0] & weights[1] else []
+    is_plain = isinstance(found[0], nn.Embedding) and isinstance(found[1], nn.Linear)
+    return found if is_plain and found[0].weight is not found[1].weight else []
 
 
 def build(config: Any, attention: str | None) -> Any:

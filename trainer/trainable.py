@@ -32,6 +32,11 @@ def load_trainable(
     base = load_base(
         Path(config.model), config.dtype, session.world.device, context, session.world, sharding, session.note
     )
+    if base.attention is not None:
+        session.note(f"attention: {base.attention.text}")
+        if context == "packed" and not takes_masks:  # each row is a document then, without a mask of T x T
+            base.attention = base.ask(choose_attention)
+            session.note(f"attention over rows: {base.attention.text}")
     for shards in mixed.folders:
         check_fits(base, Path(config.model), shards)
     if context == "document":
