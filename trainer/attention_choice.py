@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from trainer.checks import FLASH, TOLERANCE, in_float32, relative
+from trainer.distributed import World
 from trainer.document_attention import (
     DOCUMENTS,
     HALF,
@@ -36,6 +37,8 @@ VARLEN_TOLERANCE = (
     0.05  # of outputs and gradients in 16 bits, relative to the largest; a position too many is ten times that
 )
 FAILURES = (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
+
+SLOWEST_FIRST = ("eager", "sdpa", DOCUMENTS, VARLEN, FLASH)  # others count as the second
 
 Heads = tuple[int, int, int, int]
 """Query heads, key heads, values of a query, values of a value."""
@@ -64,6 +67,22 @@ def choose_attention(base: "Base") -> Attention:
         found = Attention(VARLEN, "PyTorch's varlen_attn")
     model.set_attn_implementation(found.form)
     return found
+
+
+def agree(base: "Base", world: World) -> None:
+    """Have all ranks take the slowest form of attention that one of them has, and its line say so. All ranks take part.
+
+    Their GPUs may differ, or a trial may fail on one of them: other numerics on each, or collectives that never meet.
+    """
+    own: Any = base.ask(lambda asked: asked.model.config._attn_implementation)
+    everyones: list[tuple[str, Attention | None]] = world.from_all((own, base.attention))
+    form, attention = min(everyones, key=lambda entry: SLOWEST_FIRST.index(entry[0]) if entry[0] in SLOWEST_FIRST else 1)
+    if all(entry[0] == form for entry in everyones):
+        return
+    which = ", ".join(str(rank) for rank, entry in enumerate(everyones) if entry[0] == form)
+    text = f"{attention.text if attention else form}, on all processes since no better one was found on process {which}"
+    base.ask(lambda asked: asked.model.set_attn_implementation(form))
+    base.attention = Attention(form, text)
 
 
 @dataclass

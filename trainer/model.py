@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 from shards.modelfolder import max_positions, require_base
+from trainer.attention_choice import agree
 from trainer.checks import check_plain_head, check_runs
 from trainer.distributed import World, spread
 from trainer.document_attention import FORMS, Attention, lengths_of, locate
@@ -199,6 +200,8 @@ def load_base(
         base = Base(load_whole(folder, config, attention).to(device), resolve_dtype(dtype, device), dropout, sharding)
         freeze_idle(base.model)
     base.attention = base.ask(honour)
+    if world is not None:
+        agree(base, world)
     base.ask(check_plain_head)
     base.ask(check_runs)
     base.model.train()
