@@ -78,12 +78,15 @@ class Phases:
         setattr(where, function, wrapped)
 
 
-def make_base(folder: Path, gigabytes: float, vocabulary: int) -> dict[str, int]:
-    """A Llama of about that many GB in float32, in files of 200 MB; its parameters, those of the largest tensor, of a layer."""
+def make_base(
+    folder: Path, gigabytes: float, vocabulary: int, hidden: int = 1024, dtype: str = "float32"
+) -> dict[str, int]:
+    """A Llama of about that many GB in float32, saved in `dtype` in files of 200 MB; its parameters, those of the largest tensor,
+    of a layer."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    hidden, inner = 1024, 2816
+    inner = 11 * hidden // 4
     layer = 4 * hidden * hidden + 3 * hidden * inner
     layers = max(1, round((gigabytes * 1e9 / 4 - 2 * vocabulary * hidden) / layer))
     config = LlamaConfig(
@@ -91,7 +94,7 @@ def make_base(folder: Path, gigabytes: float, vocabulary: int) -> dict[str, int]
         num_key_value_heads=8, max_position_embeddings=SEQ_LEN, tie_word_embeddings=False, eos_token_id=0, bos_token_id=None,
     )  # fmt: skip
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.save_pretrained(folder, max_shard_size=FILE_BYTES)
+    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=FILE_BYTES)
     return {"parameters": model.num_parameters(), "largest": vocabulary * hidden, "layer": layer}
 
 
@@ -106,8 +109,8 @@ def work(rank: int, settings: Settings, folder: Path, limits: Limits | None) -> 
 
     import trainer.checkpoint
     import trainer.model
-    import trainer.trainable
     import trainer.train
+    import trainer.trainable
     from trainer.config import TrainConfig
 
     logging.disable_progress_bar()
@@ -145,11 +148,10 @@ def load_and_export(settings: Settings, folder: Path, phases: Phases) -> None:
     from trainer.distributed import connect
     from trainer.export import export
     from trainer.gathered import Gathered
+    from trainer.heap import frugal_heap
     from trainer.layout import read_layout
     from trainer.loss_model import LossModel
     from trainer.model import load_base
-
-    from trainer.heap import frugal_heap
 
     with connect(600) as world, frugal_heap():
         with phases.phase("checks"):

@@ -76,7 +76,9 @@ def agree(base: "Base", world: World) -> None:
     """
     own: Any = base.ask(lambda asked: asked.model.config._attn_implementation)
     everyones: list[tuple[str, Attention | None]] = world.from_all((own, base.attention))
-    form, attention = min(everyones, key=lambda entry: SLOWEST_FIRST.index(entry[0]) if entry[0] in SLOWEST_FIRST else 1)
+    form, attention = min(
+        everyones, key=lambda entry: SLOWEST_FIRST.index(entry[0]) if entry[0] in SLOWEST_FIRST else 1
+    )
     if all(entry[0] == form for entry in everyones):
         return
     which = ", ".join(str(rank) for rank, entry in enumerate(everyones) if entry[0] == form)

@@ -101,12 +101,12 @@ def test_flash_attn_knows_soft_caps_and_no_sinks(
     assert base.model.config._attn_implementation == ("eager" if left_out else FLASH)
 
 
-def test_what_differs_for_another_reason_is_left_to_the_class(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_differs_for_another_reason_is_left_to_the_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sdpa: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
     monkeypatch.setitem(
-        ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", lambda *inputs, **named: sdpa(*inputs, **named | {"scaling": 0.3})
+        ALL_ATTENTION_FUNCTIONS._global_mapping,
+        "sdpa",
+        lambda *inputs, **named: sdpa(*inputs, **named | {"scaling": 0.3}),
     )
     base = load_base(make_model(tmp_path / "model", "Llama"), "float32", torch.device("cpu"))
     assert base.attention == Attention("eager", "the class's own, since sdpa leaves out a part of it")
@@ -118,5 +118,7 @@ def test_a_class_that_takes_no_other_is_refused(tmp_path: Path, monkeypatch: pyt
             raise ValueError("no")
 
     monkeypatch.setattr(transformers.Gemma2ForCausalLM, "set_attn_implementation", keeps)
-    with pytest.raises(ValueError, match="Gemma2ForCausalLM: .* sdpa, which leaves out soft-capping of its scores, and it takes no"):
+    with pytest.raises(
+        ValueError, match=r"Gemma2ForCausalLM: .* sdpa, which leaves out soft-capping of its scores, and it takes no"
+    ):
         load_base(make_model(tmp_path / "model", "Gemma2", **CASES["Gemma2"]), "float32", torch.device("cpu"))
