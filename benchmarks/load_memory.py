@@ -27,7 +27,6 @@ import tyro
 from benchmarks.memory_limit import LimitBy, Limits, own_bytes
 
 SEQ_LEN = 64
-FILE_BYTES = 200_000_000
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,7 @@ class Phases:
 def make_base(
     folder: Path, gigabytes: float, vocabulary: int, hidden: int = 1024, dtype: str = "float32"
 ) -> dict[str, int]:
-    """A Llama of about that many GB in float32, saved in `dtype` in files of 200 MB; its parameters, those of the largest tensor,
-    of a layer."""
+    """A Llama of about that many GB in float32, saved in `dtype`; its parameters, those of the largest tensor, of a layer."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -94,7 +92,7 @@ def make_base(
         num_key_value_heads=8, max_position_embeddings=SEQ_LEN, tie_word_embeddings=False, eos_token_id=0, bos_token_id=None,
     )  # fmt: skip
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=FILE_BYTES)
+    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size="200MB")
     return {"parameters": model.num_parameters(), "largest": vocabulary * hidden, "layer": layer}
 
 
@@ -205,7 +203,7 @@ def main(settings: Settings) -> int:
         make_shards(folder / "shards", settings.vocabulary, 1, 64, SEQ_LEN)
         limits = None
         if settings.limit_gb is not None:
-            limits = Limits(int(settings.limit_gb * 1e9), settings.processes, settings.limit_by, FILE_BYTES)
+            limits = Limits(int(settings.limit_gb * 1e9), settings.processes, settings.limit_by, 4 * size["parameters"])
             print(f"each process is held to {settings.limit_gb:g} GB by {limits.text}")
         ranks = [
             context.Process(target=work, args=(rank, settings, folder, limits)) for rank in range(settings.processes)
