@@ -54,7 +54,7 @@ LIMITS = [
     "The base learns the format of a thought by supervised steps that the paper does not need. They count as compute.",
     "Compute is counted in forwards of one token: 1 to score, prefill or decode it, 3 to train on it, 4 where TRL asks for its "
     "log-prob again. Time would favour NTP more: decoding is slower per token than training.",
-    "RMT's arms have equal steps, and the compute that the table shows, not the same. Rows differ between the arms of remit rmt and "
+    "RMT's arms but the slow one have equal steps, and the compute that the table shows, not the same. Rows differ between the arms of remit rmt and "
     "those of remit train, which visit all rows alike.",
     "NTP and ReMiT have the rate of the warm-up with a cosine; the reinforcement steps have a fifth of it, constant, since larger ones "
     "ruin the base. No arm's rate was tuned for this comparison.",
