@@ -32,7 +32,7 @@ def compare(world: World, folders: list[Path], sharding: str) -> None:
         model = base.spread(LossModel(base), world)
         inputs: list[torch.dtype] = []
         base.layers[-1].register_forward_pre_hook(lambda _, given, seen=inputs: seen.append(given[0].dtype))
-        model.forward = lambda: base.hidden_states(IDS_BT)  # FSDP2 gathers the root's weights at a call
+        model.forward = lambda base=base: base.hidden_states(IDS_BT)  # FSDP2 gathers the root's weights at a call
         hidden_BTH = model().float()
         assert inputs == [torch.float32], folder
         with torch.autocast("cpu", torch.bfloat16):
