@@ -1,8 +1,8 @@
 """Make sure that the attention a base was loaded with does all that the class asks of it.
 
-In: a loaded base. Out: where something is left out, the class's own attention is set, "eager". transformers hands on soft-capping
-(Gemma 2, VaultGemma) and sinks (GPT-OSS) to PyTorch's scaled_dot_product_attention, which knows neither, and computes without them; vLLM, which
-scores the reference, does not.
+In: a loaded base. Out: where something is left out, the class's own attention is set, "eager". transformers hands on
+soft-capping (Gemma 2, VaultGemma) and sinks (GPT-OSS) to PyTorch's scaled_dot_product_attention, which knows neither, and
+computes without them; vLLM, which scores the reference, does not.
 """
 
 import contextlib
