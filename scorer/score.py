@@ -17,7 +17,7 @@ from scorer.engine import EngineConfig
 from scorer.engine_args import parse_engine_args, require_known, require_stages_run
 from scorer.forwards import ForwardTask, find_prompts
 from scorer.once_per_node import node_weights_fingerprint
-from scorer.placement import KEYS, engine_bundle, wait_for_nodes
+from scorer.placement import KEYS, engine_bundle, size_options, wait_for_nodes
 from scorer.precision import nearer_dtype, settled_dtype
 from scorer.reference import (
     Reference,
@@ -82,7 +82,6 @@ def score(
     if config.engine == "vllm":
         require_head_size(model_config, reference.path, device)
     with ray_cluster(config.debug, note):
-        wait_for_nodes(KEYS[device], should_stop, note)
         engine = EngineConfig(
             model=reference.path.absolute(),
             dtype=dtype or "bfloat16",
@@ -110,6 +109,8 @@ def score(
         if len(set(names)) < len(names):  # rl with --top-k beside a reference called rl_topk
             raise ValueError(f"{config.shards}: --name {config.name} would give two columns one name; choose another")
         refuse_other_scoring(out, manifest, config.name)
+        # after all that needs no node, so that what is wrong with the command is not told hours later
+        wait_for_nodes(KEYS[device], should_stop, note, config.devices_per_engine, size_options(config))
         bundle = engine_bundle(config, device)
         forwards = None
         if dtype is None:  # of a new folder: one that was begun has it recorded
