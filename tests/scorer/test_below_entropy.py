@@ -112,19 +112,22 @@ def test_it_needs_both_columns() -> None:
 def test_threshold_by_brute_force(step: float) -> None:
     rng = np.random.default_rng(1)
     entropies = [rng.exponential(1, size).astype(np.float32) for size in (5, 200, 80, 1, 33)]
-    entropies[1][7] = np.nan  # of a broken token
     sample = Sample([np.zeros(len(one) + 1, int) for one in entropies], [0, 0, 1, 2, 3])
     found = threshold_of(sample, entropies, 0.2, 0.05, step)
-    values = sorted(round(float(v) / step) * step if step else float(v) for one in entropies for v in one if v == v)
-    assert len(values) == found["top_k_quantile"]["tokens"] == 318
+    values = sorted(round(float(v) / step) * step if step else float(v) for one in entropies for v in one)
+    assert len(values) == found["top_k_quantile"]["tokens"] == 319
     threshold = found["top_k_below_entropy"]
-    assert threshold == pytest.approx(values[math.ceil(0.25 * 318)])
-    share = sum(v <= threshold for v in values) / 318
+    assert threshold == pytest.approx(values[math.ceil(0.25 * 319)])
+    share = sum(v <= threshold for v in values) / 319
     assert found["top_k_quantile"] | {"share_error": 0} == {
-        "quantile": 0.2, "margin": 0.05, "rows": 4, "tokens": 318, "share": pytest.approx(share, abs=1e-6), "share_error": 0,
+        "quantile": 0.2, "margin": 0.05, "rows": 4, "tokens": 319, "share": pytest.approx(share, abs=1e-6), "share_error": 0,
     }  # fmt: skip
     assert share >= 0.25
     assert 0 < found["top_k_quantile"]["share_error"] < 0.2
+    for value in (np.nan, np.inf):
+        entropies[1][7] = value
+        with pytest.raises(ValueError, match="1 of the sample's 319 entropies are not finite"):
+            threshold_of(sample, entropies, 0.2, 0.05, step)
 
 
 def test_the_sample_comes_from_all_over(packed: Path) -> None:
