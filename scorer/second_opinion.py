@@ -36,7 +36,7 @@ class SecondOpinion:
         if self._config.canary and (not fake or faults().get("canary")):
             prompts = find_prompts(self._shards, parts, self._config.context, engine.vocab_size)
         if fake or not prompts:
-            self._forwards = hashed_forwards(prompts, engine.dtype)
+            self._forwards = hashed_forwards(prompts, engine.dtype, engine.kept, engine.vocab_size)
             return
         dtypes = () if engine.dtype == "float32" else (engine.dtype,)
         self._task = ForwardTask(engine, prompts, dtypes, self._note)
