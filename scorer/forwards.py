@@ -22,7 +22,7 @@ from shards.folder import ShardFolder
 
 SAID_AFTER_SECONDS = 5.0
 MAX_FAILURES = 3  # each for its node's sake, before it is the model's
-MAX_LOSSES = 10  # with nodes that leave, which are nobody's fault
+MAX_LOSSES = 10  # with nodes that leave, or before it is known where it runs: nobody's fault
 PLACE_SECONDS = 300.0  # for which memory is waited for that Ray has promised to others
 BEGIN_SECONDS = 900.0  # after which a task that asks for nothing is taken for one that never begins
 LOOK_SECONDS = 5.0  # between two looks whether its node is there: Ray may take minutes to call the task failed
@@ -155,12 +155,14 @@ class ForwardTask:
                     "Ray's memory; it begins without"
                 )
                 self._attempt = self._submit(alive_nodes(), ask=False)
-        elif not isinstance(error, ray.exceptions.RayError):
-            self._failed(attempt.node, one_line(error))
+        elif not attempt.node:
+            self._lost(one_line(error))
+        elif not isinstance(error, ray.exceptions.RayError) or isinstance(error, ray.exceptions.RayTaskError):
+            self._failed(attempt.node, one_line(error), memory="memory" in str(error).lower())
         elif isinstance(error, ray.exceptions.OutOfMemoryError):
             self._failed(attempt.node, "Ray killed its process, since the node ran out of memory", memory=True)
-        elif not attempt.node or attempt.node not in alive_nodes():
-            self._lost(one_line(error) if not attempt.node else "its node has left the cluster")
+        elif attempt.node not in alive_nodes():
+            self._lost("its node has left the cluster")
         elif waited > VERDICT_SECONDS:
             self._failed(attempt.node, "its process was killed, as happens where memory runs out", memory=True)
 
