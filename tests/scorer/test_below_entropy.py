@@ -35,6 +35,8 @@ from processes import Command, content
 from scorer.below_entropy import Sample, sample_rows, threshold_of
 from scorer.config import BelowEntropy, ScoreConfig, parse_below
 from scorer.engine import Answer
+from scorer.reference import Reference
+from scorer.score import score
 from scorer.scored_rows import ScoredRows
 from shards import ShardFolder
 from shards.verify import verify_folder
@@ -255,3 +257,20 @@ def test_killed_and_damaged_runs_end_alike(faulty: Faulty, tmp_path: Path, remit
     last = Command(tmp_path, *faulty.command("score", killed, *options, "quantile:0.3"))
     assert last.finish() == 0, last.errors
     assert (killed / "part-00001.arrow").read_bytes() == (sound / "part-00001.arrow").read_bytes()
+
+
+@pytest.mark.slow  # the machinery is tested with the fake engine
+@pytest.mark.usefixtures("ray_session")
+def test_with_a_real_engine_that_passes_the_canary(tmp_path: Path, packed: Path, reference_model: Path) -> None:
+    """The quantile of the threshold is what the stored entropies of the whole folder say, whose sample was scored before."""
+    notes: list[str] = []
+    config = ScoreConfig(
+        str(packed), str(reference_model), str(tmp_path / "out"), num_engines=1, dtype="float32", top_k=3, entropy=True,
+        entropy_temperature=2.0, top_k_below_entropy="quantile:0.3", logprob_step=0.0,  # rounded, most would be equal
+    )  # fmt: skip
+    folder = score(config, Reference(reference_model, "m"), note=notes.append)
+    assert any(line.startswith("for the estimate: engine 1 on ") and " is ready" in line for line in notes), notes
+    assert verify_folder(folder).problems == []
+    threshold = folder.manifest.references["rl"]["top_k_below_entropy"]
+    entropies = [value for row in read_rows(folder.path) for value in row["rl_entropy_t2"] if value is not None]
+    assert np.mean(np.array(entropies) <= threshold) == pytest.approx(0.35, abs=0.03)
