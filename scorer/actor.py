@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from scorer.bad_rows import main_reason
 from scorer.canary import Forwards, compare
 from scorer.cores import claim_cores
 from scorer.engine import Engine, EngineConfig, batched_tokens, device_memory, environment
@@ -97,7 +98,8 @@ class ScoringActor:
             record = read_record(self._out.store, part)
             if record is not None:  # by an engine that died right after
                 done = len(record.quarantined.get(self._task.name, []))
-                return {"read_seconds": 0.0, "wait_seconds": 0.0, "write_seconds": 0.0, "quarantined": done}
+                times = {"read_seconds": 0.0, "wait_seconds": 0.0, "write_seconds": 0.0}
+                return times | {"quarantined": done, "reason": "found by an engine that has died"}
             began = perf_counter()
             reader = self._shards.open_rows(part)
             read_seconds = perf_counter() - began
@@ -121,6 +123,7 @@ class ScoringActor:
                 "wait_seconds": scored - began - read_seconds,
                 "write_seconds": perf_counter() - scored,
                 "quarantined": len(self._out.record(part).quarantined.get(self._task.name, [])),
+                "reason": main_reason([fault for scored in batches for fault in scored.faults.values()]),
             }
         except EngineDied as error:
             raise type(error)(str(error)) from None  # its cause need not exist where the driver runs
