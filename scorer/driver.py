@@ -31,6 +31,7 @@ from shards.entropy import entropy_columns, topk_limit
 from shards.folder import ShardFolder
 from shards.lease import Lease, LeaseLost
 from shards.quarantine import write_failure
+from shards.record import record_name
 from shards.store import NO_SPACE
 
 SAMPLED_PARTS = 32  # whose sizes stand for all in the estimate of the disk's need
@@ -75,6 +76,7 @@ class Drive:
         self.attempts, self.failed = PartAttempts(), dict[str, str]()
         self.health = NodeHealth(nodes_may_join())
         self._last_error: BaseException | None = None
+        self._taken_back = 0
         self.committed = folder.manifest.tokens - sum(self.tokens[part] for part in self.waiting)
         self.state = ScoreProgress(
             self.committed, folder.manifest.tokens, len(plans) - len(self.waiting), len(plans)
@@ -131,7 +133,7 @@ class Drive:
         try:
             self.canary()  # its forward runs while the engines start
             with ray_errors(stop.requested):
-                while self.waiting or self.pool.running():
+                while self.waiting or self.pool.running() or self._take_back():
                     if not stop.requested():
                         self._require_hope()
                         if not HeadWatch.silent:
@@ -143,6 +145,8 @@ class Drive:
                     require_ray()
                     self.pool.shrink(self.num_engines())
                     self._report()
+                if self.pool.restarts:
+                    self.folder.require_sizes()
             event = "done" if not self.failed else "failed"
         except Stopped:
             event = "stopped"
@@ -166,6 +170,23 @@ class Drive:
                 f"{first}: {reason}",
                 self.failed,
             )
+
+    def _take_back(self) -> bool:
+        """Have parts wait again that are not committed after all; whether there are any.
+
+        An engine that was given up may go on, and deletes a record that does not fit what it has written. If it ends then,
+        nobody writes the part again.
+        """
+        if not self.pool.restarts or self._taken_back == MAX_ATTEMPTS:
+            return False
+        gone = [part for part in self.folder.missing_parts() if part not in self.failed]
+        gone = [part for part in gone if self.folder.store.size(record_name(part)) is None]  # a list may be late
+        self._taken_back += 1
+        self.committed -= sum(self.tokens[part] for part in gone)
+        self.state.parts -= len(gone)
+        for part in gone:
+            self._try_again(part)
+        return bool(gone)
 
     def _require_hope(self) -> None:
         """End the run where engines start nowhere."""

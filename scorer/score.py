@@ -121,6 +121,7 @@ def score(
             refuse_other_scoring(out, manifest, config.name)  # another driver may have had the lease since we looked
             folder = begin_shards(shards, out, manifest, lease)
             crash_point("driver.planned")
+            folder.require_sizes()
             clear_failures(out)
             if folder.missing_parts():
                 drive = Drive(config, shards, folder, engine, model_config, bundle, lease, progress, note, forwards)

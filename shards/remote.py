@@ -24,7 +24,7 @@ import pyarrow as pa
 from shards.asking import asked_again
 from shards.crash import crash_point
 from shards.store import NO_SPACE, TEMPORARY_SUFFIX, Store
-from shards.store_errors import NoTemporarySpace, answer_of, exists_already, retry_seconds, text_of
+from shards.store_errors import NoTemporarySpace, OtherBytes, answer_of, exists_already, retry_seconds, text_of
 
 CONDITIONAL_PUT = {"s3", "s3a", "gs", "gcs"}
 PACKAGES = {"s3": "pip install s3fs", "gs": "pip install gcsfs", "hdfs": "it needs Java and Hadoop's libhdfs"}
@@ -135,9 +135,7 @@ class RemoteStore(Store):
 
         return self._ask(name, piece) if start < stop else b""
 
-    def _entries(self, folder: str = "") -> dict[str, int]:
-        """Names and sizes of the files directly in a folder."""
-
+    def sizes(self, folder: str = "") -> dict[str, int]:
         def entries(path: str) -> list[dict]:
             try:
                 return self._fs.ls(path, detail=True, **self._refresh())
@@ -149,11 +147,8 @@ class RemoteStore(Store):
         files = {entry["name"]: entry["size"] for entry in self._ask(folder, entries) if entry["type"] == "file"}
         return {name.rsplit("/", 1)[-1]: size for name, size in files.items() if not name.endswith("/")}
 
-    def names(self, folder: str = "") -> list[str]:
-        return sorted(self._entries(folder))
-
     def used_bytes(self) -> int:
-        return sum(self._entries().values())
+        return sum(self.sizes().values())
 
     def version(self, name: str) -> str:
         return self._ask(name, self._fs.ukey)
@@ -183,7 +178,7 @@ class RemoteStore(Store):
             if not exists_already(error):
                 raise
             # an answer that was lost makes us ask for what we have done already
-            if self.read(name) != data:
+            if self._read_if_there(name) != data:
                 raise FileExistsError(f"{self.where(name)}: exists already") from None
         if kind:
             crash_point(f"{kind}.published")
@@ -231,15 +226,24 @@ class RemoteStore(Store):
     def temporary(self, name: str) -> Path:
         return Path(tempfile.gettempdir()) / f"{_local_prefix()}{os.getpid()}-{secrets.token_hex(4)}-{Path(name).name}"
 
-    def publish(self, temporary: Path, name: str, kind: str = "part") -> None:
+    def publish(self, temporary: Path, name: str, kind: str = "part") -> str:
         try:
             data = temporary.read_bytes()
         finally:
             temporary.unlink(missing_ok=True)
         self.create(name, data, kind)
-        if self.read(name) != data:  # what the store keeps is what was hashed here
-            # not deleted: it may be another driver's by now; without a record the next attempt replaces it
-            raise OSError(f"{self.where(name)}: the store gives back other bytes than were written; run again")
+        with contextlib.suppress(FileNotFoundError):  # another process has deleted it
+            version = self.version(name)  # asked for first: these bytes, or later ones, are what it says
+            if self.read(name) == data:  # what the store keeps is what was hashed here
+                return version
+        # not deleted: it may be another driver's by now; without a record the next attempt replaces it
+        raise OtherBytes(f"{self.where(name)}: the store gives back other bytes than were written; run again")
+
+    def _read_if_there(self, name: str) -> bytes | None:
+        try:
+            return self.read(name)
+        except FileNotFoundError:
+            return None
 
     def delete(self, name: str, may_delete: Callable[[], None] = lambda: None) -> None:
         def delete(path: str) -> None:

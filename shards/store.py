@@ -4,6 +4,7 @@ In: the folder's path or URL. Out: reads, and writes that are durable and whole:
 its bytes or not at all, and `create` and `publish` never replace what is there.
 """
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -85,9 +86,13 @@ class Store:
         """
         raise NotImplementedError
 
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """Names, without the folder, and sizes in bytes of the files directly in `folder`; none where it does not exist."""
+        raise NotImplementedError
+
     def names(self, folder: str = "") -> list[str]:
         """Sorted names of the files directly in `folder`, without it; none where it does not exist."""
-        raise NotImplementedError
+        return sorted(self.sizes(folder))
 
     def size(self, name: str) -> int | None:
         """Bytes of a file, None where there is none."""
@@ -113,8 +118,11 @@ class Store:
         """A local file to write before `publish`; no reader looks at it and no other process uses it."""
         raise NotImplementedError
 
-    def publish(self, temporary: Path, name: str, kind: str = "part") -> None:
-        """Give a finished temporary file its name; FileExistsError where it is taken. The temporary file goes."""
+    def publish(self, temporary: Path, name: str, kind: str = "part") -> str:
+        """Give a finished temporary file its name; FileExistsError where it is taken. The temporary file goes.
+
+        Returns what `version` says of the file that has these bytes.
+        """
         raise NotImplementedError
 
     def put(self, temporary: Path, name: str) -> None:
@@ -216,9 +224,20 @@ class LocalStore(Store):
                     into, offset = into[count:], offset + count
 
     def names(self, folder: str = "") -> list[str]:
+        return sorted(entry.name for entry in self._entries(folder))
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        found: dict[str, int] = {}
+        for entry in self._entries(folder):
+            with contextlib.suppress(FileNotFoundError):  # gone since it was listed
+                found[entry.name] = entry.stat(follow_symlinks=False).st_size
+        return found
+
+    def _entries(self, folder: str) -> list[os.DirEntry]:
+        """What is directly in a folder and no folder itself."""
         try:
             with os.scandir(self.path(folder)) as entries:
-                return sorted(entry.name for entry in entries if not entry.is_dir(follow_symlinks=False))
+                return [entry for entry in entries if not entry.is_dir(follow_symlinks=False)]
         except FileNotFoundError:
             return []
 
@@ -266,7 +285,7 @@ class LocalStore(Store):
         final.parent.mkdir(parents=True, exist_ok=True)
         return temporary_name(final)
 
-    def publish(self, temporary: Path, name: str, kind: str = "part") -> None:
+    def publish(self, temporary: Path, name: str, kind: str = "part") -> str:
         final = self.path(name)
         try:
             give_name(temporary, final)
@@ -277,6 +296,7 @@ class LocalStore(Store):
         fsync_folder(final.parent)
         if kind:
             crash_point(f"{kind}.published")
+        return self.version(name)
 
     def delete(self, name: str, may_delete: Callable[[], None] = lambda: None) -> None:
         may_delete()

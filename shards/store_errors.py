@@ -17,6 +17,10 @@ class StoreSilent(OSError):
     """A remote store has not answered for as long as it is asked."""
 
 
+class OtherBytes(OSError):
+    """A store gives back other bytes than were written: it has altered them, or another process has written since."""
+
+
 class NoTemporarySpace(OSError):
     """The local folder of temporary files is full, on this machine, which says nothing of the store."""
 
