@@ -70,7 +70,10 @@ def publish_json(store: Store, name: str, data: bytes, kind: str) -> None:
     try:
         store.create(name, data, kind)
     except FileExistsError:
-        if store.read(name) != data:
+        found = None
+        with contextlib.suppress(FileNotFoundError):  # gone again
+            found = store.read(name)
+        if found != data:
             raise ValueError(f"{store.where(name)}: exists with other content; another run wrote it") from None
 
 
@@ -140,7 +143,7 @@ def write_part(
             with contextlib.suppress(Exception):  # what we deleted may have got its record meanwhile
                 committed_record(store, part, may_publish)
             raise
-    if isinstance(problem, OtherBytes | FileNotFoundError):  # the store's doing, or of whoever removed the folder
+    if isinstance(problem, OtherBytes):  # what the store itself may do, each time
         raise problem
     raise OSError(
         f"{store.where(part)}: another process wrote it or its record, too, each of {TRIES} times; end that one, then run the "
@@ -158,24 +161,9 @@ def _write_once(
     may_publish: Callable[[], None],
 ) -> CommitRecord:
     """One try of `write_part`, with its arguments; _Overtaken where another process came in between."""
-    rows = sum(batch.num_rows for batch in batches)
-    tokens = sum(len(batch.column("input_ids").flatten()) for batch in batches)
     temporary = store.temporary(part)
     try:
-        with (
-            store.space_errors(part, sum(batch.nbytes for batch in batches)),
-            open(temporary, "wb") as file,
-            pa.ipc.new_file(file, schema, options=pa.ipc.IpcWriteOptions(compression=_codec(metadata))) as writer,
-        ):
-            crash_point("part.opened")
-            for batch in batches:
-                writer.write_batch(batch.replace_schema_metadata(schema.metadata))
-            crash_point("part.written")
-            writer.close()  # writes the footer, which must be on disk before the hash is taken
-            file.flush()
-            os.fsync(file.fileno())
-        record = _record_of(temporary, part, schema, metadata, (rows, tokens), quarantined)
-        crash_point("part.synced")
+        record = _write_file(store, temporary, part, schema, metadata, batches, quarantined)
         may_publish()
         version = _publish_part(store, temporary, part, record.sha256, may_publish)
         may_publish()
@@ -186,13 +174,42 @@ def _write_once(
     return record
 
 
+def _write_file(
+    store: Store,
+    temporary: Path,
+    part: str,
+    schema: pa.Schema,
+    metadata: dict[str, Any],
+    batches: Sequence[pa.RecordBatch],
+    quarantined: dict[str, list[int]],
+) -> CommitRecord:
+    """Write the temporary file of a part, to the disk; returns the record of its bytes."""
+    rows = sum(batch.num_rows for batch in batches)
+    tokens = sum(len(batch.column("input_ids").flatten()) for batch in batches)
+    with (
+        store.space_errors(part, sum(batch.nbytes for batch in batches)),
+        open(temporary, "wb") as file,
+        pa.ipc.new_file(file, schema, options=pa.ipc.IpcWriteOptions(compression=_codec(metadata))) as writer,
+    ):
+        crash_point("part.opened")
+        for batch in batches:
+            writer.write_batch(batch.replace_schema_metadata(schema.metadata))
+        crash_point("part.written")
+        writer.close()  # writes the footer, which must be on disk before the hash is taken
+        file.flush()
+        os.fsync(file.fileno())
+    record = _record_of(temporary, part, schema, metadata, (rows, tokens), quarantined)
+    crash_point("part.synced")
+    return record
+
+
 def _publish_record(store: Store, record: CommitRecord, version: str, may_publish: Callable[[], None]) -> None:
     """Publish the record of a published part; _Overtaken where another one is there, or the file is another one by now."""
     data = encode_record(record)
     try:
         publish_json(store, record_name(record.part), data, "record")
-    except (ValueError, FileNotFoundError) as error:  # other content, or it was there and is gone
-        raise _Overtaken from error
+    except ValueError:
+        raise _Overtaken from None
     if committed_record(store, record.part, may_publish, version) != record:
         raise _Overtaken
 
@@ -232,8 +249,8 @@ def _publish_part(store: Store, temporary: Path, part: str, sha256: str, may_pub
             if _sha256(store, part) == sha256:
                 temporary.unlink()
                 return version
-        except FileNotFoundError as error:
-            raise _Overtaken from error
+        except FileNotFoundError:
+            raise _Overtaken from None
         if store.size(record_name(part)) is not None:  # since we began: an engine that was given up was not dead
             raise _Overtaken
         store.delete(part, may_publish)
