@@ -1,7 +1,7 @@
 """A folder in an object store or on HDFS, through fsspec: s3:// needs s3fs, gs:// gcsfs, hdfs:// libhdfs.
 
 Not replacing what is there is a conditional put where the store has one (S3 If-None-Match, GCS generation
-match) and a rename elsewhere (HDFS refuses to rename onto a file). What is asked of a store that does not
+match) and a rename on HDFS, which refuses to rename onto a file; other stores may replace the file, so they are only read. What is asked of a store that does not
 answer is asked again for REMIT_STORE_RETRY_SECONDS (600); the libraries below ask once, or the waiting would multiply.
 """
 
@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from shards.asking import asked_again
 from shards.crash import crash_point
-from shards.store import NO_SPACE, TEMPORARY_SUFFIX, Store
+from shards.store import NO_SPACE, TEMPORARY_SUFFIX, Store, require_writable
 from shards.store_errors import NoTemporarySpace, OtherBytes, answer_of, exists_already, retry_seconds, text_of
 
 CONDITIONAL_PUT = {"s3", "s3a", "gs", "gcs"}
@@ -169,6 +169,7 @@ class RemoteStore(Store):
         return self._ask(name, size)
 
     def create(self, name: str, data: bytes, kind: str = "") -> None:
+        require_writable(self.url)
         try:
             if self._protocol in CONDITIONAL_PUT:
                 self._ask(name, lambda path: self._fs.pipe_file(path, data, mode="create"))
@@ -205,6 +206,7 @@ class RemoteStore(Store):
             self.delete(temporary)
 
     def replace(self, name: str, data: bytes) -> None:
+        require_writable(self.url)
         self._ask(name, lambda path: self._fs.pipe_file(path, data))
 
     @contextlib.contextmanager
@@ -261,6 +263,7 @@ class RemoteStore(Store):
 
     def put(self, temporary: Path, name: str) -> None:
         try:
+            require_writable(self.url)
             self._ask(name, lambda path: self._fs.put_file(str(temporary), path))
         finally:
             temporary.unlink(missing_ok=True)

@@ -25,6 +25,9 @@ TEMPORARY_SUFFIX = ".tmp"
 HUB = "hf://"
 HUB_IS_READ = "{}: the hub is only read; write to a folder here or in an object store, then remit push it"
 
+EXCLUSIVE = frozenset({"s3", "s3a", "gs", "gcs", "hdfs", "memory"})
+"""Protocols where of two processes that create one file one is told that it is there."""
+
 
 def open_store(folder: "str | Path | Store") -> "Store":
     """The store of a path or URL (s3://, gs://, hdfs:// and whatever else fsspec knows; hf:// to read)."""
@@ -45,6 +48,16 @@ def is_remote(folder: "str | Path") -> bool:
     """Whether a --corpus, --shards or --out is a URL rather than a path."""
     # hf://NAME of a --corpus is a dataset for the library of that name
     return "://" in str(folder) and not str(folder).startswith("file://") and not is_dataset(folder)
+
+
+def require_writable(folder: "str | Path") -> None:
+    """ValueError for a URL of a protocol whose files two processes could replace for each other."""
+    protocol = str(folder).partition("://")[0]
+    if is_remote(folder) and not str(folder).startswith(HUB) and protocol not in EXCLUSIVE:
+        raise ValueError(
+            f"{folder}: {protocol}:// is only read: nothing in it keeps two commands from overwriting each other's files; write to "
+            "s3://, gs://, hdfs:// or a folder here"
+        )
 
 
 def is_dataset(word: "str | Path") -> bool:
