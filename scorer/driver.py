@@ -18,12 +18,14 @@ from scorer.config import ScoreConfig
 from scorer.engine import EngineConfig
 from scorer.fake import faults, hashed_forwards
 from scorer.forwards import ForwardTask, find_prompts
+from scorer.guess import instead_of_tokenizer, require_better_than_a_guess
 from scorer.handle import EngineHandle, Outcome
 from scorer.health import MAX_ATTEMPTS, Fault, NodeHealth, PartAttempts
 from scorer.placement import capacity
 from scorer.pool import EnginePool
 from scorer.stopping import StopGuard, Stopped
 from scorer.telemetry import ScoreLog, ScoreProgress, engine_line
+from scorer.tokenizer import has_tokenizer
 from scorer.watch import Watch, after_failure
 from shards.asking import tell_of_silence
 from shards.crash import crash_point
@@ -85,6 +87,7 @@ class Drive:
         self.bundle = bundle
         self._forwards = forwards
         self._task: ForwardTask | None = None
+        self._unknown_tokenizer = not has_tokenizer(engine.model)
         task = ScoringTask(
             config.shards, config.out, lease.fence, config.name, config.context, config.logprob_step,
             engine.vocab_size, config.top_k, entropy_columns(config.name, folder.manifest.references[config.name]),
@@ -121,6 +124,12 @@ class Drive:
             self._task = ForwardTask(self.engine, prompts, dtypes, self.note)
         if self._forwards is None and self._task is not None:
             self._forwards = self._task.result()
+            if self._forwards is not None:
+                require_better_than_a_guess(self._forwards, self.engine.vocab_size, self.engine.model)
+        if self._forwards is not None and self._unknown_tokenizer:
+            self._unknown_tokenizer = False
+            line, facts = instead_of_tokenizer(self._forwards, self.engine.vocab_size, self.engine.model)
+            self.tell("no_tokenizer", line, **facts)
         return self._forwards
 
     def drive(self, should_stop: Callable[[], bool]) -> None:

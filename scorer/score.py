@@ -16,6 +16,7 @@ from scorer.driver import Drive, PartsFailed, Progress
 from scorer.engine import EngineConfig
 from scorer.engine_args import parse_engine_args, require_known, require_stages_run
 from scorer.forwards import ForwardTask, find_prompts
+from scorer.guess import require_better_than_a_guess
 from scorer.once_per_node import node_weights_fingerprint
 from scorer.placement import KEYS, engine_bundle, wait_for_nodes
 from scorer.precision import nearer_dtype, settled_dtype
@@ -167,6 +168,7 @@ def choose_dtype(
         return engine, None
     with ray_errors(should_stop):
         forwards = ForwardTask(engine, prompts, ("bfloat16", "float16"), note).wait(should_stop)
+    require_better_than_a_guess(forwards, engine.vocab_size, engine.model)
     return replace(engine, dtype=nearer_dtype(forwards, note)), forwards
 
 
@@ -191,6 +193,9 @@ def refuse_other_scoring(out: Store, manifest: Manifest, name: str) -> None:
         then.get(name, {}).get("weights_sha256") == now["weights_sha256"]
     ):  # the weights decide, whatever their folder is called
         ours["references"] = ours["references"] | {name: now | {"model": then[name]["model"]}}
+    for one in (ours, theirs):  # a tokenizer may have been put beside the weights since
+        references = one["references"].items()
+        one["references"] = {each: {k: v for k, v in entry.items() if k != "tokenizer"} for each, entry in references}
     if not there.missing_parts():
         ours["references"] = {
             each: {k: v for k, v in entry.items() if k in then.get(each, entry) or k not in NOT_RECORDED_BEFORE}
