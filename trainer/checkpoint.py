@@ -43,6 +43,10 @@ INDEX = "checkpoint.json"
 
 
 def _state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    if not optimizer.state:
+        get_state_dict(model, optimizer)  # makes the state by a step with rate 0, which AdamW counts
+        for state in optimizer.state.values():
+            state["step"].zero_()
     model_state, optimizer_state = get_state_dict(model, optimizer)
     return {"model": model_state, "optimizer": optimizer_state}
 
@@ -138,7 +142,7 @@ class Checkpoints:
             raise
         fsync_folder(self.folder)
         passed_over = [path for path in self._passed_over if path != final]
-        kept = [path for step, path in _steps(self.folder).items() if step <= index["step"]]
+        kept = [path for step, path in checkpoints_of(self.folder).items() if step <= index["step"]]
         older = [path for path in kept if path not in passed_over][: -self.keep]
         for old in [*passed_over, *older]:
             self._delete(old)
@@ -192,7 +196,7 @@ class Checkpoints:
         there are checkpoints and none is valid: to begin again is the user's decision.
         """
         problems: list[str] = []
-        newest_first = [*reversed(_steps(self.folder).values())] if self.world.first else None
+        newest_first = [*reversed(checkpoints_of(self.folder).values())] if self.world.first else None
         for checkpoint in self.world.from_first(newest_first):
             problem = self._problem(checkpoint, self.settings)
             if problem is None:
@@ -240,10 +244,10 @@ def whole_weights(model: nn.Module) -> dict[str, Any]:
     return {name.removeprefix("model."): tensor for name, tensor in state.items()}
 
 
-def _steps(folder: Path) -> dict[int, Path]:
-    """The checkpoints of a folder by step, in order."""
-    found = {int(path.name.removeprefix("step-")): path for path in folder.glob("step-*")}
-    return dict(sorted(found.items()))
+def checkpoints_of(folder: Path) -> dict[int, Path]:
+    """The checkpoints of a folder by step, in order; other names, such as that of a copy, are the user's own."""
+    steps = {path: path.name.removeprefix("step-") for path in folder.glob("step-*")}
+    return dict(sorted((int(step), path) for path, step in steps.items() if step.isdigit()))
 
 
 def _sync_and_hash(path: Path) -> str:
