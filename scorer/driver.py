@@ -18,14 +18,14 @@ from scorer.config import ScoreConfig
 from scorer.engine import EngineConfig
 from scorer.fake import faults, hashed_forwards
 from scorer.forwards import ForwardTask, find_prompts
-from scorer.guess import instead_of_tokenizer, require_better_than_a_guess
+from scorer.guess import GuessCheck
 from scorer.handle import EngineHandle, Outcome
 from scorer.health import MAX_ATTEMPTS, Fault, NodeHealth, PartAttempts
+from scorer.lost_records import LostRecords
 from scorer.placement import capacity
 from scorer.pool import EnginePool
 from scorer.stopping import StopGuard, Stopped
 from scorer.telemetry import ScoreLog, ScoreProgress, engine_line
-from scorer.tokenizer import has_tokenizer
 from scorer.watch import Watch, after_failure
 from shards.asking import tell_of_silence
 from shards.crash import crash_point
@@ -33,7 +33,6 @@ from shards.entropy import entropy_columns, topk_limit
 from shards.folder import ShardFolder
 from shards.lease import Lease, LeaseLost
 from shards.quarantine import write_failure
-from shards.record import record_name
 from shards.store import NO_SPACE
 
 SAMPLED_PARTS = 32  # whose sizes stand for all in the estimate of the disk's need
@@ -78,7 +77,7 @@ class Drive:
         self.attempts, self.failed = PartAttempts(), dict[str, str]()
         self.health = NodeHealth(nodes_may_join())
         self._last_error: BaseException | None = None
-        self._taken_back = 0
+        self.guess, self.lost_records = GuessCheck(engine, self.tell), LostRecords(folder)
         self.committed = folder.manifest.tokens - sum(self.tokens[part] for part in self.waiting)
         self.state = ScoreProgress(
             self.committed, folder.manifest.tokens, len(plans) - len(self.waiting), len(plans)
@@ -87,7 +86,6 @@ class Drive:
         self.bundle = bundle
         self._forwards = forwards
         self._task: ForwardTask | None = None
-        self._unknown_tokenizer = not has_tokenizer(engine.model)
         task = ScoringTask(
             config.shards, config.out, lease.fence, config.name, config.context, config.logprob_step,
             engine.vocab_size, config.top_k, entropy_columns(config.name, folder.manifest.references[config.name]),
@@ -124,12 +122,6 @@ class Drive:
             self._task = ForwardTask(self.engine, prompts, dtypes, self.note)
         if self._forwards is None and self._task is not None:
             self._forwards = self._task.result()
-            if self._forwards is not None:
-                require_better_than_a_guess(self._forwards, self.engine.vocab_size, self.engine.model)
-        if self._forwards is not None and self._unknown_tokenizer:
-            self._unknown_tokenizer = False
-            line, facts = instead_of_tokenizer(self._forwards, self.engine.vocab_size, self.engine.model)
-            self.tell("no_tokenizer", line, **facts)
         return self._forwards
 
     def drive(self, should_stop: Callable[[], bool]) -> None:
@@ -181,16 +173,8 @@ class Drive:
             )
 
     def _take_back(self) -> bool:
-        """Have parts wait again that are not committed after all; whether there are any.
-
-        An engine that was given up may go on, and deletes a record that does not fit what it has written. If it ends then,
-        nobody writes the part again.
-        """
-        if not self.pool.restarts or self._taken_back == MAX_ATTEMPTS:
-            return False
-        gone = [part for part in self.folder.missing_parts() if part not in self.failed]
-        gone = [part for part in gone if self.folder.store.size(record_name(part)) is None]  # a list may be late
-        self._taken_back += 1
+        """Have parts wait again whose records an engine that was given up has taken away; whether there are any."""
+        gone = self.lost_records.find(self.failed) if self.pool.restarts else []
         self.committed -= sum(self.tokens[part] for part in gone)
         self.state.parts -= len(gone)
         for part in gone:
@@ -313,6 +297,7 @@ class Drive:
         self.waiting.append(part)
 
     def _report(self) -> None:
+        self.guess.look(self.canary())
         ready = self.pool.ready()
         if self._task is not None:
             self._task.tell(bool(self.pool.in_state("testing")))

@@ -5,11 +5,14 @@ reference has no tokenizer to compare, and a weak one: of SmolLM2 on licence tex
 permuted ones, -10.1 with those of Gemma 3 that it has, which repeat themselves; a guess is -10.8.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from scorer.canary import Forwards
+from scorer.engine import EngineConfig
+from scorer.tokenizer import has_tokenizer
 
 MARGIN = 1.25  # nat: random models with large weights are up to 0.9 below a guess, as they are sure of anything
 
@@ -47,3 +50,21 @@ def instead_of_tokenizer(forwards: Forwards, vocab_size: int, model: Path) -> tu
         "mean_logprob": mean,
         "guess": guess,
     }
+
+
+class GuessCheck:
+    """Looks at the forwards once, before a part is scored. tell: an event for the log, a line, and its numbers."""
+
+    def __init__(self, engine: EngineConfig, tell: Callable[..., None]) -> None:
+        self._engine, self._tell, self._looked = engine, tell, False
+
+    def look(self, forwards: Forwards | None) -> None:
+        """ValueError where these are worse than a guess; a line where the model has no tokenizer. None: not known yet."""
+        if forwards is None or self._looked:
+            return
+        self._looked, engine = True, self._engine
+        if engine.kind != "fake":
+            require_better_than_a_guess(forwards, engine.vocab_size, engine.model)
+        if not has_tokenizer(engine.model):
+            line, facts = instead_of_tokenizer(forwards, engine.vocab_size, engine.model)
+            self._tell("no_tokenizer", line, **facts)

@@ -109,7 +109,7 @@ class ShardFolder(Scored):
         return [plan.name for plan in self.manifest.parts if plan.name[:-6] + ".json" not in committed]
 
     def require_sizes(self) -> None:
-        """ValueError unless each committed part has the size that its record says; reads the records and lists the folder.
+        """ValueError unless each committed part has the size that its record says; reads the records.
 
         What two engines left that wrote one part at once, or whoever cut or lost a file since.
         """
@@ -118,7 +118,7 @@ class ShardFolder(Scored):
 
         def check_size(part: str) -> None:
             record = read_record(self.store, part)
-            if record is not None and sizes.get(part) != record.size:  # or the list is late
+            if record is not None and sizes.get(part) != record.size:  # not listed, or late
                 require_size(self.store.size(part), record, self.store.where(part))
 
         with ThreadPoolExecutor(RECORDS_AT_ONCE) as pool:

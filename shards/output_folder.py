@@ -27,7 +27,8 @@ from shards.publish import fsync_folder
 from shards.quarantine import QUARANTINE
 from shards.record import COMMITS, SUMS, encode_json
 from shards.side_table import FIELDS, copy_tables
-from shards.store import HUB_IS_READ, Store, is_remote, open_store, require_writable, temporary_name
+from shards.store import HUB_IS_READ, Store, is_remote, open_store, temporary_name
+from shards.writable import require_writable
 
 MODEL = "model"
 """The last thing that a run writes into its folder."""

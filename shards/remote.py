@@ -23,8 +23,9 @@ import pyarrow as pa
 
 from shards.asking import asked_again
 from shards.crash import crash_point
-from shards.store import NO_SPACE, TEMPORARY_SUFFIX, Store, require_writable
+from shards.store import NO_SPACE, TEMPORARY_SUFFIX, Store
 from shards.store_errors import NoTemporarySpace, OtherBytes, answer_of, exists_already, retry_seconds, text_of
+from shards.writable import require_writable
 
 CONDITIONAL_PUT = {"s3", "s3a", "gs", "gcs"}
 PACKAGES = {"s3": "pip install s3fs", "gs": "pip install gcsfs", "hdfs": "it needs Java and Hadoop's libhdfs"}
@@ -146,6 +147,9 @@ class RemoteStore(Store):
 
         files = {entry["name"]: entry["size"] for entry in self._ask(folder, entries) if entry["type"] == "file"}
         return {name.rsplit("/", 1)[-1]: size for name, size in files.items() if not name.endswith("/")}
+
+    def names(self, folder: str = "") -> list[str]:
+        return sorted(self.sizes(folder))
 
     def used_bytes(self) -> int:
         return sum(self.sizes().values())

@@ -4,7 +4,6 @@ In: the folder's path or URL. Out: reads, and writes that are durable and whole:
 its bytes or not at all, and `create` and `publish` never replace what is there.
 """
 
-import contextlib
 import errno
 import hashlib
 import os
@@ -24,9 +23,6 @@ NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 TEMPORARY_SUFFIX = ".tmp"
 HUB = "hf://"
 HUB_IS_READ = "{}: the hub is only read; write to a folder here or in an object store, then remit push it"
-
-EXCLUSIVE = frozenset({"s3", "s3a", "gs", "gcs", "hdfs", "memory"})
-"""Protocols where of two processes that create one file one is told that it is there."""
 
 
 def open_store(folder: "str | Path | Store") -> "Store":
@@ -48,16 +44,6 @@ def is_remote(folder: "str | Path") -> bool:
     """Whether a --corpus, --shards or --out is a URL rather than a path."""
     # hf://NAME of a --corpus is a dataset for the library of that name
     return "://" in str(folder) and not str(folder).startswith("file://") and not is_dataset(folder)
-
-
-def require_writable(folder: "str | Path") -> None:
-    """ValueError for a URL of a protocol whose files two processes could replace for each other."""
-    protocol = str(folder).partition("://")[0]
-    if is_remote(folder) and not str(folder).startswith(HUB) and protocol not in EXCLUSIVE:
-        raise ValueError(
-            f"{folder}: {protocol}:// is only read: nothing in it keeps two commands from overwriting each other's files; write to "
-            "s3://, gs://, hdfs:// or a folder here"
-        )
 
 
 def is_dataset(word: "str | Path") -> bool:
@@ -99,13 +85,13 @@ class Store:
         """
         raise NotImplementedError
 
-    def sizes(self, folder: str = "") -> dict[str, int]:
-        """Names, without the folder, and sizes in bytes of the files directly in `folder`; none where it does not exist."""
-        raise NotImplementedError
-
     def names(self, folder: str = "") -> list[str]:
         """Sorted names of the files directly in `folder`, without it; none where it does not exist."""
-        return sorted(self.sizes(folder))
+        raise NotImplementedError
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """Names and sizes in bytes of the files directly in `folder`, where one request tells all; else nothing."""
+        return {}
 
     def size(self, name: str) -> int | None:
         """Bytes of a file, None where there is none."""
@@ -237,20 +223,9 @@ class LocalStore(Store):
                     into, offset = into[count:], offset + count
 
     def names(self, folder: str = "") -> list[str]:
-        return sorted(entry.name for entry in self._entries(folder))
-
-    def sizes(self, folder: str = "") -> dict[str, int]:
-        found: dict[str, int] = {}
-        for entry in self._entries(folder):
-            with contextlib.suppress(FileNotFoundError):  # gone since it was listed
-                found[entry.name] = entry.stat(follow_symlinks=False).st_size
-        return found
-
-    def _entries(self, folder: str) -> list[os.DirEntry]:
-        """What is directly in a folder and no folder itself."""
         try:
             with os.scandir(self.path(folder)) as entries:
-                return [entry for entry in entries if not entry.is_dir(follow_symlinks=False)]
+                return sorted(entry.name for entry in entries if not entry.is_dir(follow_symlinks=False))
         except FileNotFoundError:
             return []
 

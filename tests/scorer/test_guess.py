@@ -14,10 +14,9 @@ from conftest import VOCABULARY, make_model
 
 from scorer import score as score_module
 from scorer.canary import Forwards
-from scorer.driver import Drive
 from scorer.engine import Answer
 from scorer.forward import load_forward
-from scorer.guess import MARGIN, instead_of_tokenizer, mean_logprob, require_better_than_a_guess
+from scorer.guess import MARGIN, GuessCheck, instead_of_tokenizer, mean_logprob, require_better_than_a_guess
 from shards import ShardFolder
 
 Remit = Callable[..., tuple[int, str, str]]
@@ -61,20 +60,37 @@ def test_random_weights_are_near_a_guess_and_pass(tmp_path: Path, family: str) -
         require_better_than_a_guess(said, config.vocab_size, folder)
 
 
-def test_both_ways_to_the_forward_look_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the dtype is chosen by it, and where the run begins."""
-    bad, engine = forwards([-20.0] * 9), SimpleNamespace(vocab_size=8, model=Path("m"))
-    task = SimpleNamespace(wait=lambda stop: bad, result=lambda: bad)
+def test_the_choice_of_a_dtype_looks_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine: Any = SimpleNamespace(vocab_size=8, model=Path("m"))
+    task = SimpleNamespace(wait=lambda stop: forwards([-20.0] * 9))
     monkeypatch.setattr(score_module, "ForwardTask", lambda *arguments: task)
     monkeypatch.setattr(score_module, "find_prompts", lambda *arguments: [np.arange(9)])
     monkeypatch.setattr(score_module, "ray_errors", lambda stop: monkeypatch.context())
+    config: Any = SimpleNamespace(context="packed")
     shards: Any = SimpleNamespace(manifest=SimpleNamespace(parts=[]))
-    with pytest.raises(ValueError, match="those of a guess among its 8 tokens"):
-        score_module.choose_dtype(SimpleNamespace(context="packed"), shards, engine, lambda: False, print)  # type: ignore[arg-type]
-    drive: Any = object.__new__(Drive)
-    drive._forwards, drive._task, drive.engine = None, task, engine
-    with pytest.raises(ValueError, match="those of a guess among its 8 tokens"):
-        drive.canary()
+    with pytest.raises(ValueError, match="guess among its 8 tokens"):
+        score_module.choose_dtype(config, shards, engine, lambda: False, print)
+
+
+def test_a_run_looks_once_as_soon_as_it_is_known(tmp_path: Path) -> None:
+    told: list[tuple[str, str]] = []
+
+    def tell(event: str, line: str, **facts: Any) -> None:
+        told.append((event, line))
+
+    engine: Any = SimpleNamespace(vocab_size=8, model=tmp_path, kind="vllm")
+    check = GuessCheck(engine, tell)
+    check.look(None)
+    assert told == []
+    for _ in range(2):
+        check.look(forwards([-1.0]))
+    assert [event for event, _ in told] == ["no_tokenizer"]
+    assert "-1.00 nat in the mean" in told[0][1]
+    with pytest.raises(ValueError, match="guess among its 8 tokens"):
+        GuessCheck(engine, tell).look(forwards([-20.0] * 9))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    GuessCheck(engine, tell).look(forwards([-1.0]))
+    assert len(told) == 1
 
 
 @pytest.mark.usefixtures("ray_session")

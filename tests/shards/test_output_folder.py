@@ -13,7 +13,8 @@ from pipelines.posttrain.settings import SftConfig
 from scorer.config import PackConfig, ScoreConfig, SelectConfig
 from shards.lease import Lease
 from shards.output_folder import RUN, differences, refuse_other, require_empty, same_folder, writing, writing_run
-from shards.store import open_store, require_writable
+from shards.store import open_store
+from shards.writable import require_writable
 from trainer.config import TrainConfig
 
 
@@ -75,7 +76,7 @@ def test_stores_without_an_exclusive_create_are_only_read(protocol: str, tmp_pat
 
 def test_a_store_that_is_only_read_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     fsspec.filesystem("memory").pipe_file("/kept/folder/x", b"there")
-    monkeypatch.setattr("shards.store.EXCLUSIVE", frozenset())
+    monkeypatch.setattr("shards.writable.EXCLUSIVE", frozenset())
     store = open_store("memory://kept/folder")
     assert (store.read("x"), store.names(), store.size("x")) == (b"there", ["x"], 5)
     temporary = store.temporary("y")
