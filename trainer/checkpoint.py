@@ -35,11 +35,15 @@ from shards.lease import Lease, LeaseLost
 from shards.part import encode_json, publish_json, sha256_file
 from shards.publish import fsync_folder
 from shards.store import open_store, temporary_name
-from trainer.average import Average
+from trainer.average import Average, local
 from trainer.distributed import PATIENCE, World
+from trainer.heap import frugal_heap
+from trainer.main_memory import free_main_memory
 from trainer.rank_reports import clear_reports, leave_report, signs_of_life, wait_for_report
 
 INDEX = "checkpoint.json"
+COPIED_SHARE = 0.8
+"""Of the main memory that is free; a copy of the state that needs more is not made."""
 
 
 def _state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
@@ -49,6 +53,13 @@ def _state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
             state["step"].zero_()
     model_state, optimizer_state = get_state_dict(model, optimizer)
     return {"model": model_state, "optimizer": optimizer_state}
+
+
+def _own_bytes(state: Any) -> int:
+    """Of the tensors in nested dictionaries, those of this process's shares."""
+    if isinstance(state, dict):
+        return sum(map(_own_bytes, state.values()))
+    return local(state).nbytes if isinstance(state, torch.Tensor) else 0
 
 
 class Checkpoints:
@@ -99,7 +110,8 @@ class Checkpoints:
     def save(self, step: int, position: int, run_state: dict[str, Any] | None = None) -> None:
         """Copy the state after `step` steps and begin to save it; raises what went wrong in the save before.
 
-        run_state: more of the run's state, as JSON.
+        Where main memory has no room for the copy, the state is written before this returns. run_state: more of the run's state, as
+        JSON.
         """
         self.wait()
         self.world.meet()  # the first rank publishes, the others may be here long before it
@@ -110,10 +122,21 @@ class Checkpoints:
         state = _state(self.model, self.optimizer)
         if self.average is not None and self.average.tensors:
             state["average"] = self.average.tensors
-        written: Any = dcp.async_save(state, checkpoint_id=temporary, process_group=self._group)
+        with frugal_heap():
+            written = self._write(state, temporary)
         index = {"step": step, "position": position, "world_size": self.world.size, "settings": self.settings}
         index["run"] = (run_state or {}) | ({"average": self.average.state()} if self.average else {})
         self._saving = self._thread.submit(self._publish, written, temporary, final, index, random)
+
+    def _write(self, state: dict[str, Any], folder: Path) -> Future:
+        """Begin to write the state; ranks that do so and ranks that wait until it is written may meet."""
+        if _own_bytes(state) < COPIED_SHARE * free_main_memory(self.world.local_size):
+            begun: Any = dcp.async_save(state, checkpoint_id=folder, process_group=self._group)
+            return begun
+        dcp.save(state, checkpoint_id=folder, process_group=self._group, no_dist=self._group is None)
+        written: Future = Future()
+        written.set_result(None)
+        return written
 
     def wait(self) -> None:
         """Until the save in work, if any, is published."""
