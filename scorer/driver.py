@@ -17,8 +17,10 @@ from scorer.cluster import HeadWatch, nodes_may_join, one_line, ray_errors, requ
 from scorer.config import ScoreConfig
 from scorer.engine import EngineConfig
 from scorer.engine_failures import EngineFailures
+from scorer.guess import GuessCheck
 from scorer.handle import EngineHandle, Outcome
 from scorer.health import MAX_ATTEMPTS, Fault, NodeHealth, PartAttempts
+from scorer.lost_records import LostRecords
 from scorer.placement import capacity
 from scorer.pool import EnginePool
 from scorer.second_opinion import SecondOpinion
@@ -75,6 +77,7 @@ class Drive:
         self.waiting = deque(folder.missing_parts())
         self.attempts, self.failed = PartAttempts(), dict[str, str]()
         self.health = NodeHealth(nodes_may_join())
+        self.guess, self.lost_records = GuessCheck(engine, self.tell), LostRecords(folder)
         self.committed = folder.manifest.tokens - sum(self.tokens[part] for part in self.waiting)
         self.state = ScoreProgress(
             self.committed, folder.manifest.tokens, len(plans) - len(self.waiting), len(plans)
@@ -116,7 +119,7 @@ class Drive:
         try:
             self.opinion.begin(list(self.waiting))  # its forward runs while the engines start
             with ray_errors(stop.requested):
-                while self.waiting or self.pool.running():
+                while self.waiting or self.pool.running() or self._take_back():
                     if not stop.requested():
                         self.engine_failures.require_hope(self.bundle)
                         if not HeadWatch.silent:
@@ -128,6 +131,8 @@ class Drive:
                     require_ray()
                     self.pool.shrink(self.num_engines())
                     self._report()
+                if self.pool.restarts:
+                    self.folder.require_sizes()
             event = "done" if not self.failed else "failed"
         except Stopped:
             event = "stopped"
@@ -151,6 +156,15 @@ class Drive:
                 f"{first}: {reason}",
                 self.failed,
             )
+
+    def _take_back(self) -> bool:
+        """Have parts wait again whose records an engine that was given up has taken away; whether there are any."""
+        gone = self.lost_records.find(self.failed) if self.pool.restarts else []
+        self.committed -= sum(self.tokens[part] for part in gone)
+        self.state.parts -= len(gone)
+        for part in gone:
+            self._try_again(part)
+        return bool(gone)
 
     def _needed_bytes(self) -> float:
         """Estimated size of the whole output folder."""
@@ -233,6 +247,7 @@ class Drive:
         self.waiting.append(part)
 
     def _report(self) -> None:
+        self.guess.look(self.opinion())
         ready = self.pool.ready()
         self.opinion.tell(bool(self.pool.in_state("testing")))
         if ready and not self.health.ever_ready:

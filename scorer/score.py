@@ -17,6 +17,7 @@ from scorer.engine import EngineConfig
 from scorer.engine_args import parse_engine_args, require_known, require_stages_run
 from scorer.estimate import estimate
 from scorer.forwards import ForwardTask, find_prompts
+from scorer.guess import require_better_than_a_guess
 from scorer.once_per_node import node_weights_fingerprint
 from scorer.placement import KEYS, engine_bundle, size_options, wait_for_nodes
 from scorer.precision import nearer_dtype, settled_dtype
@@ -125,6 +126,7 @@ def score(
             refuse_other_scoring(out, manifest, config.name)  # another driver may have had the lease since we looked
             folder = begin_shards(shards, out, manifest, lease)
             crash_point("driver.planned")
+            folder.require_sizes()
             clear_failures(out)
             if folder.missing_parts():
                 drive = Drive(config, shards, folder, engine, model_config, bundle, lease, progress, note, opinion)
@@ -170,6 +172,7 @@ def choose_dtype(
         return engine, None
     with ray_errors(should_stop):
         forwards = ForwardTask(engine, prompts, ("bfloat16", "float16"), note).wait(should_stop)
+    require_better_than_a_guess(forwards, engine.vocab_size, engine.model)
     return replace(engine, dtype=nearer_dtype(forwards, note)), forwards
 
 
@@ -194,6 +197,9 @@ def refuse_other_scoring(out: Store, manifest: Manifest, name: str) -> None:
         then.get(name, {}).get("weights_sha256") == now["weights_sha256"]
     ):  # the weights decide, whatever their folder is called
         ours["references"] = ours["references"] | {name: now | {"model": then[name]["model"]}}
+    for one in (ours, theirs):  # a tokenizer may have been put beside the weights since
+        references = one["references"].items()
+        one["references"] = {each: {k: v for k, v in entry.items() if k != "tokenizer"} for each, entry in references}
     if not there.missing_parts():
         ours["references"] = {
             each: {k: v for k, v in entry.items() if k in then.get(each, entry) or k not in NOT_RECORDED_BEFORE}

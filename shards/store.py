@@ -89,6 +89,10 @@ class Store:
         """Sorted names of the files directly in `folder`, without it; none where it does not exist."""
         raise NotImplementedError
 
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """Names and sizes in bytes of the files directly in `folder`, where one request tells all; else nothing."""
+        return {}
+
     def size(self, name: str) -> int | None:
         """Bytes of a file, None where there is none."""
         raise NotImplementedError
@@ -113,8 +117,11 @@ class Store:
         """A local file to write before `publish`; no reader looks at it and no other process uses it."""
         raise NotImplementedError
 
-    def publish(self, temporary: Path, name: str, kind: str = "part") -> None:
-        """Give a finished temporary file its name; FileExistsError where it is taken. The temporary file goes."""
+    def publish(self, temporary: Path, name: str, kind: str = "part") -> str:
+        """Give a finished temporary file its name; FileExistsError where it is taken. The temporary file goes.
+
+        Returns what `version` says of the file that has these bytes.
+        """
         raise NotImplementedError
 
     def put(self, temporary: Path, name: str) -> None:
@@ -266,7 +273,7 @@ class LocalStore(Store):
         final.parent.mkdir(parents=True, exist_ok=True)
         return temporary_name(final)
 
-    def publish(self, temporary: Path, name: str, kind: str = "part") -> None:
+    def publish(self, temporary: Path, name: str, kind: str = "part") -> str:
         final = self.path(name)
         try:
             give_name(temporary, final)
@@ -277,6 +284,7 @@ class LocalStore(Store):
         fsync_folder(final.parent)
         if kind:
             crash_point(f"{kind}.published")
+        return self.version(name)
 
     def delete(self, name: str, may_delete: Callable[[], None] = lambda: None) -> None:
         may_delete()
