@@ -30,6 +30,7 @@ CONDITIONAL_PUT = {"s3", "s3a", "gs", "gcs"}
 PACKAGES = {"s3": "pip install s3fs", "gs": "pip install gcsfs", "hdfs": "it needs Java and Hadoop's libhdfs"}
 PACKAGES |= {"s3a": PACKAGES["s3"], "gcs": PACKAGES["gs"]}
 READ_BYTES = 8 << 20  # a request for the bytes of an open file asks for at least as many
+PART_BYTES = 8 << 20  # of a large file that is uploaded
 T = TypeVar("T")
 
 
@@ -135,8 +136,8 @@ class RemoteStore(Store):
 
         return self._ask(name, piece) if start < stop else b""
 
-    def _entries(self, folder: str = "") -> dict[str, int]:
-        """Names and sizes of the files directly in a folder."""
+    def _list(self, folder: str) -> list[dict]:
+        """What fsspec says of the files and folders directly in a folder."""
 
         def entries(path: str) -> list[dict]:
             try:
@@ -146,11 +147,19 @@ class RemoteStore(Store):
                     raise
                 return []
 
-        files = {entry["name"]: entry["size"] for entry in self._ask(folder, entries) if entry["type"] == "file"}
+        return self._ask(folder, entries)
+
+    def _entries(self, folder: str = "") -> dict[str, int]:
+        """Names and sizes of the files directly in a folder."""
+        files = {entry["name"]: entry["size"] for entry in self._list(folder) if entry["type"] == "file"}
         return {name.rsplit("/", 1)[-1]: size for name, size in files.items() if not name.endswith("/")}
 
     def names(self, folder: str = "") -> list[str]:
         return sorted(self._entries(folder))
+
+    def folders(self, folder: str = "") -> list[str]:
+        found = [entry["name"].rstrip("/") for entry in self._list(folder) if entry["type"] == "directory"]
+        return sorted(name.rsplit("/", 1)[-1] for name in found)
 
     def used_bytes(self) -> int:
         return sum(self._entries().values())
@@ -260,6 +269,12 @@ class RemoteStore(Store):
             self._ask(name, lambda path: self._fs.put_file(str(temporary), path))
         finally:
             temporary.unlink(missing_ok=True)
+
+    def upload(self, path: Path, name: str) -> None:
+        options: dict[str, int] = {}
+        if self._protocol in ("s3", "s3a"):  # ten parts at a time are in memory, and there are at most 10,000
+            options["chunksize"] = max(PART_BYTES, -(-path.stat().st_size // 9000))
+        self._ask(name, lambda target: self._fs.put_file(str(path), target, **options))
 
     def remove(self, folder: str = "") -> None:
         try:

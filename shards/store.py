@@ -89,6 +89,10 @@ class Store:
         """Sorted names of the files directly in `folder`, without it; none where it does not exist."""
         raise NotImplementedError
 
+    def folders(self, folder: str = "") -> list[str]:
+        """Sorted names of the folders directly in `folder`, without it; none where it does not exist."""
+        raise NotImplementedError
+
     def size(self, name: str) -> int | None:
         """Bytes of a file, None where there is none."""
         raise NotImplementedError
@@ -120,6 +124,15 @@ class Store:
     def put(self, temporary: Path, name: str) -> None:
         """Give a finished temporary file its name, replacing what is there."""
         raise NotImplementedError
+
+    def upload(self, path: Path, name: str) -> None:
+        """Copy a local file, never whole in memory, replacing what is there."""
+        temporary = self.temporary(name)
+        try:
+            shutil.copyfile(path, temporary)
+            self.put(temporary, name)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def sha256(self, name: str) -> str:
         """Hexadecimal sha256 of a file, read in pieces."""
@@ -219,6 +232,13 @@ class LocalStore(Store):
         try:
             with os.scandir(self.path(folder)) as entries:
                 return sorted(entry.name for entry in entries if not entry.is_dir(follow_symlinks=False))
+        except FileNotFoundError:
+            return []
+
+    def folders(self, folder: str = "") -> list[str]:
+        try:
+            with os.scandir(self.path(folder)) as entries:
+                return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
         except FileNotFoundError:
             return []
 

@@ -17,7 +17,7 @@ import threading
 import traceback
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,9 @@ from trainer.average import Average
 from trainer.distributed import PATIENCE, World
 from trainer.rank_reports import clear_reports, leave_report, signs_of_life, wait_for_report
 
+if TYPE_CHECKING:
+    from trainer.mirror import Mirror
+
 INDEX = "checkpoint.json"
 
 
@@ -52,7 +55,7 @@ class Checkpoints:
 
     settings: a fingerprint of all that decides the outcome; a checkpoint with another one is not loaded. lease: of the
     run's folder; once another process has taken it over, a save publishes and deletes nothing. average: of the weights,
-    saved with them.
+    saved with them. mirror: where each of them is copied.
     """
 
     def __init__(
@@ -65,7 +68,9 @@ class Checkpoints:
         keep: int,
         lease: Lease | None = None,
         average: Average | None = None,
+        mirror: "Mirror | None" = None,
     ) -> None:
+        self.mirror = mirror
         self.folder, self.model, self.optimizer, self.world = folder, model, optimizer, world
         self.settings, self.keep, self.lease, self.average = settings, keep, lease, average
         self.run_state: dict[str, Any] = {}
@@ -98,9 +103,11 @@ class Checkpoints:
         run_state: more of the run's state, as JSON.
         """
         self.wait()
+        meeting = self.mirror.reserve(step) if self.mirror and self.world.first else None
         self.world.meet()  # the first rank publishes, the others may be here long before it
         final = self.folder / f"step-{step:06d}"
-        temporary = Path(self.world.from_first(str(temporary_name(final))))
+        name, meeting = self.world.from_first((str(temporary_name(final)), meeting))
+        temporary = Path(name)
         self.folder.mkdir(parents=True, exist_ok=True)
         random = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
         state = _state(self.model, self.optimizer)
@@ -110,6 +117,8 @@ class Checkpoints:
         index = {"step": step, "position": position, "world_size": self.world.size, "settings": self.settings}
         index["run"] = (run_state or {}) | ({"average": self.average.state()} if self.average else {})
         self._saving = self._thread.submit(self._publish, written, temporary, final, index, random)
+        if self.mirror and meeting:
+            self.mirror.copy(step, meeting, self._saving)
 
     def wait(self) -> None:
         """Until the save in work, if any, is published."""
@@ -137,14 +146,21 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         fsync_folder(self.folder)
-        passed_over = [path for path in self._passed_over if path != final]
-        kept = [path for step, path in _steps(self.folder).items() if step <= index["step"]]
-        older = [path for path in kept if path not in passed_over][: -self.keep]
-        for old in [*passed_over, *older]:
+        self._passed_over = [path for path in self._passed_over if path != final]
+        for old in self._passed_over:
             self._delete(old)
         self._passed_over = []
+        self.prune(index["step"])
         for leftover in self.folder.glob(".step-*.tmp"):
             self._delete(leftover)
+
+    def prune(self, step: int) -> None:
+        """Leave the newest checkpoints up to `step`, and one that is being copied, on the first rank."""
+        kept = {number: path for number, path in _steps(self.folder).items() if number <= step}
+        in_work = self.mirror.step_in_work if self.mirror else None
+        for number in [*kept][: -self.keep]:
+            if number != in_work:
+                self._delete(kept[number])
 
     def _hash_own(self, written: Future, temporary: Path, random: str) -> dict[str, Any]:
         """Random state and hashes of this rank's files, which a rank but the first leaves beside them."""
@@ -201,7 +217,8 @@ class Checkpoints:
             self._passed_over.append(checkpoint)
         if problems:
             raise ValueError(
-                f"{self.folder}: no checkpoint can be used: {'; '.join(problems)}; delete the run's folder to start over"
+                f"{self.folder}: no checkpoint can be used: {'; '.join(problems)}; delete the run's folder to "
+                f"{f'go on from {self.mirror.url}' if self.mirror else 'start over'}"
             )
         return 0, problems
 
@@ -257,16 +274,24 @@ def _checksum(index: dict[str, Any]) -> str:
 
 
 def _read_files(checkpoint: Path, settings: str | None) -> dict[str, str] | str:
-    """The hashes of a checkpoint's files by name, or what is wrong with its index."""
+    """`read_files` of a folder here."""
     try:
-        index = json.loads((checkpoint / INDEX).read_text(encoding="utf-8"))
-        if index.pop("checksum") != _checksum(index):
-            return f"{checkpoint / INDEX}: altered since it was written"
-        if settings is not None and index["settings"] != settings:
-            return f"{checkpoint}: of a run with other settings"
-        return {str(name): str(sha256) for name, sha256 in index["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return read_files((checkpoint / INDEX).read_bytes(), str(checkpoint / INDEX), settings)
+    except OSError as error:
         return f"{checkpoint / INDEX}: {error}"
+
+
+def read_files(data: bytes, where: str, settings: str | None) -> dict[str, str] | str:
+    """The hashes of a checkpoint's files by name, or what is wrong with its index. data: of the index, which is `where`."""
+    try:
+        index = json.loads(data)
+        if index.pop("checksum") != _checksum(index):
+            return f"{where}: altered since it was written"
+        if settings is not None and index["settings"] != settings:
+            return f"{where.removesuffix(f'/{INDEX}')}: of a run with other settings"
+        return {str(name): str(sha256) for name, sha256 in index["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{where}: {error}"
 
 
 def _altered(checkpoint: Path, files: dict[str, str]) -> str | None:

@@ -73,7 +73,7 @@ def resume(
         apply_changes(config.out, changes, session.lease)
     checkpoints = Checkpoints(
         config.out / CHECKPOINTS, loss_model, optimizer, world, world.from_first(fingerprint(config.out) if world.first else None),
-        config.keep_checkpoints, session.lease, average,
+        config.keep_checkpoints, session.lease, average, session.mirror,
     )  # fmt: skip
     first_step, problems = checkpoints.load_newest()
     has_own = first_step > 0
@@ -96,7 +96,8 @@ def resume(
         guard.counts.tokens = last_line.get("tokens", 0)
     drop_exports(config.out, first_step)
     keep_lines(config.out / TASK_SCORES, first_step)
-    Exported(config.out).begin(layout)  # from here on --eval-tasks takes exports
+    elsewhere = session.mirror.forget(first_step) if session.mirror else set()
+    Exported(config.out).begin(layout, elsewhere)  # from here on --eval-tasks takes exports
     keep_lines(
         config.out / EVALUATION, first_step if has_own else first_step - 1
     )  # the one before the first step is made again
