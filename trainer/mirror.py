@@ -96,6 +96,7 @@ class Mirror:
         self.keep, self.limit = config.keep_checkpoints, config.timeout_seconds
         self.store: Store
         self.step_in_work: int | None = None
+        self.damaged: set[int] = set()  # steps of checkpoints there that are; the next copy deletes them
         self._lease: Lease | None = None
         self._lost: LeaseLost | None = None
         self._ending = threading.Event()
@@ -284,11 +285,13 @@ class Mirror:
         for file in {*self.store.names(name)} - known:  # of a copy that was cut off
             self.store.delete(f"{name}/{file}", self._check)
         there = steps_there(self.store)
-        older = [other for other in there if other < step and is_whole(self.store, other)]
+        good = [other for other in there if other < step and other not in self.damaged]
+        older = [other for other in good if is_whole(self.store, other)]
         kept = {step, *older[max(0, len(older) - self.keep + 1) :]}
         for other in there:
             if other not in kept:
                 remove(self.store, checkpoint_name(other), INDEX, self._check)
+        self.damaged = set()
 
     # --- exports and records --------------------------------------------------------------------------
 

@@ -134,6 +134,7 @@ def _fetch_newest(config: TrainConfig, session: Session, mirror: Mirror, plan: P
         assert problem is not None
         session.note(f"passed over a damaged checkpoint: {problem}")
         problems.append(problem)
+        mirror.damaged.add(step)
     has_own = session.world.from_first(bool(checkpoint_steps(config.out)))
     if problems and not has_own:
         raise ValueError(
