@@ -7,7 +7,6 @@ its bytes or not at all, and `create` and `publish` never replace what is there.
 import errno
 import hashlib
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,10 +16,9 @@ from typing import IO
 import pyarrow as pa
 
 from shards.crash import crash_point
-from shards.publish import fsync_folder, give_name
+from shards.publish import TEMPORARY_SUFFIX, fsync_folder, give_name, temporary_name
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-TEMPORARY_SUFFIX = ".tmp"
 HUB = "hf://"
 HUB_IS_READ = "{}: the hub is only read; write to a folder here or in an object store, then remit push it"
 
@@ -129,8 +127,7 @@ class Store:
         """Copy a local file, never whole in memory, replacing what is there."""
         temporary = self.temporary(name)
         try:
-            shutil.copyfile(path, temporary)
-            self.put(temporary, name)
+            self.put(Path(shutil.copyfile(path, temporary)), name)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -229,16 +226,15 @@ class LocalStore(Store):
                     into, offset = into[count:], offset + count
 
     def names(self, folder: str = "") -> list[str]:
-        try:
-            with os.scandir(self.path(folder)) as entries:
-                return sorted(entry.name for entry in entries if not entry.is_dir(follow_symlinks=False))
-        except FileNotFoundError:
-            return []
+        return self._entries(folder, are_folders=False)
 
     def folders(self, folder: str = "") -> list[str]:
+        return self._entries(folder, are_folders=True)
+
+    def _entries(self, folder: str, are_folders: bool) -> list[str]:
         try:
             with os.scandir(self.path(folder)) as entries:
-                return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+                return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False) == are_folders)
         except FileNotFoundError:
             return []
 
@@ -249,8 +245,7 @@ class LocalStore(Store):
             return None
 
     def create(self, name: str, data: bytes, kind: str = "") -> None:
-        final = self.path(name)
-        temporary = self._write(final, data)
+        temporary = self._write(self.path(name), data)
         if kind:
             crash_point(f"{kind}.written")
         self.publish(temporary, name, kind)
@@ -323,8 +318,3 @@ class LocalStore(Store):
         assert self.local is not None
         existing = next(path for path in (self.local, *self.local.parents) if path.exists())
         return shutil.disk_usage(existing).free
-
-
-def temporary_name(final: Path) -> Path:
-    """A name in the same folder that no reader looks at and no other process uses."""
-    return final.with_name(f".{final.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")

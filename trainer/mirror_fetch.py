@@ -20,7 +20,8 @@ from trainer.checkpoint import INDEX, read_files
 from trainer.config import TrainConfig
 from trainer.exported import Exported
 from trainer.going_on import AVERAGE_MODEL, checkpoint_steps, fingerprint_of, length_of, settings_now
-from trainer.mirror import RECORDS, Mirror
+from trainer.mirror import Mirror
+from trainer.mirror_exports import RECORDS
 from trainer.mirror_store import (
     checkpoint_name,
     is_whole,

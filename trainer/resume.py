@@ -96,7 +96,7 @@ def resume(
         guard.counts.tokens = last_line.get("tokens", 0)
     drop_exports(config.out, first_step)
     keep_lines(config.out / TASK_SCORES, first_step)
-    elsewhere = session.mirror.forget(first_step) if session.mirror else set()
+    elsewhere = session.mirror.exports.forget(first_step) if session.mirror else set()
     Exported(config.out).begin(layout, elsewhere)  # from here on --eval-tasks takes exports
     keep_lines(
         config.out / EVALUATION, first_step if has_own else first_step - 1

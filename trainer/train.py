@@ -231,7 +231,7 @@ def export_model(
         record = partial(Exported(out, session.lease).add, name, step, dtype, more=more)
         rounding = export(run.base.model, run.layout, weights, out / name, dtype, run.shards, record)
         if session.mirror and not (more or {}).get(FOR_TASKS):
-            session.mirror.add_model(name)
+            session.mirror.exports.add(name)
     else:
         weights.follow(run.layout.groups)
     world.meet()  # the first process writes on after the last weight was gathered
