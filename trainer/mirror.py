@@ -254,8 +254,9 @@ class Mirror:
                 meeting = self._meet(self._newest)
             for name in list(self.exports.missing):
                 self.exports.add(name)
-        if meeting := world.from_first(meeting):
-            self.copy(self._newest, meeting)
+        step, meeting = world.from_first((self._newest, meeting))
+        if meeting:
+            self.copy(step, meeting)
         waiting.wait()
         world.meet()
         problem, lost = world.from_first(

@@ -194,6 +194,8 @@ def _telling(session: Session, name: str) -> Callable[[int, int], None]:
 
 def _fetch_records(out: Path, mirror: Mirror) -> None:
     """The records that the mirror has, each whole or as it was."""
+    for leftover in out.glob(".records.*.tmp"):
+        shutil.rmtree(leftover)  # of a command that was killed
     temporary = temporary_name(out / "records")
     temporary.mkdir(parents=True)
     try:

@@ -20,7 +20,10 @@ from shards.store import LocalStore, open_store
 from shards.store_errors import StoreSilent
 from shards.transfer import receive, send
 from trainer import mirror as mirror_module
+from trainer import mirror_fetch
 from trainer.config import TrainConfig
+from trainer.going_on import newest_step
+from trainer.mirror_store import share
 from trainer.train import train
 
 SETTINGS: dict[str, Any] = {"max_steps": 6, "checkpoint_every": 2, "global_batch_size": 7, "dtype": "float32"}
@@ -43,12 +46,15 @@ def part(files: dict[str, bytes], *folders: str) -> dict[str, bytes]:
 def start(annotated: dict[str, Path], models: dict[str, Path]) -> Callable:
     """Train into `out` with SETTINGS and others, for so many steps; whether it is finished, and the notes."""
 
-    def begin(out: Path, steps: int = 1000, **settings: Any) -> tuple[bool, list[str]]:
+    def begin(
+        out: Path, steps: int = 1000, at_step: dict[int, Callable] | None = None, **settings: Any
+    ) -> tuple[bool, list[str]]:
         notes, asked = [], 0
 
         def should_stop() -> bool:  # it is asked once a step
             nonlocal asked
             asked += 1
+            (at_step or {}).get(asked, lambda: None)()
             return asked >= steps
 
         config = TrainConfig((str(annotated["packed"]),), str(models["base"]), out, **(SETTINGS | settings))
@@ -132,18 +138,30 @@ def test_no_whole_checkpoint_is_no_beginning_anew(tmp_path: Path, start: Callabl
     assert not contents(out)
 
 
-def test_a_mirror_that_comes_late_and_an_out_that_is_behind(tmp_path: Path, start: Callable, whole: Path) -> None:
-    """A checkpoint from before --mirror is copied at once; an OUT with an older one gets the mirror's."""
+def test_a_mirror_that_comes_late_and_an_out_that_is_behind(
+    tmp_path: Path, start: Callable, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint from before --mirror is copied at once; an OUT with an older one gets the mirror's, killed meanwhile or not."""
+
+    def killed_here(*values: Any) -> None:
+        raise KeyboardInterrupt
+
     out, mirror, stale = tmp_path / "out", tmp_path / "mirror", tmp_path / "stale"
     assert not start(out, steps=3)[0]
     shutil.copytree(out, stale)
     assert not start(out, steps=1, mirror=str(mirror))[0]
     assert {name.split("/")[1] for name in part(contents(mirror), "checkpoints")} == {"step-000003", "step-000004"}
+    with monkeypatch.context() as killed:
+        killed.setattr(mirror_fetch, "_fetch_records", killed_here)
+        with pytest.raises(KeyboardInterrupt):
+            start(stale, mirror=str(mirror))
+    assert newest_step(stale) == 3
     finished, notes = start(stale, mirror=str(mirror))
     assert finished
     assert "going on after step 4" in notes
     assert figures(stale) == figures(whole)
     assert (stale / MODEL).read_bytes() == (whole / MODEL).read_bytes()
+    assert not [*stale.glob(".*"), *(stale / "checkpoints").glob(".*")]
 
 
 def test_a_finished_run_goes_on_from_its_mirror(tmp_path: Path, start: Callable) -> None:
@@ -254,13 +272,24 @@ def test_a_slow_store_is_not_waited_for(
     assert figures(out) == figures(whole)
 
 
+@pytest.mark.parametrize(("written_by", "ranks"), [(3, 3), (3, 2), (12, 5), (1, 4)])
+def test_each_file_is_copied_by_one_rank(written_by: int, ranks: int) -> None:
+    files = {".metadata", *(f"__{rank}_{number}.distcp" for rank in range(written_by) for number in range(2))}
+    index = {"files": dict.fromkeys(files, ""), "world_size": written_by}
+    shares = [share(index, rank, ranks) for rank in range(ranks)]
+    assert sorted(name for own in shares for name in own) == sorted(files)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    if written_by == ranks:  # its own
+        assert all(name.startswith((f"__{rank}_", ".")) for rank, own in enumerate(shares) for name in own)
+
+
 # --- processes and a server ----------------------------------------------------------------------------
 
 
 def test_two_ranks_copy_and_fetch_their_shares(
     tmp_path: Path, annotated: dict[str, Path], models: dict[str, Path], starts_processes: None
 ) -> None:
-    """Sharded over two processes, which record who copied what; on one process the run goes on from there, too."""
+    """Sharded over two processes, which record who copied what; one of them fails once."""
     out, mirror = tmp_path / "out", tmp_path / "mirror"
     options = (
         "--mirror",
@@ -278,14 +307,19 @@ def test_two_ranks_copy_and_fetch_their_shares(
 import os
 from shards.store import LocalStore
 upload = LocalStore.upload
+failed = []
 def record(store, path, name):
+    if name == "checkpoints/step-000004/__1_0.distcp" and not failed:
+        failed.append(name)
+        raise OSError("the cable was pulled")
     open({str(tmp_path / "uploads")!r}, "a").write(os.environ["RANK"] + " " + name + "\\n")
     upload(store, path, name)
 LocalStore.upload = record
 """
     undisturbed = launch(tmp_path / "whole", annotated["packed"], models["base"], 2, *options[2:], "--max-steps", 6)
     words = (out, annotated["packed"], models["base"], 2, *options)
-    finish(launch(*words, "--max-steps", 4, first=first))
+    output = finish(launch(*words, "--max-steps", 4, first=first))
+    assert "rank 1 could not save its part: the cable was pulled); OUT has it" in output  # and it is tried once more
     uploads = (tmp_path / "uploads").read_text().splitlines()
     for step in (2, 4):
         assert {line for line in uploads if f"step-00000{step}" in line} == {
@@ -364,6 +398,23 @@ RemoteStore.upload = die
     assert last.finish() == 0, last.errors
     assert "nothing to do, trained before: 8 steps" in last.output.with_suffix(".out").read_text()
     assert (out / MODEL).read_bytes() == (tmp_path / "whole" / MODEL).read_bytes()
+
+
+def test_an_outage_of_the_store(
+    tmp_path: Path, start: Callable, whole: Path, server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is away from step 3 to the end: said, finished in OUT, and copied by the same command once it is back."""
+    monkeypatch.setenv("REMIT_STORE_RETRY_SECONDS", "1")
+    monkeypatch.setattr(mirror_module, "RELEASE_SECONDS", 0.5)
+    out, settings = tmp_path / "out", {"mirror": f"s3://{BUCKET}/outage"}
+    with pytest.raises(RuntimeError, match=r"s3://bucket/outage: lacks .*the store has not answered for 1 s"):
+        start(out, at_step={3: lambda: server.tell("stop")}, **settings)
+    assert figures(out) == figures(whole)
+    server.tell("start")
+    open_store(settings["mirror"]).remove("_lease")  # which could not be given back; its process is this one, and alive
+    assert start(out, **settings)[0]
+    assert part(server.files("outage"), "model") == part(contents(out), "model")
+    assert "checkpoints/step-000006/checkpoint.json" in server.files("outage")
 
 
 def test_large_files_go_and_come_in_pieces(tmp_path: Path, server: S3Server) -> None:
