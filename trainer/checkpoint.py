@@ -46,6 +46,10 @@ INDEX = "checkpoint.json"
 
 
 def _state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    if not optimizer.state:
+        get_state_dict(model, optimizer)  # makes the state by a step with rate 0, which AdamW counts
+        for state in optimizer.state.values():
+            state["step"].zero_()
     model_state, optimizer_state = get_state_dict(model, optimizer)
     return {"model": model_state, "optimizer": optimizer_state}
 
@@ -156,7 +160,7 @@ class Checkpoints:
 
     def prune(self, step: int) -> None:
         """Leave the newest checkpoints up to `step`, and one that is being copied, on the first rank."""
-        kept = {number: path for number, path in _steps(self.folder).items() if number <= step}
+        kept = {number: path for number, path in checkpoints_of(self.folder).items() if number <= step}
         in_work = self.mirror.step_in_work if self.mirror else None
         for number in [*kept][: -self.keep]:
             if number != in_work:
@@ -208,7 +212,7 @@ class Checkpoints:
         there are checkpoints and none is valid: to begin again is the user's decision.
         """
         problems: list[str] = []
-        newest_first = [*reversed(_steps(self.folder).values())] if self.world.first else None
+        newest_first = [*reversed(checkpoints_of(self.folder).values())] if self.world.first else None
         for checkpoint in self.world.from_first(newest_first):
             problem = self._problem(checkpoint, self.settings)
             if problem is None:
@@ -257,10 +261,10 @@ def whole_weights(model: nn.Module) -> dict[str, Any]:
     return {name.removeprefix("model."): tensor for name, tensor in state.items()}
 
 
-def _steps(folder: Path) -> dict[int, Path]:
-    """The checkpoints of a folder by step, in order."""
-    found = {int(path.name.removeprefix("step-")): path for path in folder.glob("step-*")}
-    return dict(sorted(found.items()))
+def checkpoints_of(folder: Path) -> dict[int, Path]:
+    """The checkpoints of a folder by step, in order; other names, such as that of a copy, are the user's own."""
+    steps = {path: path.name.removeprefix("step-") for path in folder.glob("step-*")}
+    return dict(sorted((int(step), path) for path, step in steps.items() if step.isdigit()))
 
 
 def _sync_and_hash(path: Path) -> str:

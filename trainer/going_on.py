@@ -16,6 +16,7 @@ from typing import Any
 from shards.lease import Lease
 from shards.output_folder import MODEL, differences, read_record, replace_record
 from shards.record import encode_json
+from trainer.checkpoint import checkpoints_of
 from trainer.config import TrainConfig, learning_rate_at, warmup_of
 from trainer.export import EXPORTS
 from trainer.exported import Exported
@@ -88,7 +89,7 @@ def newest_step(out: Path) -> int:
 
 
 def checkpoint_steps(out: Path) -> list[int]:
-    return sorted(int(path.name.removeprefix("step-")) for path in (out / CHECKPOINTS).glob("step-*"))
+    return [*checkpoints_of(out / CHECKPOINTS)]
 
 
 def plan_changes(config: TrainConfig, settings: Settings, rows: int) -> Settings:
@@ -169,10 +170,12 @@ def pinned_warmup(config: TrainConfig, record: Settings, rows: int) -> int | Non
     return warmup_of(config, steps_of(first_settings(record), rows))
 
 
-def apply_changes(out: Path, changes: Settings, lease: Lease | None) -> None:
+def apply_changes(out: Path, changes: Settings, lease: Lease | None, first_step: int) -> None:
     """Write the changes into run.json; a finished run whose length has changed keeps its model among the exports.
 
     The model goes first: a process that dies in between leaves a run that is not finished, which either length fits.
+    first_step: of the checkpoint that was loaded. ValueError where it is not that of the finished run's model, which could
+    not stay then: exports of steps that are made again are deleted.
     """
     record = read_record(out)
     assert record is not None
@@ -183,6 +186,12 @@ def apply_changes(out: Path, changes: Settings, lease: Lease | None) -> None:
         if lease:
             lease.check()
         step = newest_step(out)
+        if first_step < step:
+            raise ValueError(
+                f"{out}: is a finished run of {step} steps, whose last checkpoint is damaged, so that it can go on from step "
+                f"{first_step} alone; keep its model and train into another --out, with --resume-from "
+                f"{out / CHECKPOINTS}/step-{first_step:06d}"
+            )
         (out / EXPORTS).mkdir(exist_ok=True)
         moved = {AVERAGE_MODEL: f"{EXPORTS}/step-{step:06d}-average", MODEL: f"{EXPORTS}/step-{step:06d}"}
         for name, kept in moved.items():

@@ -64,8 +64,8 @@ def memory(base: ModelShape, products: Products, layout: Layout, seq_len: int) -
     elif element < 4:  # autocast keeps a copy of each matrix until its backward
         gathered = element * (base.parameters - embeddings + base.head_parameters)
     kept = tokens * base.kept_bytes
-    if layout.activation_checkpointing:  # the input of each layer, and one layer at a time
-        kept = tokens * element * base.hidden_size * base.num_layers + kept / max(1, base.num_layers)
+    if layout.activation_checkpointing:  # the input of each layer, which is float32, and one layer at a time
+        kept = tokens * 4 * base.hidden_size * base.num_layers + kept / max(1, base.num_layers)
     return {
         "weights, float32": 4 * base.parameters / layout.shards,
         "gradients, float32": 4 * base.parameters / layout.shards,
@@ -73,7 +73,8 @@ def memory(base: ModelShape, products: Products, layout: Layout, seq_len: int) -
         f"gathered or cast weights, {products.dtype}": gathered,
         "activations": kept,
         "logits of one row": min(4 * seq_len * base.vocab_size, LOGITS_BUDGET_BYTES),
-        "gradient of the output embedding": 4 * base.head_parameters,
+        # in float32; of 16-bit products the sum, and what comes next to it
+        "gradient of the output embedding": (4 if element == 4 else 8) * base.head_parameters,
     }
 
 

@@ -75,6 +75,15 @@ def bring_back(config: TrainConfig, session: Session, mirror: Mirror) -> None:
         if name is None:
             return
         fetched = {name: folder} | fetched
+        done = (plan.models.get(MODEL, {}).get("exported") or {}).get("step")
+        if MODEL in fetched and name != checkpoint_name(done or 0):
+            if world.first:
+                for folder in fetched.values():
+                    shutil.rmtree(folder)
+            raise ValueError(
+                f"{mirror.url}: is of a finished run of {done} steps, whose last checkpoint is damaged, so that it can go on from {name} "
+                "alone; keep its model and train with another --out and --mirror"
+            )
     if world.first:
         session.check_lease()
         _fetch_records(config.out, mirror)

@@ -25,6 +25,9 @@ from trainer.weight_map import Unmapped
 
 Answer = TypeVar("Answer")
 
+VARIANTS = 64
+"""Compiled variants of a layer's code that dynamo keeps."""
+
 
 @dataclass
 class Base:
@@ -142,6 +145,9 @@ class Base:
             use_autocast_in_experts(self.model)
         swap_layers()
         if compile_layers == "on" or (compile_layers == "auto" and self.device.type == "cuda"):
+            # All layers share their code, of which dynamo keeps 8 variants by default: kinds of layers, shapes, with and without
+            # gradients. An evaluation before the first step would use them up, and training would run as it is.
+            torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)  # type: ignore[attr-defined]
             for layer in self.layers:
                 layer.compile(dynamic=False if static else None)
 
@@ -153,7 +159,15 @@ class Base:
         )
         if shares is not None:
             shares.settle(module)
+        if spread_module is module and world.size > 1 and self.dtype != torch.float32:
+            # FSDP2 gathers the embedding in 16 bits, and what layers add to would be rounded to 16 bits after each of them
+            self.model.get_input_embeddings().register_forward_hook(in_float32_from_here)
         return spread_module
+
+
+def in_float32_from_here(module: nn.Module, inputs: Any, embedded_BTH: Tensor) -> Tensor:
+    """A forward hook of the input embedding: the sum that all layers add to is float32, as it is without sharding."""
+    return embedded_BTH.float()
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -70,12 +70,14 @@ def resume(
         session.check_lease()  # minutes of loading have passed
         write_record(config.out, settings)
         refuse_other_settings(config.out, settings)  # of a writer that came in between
-        apply_changes(config.out, changes, session.lease)
     checkpoints = Checkpoints(
         config.out / CHECKPOINTS, loss_model, optimizer, world, world.from_first(fingerprint(config.out) if world.first else None),
         config.keep_checkpoints, session.lease, average, session.mirror,
     )  # fmt: skip
     first_step, problems = checkpoints.load_newest()
+    if world.first:
+        session.check_lease()
+        apply_changes(config.out, changes, session.lease, first_step)
     has_own = first_step > 0
     if not has_own and config.resume_from is not None:
         first_step = checkpoints.load_from(config.resume_from)

@@ -1,7 +1,7 @@
 """The comparison as an ordered list of stages, in two parts.
 
     data -> pretrain = the base -> NTP -> SFT = the reference -> score the corpus and the held-out problems, with entropies
-    base -> rmt, rpt, no-budget, no-curriculum, no-ntp;  NTP and ReMiT with equal steps
+    base -> rmt, rpt, no-budget, no-curriculum, no-ntp;  rmt-slow, with more steps;  NTP and ReMiT with equal steps
     what rmt has cost -> NTP and ReMiT with equal compute
 
 The last line's steps are known when rmt is done: `RmtSeed(..., compute)` then has all stages, the others first as before.
@@ -24,6 +24,8 @@ RMT_ARMS: dict[str, tuple[str, ...]] = {
     "no-ntp": ("--ntp-weight", "0"),
 }
 """Options of remit rmt by arm, as docs/rmt.md lists them."""
+SLOW = "rmt-slow"
+"""rmt with more steps of reinforcement, over which the budget shrinks by as much: whether thoughts follow it, given time."""
 EQUAL_STEPS = {"ntp-steps": ARMS["ntp"], "remit-steps": ARMS["remit"]}
 EQUAL_COMPUTE = {"ntp": ARMS["ntp"], "remit": ARMS["remit"]}
 WITHOUT_SCORES = ("ntp", "ntp-steps", "no-curriculum")
@@ -46,7 +48,7 @@ class RmtSeed(Seed):
 
     @property
     def steps(self) -> int:
-        """Of every arm of remit rmt."""
+        """Of every arm of remit rmt but rmt-slow."""
         return self.recipe.format_steps + self.recipe.policy_steps
 
     def _build(self) -> None:
@@ -64,7 +66,8 @@ class RmtSeed(Seed):
         self.column(REFERENCE, self.reference)
         self._column_of_heldout()
         for name, options in RMT_ARMS.items():
-            self._rmt(name, options)
+            self._rmt(name, options, recipe.policy_steps)
+        self._rmt(SLOW, (), recipe.slow_policy_steps)
         self._arms(EQUAL_STEPS, self.steps)
         if self.compute is not None:
             for name, arm in EQUAL_COMPUTE.items():
@@ -101,11 +104,11 @@ class RmtSeed(Seed):
         )  # fmt: skip
         return self.add(path, "pipelines.cli", words, {"model": model, "data": self.data}, resumes=True)
 
-    def _rmt(self, name: str, options: tuple[str, ...]) -> None:
+    def _rmt(self, name: str, options: tuple[str, ...], policy_steps: int) -> None:
         recipe = self.recipe
         words: tuple[Word, ...] = (
             "rmt", "--shards", At("shards"), "--model", At("start"), "--reference", REFERENCE, "--eval-shards", At("heldout"),
-            "--out", At("out"), "--max-steps", str(recipe.policy_steps), "--format-steps", str(recipe.format_steps),
+            "--out", At("out"), "--max-steps", str(policy_steps), "--format-steps", str(recipe.format_steps),
             "--positions-per-step", str(recipe.positions), "--num-generations", str(recipe.generations),
             "--first-budget", str(recipe.first_budget), "--budget-decay", str(recipe.budget_decay),
             "--learning-rate", str(recipe.policy_learning_rate), "--format-learning-rate", str(recipe.midtraining_learning_rate),

@@ -26,6 +26,8 @@ class RmtRecipe(Recipe):
 
     format_steps: int = 150
     policy_steps: int = 200
+    slow_policy_steps: int = 600
+    """Of the arm whose budget shrinks by as much over more steps."""
     positions: int = 16
     """That a step reasons about."""
     generations: int = 8
@@ -42,7 +44,7 @@ RECIPES: dict[RmtSize, RmtRecipe] = {
     "full": RmtRecipe(),
     "small": RmtRecipe(
         hidden_size=64, intermediate_size=128, layers=2, heads=2, pretraining_steps=200, midtraining_steps=100,
-        sft_examples=256, format_steps=80, policy_steps=24, eval_positions=150, problems=100, curve_problems=100, sampled=0,
+        sft_examples=256, format_steps=80, policy_steps=24, slow_policy_steps=72, eval_positions=150, problems=100, curve_problems=100, sampled=0,
         texts=50, post_trained=(),
     ),
 }  # fmt: skip

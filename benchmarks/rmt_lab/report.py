@@ -17,11 +17,12 @@ from benchmarks.lab.report import markdown_table
 from benchmarks.lab.results import Results, read
 from benchmarks.lab.tables import ABSENT, Table, claims_table, setup_table
 from benchmarks.rmt_lab.claims import CLAIMS
+from benchmarks.rmt_lab.graph import RMT_ARMS, SLOW
 from shards.store import LocalStore
 
 ARM_NAMES = {
     "base": "pre-trained", "rmt": "RMT", "rpt": "RPT", "no-budget": "RMT without budget",
-    "no-curriculum": "RMT without curriculum", "no-ntp": "RMT without NTP", "ntp": "NTP, equal compute",
+    "no-curriculum": "RMT without curriculum", "no-ntp": "RMT without NTP", SLOW: "RMT, slow budget", "ntp": "NTP, equal compute",
     "remit": "ReMiT, equal compute", "ntp-steps": "NTP, equal steps", "remit-steps": "ReMiT, equal steps",
 }  # fmt: skip
 METRICS = {
@@ -53,7 +54,7 @@ LIMITS = [
     "The base learns the format of a thought by supervised steps that the paper does not need. They count as compute.",
     "Compute is counted in forwards of one token: 1 to score, prefill or decode it, 3 to train on it, 4 where TRL asks for its "
     "log-prob again. Time would favour NTP more: decoding is slower per token than training.",
-    "RMT's arms have equal steps, and the compute that the table shows, not the same. Rows differ between the arms of remit rmt and "
+    "RMT's arms but the slow one have equal steps, and the compute that the table shows, not the same. Rows differ between the arms of remit rmt and "
     "those of remit train, which visit all rows alike.",
     "NTP and ReMiT have the rate of the warm-up with a cosine; the reinforcement steps have a fifth of it, constant, since larger ones "
     "ruin the base. No arm's rate was tuned for this comparison.",
@@ -120,11 +121,12 @@ def differences_table(results: Results, other: str) -> Table:
     return Table(f"Differences from {arm_name(other)}", note, ["arm", *(METRICS[name] for name in metrics)], rows)
 
 
-def lengths_table(results: Results, points: int = 8) -> Table:
-    """Tokens of thought over the steps of the reinforcement, beside the budget of RMT."""
-    series = [("budget of RMT", results.curve("rmt", "mid", "budget"))]
-    series += [(arm_name(arm), results.curve(arm, "mid", "thought_tokens")) for arm in ordered(results, "mid")]
-    series += [("RMT: share closed", results.curve("rmt", "mid", "closed")), ("RMT: reward's match", results.curve("rmt", "mid", "outcome"))]  # fmt: skip
+def lengths_table(results: Results, title: str, arm: str, others: Sequence[str] = (), points: int = 8) -> Table:
+    """Tokens of thought of `arm` and others over the steps of the reinforcement, beside the budget of `arm`."""
+    own = arm_name(arm)
+    series = [(f"budget of {own}", results.curve(arm, "mid", "budget"))]
+    series += [(arm_name(name), results.curve(name, "mid", "thought_tokens")) for name in (arm, *others)]
+    series += [(f"{own}: share closed", results.curve(arm, "mid", "closed")), (f"{own}: reward's match", results.curve(arm, "mid", "outcome"))]  # fmt: skip
     steps = sorted({step for _, curves in series for curve in curves.values() for step, _ in curve})
     length = max(1, -(-len(steps) // points))
     groups = [steps[start : start + length] for start in range(0, len(steps), length)]
@@ -134,10 +136,10 @@ def lengths_table(results: Results, points: int = 8) -> Table:
         for group in groups:
             found = [value for curve in curves.values() for step, value in curve if step in group]
             cells.append(f"{sum(found) / len(found):.{2 if ':' in name else 1}f}" if found else ABSENT)
-        if set(cells) != {ABSENT}:
+        if set(cells) - {ABSENT}:
             rows.append([name, *cells])
     note = "Means over the seeds and over the reinforcement steps up to the one that heads the column."
-    return Table("Tokens of thought", note, ["", *(f"to {group[-1]}" for group in groups)], rows)
+    return Table(title, note, ["", *(f"to {group[-1]}" for group in groups)], rows)
 
 
 def make_tables(results: Results, findings: Sequence[Finding]) -> list[Table]:
@@ -147,7 +149,8 @@ def make_tables(results: Results, findings: Sequence[Finding]) -> list[Table]:
     tables += [
         models_table(results, "mid", "After mid-training"),
         differences_table(results, "ntp"),
-        lengths_table(results),
+        lengths_table(results, "Tokens of thought", "rmt", [arm for arm in RMT_ARMS if arm != "rmt"]),
+        lengths_table(results, "Tokens of thought, slow budget", SLOW),
         models_table(results, "sft", "After SFT too"),
         setup_table(results),
     ]

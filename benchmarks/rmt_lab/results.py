@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.lab.results import RESULT, curve
 from benchmarks.rmt_lab.compute import FORWARD, rmt_compute, train_compute
-from benchmarks.rmt_lab.graph import RMT_ARMS, WITHOUT_SCORES
+from benchmarks.rmt_lab.graph import RMT_ARMS, SLOW, WITHOUT_SCORES
 from benchmarks.rmt_lab.measure import with_mean
 from shards.folder import ShardFolder
 
@@ -53,7 +53,7 @@ def collect(seed: "RmtSeed", outcome: "Outcome") -> dict[str, Any]:
         if kind != "mid":
             continue
         lines = _json_lines(outputs[stage.name] / "metrics.jsonl")
-        if arm in RMT_ARMS:
+        if arm in (*RMT_ARMS, SLOW):
             compute = rmt_compute(lines, seed.recipe.generations)
             for metric, value in with_thought(_json_lines(outputs[stage.name] / "evaluation.jsonl")).items():
                 add(arm, kind, metric, value)

@@ -220,7 +220,7 @@ def tier_index(
 
     if session.world.first:
         load_or_count(config.out, make, session.check_lease, wanted, check)
-    session.world.barrier()
+    session.world.meet()  # the first process reads a column of the whole corpus
     return load_or_count(config.out, make, session.check_lease, wanted, check)
 
 

@@ -20,6 +20,7 @@ KINDS: dict[str, dict] = {
     "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "DeepseekV3": {**MLA, **ROUTED, **GROUPED},
     "Glm4Moe": {**ROUTED, **GROUPED, "head_dim": 32},
+    "Olmo3": {},
     "Phi3": {},
     "GPTNeoX": {},
     "GPT2": {},

@@ -16,7 +16,7 @@ from benchmarks.lab.claims import CONTRADICTED, MISSING, ONE_SEED, REPRODUCED, j
 from benchmarks.lab.results import Results, read_file, write
 from benchmarks.rmt_lab import compute, measure, report
 from benchmarks.rmt_lab.claims import CLAIMS, distance_from_budget, last_quarter, shorter
-from benchmarks.rmt_lab.graph import RMT_ARMS, RmtSeed
+from benchmarks.rmt_lab.graph import RMT_ARMS, SLOW, RmtSeed
 from benchmarks.rmt_lab.recipe import RECIPES
 from benchmarks.rmt_lab.results import with_thought
 from pipelines.cli import parse
@@ -25,7 +25,7 @@ from pipelines.rmt.evaluation import draw_held_out
 from pipelines.rmt.settings import TIERS
 from shards.folder import ShardFolder
 
-ARMS = {"rmt", "rpt", "no-budget", "no-curriculum", "no-ntp", "ntp-steps", "remit-steps", "ntp", "remit"}
+ARMS = {"rmt", "rpt", "no-budget", "no-curriculum", "no-ntp", "rmt-slow", "ntp-steps", "remit-steps", "ntp", "remit"}
 
 
 def parsed(stage: Stage) -> Any:
@@ -61,6 +61,9 @@ def test_arms_are_their_settings_and_nothing_else() -> None:
     for arm, values in changed.items():
         differing = {name: value for name, value in vars(runs[arm]).items() if value != vars(runs["rmt"])[name]}
         assert differing == values
+    more = {name for name, value in vars(runs[SLOW]).items() if value != vars(runs["rmt"])[name]}
+    assert more == {"max_steps"}
+    assert runs[SLOW].max_steps == 3 * runs["rmt"].max_steps
     tokens = 16 * 256
     for arm in ("ntp", "ntp-steps", "remit", "remit-steps"):
         assert runs[arm].global_batch_size * 256 == tokens
@@ -70,7 +73,7 @@ def test_arms_are_their_settings_and_nothing_else() -> None:
     assert runs["ntp"].max_steps == round(50_000_000 / 3 / tokens)
     assert runs["remit"].max_steps == round(49_600_000 / 3 / tokens)
     assert (runs["remit"].objective, runs["ntp"].objective, runs["remit"].reference) == ("remit", "ntp", "rl")
-    for arm in (*RMT_ARMS, "remit"):
+    for arm in (*RMT_ARMS, SLOW, "remit"):
         scored = seed.models[arm, "mid"].inputs["shards"]
         assert parsed(scored).entropy
         assert scored.inputs["model"] is seed.reference
@@ -168,7 +171,11 @@ def test_lengths_of_thoughts() -> None:
     results = made_up(2, 0.0)
     assert last_quarter(results, "rmt") == {0: 2.5, 1: 2.5}  # steps 7 and 8: 3 and 2 tokens
     assert shorter(results) == pytest.approx({0: math.log(3), 1: math.log(3)})
-    assert distance_from_budget(results) == pytest.approx({0: -math.log(2), 1: -math.log(2)})
+    assert distance_from_budget("rmt")(results) == pytest.approx({0: -math.log(2), 1: -math.log(2)})
+    assert distance_from_budget(SLOW)(results) == {}
+    text = report.to_markdown(results)
+    assert "| budget of RMT | 18.0 | 16.0 |" in text
+    assert "budget of RMT, slow budget" not in text
 
 
 def test_results_are_written_as_the_laboratory_reads_them(tmp_path: Path) -> None:

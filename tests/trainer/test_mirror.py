@@ -171,6 +171,12 @@ def test_a_finished_run_goes_on_from_its_mirror(tmp_path: Path, start: Callable)
     assert start(tmp_path / "whole", max_steps=6, **settings)[0]
     assert start(out, max_steps=3, mirror=str(mirror), **settings)[0]
     first = (out / MODEL).read_bytes()
+    shutil.copytree(mirror, tmp_path / "damaged")
+    (tmp_path / "damaged/checkpoints/step-000003/.metadata").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"is of a finished run of 3 steps, whose last checkpoint is damaged"):
+        start(tmp_path / "new", max_steps=6, mirror=str(tmp_path / "damaged"), **settings)
+    assert not contents(tmp_path / "new")
+    assert (tmp_path / "damaged" / MODEL).read_bytes() == first
     out.rename(early)
     assert start(out, max_steps=6, mirror=str(mirror), **settings)[0]
     assert figures(out) == figures(tmp_path / "whole")
