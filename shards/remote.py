@@ -31,6 +31,7 @@ PACKAGES = {"s3": "pip install s3fs", "gs": "pip install gcsfs", "hdfs": "it nee
 PACKAGES |= {"s3a": PACKAGES["s3"], "gcs": PACKAGES["gs"]}
 READ_BYTES = 8 << 20  # a request for the bytes of an open file asks for at least as many
 PART_BYTES = 8 << 20  # of a large file that is uploaded
+UPLOADS = 5  # of one file, where they break off
 T = TypeVar("T")
 
 
@@ -98,9 +99,12 @@ class RemoteStore(Store):
             raise ValueError(f"{self.url}: {name!r} is not a name inside this folder")
         return f"{self._root}/{name}" if name else self._root
 
-    def _ask(self, name: str, call: Callable[[str], T]) -> T:
+    def _ask(
+        self, name: str, call: Callable[[str], T], may_ask: Callable[[], None] = lambda: None, attempts: int = 1
+    ) -> T:
+        """may_ask: before each try, since the tries may outlast a lease."""
         path = self.path(name)
-        return asked_again(lambda: call(path), self.where(name))
+        return asked_again(lambda: call(path), self.where(name), may_ask, attempts)
 
     def read(self, name: str) -> bytes:
         return self._ask(name, self._fs.cat_file)
@@ -136,8 +140,8 @@ class RemoteStore(Store):
 
         return self._ask(name, piece) if start < stop else b""
 
-    def _list(self, folder: str) -> list[dict]:
-        """What fsspec says of the files and folders directly in a folder."""
+    def _entries(self, folder: str = "") -> dict[str, int]:
+        """Names and sizes of the files directly in a folder."""
 
         def entries(path: str) -> list[dict]:
             try:
@@ -147,19 +151,24 @@ class RemoteStore(Store):
                     raise
                 return []
 
-        return self._ask(folder, entries)
-
-    def _entries(self, folder: str = "") -> dict[str, int]:
-        """Names and sizes of the files directly in a folder."""
-        files = {entry["name"]: entry["size"] for entry in self._list(folder) if entry["type"] == "file"}
+        files = {entry["name"]: entry["size"] for entry in self._ask(folder, entries) if entry["type"] == "file"}
         return {name.rsplit("/", 1)[-1]: size for name, size in files.items() if not name.endswith("/")}
 
     def names(self, folder: str = "") -> list[str]:
         return sorted(self._entries(folder))
 
     def folders(self, folder: str = "") -> list[str]:
-        found = [entry["name"].rstrip("/") for entry in self._list(folder) if entry["type"] == "directory"]
-        return sorted(name.rsplit("/", 1)[-1] for name in found)
+        def entries(path: str) -> list[dict]:
+            try:
+                return self._fs.ls(path, detail=True, **self._refresh())
+            except FileNotFoundError as error:
+                if answer_of(error)[0] == "NoSuchBucket":
+                    raise
+                return []
+
+        inside = f"{self.path(folder)}/"  # consoles of stores put an object of the folder's own name into it
+        found = [entry["name"].rstrip("/") for entry in self._ask(folder, entries) if entry["type"] == "directory"]
+        return sorted(name.rsplit("/", 1)[-1] for name in found if f"{name}/" != inside)
 
     def used_bytes(self) -> int:
         return sum(self._entries().values())
@@ -252,13 +261,12 @@ class RemoteStore(Store):
 
     def delete(self, name: str, may_delete: Callable[[], None] = lambda: None) -> None:
         def delete(path: str) -> None:
-            may_delete()  # before each try, since the tries may outlast a lease
             try:
                 self._fs.rm_file(path)
             except FileNotFoundError:
                 pass
 
-        self._ask(name, delete)
+        self._ask(name, delete, may_delete)
 
     def move(self, name: str, to: str) -> None:
         self.replace(to, self.read(name))
@@ -270,15 +278,16 @@ class RemoteStore(Store):
         finally:
             temporary.unlink(missing_ok=True)
 
-    def upload(self, path: Path, name: str) -> None:
+    def upload(self, path: Path, name: str, may_write: Callable[[], None] = lambda: None) -> None:
+        """Copy a local file, never whole in memory, replacing what is there. may_write: raises where this process must not."""
         options: dict[str, int] = {}
         if self._protocol in ("s3", "s3a"):  # ten parts at a time are in memory, and there are at most 10,000
             options["chunksize"] = max(PART_BYTES, -(-path.stat().st_size // 9000))
-        self._ask(name, lambda target: self._fs.put_file(str(path), target, **options))
+        self._ask(name, lambda target: self._fs.put_file(str(path), target, **options), may_write, UPLOADS)
 
-    def remove(self, folder: str = "") -> None:
+    def remove(self, folder: str = "", may_delete: Callable[[], None] = lambda: None) -> None:
         try:
-            self._ask(folder, lambda path: self._fs.rm(path, recursive=True))
+            self._ask(folder, lambda path: self._fs.rm(path, recursive=True), may_delete)
         except FileNotFoundError:
             pass
 

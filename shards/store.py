@@ -51,7 +51,9 @@ def is_dataset(word: "str | Path") -> bool:
 
 def absolute(folder: "str | Path") -> str:
     """The same folder for processes with another working directory."""
-    return str(folder) if is_remote(folder) or is_dataset(folder) else str(Path(folder).absolute())
+    if is_remote(folder) or is_dataset(folder):
+        return str(folder)
+    return str(Path(str(folder).removeprefix("file://")).absolute())
 
 
 class Store:
@@ -123,14 +125,6 @@ class Store:
         """Give a finished temporary file its name, replacing what is there."""
         raise NotImplementedError
 
-    def upload(self, path: Path, name: str) -> None:
-        """Copy a local file, never whole in memory, replacing what is there."""
-        temporary = self.temporary(name)
-        try:
-            self.put(Path(shutil.copyfile(path, temporary)), name)
-        finally:
-            temporary.unlink(missing_ok=True)
-
     def sha256(self, name: str) -> str:
         """Hexadecimal sha256 of a file, read in pieces."""
         digest = hashlib.sha256()
@@ -147,8 +141,8 @@ class Store:
         """Rename a file, replacing what is there."""
         raise NotImplementedError
 
-    def remove(self, folder: str = "") -> None:
-        """Remove a folder with all that is in it, or everything."""
+    def remove(self, folder: str = "", may_delete: Callable[[], None] = lambda: None) -> None:
+        """Remove a folder with all that is in it, or everything. may_delete: raises where this process must not."""
         raise NotImplementedError
 
     def clean(self, folder: str = "") -> None:
@@ -226,15 +220,16 @@ class LocalStore(Store):
                     into, offset = into[count:], offset + count
 
     def names(self, folder: str = "") -> list[str]:
-        return self._entries(folder, are_folders=False)
-
-    def folders(self, folder: str = "") -> list[str]:
-        return self._entries(folder, are_folders=True)
-
-    def _entries(self, folder: str, are_folders: bool) -> list[str]:
         try:
             with os.scandir(self.path(folder)) as entries:
-                return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False) == are_folders)
+                return sorted(entry.name for entry in entries if not entry.is_dir(follow_symlinks=False))
+        except FileNotFoundError:
+            return []
+
+    def folders(self, folder: str = "") -> list[str]:
+        try:
+            with os.scandir(self.path(folder)) as entries:
+                return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
         except FileNotFoundError:
             return []
 
@@ -245,7 +240,8 @@ class LocalStore(Store):
             return None
 
     def create(self, name: str, data: bytes, kind: str = "") -> None:
-        temporary = self._write(self.path(name), data)
+        final = self.path(name)
+        temporary = self._write(final, data)
         if kind:
             crash_point(f"{kind}.written")
         self.publish(temporary, name, kind)
@@ -311,7 +307,8 @@ class LocalStore(Store):
         os.replace(temporary, self.path(name))
         fsync_folder(self.path(name).parent)
 
-    def remove(self, folder: str = "") -> None:
+    def remove(self, folder: str = "", may_delete: Callable[[], None] = lambda: None) -> None:
+        may_delete()
         shutil.rmtree(self.path(folder), ignore_errors=True)
 
     def free_bytes(self) -> int | None:

@@ -5,6 +5,7 @@ large files go up in several parts at a time anyway.
 """
 
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path, PurePosixPath
@@ -12,7 +13,7 @@ from typing import TypeVar
 
 from shards.part import sha256_file
 from shards.publish import fsync_folder
-from shards.store import Store
+from shards.store import LocalStore, Store
 
 THREADS = 8
 PIECE_BYTES = 16 << 20
@@ -25,14 +26,33 @@ T = TypeVar("T")
 def send(store: Store, files: Mapping[str, Path], go_on: Callable[[], None] = lambda: None) -> None:
     """Copy local files to `store`, each to the name that it has there, replacing what is there.
 
-    go_on: asked before each file; raises to end it. OSError where the store has not as many bytes afterwards.
+    go_on: asked before each try of each file; raises to end it. OSError where the store has not as many bytes afterwards.
     """
     for name, path in files.items():
-        go_on()
-        store.upload(path, name)
+        upload(store, path, name, go_on)
         size, sent = path.stat().st_size, store.size(name)
         if sent != size:
             raise OSError(f"{store.where(name)}: has {sent} bytes after {size} were written")
+
+
+def upload(store: Store, path: Path, name: str, may_write: Callable[[], None] = lambda: None) -> None:
+    """Copy a local file, never whole in memory, replacing what is there.
+
+    may_write: asked before each try; raises where this process must not.
+    """
+    if not isinstance(store, LocalStore):
+        from shards.remote import RemoteStore  # fsspec takes a while to import
+
+        assert isinstance(store, RemoteStore)
+        store.upload(path, name, may_write)
+        return
+    temporary = store.temporary(name)
+    try:
+        shutil.copyfile(path, temporary)
+        may_write()
+        store.put(temporary, name)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def receive(

@@ -107,11 +107,9 @@ class Checkpoints:
         run_state: more of the run's state, as JSON.
         """
         self.wait()
-        meeting = self.mirror.reserve(step) if self.mirror and self.world.first else None
         self.world.meet()  # the first rank publishes, the others may be here long before it
         final = self.folder / f"step-{step:06d}"
-        name, meeting = self.world.from_first((str(temporary_name(final)), meeting))
-        temporary = Path(name)
+        temporary = Path(self.world.from_first(str(temporary_name(final))))
         self.folder.mkdir(parents=True, exist_ok=True)
         random = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
         state = _state(self.model, self.optimizer)
@@ -121,8 +119,8 @@ class Checkpoints:
         index = {"step": step, "position": position, "world_size": self.world.size, "settings": self.settings}
         index["run"] = (run_state or {}) | ({"average": self.average.state()} if self.average else {})
         self._saving = self._thread.submit(self._publish, written, temporary, final, index, random)
-        if self.mirror and meeting:
-            self.mirror.copy(step, meeting, self._saving)
+        if self.mirror and self.world.first:
+            self.mirror.copy(step, self._saving)
 
     def wait(self) -> None:
         """Until the save in work, if any, is published."""

@@ -5,7 +5,6 @@ Rounding a weight to the dtype of the export may return it to the base's value, 
 
 import json
 import os
-from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -55,15 +54,10 @@ class Exported:
                 f"now; {remedy}"
             )
 
-    def begin(self, layout: Layout, elsewhere: Collection[str] = ()) -> None:
-        """Write down what is carried over and what is not trained, forget exports that are not there, and count the command.
-
-        elsewhere: exports that the run's mirror has.
-        """
+    def begin(self, layout: Layout) -> None:
+        """Write down what is carried over and what is not trained, forget exports that are not there, and count the command."""
         value = self.read()
-        models = {
-            name: entry for name, entry in value["models"].items() if (self.out / name).exists() or name in elsewhere
-        }
+        models = {name: entry for name, entry in value["models"].items() if (self.out / name).exists()}
         begun = value.get(BEGUN, 0) + 1
         self._write({"carried_over": layout.carried_over, "not_trained": layout.frozen, BEGUN: begun, "models": models})
 

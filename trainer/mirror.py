@@ -1,8 +1,8 @@
 """--mirror URL: checkpoints and exports of a run, copied to an object store or another folder beside the training.
 
-Each rank copies the files of a checkpoint that it wrote; the first one puts checkpoint.json last, so that a checkpoint without it
-is none. What cannot be copied is said, and the training goes on: the next checkpoint is tried, and at the end what is
-missing once more. OUT is never touched for it. The ranks meet over files in OUT, in no collective.
+OUT leads: nothing of it is touched for the mirror, and nothing comes from there but to an OUT without checkpoint and model
+(trainer/mirror_fetch.py). Each rank copies its share of the files of a checkpoint; the first one puts checkpoint.json last. The
+ranks meet over files in OUT, in no collective. What cannot be copied is said, and the training goes on.
 """
 
 import contextlib
@@ -16,55 +16,60 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from shards.lease import Lease, LeaseLost
-from shards.output_folder import read_record
+from shards.lease import Lease
+from shards.output_folder import MODEL, read_record, refuse_other
+from shards.part import sha256_file
 from shards.store import Store, open_store, temporary_name
 from shards.store_errors import text_of
-from shards.transfer import send
-from trainer.checkpoint import INDEX
+from shards.transfer import send, upload
+from trainer.checkpoint import INDEX, read_files
 from trainer.config import TrainConfig
 from trainer.distributed import World
-from trainer.going_on import CHECKPOINTS
-from trainer.mirror_exports import MirroredExports
+from trainer.export import EXPORTS
+from trainer.exported import FOR_TASKS, Exported
+from trainer.going_on import AVERAGE_MODEL, CHECKPOINTS, fingerprint, first_settings, length_of, settings_now
 from trainer.mirror_store import (
+    CONFIG,
+    RECORDS,
     checkpoint_name,
-    is_whole,
-    remove,
+    files_of,
     require_mirror,
-    share,
-    steps_there,
+    retain,
+    whole_steps,
 )
-from trainer.mirror_worker import Deadline, Worker
-from trainer.rank_reports import POLL_SECONDS, leave_report, signs_of_life, wait_for_report
+from trainer.mirror_worker import Worker
+from trainer.rank_reports import leave_report, signs_of_life, wait_for_report
 from trainer.run_folder import TENSORBOARD, refuse_other_settings
+from trainer.session import Session
 
-GO = "go"
-BUSY_SECONDS = 30.0
-"""How long a save waits for the copy of the checkpoint before it, once for each copy."""
 RELEASE_SECONDS = 15.0
+ORDER_SECONDS = 0.5  # between two looks of a rank for what it is to copy
+ROUND_SECONDS = 1.0  # of waiting at the end, after each of which the ranks meet
 QUIET_SECONDS = 2.0  # of waiting before a line says so
+LEFTOVERS = ".mirror*.tmp"
 
 
 class Mirror:
-    """The mirror of a run, on each of its ranks. step_in_work: of the checkpoint that is copied now, which OUT keeps meanwhile."""
+    """The mirror of a run, on each of its ranks. step_in_work: of the checkpoint that is copied now, which OUT keeps meanwhile;
+    damaged: steps of those there that were passed over."""
 
     def __init__(self, config: TrainConfig, world: World, note: Callable[[str], None]) -> None:
         assert config.mirror is not None
         self.url, self.out, self.world, self.note = config.mirror.rstrip("/"), config.out, world, note
         self.keep, self.limit = config.keep_checkpoints, config.timeout_seconds
         self.store: Store
-        self.exports: MirroredExports  # on the first rank
         self.step_in_work: int | None = None
-        self.damaged: set[int] = set()  # steps of checkpoints there that are; the next copy deletes them
+        self.damaged: set[int] = set()
+        self._meeting: Path | None = None  # where the ranks meet, if there are several
+        self._orders = 0
         self._lease: Lease | None = None
-        self._lost: LeaseLost | None = None
         self._ending = threading.Event()
-        self._checkpoints = Worker("mirror of checkpoints")
-        self._newest = self._copied = 0  # steps of the run's newest checkpoint, and of the one that was copied last
-        self._waited_for: int | None = None
-        self._reason = ""  # why the last checkpoint that failed did
+        self._worker = Worker()
+        self._missing: dict[str, tuple[str, str]] = {}  # by the name of the job: what is not there, and why
+        self._changing = threading.Lock()
+        self._sent: dict[str, tuple[int, int]] = {}  # records as they were when they were copied
 
-    def open(self, settings: dict[str, Any]) -> None:
+    def open(self, session: Session, settings: dict[str, Any]) -> None:
         """Become its only writer. All ranks; settings: of the run, on the first.
 
         ValueError where it cannot be read or holds something else, RuntimeError where another run writes to it.
@@ -78,13 +83,23 @@ class Mirror:
         if problem := self.world.first_problem(problem):
             raise ValueError(problem)
         if self.world.first:
-            require_mirror(self.store)
-            refuse_other_settings(self.store, settings, "--mirror")
+            self._require_own(settings)
             self._lease = Lease(self.store, "--mirror").acquire(self.note)
-            refuse_other_settings(self.store, settings, "--mirror")  # of a run that came in between
-            for folder in ("", TENSORBOARD):
-                self.store.clean(folder)
-            self.exports = MirroredExports(self.out, self.store, self._check, self._go_on, self._failed)
+            self._require_own(settings)  # not of a run that came in between
+            if session.lease:
+                for leftover in self.out.glob(LEFTOVERS):
+                    shutil.rmtree(leftover)  # of a command that was killed
+            if self.world.size > 1:
+                self._meeting = temporary_name(self.out / "mirror")
+                self._meeting.mkdir()
+        self.world.meet()
+        self._meeting = self.world.from_first(self._meeting)
+        if self._meeting and not self.world.first:
+            threading.Thread(target=self._follow, args=(self._meeting,), name="mirror", daemon=True).start()
+
+    def _require_own(self, settings: dict[str, Any]) -> None:
+        require_mirror(self.store)
+        refuse_other_settings(self.store, settings, "--mirror")
 
     def close(self) -> None:
         """Give it back; what is still being copied is left."""
@@ -94,11 +109,84 @@ class Mirror:
             release = threading.Thread(target=self._lease.release, name="mirror", daemon=True)
             release.start()
             release.join(RELEASE_SECONDS)
-            self._sweep()
+        if self._meeting and self.world.first:
+            shutil.rmtree(self._meeting, ignore_errors=True)
 
-    def _sweep(self) -> None:
-        for leftover in (self.out / CHECKPOINTS).glob(".mirror-*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
+    def require_behind(self, step: int) -> None:
+        """ValueError where it has a checkpoint later than `step`, the one that OUT goes on from, or another run's. All ranks."""
+        problem = self._conflict(step) if self.world.first else None
+        self.world.meet()
+        if problem := self.world.from_first(problem):
+            raise ValueError(problem)
+
+    def _conflict(self, step: int) -> str | None:
+        theirs, ours = read_record(self.store), read_record(self.out)
+        whole = [other for other in whole_steps(self.store) if other not in self.damaged]
+        if whole and whole[-1] > step:
+            return (
+                f"{self.url}: has a checkpoint of step {whole[-1]:,}, and the run in {self.out} is at step {step:,}; an empty or another "
+                f"--out fetches the newest from there, or delete what is later than step {step:,} there, or choose another --mirror"
+            )
+        if ours and theirs and (whole or self.store.size(f"{MODEL}/{CONFIG}") is not None):
+            try:
+                remedy = f"choose another --mirror, or an empty --out, which goes on with the run of {self.url}"
+                refuse_other(self.url, "run", first_settings(ours), first_settings(theirs), remedy)
+            except ValueError as error:
+                return str(error)
+        return None
+
+    # --- what is copied, on the first rank ------------------------------------------------------------
+
+    def catch_up(self, step: int, finished: bool) -> None:
+        """Have copied what it lacks of the run in OUT, which goes on after `step` or is `finished`. All ranks may call it."""
+        if self.world.first and step and (self.out / checkpoint_name(step)).exists():
+            self.copy(step)
+        if self.world.first:
+            self._submit("records", "the records", partial(self._catch_up, finished))
+
+    def _catch_up(self, finished: bool) -> None:
+        self._send_records()
+        for name, entry in Exported(self.out).read()["models"].items():
+            stays = finished or name.startswith(EXPORTS)  # the others are made again
+            if stays and not entry.get(FOR_TASKS) and not self._has_export(name):
+                self.copy_export(name)
+
+    def _has_export(self, name: str) -> bool:
+        files = files_of(self.out / name)
+        return all(self.store.size(f"{name}/{file}") == path.stat().st_size for file, path in files.items())
+
+    def copy(self, step: int, saved: Future | None = None) -> None:
+        """Have a checkpoint copied beside the training. saved: the save that comes first."""
+        left_out = self._submit(CHECKPOINTS, f"step {step:,}", partial(self._copy_checkpoint, step, saved))
+        if left_out:
+            self.note(f"{self.url}: {left_out} is not copied there, since the copy before it is still going on")
+
+    def copy_export(self, name: str) -> None:
+        """Have an export copied beside the training, in place of the one there."""
+        self._submit(name, name, partial(self._copy_export, name))
+
+    def _submit(self, name: str, what: str, work: Callable[[], None]) -> str | None:
+        """Queue a job; of which thing one of the same name has not begun and never will."""
+        entry = (what, "there was no time for it")
+        with self._changing:
+            before, _ = self._missing.get(name, entry)
+            self._missing[name] = entry
+        return before if self._worker.submit(name, partial(self._run, name, entry, work)) else None
+
+    def _run(self, name: str, entry: tuple[str, str], work: Callable[[], None]) -> None:
+        what, reason = entry[0], ""
+        try:
+            work()
+        except Exception as error:
+            reason = text_of(error)
+            if not self._ending.is_set():
+                self.note(f"{self.url}: {what} could not be copied there ({reason}); OUT has it, the training goes on")
+        with self._changing:
+            if self._missing[name] is not entry:  # a newer one waits already
+                return
+            del self._missing[name]
+            if reason:
+                self._missing[name] = what, reason
 
     def _check(self) -> None:
         """LeaseLost where another run has taken the mirror over, RuntimeError where this one ends."""
@@ -110,176 +198,142 @@ class Mirror:
         if self._ending.is_set():
             raise RuntimeError("the run ends")
 
-    def _failed(self, what: str, error: Exception) -> None:
-        """Say that something could not be copied; LeaseLost is for the next save to raise."""
-        if isinstance(error, LeaseLost):
-            self._lost = error
-        elif not self._ending.is_set():
-            self.note(
-                f"{self.url}: {what} could not be copied there ({text_of(error)}); OUT has it, the training goes on, and what is missing "
-                "at the end is tried again"
-            )
-
-    # --- where a run begins or goes on ----------------------------------------------------------------
-
-    def catch_up(self, step: int, finished: bool) -> None:
-        """Begin to copy what it lacks of the run in OUT, which goes on after `step` or is `finished`. All ranks."""
-        meeting = None
-        if self.world.first:
-            self._sweep()
-            self.exports.send_records()
-            index = self.out / checkpoint_name(step) / INDEX
-            if index.exists():
-                self._newest = step
-                if (
-                    is_whole(self.store, step)
-                    and self.store.read(f"{checkpoint_name(step)}/{INDEX}") == index.read_bytes()
-                ):
-                    self._copied = step
-                else:
-                    meeting = self._meet(step)
-            self.exports.add_missing(finished)
-        self.world.meet()
-        if meeting := self.world.from_first(meeting):
-            self.copy(step, meeting)
-
-    # --- checkpoints ----------------------------------------------------------------------------------
-
-    def reserve(self, step: int) -> str | None:
-        """Before a save, on the first rank: where the ranks are to meet to copy it; None where it is not copied, since the
-        one before it still is. LeaseLost where another run has taken the mirror over.
-        """
-        if self._lost:
-            raise self._lost
-        self._newest = step
-        busy = self.step_in_work
-        if not self._checkpoints.wait(0 if busy is not None and busy == self._waited_for else BUSY_SECONDS):
-            self._waited_for = busy
-            self.note(f"{self.url}: the copy of step {busy} is still going on, so step {step} is not copied there")
-            return None
-        return self._meet(step)
-
-    def _meet(self, step: int) -> str:
-        folder = temporary_name(self.out / CHECKPOINTS / f"mirror-{step:06d}")
-        folder.mkdir(parents=True)
-        self.step_in_work = step
-        return str(folder)
-
-    def copy(self, step: int, meeting: str, saved: Future | None = None) -> None:
-        """Have the checkpoint of a step copied beside the training. All ranks; saved: the save that comes first, on the first rank."""
-        if self.world.first:
-            self._checkpoints.submit(partial(self._lead, step, Path(meeting), saved))
-        else:
-            self._checkpoints.submit(partial(self._follow, step, Path(meeting)))
-
-    def _lead(self, step: int, meeting: Path, saved: Future | None) -> None:
-        index = f"{checkpoint_name(step)}/{INDEX}"
+    def _copy_checkpoint(self, step: int, saved: Future | None) -> None:
+        if saved is not None and saved.exception() is not None:
+            return  # which the save itself raises
+        name, self.step_in_work = checkpoint_name(step), step
+        index, theirs = self.out / name / INDEX, f"{checkpoint_name(step)}/{INDEX}"
         try:
-            if saved is not None and saved.exception() is not None:
-                return  # which the save itself raises
-            self.store.delete(index, self._check)
-            (meeting / GO).touch()
-            self._send_share(step)
-            quiet = self.world.timeout.total_seconds()
-            for rank in range(1, self.world.size):
-                wait_for_report(
-                    meeting, rank, quiet, self._ending, "copy the files that it wrote; nothing is lost in OUT"
-                )
-            self.exports.send_records()
-            self._check()
-            self.store.upload(self.out / index, index)
-            self._copied = step
-            self._retain(step)
-        except Exception as error:
-            self._reason = text_of(error)
-            self._failed(f"step {step:,}", error)
+            settings = fingerprint(self.out)
+            files = read_files(index.read_bytes(), str(index), settings)
+            if isinstance(files, str):
+                raise ValueError(files)
+            self._send_records()
+            if self.store.size(theirs) is None or self.store.read(theirs) != index.read_bytes():
+                self.store.delete(theirs, self._check)
+                self._have_sent(step)
+                for stale in {*self.store.names(name)} - {*files}:  # of a copy that was cut off
+                    self.store.delete(f"{name}/{stale}", self._check)
+                upload(self.store, index, theirs, self._check)
+            retain(self.store, step, self.keep, settings, self.damaged - {step}, self._check)
         finally:
-            shutil.rmtree(meeting, ignore_errors=True)
             self.step_in_work = None
 
-    def _follow(self, step: int, meeting: Path) -> None:
-        rank, beat = self.world.rank, min(5.0, self.world.timeout.total_seconds() / 5)
-        with contextlib.suppress(OSError), signs_of_life(meeting, rank, beat):
-            while not (meeting / GO).exists():
-                if self._ending.is_set() or not meeting.exists():
-                    return
-                time.sleep(POLL_SECONDS)
-            report = {}
+    def _copy_export(self, name: str) -> None:
+        folder, config = self.out / name, f"{name}/{CONFIG}"
+        files = files_of(folder)
+        try:
+            last = files.pop(CONFIG)
+            self.store.delete(config, self._check)
+            send(self.store, {f"{name}/{file}": path for file, path in files.items()}, self._go_on)
+            self._send_records()
+            for stale in {*self.store.names(name)} - {*files}:
+                self.store.delete(f"{name}/{stale}", self._check)
+            upload(self.store, last, config, self._check)
+        except (KeyError, FileNotFoundError):
+            if (folder / CONFIG).exists():
+                raise
+            self.note(f"{self.url}: {name} is no longer in {self.out}, and is not copied there")
+
+    def _send_records(self) -> None:
+        """Copy the records that have changed. A model there of a run that has another length now does not count any more."""
+        theirs, ours = read_record(self.store), read_record(self.out)
+        if theirs and ours and length_of(settings_now(theirs)) != length_of(settings_now(ours)):
+            for model in (MODEL, AVERAGE_MODEL):
+                self.store.delete(f"{model}/{CONFIG}", self._check)
+        board = self.out / TENSORBOARD
+        for path in (*(self.out / name for name in RECORDS), *(board.rglob("*") if board.exists() else ())):
+            if path.is_file():
+                name, state = path.relative_to(self.out).as_posix(), path.stat()
+                if self._sent.get(name) != (now := (state.st_size, state.st_mtime_ns)):
+                    upload(self.store, path, name, self._check)
+                    self._sent[name] = now
+
+    # --- the ranks -------------------------------------------------------------------------------------
+
+    def _have_sent(self, step: int) -> None:
+        """Have each rank copy its share of a checkpoint; the first error, once all are done with it."""
+        if self._meeting is None:
+            self._send_share(step)
+            return
+        self._orders += 1
+        order = self._meeting / f"{self._orders}-{step}"
+        order.mkdir()
+        quiet, task = max(60.0, self.world.timeout.total_seconds()), "copy its share; OUT has the checkpoint"
+        problems: list[Exception] = []
+        for rank in range(self.world.size):
             try:
-                self._send_share(step)
+                if rank == 0:
+                    self._send_share(step)
+                else:
+                    wait_for_report(order, rank, quiet, self._ending, "copy", task)
             except Exception as error:
-                report = {"error": text_of(error)}
-            leave_report(meeting, rank, report)
+                problems.append(error)
+        shutil.rmtree(order, ignore_errors=True)
+        if problems:
+            raise problems[0]
+
+    def _follow(self, meeting: Path) -> None:
+        rank, beat, done = self.world.rank, min(5.0, self.world.timeout.total_seconds() / 5), 0
+        while not self._ending.wait(ORDER_SECONDS):
+            with contextlib.suppress(OSError):  # a folder that went meanwhile
+                orders = [[int(word) for word in order.name.split("-")] for order in meeting.iterdir()]
+                for number, step in sorted(orders):
+                    if number > done:
+                        done, order = number, meeting / f"{number}-{step}"
+                        with signs_of_life(order, rank, beat):
+                            report = {}
+                            try:
+                                self._send_share(step)
+                            except Exception as error:
+                                report = {"error": text_of(error)}
+                            leave_report(order, rank, report)
 
     def _send_share(self, step: int) -> None:
-        name = checkpoint_name(step)
-        index = json.loads((self.out / name / INDEX).read_text(encoding="utf-8"))
-        own = share(index, self.world.rank, self.world.size)
-        send(self.store, {f"{name}/{file}": self.out / name / file for file in own}, self._go_on)
+        folder, name = self.out / checkpoint_name(step), checkpoint_name(step)
+        files = json.loads((folder / INDEX).read_text(encoding="utf-8"))["files"]
+        for file in sorted(files)[self.world.rank :: self.world.size]:
+            self._go_on()
+            if sha256_file(folder / file) != files[file]:
+                raise OSError(f"{folder / file}: sha256 differs from {INDEX}")
+            send(self.store, {f"{name}/{file}": folder / file}, self._go_on)
 
-    def _retain(self, step: int) -> None:
-        """Leave the newest checkpoints up to `step`, and of that one its own files alone."""
-        name = checkpoint_name(step)
-        known = {INDEX, *json.loads((self.out / name / INDEX).read_text(encoding="utf-8"))["files"]}
-        for file in {*self.store.names(name)} - known:  # of a copy that was cut off
-            self.store.delete(f"{name}/{file}", self._check)
-        there = steps_there(self.store)
-        good = [other for other in there if other < step and other not in self.damaged]
-        older = [other for other in good if is_whole(self.store, other)]
-        kept = {step, *older[max(0, len(older) - self.keep + 1) :]}
-        for other in there:
-            if other not in kept:
-                remove(self.store, checkpoint_name(other), INDEX, self._check)
-        self.damaged = set()
+    # --- the end ---------------------------------------------------------------------------------------
 
-    # --- the end --------------------------------------------------------------------------------------
+    def finish(self, session: Session, finished: bool) -> None:
+        """Wait until all is there. All ranks.
 
-    def finish(self, should_stop: Callable[[], bool], finished: bool) -> None:
-        """Wait until the newest checkpoint and all exports are there, and try once more what has failed. All ranks.
-
-        Of a run that is not `finished`, or once should_stop says so, for --timeout-seconds at most. RuntimeError where a finished
-        run is not there as a whole.
+        Of a run that is not `finished`, or once a process is asked to stop, for --timeout-seconds at most. RuntimeError where a
+        finished run is not there as a whole.
         """
-        world = self.world
-        workers = (self._checkpoints, self.exports.worker) if world.first else ()
-        waiting = Deadline(
-            workers, self.limit, lambda: not finished or should_stop(),
-            lambda limit: self.note(f"waiting for the copy in {self.url}{limit}"),
-        )  # fmt: skip
-        is_in_time = waiting.wait()
-        world.meet()
-        meeting = None
-        if world.first and is_in_time and not self._lost:
-            if self._newest > self._copied:
-                meeting = self._meet(self._newest)
-            for name in list(self.exports.missing):
-                self.exports.add(name)
-        step, meeting = world.from_first((self._newest, meeting))
-        if meeting:
-            self.copy(step, meeting)
-        waiting.wait()
-        world.meet()
-        problem, lost = world.from_first(
-            (self._problem(finished), self._lost and str(self._lost)) if world.first else None
-        )
-        if lost:
-            raise LeaseLost(lost)
+        world, began, end, is_said = self.world, time.monotonic(), None, False
+        while True:
+            is_done = not world.first or self._worker.wait(min(ROUND_SECONDS, self.limit / 4))
+            now, stops = time.monotonic(), session.somebody_stops() or not finished
+            if stops and end is None:
+                end = now + self.limit
+            if world.first and not is_said and not is_done and now - began > QUIET_SECONDS:
+                is_said = True
+                self.note(
+                    f"waiting for the copy in {self.url}{'' if end is None else f', for at most {self.limit:g} s'}"
+                )
+            if world.from_first(is_done or (end is not None and now > end)):
+                break
+        problem = world.from_first(self._problem(finished) if world.first else None)
         if problem and finished:
             raise RuntimeError(problem)
         if problem:
             self.note(problem)
 
     def _problem(self, finished: bool) -> str | None:
-        missing = dict(self.exports.missing)
-        if self._newest > self._copied:
-            missing[f"step {self._newest:,}"] = self._reason
+        with self._changing:
+            missing = [*self._missing.values()]
         if not missing:
             return None
-        reason = next((reason for reason in missing.values() if reason), "there was no time for it")
         what = "the run is finished and whole" if finished else "the run's checkpoints are whole"
         return (
-            f"{self.url}: lacks {', '.join(missing)} ({reason}); {what} in {self.out}, and the same command again copies what is "
-            "missing"
+            f"{self.url}: lacks {', '.join(name for name, _ in missing)} ({missing[0][1]}); {what} in {self.out}, and the same command "
+            "again copies what is missing"
         )
 
 

@@ -1,34 +1,38 @@
-"""What a mirror holds (--mirror): the folder of a run as far as another machine needs it to go on, and mirror.json.
+"""What a mirror holds (--mirror): the folder of a run as far as another machine needs it to go on.
 
-Checkpoints have the names that they have in OUT, and so have exports. A checkpoint without its checkpoint.json and an export
-without its config.json, which come last and go first, do not exist. mirror.json has the sha256 of each file of the exports.
+All has the names that it has in OUT. A checkpoint without its checkpoint.json and an export without its config.json, which come
+last and go first, do not count.
 """
 
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from shards.manifest import MANIFEST
-from shards.output_folder import RUN, require_empty
-from shards.record import encode_json
+from shards.lease import LEASE
+from shards.output_folder import RUN
+from shards.publish import TEMPORARY_SUFFIX
 from shards.store import Store
 from trainer.checkpoint import INDEX
+from trainer.exported import EXPORTED
 from trainer.going_on import CHECKPOINTS
+from trainer.run_folder import EVALUATION, METRICS, TASK_SCORES
 
-LISTED = "mirror.json"
 CONFIG = "config.json"
+RECORDS = (RUN, METRICS, EVALUATION, TASK_SCORES, EXPORTED, "wandb.json")
+"""The files beside checkpoints, exports and tensorboard/ that a run goes on with; run.json comes first."""
 
 
 def require_mirror(store: Store) -> None:
-    """ValueError where a folder holds something and is no mirror of a run."""
-    if store.size(MANIFEST) is not None:
-        raise ValueError(f"{store.url}: is a shard folder and not the mirror of a run; choose another --mirror")
-    try:
-        require_empty(store, RUN, "the mirror of a run")
-    except ValueError as error:
-        raise ValueError(str(error).replace("--out", "--mirror")) from None
+    """ValueError where anything lies in a folder, at any depth, that has no run.json."""
+    if store.size(RUN) is not None:
+        return
+    files = [name for name in store.names() if not (name.startswith(".") and name.endswith(TEMPORARY_SUFFIX))]
+    foreign = [*files, *(name for name in store.folders() if name not in (LEASE, "lost+found"))]
+    if foreign:
+        raise ValueError(
+            f"{store.url}: is not empty and not the mirror of a run (it has {foreign[0]}); choose another --mirror or empty it"
+        )
 
 
 def checkpoint_name(step: int) -> str:
@@ -37,53 +41,34 @@ def checkpoint_name(step: int) -> str:
 
 def steps_there(store: Store) -> list[int]:
     """Steps of the folders of checkpoints, whole or not, in order."""
-    found = (re.fullmatch(r"step-(\d+)", name) for name in store.folders(CHECKPOINTS))
+    found = (re.fullmatch(r"step-(\d{6,})", name) for name in store.folders(CHECKPOINTS))
     return sorted(int(match[1]) for match in found if match)
 
 
-def is_whole(store: Store, step: int) -> bool:
-    return store.size(f"{checkpoint_name(step)}/{INDEX}") is not None
+def whole_steps(store: Store) -> list[int]:
+    """Of `steps_there` those of whole checkpoints."""
+    return [step for step in steps_there(store) if store.size(f"{checkpoint_name(step)}/{INDEX}") is not None]
 
 
-def remove(store: Store, folder: str, last: str, may_delete: Callable[[], None]) -> None:
-    """Remove a folder, the file first that says that it is whole."""
-    store.delete(f"{folder}/{last}", may_delete)
-    store.remove(folder)
+def retain(
+    store: Store, step: int, keep: int, settings: str, damaged: set[int], may_delete: Callable[[], None]
+) -> None:
+    """Remove checkpoints of the run with the fingerprint `settings` that are older than its newest `keep` up to `step`.
+
+    What is not whole, or of another run, or in `damaged`, is not counted and stays.
+    """
+    there = (other for other in whole_steps(store) if other <= step and other not in damaged)
+    own = [other for other in there if _settings_of(store, other) == settings]
+    for old in own[:-keep]:
+        store.delete(f"{checkpoint_name(old)}/{INDEX}", may_delete)
+        store.remove(checkpoint_name(old), may_delete)
 
 
-def read_models(store: Store) -> dict[str, Any]:
-    """The exports by their names, such as exports/step-000100: each with its entry of exported.json and its files' sha256."""
+def _settings_of(store: Store, step: int) -> str | None:
     try:
-        models: dict[str, Any] = json.loads(store.read(LISTED))["models"]
-    except FileNotFoundError:
-        return {}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{store.where(LISTED)}: cannot be read ({error}); delete it, and a command with the run's folder copies the exports again"
-        ) from None
-    return models
-
-
-def write_models(store: Store, models: dict[str, Any]) -> None:
-    store.replace(LISTED, encode_json({"models": models}))
-
-
-def whole_models(store: Store) -> dict[str, Any]:
-    """Of `read_models` those that are whole."""
-    return {name: entry for name, entry in read_models(store).items() if store.size(f"{name}/{CONFIG}") is not None}
-
-
-def share(index: dict[str, Any], rank: int, size: int) -> list[str]:
-    """The files of a checkpoint that a rank copies: those that it wrote, or with another number of ranks an equal part."""
-    names = sorted(index["files"])
-    if index["world_size"] != size:
-        return names[rank::size]
-    return [name for name in names if _writer(name, size) == rank]
-
-
-def _writer(name: str, size: int) -> int:
-    match = re.match(r"__(\d+)_", name)
-    return int(match[1]) if match and int(match[1]) < size else 0
+        return str(json.loads(store.read(f"{checkpoint_name(step)}/{INDEX}"))["settings"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
 
 
 def files_of(folder: Path) -> dict[str, Path]:

@@ -58,10 +58,10 @@ HASH = "hash the files that it wrote; the checkpoint is not published, the one b
 
 
 def wait_for_report(
-    folder: Path, rank: int, quiet_seconds: float, ending: threading.Event, task: str = HASH
+    folder: Path, rank: int, quiet_seconds: float, ending: threading.Event, verb: str = "save", task: str = HASH
 ) -> dict[str, Any]:
     """What rank `rank` left; RuntimeError where it says that it failed, TimeoutError after `quiet_seconds` without a sign of
-    life, or after GRACE_SECONDS once `ending` is set. task: what it was to do, for the message.
+    life, or after GRACE_SECONDS once `ending` is set. verb, task: what it was to do, for the messages.
     """
     sign, since = None, time.monotonic()
     while not _report(folder, rank).exists():
@@ -74,7 +74,7 @@ def wait_for_report(
         time.sleep(POLL_SECONDS)
     report: dict[str, Any] = json.loads(_report(folder, rank).read_text(encoding="utf-8"))
     if "error" in report:
-        raise RuntimeError(f"{folder}: rank {rank} could not save its part: {report['error']}")
+        raise RuntimeError(f"{folder}: rank {rank} could not {verb} its part: {report['error']}")
     return report
 
 

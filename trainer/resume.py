@@ -75,6 +75,8 @@ def resume(
         config.keep_checkpoints, session.lease, average, session.mirror,
     )  # fmt: skip
     first_step, problems = checkpoints.load_newest()
+    if session.mirror:
+        session.mirror.require_behind(first_step)
     if world.first:
         session.check_lease()
         apply_changes(config.out, changes, session.lease, first_step)
@@ -98,8 +100,7 @@ def resume(
         guard.counts.tokens = last_line.get("tokens", 0)
     drop_exports(config.out, first_step)
     keep_lines(config.out / TASK_SCORES, first_step)
-    elsewhere = session.mirror.exports.forget(first_step) if session.mirror else set()
-    Exported(config.out).begin(layout, elsewhere)  # from here on --eval-tasks takes exports
+    Exported(config.out).begin(layout)  # from here on --eval-tasks takes exports
     keep_lines(
         config.out / EVALUATION, first_step if has_own else first_step - 1
     )  # the one before the first step is made again

@@ -40,7 +40,7 @@ from trainer.guard import Guard
 from trainer.layout import Layout
 from trainer.loggers import require_wandb
 from trainer.loss_model import LossModel
-from trainer.mirror_fetch import bring_back
+from trainer.mirror_fetch import fetch_newest
 from trainer.mix import MixedOrder
 from trainer.mixed_shards import MixedShards, choose_steps, require_epochs, table
 from trainer.model import Base
@@ -125,7 +125,8 @@ def prepare(config: TrainConfig, session: Session) -> Run | None:
     require_epochs(mixed, order, num_steps, config.global_batch_size, rows_from)
     if world.from_first(is_finished(config, session)):
         if session.mirror:
-            session.mirror.catch_up(world.from_first(newest_step(config.out)), finished=True)
+            session.mirror.require_behind(num_steps)
+            session.mirror.catch_up(newest_step(config.out), finished=True)
         return None
     require_steps_fit(config, num_steps, begin)
     if mixed.mixture.is_mixed:
@@ -219,8 +220,8 @@ def check_settings(
             settings[RESUMED_FROM], line = describe_source(config, settings)
         refuse_other_settings(config.out, settings)
     if session.mirror:
-        session.mirror.open(settings)
-        bring_back(config, session, session.mirror)
+        session.mirror.open(session, settings)
+        fetch_newest(config, session, session.mirror)
     if world.first:
         changes = plan_changes(config, settings, sum(shards.manifest.rows for shards in mixed.folders))
         Exported(config.out).require_dtype(config.export_dtype)

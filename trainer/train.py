@@ -77,7 +77,7 @@ def train_in(session: Session, config: TrainConfig) -> TrainResult:
         export_last(run, session)
     session.world.meet()  # the first process may still save
     if session.mirror:
-        session.mirror.finish(session.should_stop, is_finished)
+        session.mirror.finish(session, is_finished)
         if run is not None and session.lease:
             run.checkpoints.prune(run.num_steps)
     return session.world.from_first(run_result(config.out) if session.world.first else None)
@@ -231,7 +231,7 @@ def export_model(
         record = partial(Exported(out, session.lease).add, name, step, dtype, more=more)
         rounding = export(run.base.model, run.layout, weights, out / name, dtype, run.shards, record)
         if session.mirror and not (more or {}).get(FOR_TASKS):
-            session.mirror.exports.add(name)
+            session.mirror.copy_export(name)
     else:
         weights.follow(run.layout.groups)
     world.meet()  # the first process writes on after the last weight was gathered
