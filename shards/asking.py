@@ -115,7 +115,8 @@ def _is_silent(bucket: str, seconds: float) -> bool:
 def _silent(bucket: str, began: float, error: Exception) -> None:
     now = monotonic()
     if now - began > 2 * NO_ANSWER_SECONDS:  # a long upload that broke off: the store answered until then
-        _silent_since[bucket] = now - NO_ANSWER_SECONDS
+        _answered(bucket)
+        return
     seconds = now - _silent_since.setdefault(bucket, max(began, now - NO_ANSWER_SECONDS))
     if _tell is not None and bucket not in _said and seconds >= SAID_AFTER_SECONDS and not _leaving.is_set():
         _said.add(bucket)

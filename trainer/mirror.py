@@ -129,7 +129,7 @@ class Mirror:
             )
         if ours and theirs and (whole or self.store.size(f"{MODEL}/{CONFIG}") is not None):
             try:
-                remedy = f"choose another --mirror, or an empty --out, which goes on with the run of {self.url}"
+                remedy = "choose another --mirror, or an empty --out to go on with that run"
                 refuse_other(self.url, "run", first_settings(ours), first_settings(theirs), remedy)
             except ValueError as error:
                 return str(error)

@@ -15,12 +15,14 @@ from processes import Command
 from s3_server import BUCKET, REGION, S3Server
 from test_distributed import VOLATILE, arguments, finish, launch, metrics_of
 
+from shards.lease import LeaseLost
 from shards.output_folder import writing
 from shards.store import LocalStore, open_store
 from shards.store_errors import StoreSilent
 from shards.transfer import receive, send
 from trainer import mirror as mirror_module
 from trainer.config import TrainConfig
+from trainer.mirror_store import require_mirror
 from trainer.train import train
 
 SETTINGS: dict[str, Any] = {"max_steps": 6, "checkpoint_every": 2, "global_batch_size": 7, "dtype": "float32"}
@@ -166,7 +168,7 @@ def test_an_out_that_is_behind_is_refused_and_nothing_is_touched(tmp_path: Path,
         ("finished", 4, "has a checkpoint of step 6, and the run in .*finished is at step 4"),
         ("finished", 6, "has a checkpoint of step 6, and the run in .*finished is at step 4"),
         ("damaged", 6, "has a checkpoint of step 6, and the run in .*damaged is at step 4"),
-        ("other", 8, "holds another run: --max-steps is 4 there, 8 asked for now; choose another --mirror"),
+        ("other", 8, "holds another run: max_steps is 4 there, 8 asked for now; choose another --mirror"),
     ):
         with pytest.raises(ValueError, match=message):
             start(tmp_path / folder, max_steps=steps, **url, **flat)
@@ -287,9 +289,17 @@ def test_a_slow_store_is_not_waited_for(
     assert finished
     assert f"{mirror}: exports/step-000004 is no longer in {out}, and is not copied there" in notes
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000006"]
-    assert part(contents(mirror), "checkpoints", "model", "exports") == part(contents(out), "checkpoints", "model")
+    assert part(contents(out), "checkpoints", "model").items() <= contents(mirror).items()
+    assert steps_in(contents(mirror)) == {6}
+    assert not (mirror / "exports").exists()
     assert figures(out) == figures(whole)
 
+
+PATIENT = """
+from trainer.mirror import Mirror
+copy = Mirror.copy
+Mirror.copy = lambda self, *words: self._worker.wait(60) and copy(self, *words)  # each save, so that none is left out
+"""
 
 # --- processes and a server ----------------------------------------------------------------------------
 
@@ -297,45 +307,35 @@ def test_a_slow_store_is_not_waited_for(
 def test_two_ranks_copy_and_fetch_their_shares(
     tmp_path: Path, annotated: dict[str, Path], models: dict[str, Path], starts_processes: None
 ) -> None:
-    """Sharded over two processes, which record who copied what; one of them fails once."""
+    """Sharded over two processes, which record who copied what; one of them fails once, which the next copy does not feel."""
     out, mirror = tmp_path / "out", tmp_path / "mirror"
-    options = (
-        "--mirror",
-        mirror,
-        "--sharding",
-        "full",
-        "--schedule",
-        "constant",
-        "--warmup-steps",
-        0,
-        "--checkpoint-every",
-        2,
-    )
+    options = ("--sharding", "full", "--schedule", "constant", "--warmup-steps", 0, "--checkpoint-every", 2)
     first = f"""
 import os
 from shards.store import LocalStore
-upload = LocalStore.upload
-failed = []
-def record(store, path, name):
-    if name == "checkpoints/step-000004/__1_0.distcp" and not failed:
-        failed.append(name)
+put = LocalStore.put
+def record(store, temporary, name):
+    if name == "checkpoints/step-000002/__0_0.distcp":
         raise OSError("the cable was pulled")
     open({str(tmp_path / "uploads")!r}, "a").write(os.environ["RANK"] + " " + name + "\\n")
-    upload(store, path, name)
-LocalStore.upload = record
+    put(store, temporary, name)
+LocalStore.put = record
 """
-    undisturbed = launch(tmp_path / "whole", annotated["packed"], models["base"], 2, *options[2:], "--max-steps", 6)
-    words = (out, annotated["packed"], models["base"], 2, *options)
-    output = finish(launch(*words, "--max-steps", 4, first=first))
-    assert "rank 1 could not save its part: the cable was pulled); OUT has it" in output  # and it is tried once more
+    undisturbed = launch(tmp_path / "whole", annotated["packed"], models["base"], 2, *options, "--max-steps", 6)
+    words = (out, annotated["packed"], models["base"], 2, *options, "--mirror", mirror)
+    output = finish(launch(*words, "--max-steps", 4, first=PATIENT + first))
+    assert "step 2 could not be copied there" in output
+    assert "could not copy its part: the cable was pulled" in output
     uploads = (tmp_path / "uploads").read_text().splitlines()
-    for step in (2, 4):
-        assert {line for line in uploads if f"step-00000{step}" in line} == {
-            f"{rank} checkpoints/step-00000{step}/{name}"
-            for rank, name in ((0, "__0_0.distcp"), (1, "__1_0.distcp"), (0, ".metadata"), (0, "checkpoint.json"))
-        }
-    assert part(contents(mirror), "checkpoints", "model") == part(contents(out), "checkpoints", "model")
-    assert not list((out / "checkpoints").glob(".*"))
+    names = [".metadata", "__0_0.distcp", "__1_0.distcp"]
+    assert {line for line in uploads if "step-000004" in line} == {
+        f"{rank} checkpoints/step-000004/{name}" for rank, name in zip((0, 1, 0, 0), (*names, "checkpoint.json"))
+    }
+    assert steps_in(contents(mirror)) == {4}
+    assert part(contents(mirror), "model", "checkpoints/step-000004") == part(
+        contents(out), "model", "checkpoints/step-000004"
+    )
+    assert not list(out.glob(".*"))
     shutil.rmtree(out)
     output = finish(launch(*words, "--max-steps", 6))
     assert "going on after step 4" in output
@@ -358,54 +358,55 @@ def server(starts_processes: None) -> Iterator[S3Server]:
     server.close()
 
 
-def test_killed_in_an_upload_and_the_folder_lost(
+def test_killed_in_an_upload_and_in_a_fetch(
     tmp_path: Path, annotated: dict[str, Path], models: dict[str, Path], server: S3Server
 ) -> None:
-    """kill -9 while step 6 goes to a bucket, then OUT is deleted: the same command goes on from step 4, bit for bit."""
+    """kill -9 while step 6 goes to a bucket, OUT is deleted, kill -9 twice while an empty OUT fetches: the same command goes on
+    from step 4, bit for bit."""
     out, url = tmp_path / "out", f"s3://{BUCKET}/runs/a run é"
+    server.put("runs/a run é/", b"")  # as the console of a store makes a folder
     more = ("--max-steps", 8, "--checkpoint-every", 2, "--export-every", 4)
-    words = lambda folder, *options: arguments(folder, annotated["packed"], models["base"], (*more, *options))  # noqa: E731
-    environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")} | {
-        "OMP_NUM_THREADS": "1"
-    }
-    quiet = Command(tmp_path, *words(tmp_path / "whole"), private=True, **environment)
-    first = """
-import os, signal
-from shards.remote import RemoteStore
-upload = RemoteStore.upload
-def die(store, path, name):
-    if name == "checkpoints/step-000006/checkpoint.json":
+    environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+
+    def command(folder: Path, *options: object, first: str = "") -> Command:
+        words = arguments(folder, annotated["packed"], models["base"], (*more, *options))
+        first = f"{PATIENT}\n{first}"
+        return Command(tmp_path, *words, private=True, first=first, OMP_NUM_THREADS="1", **environment)
+
+    quiet = command(tmp_path / "whole")
+    for where, name in (
+        ("shards.remote.RemoteStore.upload", "checkpoints/step-000006/checkpoint.json"),
+        ("shards.remote.RemoteStore.fill", "checkpoints/step-000004/__0_0.distcp"),
+        ("os.rename", "checkpoints/step-000004"),
+    ):
+        owner, last = where.rsplit(".", 1)
+        first = f"""
+import os, signal, shards.remote
+do = {where}
+def die(*words):
+    if any(str(word).endswith({name!r}) for word in words):
         os.kill(os.getpid(), signal.SIGKILL)
-    upload(store, path, name)
-RemoteStore.upload = die
+    return do(*words)
+{owner}.{last} = die
 """
-    killed = Command(tmp_path, *words(out, "--mirror", url), private=True, first=first, **environment)
-    assert killed.finish() == -signal.SIGKILL, killed.errors
-    steps = {key.split("/")[3] for key in server.keys("runs/") if "/checkpoints/" in key}
-    assert steps == {"step-000002", "step-000004", "step-000006"}
-    shutil.rmtree(out)
-    again = Command(tmp_path, *words(out, "--mirror", url), private=True, **environment)
+        killed = command(out, "--mirror", url, first=first)
+        assert killed.finish() == -signal.SIGKILL, killed.errors
+        if last == "upload":
+            shutil.rmtree(out)
+        else:
+            assert list(out.glob(".mirror-fetch.*"))
+    again = command(out, "--mirror", url)
     assert again.finish() == 0, again.errors
     assert quiet.finish() == 0, quiet.errors
     assert "going on after step 4" in again.errors
     assert figures(out) == figures(tmp_path / "whole")
-    assert (out / MODEL).read_bytes() == (tmp_path / "whole" / MODEL).read_bytes()
     there, here = server.files("runs/a run é"), contents(out)
-    for name in ("checkpoints", "model", "exports/step-000004"):
-        assert part(there, name) == part(here, name) or name == "exports/step-000004"
-    assert (
-        there["exports/step-000004/model.safetensors"]
-        == contents(tmp_path / "whole")["exports/step-000004/model.safetensors"]
-    )
-    assert {name.split("/")[1] for name in part(there, "checkpoints")} == {"step-000006", "step-000008"}
-    assert {"model", "exports/step-000004"} == {*json.loads(here["exported.json"])["models"]}
+    undisturbed = contents(tmp_path / "whole")
+    assert here[MODEL] == undisturbed[MODEL]
+    assert part(there, "checkpoints", "model") == part(here, "checkpoints", "model")
+    assert part(there, "exports/step-000004") == part(undisturbed, "exports/step-000004")
     assert not [name for name in there if "_lease" in name or ".tmp" in name]
-
-    shutil.rmtree(out)
-    last = Command(tmp_path, *words(out, "--mirror", url), private=True, **environment)
-    assert last.finish() == 0, last.errors
-    assert "nothing to do, trained before: 8 steps" in last.output.with_suffix(".out").read_text()
-    assert (out / MODEL).read_bytes() == (tmp_path / "whole" / MODEL).read_bytes()
+    assert not list(out.glob(".*"))
 
 
 def test_an_outage_of_the_store(
@@ -426,20 +427,28 @@ def test_an_outage_of_the_store(
 
 
 def test_large_files_go_and_come_in_pieces(tmp_path: Path, server: S3Server) -> None:
-    """Files of several parts, one of a size that is no multiple of anything, an empty one, a missing one and a name that leads out."""
+    """Files of several parts, one of a size that is no multiple of anything, an empty one, a missing one, a name that leads out."""
     sizes = {"large": (17 << 20) + 13, "part": 16 << 20, "empty": 0}
     for name, size in sizes.items():
         (tmp_path / name).write_bytes(os.urandom(size))
     store = open_store(f"s3://{BUCKET}/pieces")
     send(store, {f"sub/{name}": tmp_path / name for name in sizes})
     assert server.files("pieces/sub") == {name: (tmp_path / name).read_bytes() for name in sizes}
-    assert store.folders() == ["sub"]
+    assert (store.folders(), store.folders("sub"), store.folders("none")) == (["sub"], [], [])
+    with pytest.raises(ValueError, match=r"pieces: is not empty and not the mirror of a run .it has sub"):
+        require_mirror(store)
     told: list[tuple[int, int]] = []
-    assert (
-        receive(store, "sub", dict.fromkeys(sizes, ""), tmp_path / "got", lambda *numbers: told.append(numbers)) is None
-    )
+    assert receive(store, "sub", dict.fromkeys(sizes, ""), tmp_path / "got", lambda *now: told.append(now)) is None
     assert contents(tmp_path / "got") == {name: (tmp_path / name).read_bytes() for name in sizes}
     assert told[-1] == (sum(sizes.values()), sum(sizes.values()))
     for name in ("missing", "../large", "/etc/hostname"):
         assert "no such file" in (receive(store, "sub", {name: ""}, tmp_path / "got") or "")
     assert "sha256 differs" in (receive(store, "sub", {"large": "0" * 64}, tmp_path / "got") or "")
+
+    def may_not() -> None:
+        raise LeaseLost("taken over")
+
+    for refused in (lambda: send(store, {"new": tmp_path / "part"}, may_not), lambda: store.remove("sub", may_not)):
+        with pytest.raises(LeaseLost):  # at once, and nothing has happened
+            refused()
+    assert server.keys("pieces/") == [f"pieces/sub/{name}" for name in sorted(sizes)]
