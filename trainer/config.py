@@ -113,7 +113,7 @@ class TrainConfig(ObjectiveSettings):
     """The newest so many checkpoints are kept."""
     mirror: str | None = None
     """Also copy checkpoints and exports to this folder of an object store (s3://, gs://) or disk, beside the training; a run whose
-    --out has no checkpoint, or an older one, goes on from there."""
+    --out has no checkpoint and no model goes on from there. An --out that is behind it is refused."""
     export_every: int = 0
     """Steps between models in mid-run, OUT/exports/step-000100 and so on, as Hugging Face folders; 0: only OUT/model."""
     export_dtype: Literal["base", "float32", "bfloat16"] = "base"

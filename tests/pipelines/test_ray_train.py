@@ -53,6 +53,8 @@ def test_paths_reach_workers_in_another_folder(tmp_path: Path, monkeypatch: pyte
     assert for_workers(TrainConfig(("a",), **given)).shards == (f"{tmp_path}/a",)
     mixed = for_workers(TrainConfig((), mix=Path("mix.yaml"), **given))
     assert (mixed.shards, mixed.mix) == ((), tmp_path / "mix.yaml")
+    local = for_workers(TrainConfig(("a",), **given | {"mirror": "file:///mnt/m"}))
+    assert local.mirror == "/mnt/m"
     monkeypatch.chdir("/")
     assert mixed.mixture.folders == [f"{tmp_path}/a", "s3://x/b"]
     paths = (sent.model, sent.out, sent.resume_from, sent.prometheus, sent.mirror)
