@@ -4,13 +4,13 @@
 
 makes a random base of that many GB in float32, trains one step on it under gloo, saves and exports. What a process holds is its
 RssAnon, sampled: memory of its own, without pages of mapped files, which the kernel takes back when it wants them. The memory
-before the load (Python, torch and transformers) is taken off. --limit-gb: of each process by RLIMIT_DATA, above what it has by
-then; --phase load stops after the load, export exports the base as it was loaded.
+before the load (Python, torch and transformers) is taken off. --limit-gb: the most that each process may hold, that memory
+included, as the kernel enforces it (benchmarks/memory_limit.py); --phase load stops after the load, export exports the base as it
+was loaded.
 """
 
 import json
 import os
-import resource
 import sys
 import tempfile
 import threading
@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
+
+from benchmarks.memory_limit import LimitBy, Limits, own_bytes
 
 SEQ_LEN = 64
 
@@ -37,12 +39,8 @@ class Settings:
     sharding: Literal["full", "replicate"] = "full"
     phase: Literal["load", "export", "all"] = "all"
     limit_gb: float | None = None
+    limit_by: LimitBy = "auto"
     json: Path | None = None
-
-
-def own_bytes(field: str = "RssAnon") -> int:
-    with open("/proc/self/status", encoding="utf-8") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
 
 
 class Phases:
@@ -79,12 +77,14 @@ class Phases:
         setattr(where, function, wrapped)
 
 
-def make_base(folder: Path, gigabytes: float, vocabulary: int) -> dict[str, int]:
-    """A Llama of about that many GB in float32, in files of 200 MB; its parameters, those of the largest tensor, of a layer."""
+def make_base(
+    folder: Path, gigabytes: float, vocabulary: int, hidden: int = 1024, dtype: str = "float32"
+) -> dict[str, int]:
+    """A Llama of about that many GB in float32, saved in `dtype`; its parameters, those of the largest tensor, of a layer."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    hidden, inner = 1024, 2816
+    inner = 11 * hidden // 4
     layer = 4 * hidden * hidden + 3 * hidden * inner
     layers = max(1, round((gigabytes * 1e9 / 4 - 2 * vocabulary * hidden) / layer))
     config = LlamaConfig(
@@ -92,12 +92,14 @@ def make_base(folder: Path, gigabytes: float, vocabulary: int) -> dict[str, int]
         num_key_value_heads=8, max_position_embeddings=SEQ_LEN, tie_word_embeddings=False, eos_token_id=0, bos_token_id=None,
     )  # fmt: skip
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.save_pretrained(folder, max_shard_size="200MB")
+    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size="200MB")
     return {"parameters": model.num_parameters(), "largest": vocabulary * hidden, "layer": layer}
 
 
-def work(rank: int, settings: Settings, folder: Path) -> None:
+def work(rank: int, settings: Settings, folder: Path, limits: Limits | None) -> None:
     """One process: what it held goes to folder/rank.json."""
+    if limits and limits.group(rank):
+        limits.enter(rank)  # what is imported counts, too
     os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(settings.processes), "GLOO_SOCKET_IFNAME": "lo"}
     import torch
     import torch.distributed as dist
@@ -105,8 +107,8 @@ def work(rank: int, settings: Settings, folder: Path) -> None:
 
     import trainer.checkpoint
     import trainer.model
-    import trainer.setup
     import trainer.train
+    import trainer.trainable
     from trainer.config import TrainConfig
 
     logging.disable_progress_bar()
@@ -116,13 +118,12 @@ def work(rank: int, settings: Settings, folder: Path) -> None:
         timeout=timedelta(seconds=600),
     )  # fmt: skip
     phases = Phases()
-    if settings.limit_gb is not None:
-        limit = own_bytes("VmData") + int(settings.limit_gb * 1e9)
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    if limits and not limits.group(rank):
+        limits.enter(rank)
     began = time.perf_counter()
     phases.wrap(trainer.model, "load_sharded", "read")
     if settings.phase == "all":
-        phases.wrap(trainer.setup, "load_base", "checks")
+        phases.wrap(trainer.trainable, "load_base", "checks")
         phases.wrap(trainer.train, "train_step", "train")
         phases.wrap(trainer.checkpoint.Checkpoints, "save", "save")
         phases.wrap(trainer.checkpoint.Checkpoints, "wait", "save")
@@ -145,11 +146,12 @@ def load_and_export(settings: Settings, folder: Path, phases: Phases) -> None:
     from trainer.distributed import connect
     from trainer.export import export
     from trainer.gathered import Gathered
+    from trainer.heap import frugal_heap
     from trainer.layout import read_layout
     from trainer.loss_model import LossModel
     from trainer.model import load_base
 
-    with connect(600) as world:
+    with connect(600) as world, frugal_heap():
         with phases.phase("checks"):
             base = load_base(folder / "base", "float32", world.device, "packed", world, settings.sharding)
             layout = base.shares.layout if base.shares else read_layout(folder / "base", base.model)
@@ -169,7 +171,7 @@ def load_and_export(settings: Settings, folder: Path, phases: Phases) -> None:
 def expected(settings: Settings, size: dict[str, int]) -> dict[str, float]:
     """Bytes of a process by phase: P parameters over S processes, in float32.
 
-    read: its share, 4 P / S, and the largest tensor. checks: its share, and the embeddings and two layers gathered, which gloo
+    read: its share, 4 P / S, and the largest tensor. checks: its share, and one embedding or two layers gathered, which gloo
     holds twice (as it receives them, and in their own places). train: weights, gradients and moments, and the gathered weights
     twice. save: weights and moments, and a copy of them that is written while the training would go on. export: weights and
     moments, and one tensor as it is received and whole.
@@ -177,10 +179,11 @@ def expected(settings: Settings, size: dict[str, int]) -> dict[str, float]:
     shards = settings.processes if settings.sharding == "full" else 1
     share, tensor = 4 * size["parameters"] / shards, 4 * size["largest"]
     gathered = 4 * (2 * size["largest"] + 2 * size["layer"]) if shards > 1 else 0
+    asked = 4 * max(size["largest"], 2 * size["layer"]) if shards > 1 else 0
     moments = 0.0 if settings.phase == "export" else 2 * share
     return {
         "read": share + tensor,
-        "checks": share + 2 * gathered,
+        "checks": share + 2 * asked,
         "train": 4 * share + 2 * gathered,
         "save": 2 * (share + 2 * share) + gathered,
         "export": share + moments + 2 * tensor,
@@ -198,11 +201,19 @@ def main(settings: Settings) -> int:
         with context.Pool(1) as pool:  # its memory goes with it
             size = pool.apply(make_base, (folder / "base", settings.gigabytes, settings.vocabulary))
         make_shards(folder / "shards", settings.vocabulary, 1, 64, SEQ_LEN)
-        ranks = [context.Process(target=work, args=(rank, settings, folder)) for rank in range(settings.processes)]
+        limits = None
+        if settings.limit_gb is not None:
+            limits = Limits(int(settings.limit_gb * 1e9), settings.processes, settings.limit_by, 4 * size["parameters"])
+            print(f"each process is held to {settings.limit_gb:g} GB by {limits.text}")
+        ranks = [
+            context.Process(target=work, args=(rank, settings, folder, limits)) for rank in range(settings.processes)
+        ]
         for process in ranks:
             process.start()
         for process in ranks:
             process.join()
+        if limits:
+            limits.remove()
         codes = [process.exitcode for process in ranks]
         held = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(len(ranks)) if not codes[rank]]
     if any(codes):

@@ -6,13 +6,13 @@ enters with the engine, after the environment that it reads is set.
 
 import os
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
 import pyarrow as pa
 
+from scorer.bad_rows import main_reason
 from scorer.canary import Forwards, compare
 from scorer.cores import claim_cores
 from scorer.engine import Engine, EngineConfig, batched_tokens, device_memory, environment
@@ -25,8 +25,9 @@ from shards.asking import silences
 from shards.fingerprint import config_fingerprint
 from shards.folder import ShardFolder
 from shards.lease import LeaseLost, check_fence
-from shards.part import CommittedAlready, read_record, record_name, write_part
+from shards.part import CommittedAlready, committed_record, read_record, write_part
 from shards.quarantine import read_quarantined_rows, write_quarantined_rows
+from shards.record import CommitRecord
 from shards.rows import Rows
 from shards.store_errors import NoTemporarySpace, StoreSilent
 
@@ -94,10 +95,11 @@ class ScoringActor:
         assert self._out is not None
         job = self._jobs[part] = Job()
         try:
-            record = read_record(self._out.store, part)
+            record = committed_record(self._out.store, part, self._fence)
             if record is not None:  # by an engine that died right after
                 done = len(record.quarantined.get(self._task.name, []))
-                return {"read_seconds": 0.0, "wait_seconds": 0.0, "write_seconds": 0.0, "quarantined": done}
+                times = {"read_seconds": 0.0, "wait_seconds": 0.0, "write_seconds": 0.0}
+                return times | {"quarantined": done, "reason": "found by an engine that has died"}
             began = perf_counter()
             reader = self._shards.open_rows(part)
             read_seconds = perf_counter() - began
@@ -111,16 +113,17 @@ class ScoringActor:
             scored = perf_counter()
             self._fill(job, batches)
             try:
-                self._commit(part, batches)
+                record = self._commit(part, batches)
             except CommittedAlready:  # by an engine that was given up, on a node that lost its raylet for instance
-                pass
+                record = read_record(self._out.store, part)
             except PermissionError as error:  # which the driver has, or there would be no folder
                 raise NodeUnfit(f"the node may not write: {error}") from None
             return {
                 "read_seconds": read_seconds,
                 "wait_seconds": scored - began - read_seconds,
                 "write_seconds": perf_counter() - scored,
-                "quarantined": len(self._out.record(part).quarantined.get(self._task.name, [])),
+                "quarantined": len(record.quarantined.get(self._task.name, [])) if record else 0,
+                "reason": main_reason([fault for scored in batches for fault in scored.faults.values()]),
             }
         except EngineDied as error:
             raise type(error)(str(error)) from None  # its cause need not exist where the driver runs
@@ -186,7 +189,12 @@ class ScoringActor:
             reason = next(iter(batches[0].faults.values()))
             raise EngineDied(f"all {num_rows} rows of the part came out bad ({reason})")
 
-    def _commit(self, part: str, batches: list[ScoredRows]) -> None:
+    def _fence(self) -> None:
+        """LeaseLost where another driver has taken the folder over."""
+        assert self._out is not None
+        check_fence(self._out.store, *self._task.lease)
+
+    def _commit(self, part: str, batches: list[ScoredRows]) -> CommitRecord:
         """Write the part with the new column; CommittedAlready where another engine was faster."""
         assert self._shards is not None
         assert self._out is not None
@@ -206,12 +214,11 @@ class ScoringActor:
             written.append(pa.record_batch([by_name[field.name] for field in schema], schema=schema))
         if bad_rows:
             quarantined[name] = bad_rows
-        fence: Callable[[], None] = lambda: check_fence(out.store, *self._task.lease)  # noqa: E731
-        fence()
-        if out.store.size(record_name(part)) is not None:
+        self._fence()
+        if committed_record(out.store, part, self._fence) is not None:
             raise CommittedAlready(part)
         write_quarantined_rows(out.store, part, side)
-        write_part(out.store, part, schema, out.part_metadata(part), written, quarantined, fence)
+        return write_part(out.store, part, schema, out.part_metadata(part), written, quarantined, self._fence)
 
 
 def leave() -> None:

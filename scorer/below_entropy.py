@@ -6,7 +6,7 @@ the corpus, so a margin is added to the share.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,13 +62,13 @@ def threshold_of(
             "the sample has no row that the reference can score (ids beyond its embedding, or rows of one token), so no quantile can "
             "be estimated; give a threshold in nats, or see that tokenizer and reference belong together"
         )
-    values = [
-        round_nats(np.maximum(one, np.float32(0)), step)[np.isfinite(one)].astype(np.float64) for one in entropies
-    ]
+    values = [round_nats(np.maximum(one, np.float32(0)), step).astype(np.float64) for one in entropies]
     all_ = np.concatenate(values)
-    if not len(all_):
+    if not np.isfinite(all_).all():
+        bad = int((~np.isfinite(all_)).sum())
         raise ValueError(
-            "no row of the sample has an entropy, so no quantile can be estimated; give a threshold in nats"
+            f"{bad:,} of the sample's {len(all_):,} entropies are not finite, so no quantile can be estimated; leave such rows out, or "
+            "give a threshold in nats"
         )
     rank = min(len(all_) - 1, math.ceil((quantile + margin) * len(all_)))
     threshold = float(np.partition(all_, rank)[rank])
@@ -102,80 +102,3 @@ def kept_entry(config: ScoreConfig, recorded: Mapping[str, Any]) -> dict[str, An
     if {name: frozen.get(name) for name in asked} == asked:
         return {name: recorded[name] for name in ("top_k_below_entropy", "top_k_quantile")}
     return {"top_k_quantile": asked}
-
-
-class SampleActor:
-    """A Ray actor with an engine that scores a sample."""
-
-    def __init__(self, engine: Any, model_config: dict[str, Any], cores: int) -> None:
-        from scorer.actor import leave, make_engine
-        from scorer.engine_thread import EngineLoop
-
-        self._loop = EngineLoop(lambda: make_engine(engine, model_config, cores), leave)
-
-    def entropies(self, prompts: list[np.ndarray]) -> list[np.ndarray]:
-        """float32 [tokens - 1] of each prompt, at the last of the engine's temperatures."""
-        from scorer.engine_thread import Job
-
-        self._loop.wait_ready()
-        job = Job()
-        for index, prompt in enumerate(prompts):
-            self._loop.submit(job, index, prompt)
-        self._loop.wait(job)
-        answers = [job.values[index].entropies for index in range(len(prompts))]
-        return [answer[:, -2 if answer.shape[1] > 1 else 0].copy() for answer in answers if answer is not None]
-
-
-def estimate(
-    config: ScoreConfig,
-    shards: ShardFolder,
-    engine: Any,
-    model_config: dict[str, Any],
-    bundle: dict[str, float],
-    should_stop: Callable[[], bool],
-    note: Callable[[str], None],
-) -> dict[str, Any]:
-    """`threshold_of` for what `config` asks, with the entropies of an engine in the cluster.
-
-    Stopped where a signal came; RuntimeError where the engine does not start or fails.
-    """
-    import ray
-
-    from scorer.cluster import cause, one_line, ray_errors
-    from scorer.stopping import Stopped
-
-    below = config.below_entropy
-    assert below is not None
-    assert below.quantile is not None
-    sample = sample_rows(shards, config.context, engine.vocab_size)
-    tokens = sum(len(prompt) for prompt in sample.prompts)
-    note(f"the entropy below which the most probable tokens are kept is estimated on {tokens:,} tokens first")
-    with ray_errors(should_stop):
-        cores = int(bundle.get("CPU", 1))
-        actor: Any = (
-            ray.remote(SampleActor)
-            .options(num_cpus=bundle.get("CPU", 0), num_gpus=bundle.get("GPU", 0), max_restarts=0)
-            .remote(engine, model_config, cores)
-        )
-        answer = actor.entropies.remote(sample.prompts)
-        try:
-            while not ray.wait([answer], timeout=0.5)[0]:
-                if should_stop():
-                    raise Stopped("stopped by a signal")
-            entropies = ray.get(answer)
-        except Stopped:
-            raise
-        except Exception as error:
-            raise RuntimeError(
-                f"the engine that estimates --top-k-below-entropy failed: {one_line(cause(error))}; --debug shows its output; "
-                "a threshold in nats needs no estimate"
-            ) from None
-        finally:
-            ray.kill(actor)
-    found = threshold_of(sample, entropies, below.quantile, below.margin, config.logprob_step)
-    record = found["top_k_quantile"]
-    note(
-        f"the most probable tokens are kept where the entropy is at most {found['top_k_below_entropy']:.4g} nat: "
-        f"{record['share']:.1%} of the sample (standard error {record['share_error']:.1%} over {record['rows']} rows)"
-    )
-    return found

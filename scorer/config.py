@@ -86,6 +86,9 @@ class ScoreConfig:
     """KEY=VALUE pairs for vLLM, for instance kv_cache_dtype=fp8 pipeline_parallel_size=2; part of what the reference is."""
     progress_timeout_seconds: float = 600.0
     """An engine that has parts and makes no progress for this long is killed; its parts are tried again."""
+    max_bad_rows: float = 0.05
+    """End the run where more than this share of its rows come out without log-probs, because they are not finite for instance; 1:
+    never. The same command with a larger share goes on."""
     grace_seconds: float = 60.0
     """After SIGTERM or SIGINT: how long the parts in work may take to be committed."""
     canary: bool = True
@@ -106,6 +109,7 @@ class ScoreConfig:
             )
         require_not_negative(self, "top_k", expected="0 (store none) or more, for instance 8")
         require(self, lambda draws: 0 <= draws <= 4096, "0 (store none) to 4096, for instance 25", "sample_k")
+        require(self, lambda share: 0 <= share <= 1, "a share of the rows, 0 to 1, for instance 0.05", "max_bad_rows")
         require_entropy(self)
         if self.below_entropy is not None and not (self.top_k and self.entropy):
             missing = "--top-k" if not self.top_k else "--entropy"

@@ -28,7 +28,7 @@ from scorer.hf_datasets import HUB, REMEDY, Shard, json_files, read_rows
 from scorer.sources import Source
 from scorer.tables import MAGIC_BYTES, MARK, table_batches
 from shards.store import is_remote
-from shards.store_errors import StoreSilent
+from shards.store_errors import NOT_THE_FILES
 
 if TYPE_CHECKING:
     from scorer.conversations import ConversationFields
@@ -122,7 +122,7 @@ def _jsonl_records(
                 line = lines.readline(MAX_LINE_BYTES + 1)
             except Damaged as error:
                 raise BadFile(where, f"cannot be read beyond line {number}: {error}") from None
-            except StoreSilent:
+            except NOT_THE_FILES:
                 raise
             except OSError as error:
                 raise ValueError(

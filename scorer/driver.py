@@ -12,19 +12,21 @@ from time import monotonic
 from typing import Any
 
 from scorer.actor import ScoringTask
-from scorer.canary import CanaryFailed, Forwards
+from scorer.bad_rows import BadRows
 from scorer.cluster import HeadWatch, nodes_may_join, one_line, ray_errors, require_ray
 from scorer.config import ScoreConfig
 from scorer.engine import EngineConfig
-from scorer.fake import faults, hashed_forwards
-from scorer.forwards import ForwardTask, find_prompts
+from scorer.engine_failures import EngineFailures
+from scorer.guess import GuessCheck
 from scorer.handle import EngineHandle, Outcome
 from scorer.health import MAX_ATTEMPTS, Fault, NodeHealth, PartAttempts
+from scorer.lost_records import LostRecords
 from scorer.placement import capacity
 from scorer.pool import EnginePool
+from scorer.second_opinion import SecondOpinion
 from scorer.stopping import StopGuard, Stopped
 from scorer.telemetry import ScoreLog, ScoreProgress, engine_line
-from scorer.watch import Watch, after_failure
+from scorer.watch import Watch
 from shards.asking import tell_of_silence
 from shards.crash import crash_point
 from shards.entropy import entropy_columns, topk_limit
@@ -64,25 +66,25 @@ class Drive:
         lease: Lease,
         progress: Progress,
         note: Callable[[str], None],
-        forwards: Forwards | None = None,
+        opinion: SecondOpinion,
     ) -> None:
-        """forwards: where they are known already, from the choice of the dtype."""
         self.config, self.shards, self.folder, self.engine, self.lease = config, shards, folder, engine, lease
         self.show, self.note = progress, note
         plans = folder.manifest.parts
         self.tokens = {plan.name: plan.tokens for plan in plans}
+        self.rows = {plan.name: plan.rows for plan in plans}
+        self.bad_rows = BadRows(config.max_bad_rows, engine.dtype, folder.store.where("_quarantine/rows"))
         self.waiting = deque(folder.missing_parts())
         self.attempts, self.failed = PartAttempts(), dict[str, str]()
         self.health = NodeHealth(nodes_may_join())
-        self._last_error: BaseException | None = None
+        self.guess, self.lost_records = GuessCheck(engine, self.tell), LostRecords(folder)
         self.committed = folder.manifest.tokens - sum(self.tokens[part] for part in self.waiting)
         self.state = ScoreProgress(
             self.committed, folder.manifest.tokens, len(plans) - len(self.waiting), len(plans)
         )  # fmt: skip
         self.log = ScoreLog(folder.store, note)
         self.bundle = bundle
-        self._forwards = forwards
-        self._task: ForwardTask | None = None
+        self.opinion = opinion
         task = ScoringTask(
             config.shards, config.out, lease.fence, config.name, config.context, config.logprob_step,
             engine.vocab_size, config.top_k, entropy_columns(config.name, folder.manifest.references[config.name]),
@@ -90,9 +92,10 @@ class Drive:
         )  # fmt: skip
         cores = int(self.bundle.get("CPU", 1))
         self.pool = EnginePool(
-            self.bundle, (engine, model_config, cores, task), self.canary, engine.dtype, config.progress_timeout_seconds
+            self.bundle, (engine, model_config, cores, task), opinion, engine.dtype, config.progress_timeout_seconds
         )  # fmt: skip
         self.watch = Watch(self.pool, self.health, self.tell)
+        self.engine_failures = EngineFailures(self.pool, self.health, self.tell)
 
     def tell(self, event: str, line: str, **facts: Any) -> None:
         """A line for whoever looks, and the same in the log."""
@@ -106,21 +109,6 @@ class Drive:
         room += sum(engine.node in alone for engine in self.pool.engines)  # these may go on
         return max(1, min(self.config.num_engines or room, room, len(self.waiting) + self.pool.running()))
 
-    def canary(self) -> Forwards | None:
-        """What engines are compared with, once transformers has computed it; no prompts where that is not wanted."""
-        if self._forwards is None and self._task is None:
-            prompts, fake = [], self.engine.kind == "fake"
-            if self.config.canary and (not fake or faults().get("canary")):
-                prompts = find_prompts(self.shards, list(self.waiting), self.config.context, self.engine.vocab_size)
-            if fake or not prompts:
-                self._forwards = hashed_forwards(prompts, self.engine.dtype)
-                return self._forwards
-            dtypes = () if self.engine.dtype == "float32" else (self.engine.dtype,)
-            self._task = ForwardTask(self.engine, prompts, dtypes, self.note)
-        if self._forwards is None and self._task is not None:
-            self._forwards = self._task.result()
-        return self._forwards
-
     def drive(self, should_stop: Callable[[], bool]) -> None:
         """Give engines parts until all are done or have failed."""
         missing = len(self.waiting) / len(self.tokens)
@@ -129,11 +117,11 @@ class Drive:
         event, why = "failed", {}
         before = tell_of_silence(partial(self.tell, "store"))
         try:
-            self.canary()  # its forward runs while the engines start
+            self.opinion.begin(list(self.waiting))  # its forward runs while the engines start
             with ray_errors(stop.requested):
-                while self.waiting or self.pool.running():
+                while self.waiting or self.pool.running() or self._take_back():
                     if not stop.requested():
-                        self._require_hope()
+                        self.engine_failures.require_hope(self.bundle)
                         if not HeadWatch.silent:
                             self.pool.top_up(self.num_engines(), self.health.left_alone(monotonic()))
                         self._assign()
@@ -143,6 +131,8 @@ class Drive:
                     require_ray()
                     self.pool.shrink(self.num_engines())
                     self._report()
+                if self.pool.restarts:
+                    self.folder.require_sizes()
             event = "done" if not self.failed else "failed"
         except Stopped:
             event = "stopped"
@@ -167,20 +157,14 @@ class Drive:
                 self.failed,
             )
 
-    def _require_hope(self) -> None:
-        """End the run where engines start nowhere."""
-        nodes = [node.id for node in self.pool.nodes().values() if node.room(self.bundle)]
-        engines = [(one.node, one.began) for one in self.pool.in_state("starting", "testing", "ready", "lost")]
-        self.health.keep_only(self.pool.nodes())
-        reason = self.health.hopeless(monotonic(), nodes, engines)
-        if reason is None:
-            return
-        if isinstance(self._last_error, CanaryFailed):
-            raise self._last_error
-        where = f"on any of {len(nodes)} nodes" if len(nodes) > 1 else "on the only node"
-        raise RuntimeError(
-            f"an engine does not start {where}, the last time: {reason}; --debug shows its output; the same command again goes on"
-        )
+    def _take_back(self) -> bool:
+        """Have parts wait again whose records an engine that was given up has taken away; whether there are any."""
+        gone = self.lost_records.find(self.failed) if self.pool.restarts else []
+        self.committed -= sum(self.tokens[part] for part in gone)
+        self.state.parts -= len(gone)
+        for part in gone:
+            self._try_again(part)
+        return bool(gone)
 
     def _needed_bytes(self) -> float:
         """Estimated size of the whole output folder."""
@@ -225,6 +209,9 @@ class Drive:
             for kind in ("read_seconds", "wait_seconds", "write_seconds"):
                 setattr(self.state, kind, getattr(self.state, kind) + outcome.result[kind])
             self.health.worked(engine.node, engine.began)
+            rows = sum(self.rows[part] for part in outcome.parts)
+            if line := self.bad_rows.add(rows, outcome.result["quarantined"], outcome.result["reason"]):
+                self.tell("bad_rows", line, **self.bad_rows.facts)
             return
         assert error is not None
         if isinstance(error, LeaseLost):
@@ -232,7 +219,7 @@ class Drive:
         if isinstance(error, OSError) and error.errno in NO_SPACE:
             raise error
         if outcome.stage:
-            self._note_engine(outcome, error)
+            self.engine_failures.note(outcome, error, any(map(self.attempts.suspect, outcome.parts)))
         for part in outcome.parts:
             if outcome.fault in (Fault.PARTS, Fault.UNCLEAR):
                 self._note_attempt(part, engine, error)
@@ -241,29 +228,6 @@ class Drive:
                 if not outcome.stage:  # its store is silent, of which there is a line already
                     facts = {"part": part, "engine": engine.number, "node": engine.place, "reason": one_line(error)}
                     self.log.write("part_waits", facts)
-
-    def _note_engine(self, outcome: Outcome, error: BaseException) -> None:
-        """An engine has ended: whose fault it was, and what follows for its node."""
-        engine, now = outcome.engine, monotonic()
-        reason, then = one_line(error), ""
-        if outcome.fault is Fault.NOBODYS:
-            reason = str(error)
-            if outcome.parts:
-                then = f"; what it had waits again and counts as no attempt: {', '.join(outcome.parts)}"
-        elif outcome.fault is Fault.NODES or not any(map(self.attempts.suspect, outcome.parts)):
-            self._last_error, wrong = error, isinstance(error, CanaryFailed)
-            kind = "".join(letter for letter in reason if not letter.isdigit())[:60]
-            self.health.failed(engine.node, engine.began, now, kind, f"{reason} ({engine})", for_good=wrong)
-            then = "; " + after_failure(
-                self.health.rest(engine.node, now), self.health.failures(engine.node), engine.place
-            )
-        what = {"ready": "has died at work", "testing": "is not used"}.get(outcome.stage, "did not start")
-        if outcome.fault is Fault.NOBODYS:
-            what = "is lost" if outcome.stage == "ready" else "is lost before it was ready"
-        self.tell(
-            "engine_lost", f"{engine} {what}: {reason}{then}", engine=engine.number, node=engine.place, fault=outcome.fault.value,
-            parts=outcome.parts,
-        )  # fmt: skip
 
     def _note_attempt(self, part: str, engine: EngineHandle, error: BaseException) -> None:
         count, reason = self.attempts.failed(part, engine.node), one_line(error)
@@ -283,9 +247,9 @@ class Drive:
         self.waiting.append(part)
 
     def _report(self) -> None:
+        self.guess.look(self.opinion())
         ready = self.pool.ready()
-        if self._task is not None:
-            self._task.tell(bool(self.pool.in_state("testing")))
+        self.opinion.tell(bool(self.pool.in_state("testing")))
         if ready and not self.health.ever_ready:
             self.health.ever_ready = True
             facts = ready[0].description | {"dtype": self.engine.dtype} | {"resources": self.bundle}

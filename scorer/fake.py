@@ -38,9 +38,17 @@ def hashed_logprobs(prompt: np.ndarray) -> np.ndarray:
     return (-((mixed % np.uint64(8000)).astype(np.float32) + 1) / 1001).astype(np.float32)
 
 
-def hashed_forwards(prompts: list[np.ndarray], dtype: str) -> Forwards:
-    """What engines in `dtype` are compared with; no prompts where nothing is to be compared."""
-    return Forwards(prompts, [Answer(hashed_logprobs(prompt)) for prompt in prompts], {dtype: Distance(0, 0, 0, 0, 0)})
+def hashed_forwards(prompts: list[np.ndarray], dtype: str, kept: Kept = Kept(), vocab_size: int = 0) -> Forwards:  # noqa: B008
+    """What engines in `dtype` that keep so much are compared with; no prompts where nothing is to be compared."""
+    expected = []
+    for prompt in prompts:
+        logprobs = hashed_logprobs(prompt)
+        wide = kept.top_k or kept.sample_k
+        answer = hashed_topk(prompt, logprobs, vocab_size, min(vocab_size, 4 * wide + 16)) if wide else Answer(logprobs)
+        if kept.temperatures:
+            answer = answer._replace(entropies=hashed_entropies(logprobs, vocab_size, kept.temperatures))
+        expected.append(answer)
+    return Forwards(prompts, expected, {dtype: Distance(0, 0, 0, 0, 0)})
 
 
 def hashed_topk(prompt: np.ndarray, logprobs: np.ndarray, vocab_size: int, top_k: int) -> Answer:

@@ -95,6 +95,8 @@ def load_network(model: Path | str, dtype: str) -> Any:
         local_files_only=True,
         use_safetensors=True,
         output_loading_info=True,
+        # PyTorch's own attention computes without the soft-capping of scores (Gemma 2), as if it had not been asked for it
+        attn_implementation="eager" if config.get_text_config().to_dict().get("attn_logit_softcapping") else None,
     )
     for kind in ("missing_keys", "mismatched_keys"):
         if loading.get(kind):

@@ -4,6 +4,7 @@ In: an entry of --corpus. Out: its shards, one for each data file, so that they 
 the rows of a shard. Nothing is downloaded whole, no loading script is run.
 """
 
+import errno
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pyarrow as pa
 
 from scorer.fields import Fields, remedy_of
 from scorer.listing import absolute
+from shards.store_errors import NOT_THE_FILES
 
 if TYPE_CHECKING:
     from scorer.conversations import ConversationFields
@@ -139,7 +141,8 @@ def json_files(shard: Shard) -> list[str] | None:
 
 
 def read_rows(shard: Shard, fields: "Fields | ConversationFields", file: str | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a shard, with the fields that they have of those wanted; ValueError where they cannot be read to the end.
+    """The rows of a shard, with the fields that they have of those wanted; ValueError where they cannot be read to the end,
+    OSError where that is not for what is in the file.
 
     file: the one to read, of a shard of JSON files.
     """
@@ -152,7 +155,7 @@ def read_rows(shard: Shard, fields: "Fields | ConversationFields", file: str | N
                 yield row
                 number += 1
     except Exception as error:
-        raise ValueError(f"{shard.name}: cannot be read beyond row {number} ({_reason(error)}); {REMEDY}") from None
+        raise _unread(shard, number, error) from None
     _require_columns(shard, missing, columns, fields)
 
 
@@ -167,8 +170,23 @@ def read_columns(shard: Shard, fields: "Fields | ConversationFields", rows: int)
                 yield table.select(fields.columns(columns))
                 number += len(table)
     except Exception as error:
-        raise ValueError(f"{shard.name}: cannot be read beyond row {number} ({_reason(error)}); {REMEDY}") from None
+        raise _unread(shard, number, error) from None
     _require_columns(shard, missing, columns, fields)
+
+
+def _unread(shard: Shard, number: int, error: Exception) -> Exception:
+    """What to raise where a shard cannot be read beyond row `number`: ValueError, unless the error, or one that led to it,
+    is a disk's or a store's."""
+    one: BaseException | None = error
+    while one is not None:
+        if isinstance(one, OSError) and (one.errno or isinstance(one, NOT_THE_FILES)):
+            return OSError(
+                one.errno or errno.EIO,
+                f"{shard.name}: cannot be read beyond row {number} ({_reason(error)}); this says nothing of what is in the file: see "
+                "that it can be read here, then run the same command again",
+            )
+        one = one.__cause__ or one.__context__
+    return ValueError(f"{shard.name}: cannot be read beyond row {number} ({_reason(error)}); {REMEDY}")
 
 
 def _open_rows(shard: Shard, fields: "Fields | ConversationFields", file: str | None) -> tuple[Any, list[str]]:

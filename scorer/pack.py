@@ -117,6 +117,7 @@ def pack(
         refuse_other_plan(config, folder, sources, description, tokenizer, chat_entry(config, chat))
         # the same tokenizer from elsewhere goes on
         origin = {key: value for key, value in folder.manifest.tokenizer.items() if key in ORIGIN}
+        folder.require_sizes()
         if not folder.missing_parts():
             if out.names(LEASE) or staging.names():  # of a driver that died when all was done
                 with writing(out, note, SHARD_FOLDERS):

@@ -41,23 +41,30 @@ def alive_nodes() -> dict[str, Node]:
     }
 
 
-def wait_for_nodes(key: str, should_stop: Callable[[], bool], note: Callable[[str], None]) -> None:
-    """Return once the cluster has a node with a `key` (GPU, CPU), which may be starting still; Stopped where a signal came.
+def wait_for_nodes(
+    key: str, should_stop: Callable[[], bool], note: Callable[[str], None], each: int = 1, why: str = ""
+) -> None:
+    """Return once the cluster has a node with `each` of `key` (GPU, CPU); Stopped where a signal came.
 
-    A private Ray gets no more nodes: it returns at once.
+    The nodes of a cluster come in any order, the small ones first perhaps. A private Ray gets no more: it returns at once.
+    why: the option that asks for more than one.
     """
     waits = Waits()
+    wanted = f"a node with a {key}" if each == 1 else f"a node with {each} {key}s"
     while True:
         require_ray()
         nodes = alive_nodes().values()
-        there = any(node.resources.get(key, 0) >= 1 for node in nodes)
+        most = max((int(node.resources.get(key, 0)) for node in nodes), default=0)
         what = None
-        if not there:
-            what = f"a node with a {key}; the cluster has {counted(len(nodes), 'node')} so far, none with one"
-        line = waits.update(time.monotonic(), "", what, SAID_AFTER_SECONDS, f"a node with a {key} is there")
+        if most < each:
+            has = (
+                "none with one" if each == 1 else f"none with more than {most} ({why}, and an engine lives on one node)"
+            )
+            what = f"{wanted}; the cluster has {counted(len(nodes), 'node')} so far, {has}"
+        line = waits.update(time.monotonic(), "", what, SAID_AFTER_SECONDS, f"{wanted} is there")
         if line:
             note(line)
-        if there or not nodes_may_join():
+        if most >= each or not nodes_may_join():
             return
         if should_stop():
             raise Stopped("stopped by a signal")

@@ -46,10 +46,11 @@ class EnginePool:
         canary: Callable[[], Forwards | None],
         dtype: str,
         progress_timeout_seconds: float,
+        actor: type[ScoringActor] = ScoringActor,
     ) -> None:
         self._bundle, self._arguments = bundle, actor_arguments
         self._canary, self._dtype = canary, dtype
-        self._timeout = progress_timeout_seconds
+        self._timeout, self._actor = progress_timeout_seconds, actor
         self.engines: list[EngineHandle] = []
         self._calls: dict[Any, tuple[EngineHandle, str, str]] = {}  # what was asked: engine, verb, part
         self._numbers = count(1)
@@ -170,7 +171,7 @@ class EnginePool:
         strategy = PlacementGroupSchedulingStrategy(engine.group, placement_group_bundle_index=0)
         cpus, gpus = self._bundle.get("CPU", 0), self._bundle.get("GPU", 0)
         engine.actor = (
-            ray.remote(ScoringActor)
+            ray.remote(self._actor)
             .options(
                 num_cpus=cpus,
                 num_gpus=gpus,

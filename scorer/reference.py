@@ -20,6 +20,7 @@ from shards.tokens import other_beginning
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 CPU_HEAD_SIZES_OF = "0.32"  # the release of vLLM that has these; others are asked when an engine starts
+NO_TOKENIZER = "none"  # the manifest's tokenizer of a reference that was not compared
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ def check_reference(
             note(f"{where}: its tokenizer differs in tokens that no row has: {'; '.join(differences)}")
         if line := other_beginning(encoder, shards.manifest.tokenizer.get("bos_token_id")):
             note(f"{where}: {line}")
+    else:
+        note(no_tokenizer(reference.path))
     whole = AutoConfig.from_pretrained(reference.path, trust_remote_code=False, local_files_only=True)
     config = whole.get_text_config(decoder=True)
     if is_wrapper(whole) and text_architecture(whole) is None:
@@ -62,6 +65,14 @@ def check_reference(
     shards.require_positions(max_positions(values), str(reference.path))
     require_one_scaling(values, shards.manifest.seq_len, str(reference.path))
     return values | {"text_alone": is_wrapper(whole)}, differences
+
+
+def no_tokenizer(path: Path) -> str:
+    """A line about a reference without a tokenizer: what is compared, and what is not."""
+    return (
+        f"{path}: has no tokenizer to compare with the rows'. It has an embedding for each of their ids, but may take an id for another "
+        "token; put its tokenizer.json beside its weights to have them compared"
+    )
 
 
 def require_quantised_readable(path: Path, otherwise: str = "") -> None:
@@ -113,7 +124,7 @@ def provenance(
     kept: dict[str, Any],
 ) -> dict[str, Any]:
     """What the manifest records of a reference; top_k, entropy and the size of its vocabulary only where they are
-    stored, differences of its tokenizer only where there are any. kept: fields that say where its most probable tokens are.
+    stored, differences of its tokenizer only where there are any, and tokenizer only where it has none. kept: fields that say where its most probable tokens are.
     """
     entry: dict[str, Any] = {
         "model": reference.name,
@@ -127,6 +138,8 @@ def provenance(
         "context": config.context,
         "logprob_step": config.logprob_step,
     }
+    if not has_tokenizer(reference.path):
+        entry["tokenizer"] = NO_TOKENIZER
     if tokenizer_differences:
         entry["tokenizer_differences"] = tokenizer_differences
     if engine.kind == "vllm":

@@ -8,16 +8,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from scorer.below_entropy import estimate, kept_entry
+from scorer.below_entropy import kept_entry
 from scorer.canary import Forwards
 from scorer.cluster import ray_cluster, ray_errors
 from scorer.config import ScoreConfig
 from scorer.driver import Drive, PartsFailed, Progress
 from scorer.engine import EngineConfig
 from scorer.engine_args import parse_engine_args, require_known, require_stages_run
+from scorer.estimate import estimate
 from scorer.forwards import ForwardTask, find_prompts
+from scorer.guess import require_better_than_a_guess
 from scorer.once_per_node import node_weights_fingerprint
-from scorer.placement import KEYS, engine_bundle, wait_for_nodes
+from scorer.placement import KEYS, engine_bundle, size_options, wait_for_nodes
 from scorer.precision import nearer_dtype, settled_dtype
 from scorer.reference import (
     Reference,
@@ -28,6 +30,7 @@ from scorer.reference import (
     require_vllm,
     require_vocabulary,
 )
+from scorer.second_opinion import SecondOpinion
 from shards.crash import crash_point
 from shards.fingerprint import config_fingerprint
 from shards.folder import ShardFolder
@@ -82,7 +85,6 @@ def score(
     if config.engine == "vllm":
         require_head_size(model_config, reference.path, device)
     with ray_cluster(config.debug, note):
-        wait_for_nodes(KEYS[device], should_stop, note)
         engine = EngineConfig(
             model=reference.path.absolute(),
             dtype=dtype or "bfloat16",
@@ -110,20 +112,24 @@ def score(
         if len(set(names)) < len(names):  # rl with --top-k beside a reference called rl_topk
             raise ValueError(f"{config.shards}: --name {config.name} would give two columns one name; choose another")
         refuse_other_scoring(out, manifest, config.name)
+        # after all that needs no node, so that what is wrong with the command is not told hours later
+        wait_for_nodes(KEYS[device], should_stop, note, config.devices_per_engine, size_options(config))
         bundle = engine_bundle(config, device)
         forwards = None
         if dtype is None:  # of a new folder: one that was begun has it recorded
             engine, forwards = choose_dtype(config, shards, engine, should_stop, note)
+        opinion = SecondOpinion(config, shards, engine, note, forwards)
         if config.below_entropy is not None and "top_k_below_entropy" not in kept:
-            kept = estimate(config, shards, engine, model_config, bundle, should_stop, note)
+            kept = estimate(config, shards, engine, model_config, bundle, opinion, should_stop, note)
         manifest = with_reference(source, config, reference, engine, tokenizer_differences, kept)
         with writing(out, note, SHARD_FOLDERS) as lease:
             refuse_other_scoring(out, manifest, config.name)  # another driver may have had the lease since we looked
             folder = begin_shards(shards, out, manifest, lease)
             crash_point("driver.planned")
+            folder.require_sizes()
             clear_failures(out)
             if folder.missing_parts():
-                drive = Drive(config, shards, folder, engine, model_config, bundle, lease, progress, note, forwards)
+                drive = Drive(config, shards, folder, engine, model_config, bundle, lease, progress, note, opinion)
                 drive.drive(should_stop)
             crash_point("driver.finished")
     return folder
@@ -166,6 +172,7 @@ def choose_dtype(
         return engine, None
     with ray_errors(should_stop):
         forwards = ForwardTask(engine, prompts, ("bfloat16", "float16"), note).wait(should_stop)
+    require_better_than_a_guess(forwards, engine.vocab_size, engine.model)
     return replace(engine, dtype=nearer_dtype(forwards, note)), forwards
 
 
@@ -190,6 +197,9 @@ def refuse_other_scoring(out: Store, manifest: Manifest, name: str) -> None:
         then.get(name, {}).get("weights_sha256") == now["weights_sha256"]
     ):  # the weights decide, whatever their folder is called
         ours["references"] = ours["references"] | {name: now | {"model": then[name]["model"]}}
+    for one in (ours, theirs):  # a tokenizer may have been put beside the weights since
+        references = one["references"].items()
+        one["references"] = {each: {k: v for k, v in entry.items() if k != "tokenizer"} for each, entry in references}
     if not there.missing_parts():
         ours["references"] = {
             each: {k: v for k, v in entry.items() if k in then.get(each, entry) or k not in NOT_RECORDED_BEFORE}

@@ -94,7 +94,10 @@ def select(
             refuse_other_plan(out, manifest)
             folder = begin_shards(shards, out, manifest, lease)
             crash_point("driver.planned")
+            folder.require_sizes()
             write_parts(shards, folder, places, lease, workers, progress, should_stop)
+        else:
+            ShardFolder(out).require_sizes()
         crash_point("driver.finished")
     return ShardFolder(out)
 

@@ -14,7 +14,7 @@ from scorer.faults import BadFile
 from scorer.formats import fault_of_head
 from scorer.sources import Source
 from shards.part import METADATA_KEY
-from shards.store_errors import StoreSilent
+from shards.store_errors import NOT_THE_FILES
 
 MAGIC_BYTES = 64
 ROWS_AT_ONCE = 64
@@ -50,7 +50,7 @@ def _parquet(
     where = source.where
     try:
         file = pyarrow.parquet.ParquetFile(source.open(), pre_buffer=False)
-    except StoreSilent:
+    except NOT_THE_FILES:
         raise
     except (pa.ArrowException, OSError) as error:
         raise _fault(source, "a parquet file", error) from None
@@ -64,7 +64,7 @@ def _parquet(
                 for batch in file.iter_batches(rows, row_groups=groups, columns=columns, use_threads=False):
                     yield batch.select(columns), row, size * row // num_rows
                     row += batch.num_rows
-        except StoreSilent:
+        except NOT_THE_FILES:
             raise
         except (pa.ArrowException, OSError) as error:
             if getattr(error, "errno", None):
@@ -84,7 +84,7 @@ def _arrow(
         file.seek(0)
         try:
             reader: Any = pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file)
-        except StoreSilent:
+        except NOT_THE_FILES:
             raise
         except (pa.ArrowException, OSError) as error:
             raise _fault(source, "an Arrow file or stream", error) from None
@@ -107,7 +107,7 @@ def _arrow(
                         file.tell() if not is_file else size,
                     )
                 row += batch.num_rows
-        except StoreSilent:
+        except NOT_THE_FILES:
             raise
         except (pa.ArrowException, OSError) as error:
             if getattr(error, "errno", None):

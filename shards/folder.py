@@ -6,6 +6,7 @@ commit record first, because Arrow reads a flipped bit back as data without an e
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -23,10 +24,11 @@ from shards.rows import PartRows, Rows, columns_to_read
 from shards.scored import Scored
 from shards.store import Store, open_store
 from shards.tokens import decode_token_ids, differences, disagreement
-from shards.whole_part import checked_part
+from shards.whole_part import checked_part, require_size
 
 TOKENIZER = "_tokenizer"
 TOKEN_IDS = "token_ids.json"  # in that folder: which ids the rows have
+RECORDS_AT_ONCE = 16  # of a store that answers slowly
 
 
 def require_shards(folder: str) -> None:
@@ -105,6 +107,23 @@ class ShardFolder(Scored):
         """Planned parts that are not committed yet; lists the folder once, opens no record."""
         committed = set(self.store.names(COMMITS))
         return [plan.name for plan in self.manifest.parts if plan.name[:-6] + ".json" not in committed]
+
+    def require_sizes(self) -> None:
+        """ValueError unless each committed part has the size that its record says; reads the records.
+
+        What two engines left that wrote one part at once, or whoever cut or lost a file since.
+        """
+        missing, sizes = {*self.missing_parts()}, self.store.sizes()
+        parts = [plan.name for plan in self.manifest.parts if plan.name not in missing]
+
+        def check_size(part: str) -> None:
+            record = read_record(self.store, part)
+            if record is not None and sizes.get(part) != record.size:  # not listed, or late
+                require_size(self.store.size(part), record, self.store.where(part))
+
+        with ThreadPoolExecutor(RECORDS_AT_ONCE) as pool:
+            for _ in pool.map(check_size, parts):
+                pass
 
     def require_complete(self) -> None:
         """ValueError unless every planned part is committed and the tokenizer's files are there, unaltered, no links."""

@@ -25,7 +25,7 @@ LEASE = "_lease"
 HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 30.0  # without a heartbeat, where its process cannot be looked up because it ran on another machine
 TAKE_ATTEMPTS = 20
-
+UNREADABLE_SECONDS = 2.0  # for which a lease file that is empty, or not JSON, is read again
 
 TRUSTED_SECONDS = 10.0  # for a check in a loop, less than the silence after which another may take over
 
@@ -229,12 +229,24 @@ def lease_name(number: int) -> str:
 
 
 def read_lease(store: Store, number: int) -> dict[str, Any] | None:
-    """What a lease file says, None where there is none or it is not one."""
-    try:
-        value = json.loads(store.read(lease_name(number)))
-    except (FileNotFoundError, ValueError):
-        return None
-    return value if isinstance(value, dict) and {"pid", "process_start", "token", "beats"} <= {*value} else None
+    """What a lease file says, None where there is none or it is not one.
+
+    A store may show a file that is being replaced as empty, or in part: HDFS does until it is closed. So what cannot be read
+    is read again for UNREADABLE_SECONDS.
+    """
+    deadline = time.monotonic() + UNREADABLE_SECONDS
+    while True:
+        try:
+            value = json.loads(store.read(lease_name(number)))
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            value = None
+        if isinstance(value, dict) and {"pid", "process_start", "token", "beats"} <= {*value}:
+            return value
+        if time.monotonic() >= deadline:
+            return None
+        time.sleep(UNREADABLE_SECONDS / 20)
 
 
 def check_fence(store: Store, number: int, token: str = "") -> None:

@@ -28,6 +28,7 @@ from shards.quarantine import QUARANTINE
 from shards.record import COMMITS, SUMS, encode_json
 from shards.side_table import FIELDS, copy_tables
 from shards.store import HUB_IS_READ, Store, is_remote, open_store, temporary_name
+from shards.writable import require_writable
 
 MODEL = "model"
 """The last thing that a run writes into its folder."""
@@ -245,9 +246,10 @@ def _plain_url(url: str | Path) -> tuple[str, ...]:
 
 
 def require_new_folder(out: str | Path, command: str, **inputs: str | Path | None) -> None:
-    """ValueError where --out is the folder of an input. inputs: by the name of the option, such as shards."""
+    """ValueError where --out is the folder of an input, or in a store that is only read. inputs: by the name of the option, such as shards."""
     if str(out).startswith("hf:/"):  # a Path has one slash
         raise ValueError(HUB_IS_READ.format(f"--out {out}"))
+    require_writable(out)
     for name, given in inputs.items():
         if given is not None and same_folder(out, given):
             raise ValueError(

@@ -1,7 +1,7 @@
 """A folder in an object store or on HDFS, through fsspec: s3:// needs s3fs, gs:// gcsfs, hdfs:// libhdfs.
 
 Not replacing what is there is a conditional put where the store has one (S3 If-None-Match, GCS generation
-match) and a rename elsewhere (HDFS refuses to rename onto a file). What is asked of a store that does not
+match) and a rename on HDFS, which refuses to rename onto a file; other stores may replace the file, so they are only read. What is asked of a store that does not
 answer is asked again for REMIT_STORE_RETRY_SECONDS (600); the libraries below ask once, or the waiting would multiply.
 """
 
@@ -24,7 +24,8 @@ import pyarrow as pa
 from shards.asking import asked_again
 from shards.crash import crash_point
 from shards.store import NO_SPACE, TEMPORARY_SUFFIX, Store
-from shards.store_errors import NoTemporarySpace, answer_of, exists_already, retry_seconds, text_of
+from shards.store_errors import NoTemporarySpace, OtherBytes, answer_of, exists_already, retry_seconds, text_of
+from shards.writable import require_writable
 
 CONDITIONAL_PUT = {"s3", "s3a", "gs", "gcs"}
 PACKAGES = {"s3": "pip install s3fs", "gs": "pip install gcsfs", "hdfs": "it needs Java and Hadoop's libhdfs"}
@@ -99,12 +100,10 @@ class RemoteStore(Store):
             raise ValueError(f"{self.url}: {name!r} is not a name inside this folder")
         return f"{self._root}/{name}" if name else self._root
 
-    def _ask(
-        self, name: str, call: Callable[[str], T], may_ask: Callable[[], None] = lambda: None, attempts: int = 1
-    ) -> T:
+    def _ask(self, name: str, call: Callable[[str], T], may_ask: Callable[[], None] = lambda: None) -> T:
         """may_ask: before each try, since the tries may outlast a lease."""
         path = self.path(name)
-        return asked_again(lambda: call(path), self.where(name), may_ask, attempts)
+        return asked_again(lambda: call(path), self.where(name), may_ask)
 
     def read(self, name: str) -> bytes:
         return self._ask(name, self._fs.cat_file)
@@ -140,8 +139,8 @@ class RemoteStore(Store):
 
         return self._ask(name, piece) if start < stop else b""
 
-    def _entries(self, folder: str = "") -> dict[str, int]:
-        """Names and sizes of the files directly in a folder."""
+    def _list(self, folder: str, kind: str) -> list[dict]:
+        """What is directly in a folder of one kind, file or directory."""
 
         def entries(path: str) -> list[dict]:
             try:
@@ -151,27 +150,22 @@ class RemoteStore(Store):
                     raise
                 return []
 
-        files = {entry["name"]: entry["size"] for entry in self._ask(folder, entries) if entry["type"] == "file"}
+        return [entry for entry in self._ask(folder, entries) if entry["type"] == kind]
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        files = {entry["name"]: entry["size"] for entry in self._list(folder, "file")}
         return {name.rsplit("/", 1)[-1]: size for name, size in files.items() if not name.endswith("/")}
 
     def names(self, folder: str = "") -> list[str]:
-        return sorted(self._entries(folder))
+        return sorted(self.sizes(folder))
 
     def folders(self, folder: str = "") -> list[str]:
-        def entries(path: str) -> list[dict]:
-            try:
-                return self._fs.ls(path, detail=True, **self._refresh())
-            except FileNotFoundError as error:
-                if answer_of(error)[0] == "NoSuchBucket":
-                    raise
-                return []
-
-        inside = f"{self.path(folder)}/"  # consoles of stores put an object of the folder's own name into it
-        found = [entry["name"].rstrip("/") for entry in self._ask(folder, entries) if entry["type"] == "directory"]
-        return sorted(name.rsplit("/", 1)[-1] for name in found if f"{name}/" != inside)
+        found = {entry["name"].rstrip("/") for entry in self._list(folder, "directory")}
+        found -= {self.path(folder)}  # which consoles of stores put into it
+        return sorted(name.rsplit("/", 1)[-1] for name in found)
 
     def used_bytes(self) -> int:
-        return sum(self._entries().values())
+        return sum(self.sizes().values())
 
     def version(self, name: str) -> str:
         return self._ask(name, self._fs.ukey)
@@ -192,6 +186,7 @@ class RemoteStore(Store):
         return self._ask(name, size)
 
     def create(self, name: str, data: bytes, kind: str = "") -> None:
+        require_writable(self.url)
         try:
             if self._protocol in CONDITIONAL_PUT:
                 self._ask(name, lambda path: self._fs.pipe_file(path, data, mode="create"))
@@ -201,7 +196,7 @@ class RemoteStore(Store):
             if not exists_already(error):
                 raise
             # an answer that was lost makes us ask for what we have done already
-            if self.read(name) != data:
+            if self._read_if_there(name) != data:
                 raise FileExistsError(f"{self.where(name)}: exists already") from None
         if kind:
             crash_point(f"{kind}.published")
@@ -228,6 +223,7 @@ class RemoteStore(Store):
             self.delete(temporary)
 
     def replace(self, name: str, data: bytes) -> None:
+        require_writable(self.url)
         self._ask(name, lambda path: self._fs.pipe_file(path, data))
 
     @contextlib.contextmanager
@@ -249,24 +245,28 @@ class RemoteStore(Store):
     def temporary(self, name: str) -> Path:
         return Path(tempfile.gettempdir()) / f"{_local_prefix()}{os.getpid()}-{secrets.token_hex(4)}-{Path(name).name}"
 
-    def publish(self, temporary: Path, name: str, kind: str = "part") -> None:
+    def publish(self, temporary: Path, name: str, kind: str = "part") -> str:
         try:
             data = temporary.read_bytes()
         finally:
             temporary.unlink(missing_ok=True)
         self.create(name, data, kind)
-        if self.read(name) != data:  # what the store keeps is what was hashed here
-            # not deleted: it may be another driver's by now; without a record the next attempt replaces it
-            raise OSError(f"{self.where(name)}: the store gives back other bytes than were written; run again")
+        with contextlib.suppress(FileNotFoundError):  # another process has deleted it
+            version = self.version(name)  # asked for first: these bytes, or later ones, are what it says
+            if self.read(name) == data:  # what the store keeps is what was hashed here
+                return version
+        # not deleted: it may be another driver's by now; without a record the next attempt replaces it
+        raise OtherBytes(f"{self.where(name)}: the store gives back other bytes than were written; run again")
+
+    def _read_if_there(self, name: str) -> bytes | None:
+        try:
+            return self.read(name)
+        except FileNotFoundError:
+            return None
 
     def delete(self, name: str, may_delete: Callable[[], None] = lambda: None) -> None:
-        def delete(path: str) -> None:
-            try:
-                self._fs.rm_file(path)
-            except FileNotFoundError:
-                pass
-
-        self._ask(name, delete, may_delete)
+        with contextlib.suppress(FileNotFoundError):
+            self._ask(name, self._fs.rm_file, may_delete)
 
     def move(self, name: str, to: str) -> None:
         self.replace(to, self.read(name))
@@ -274,22 +274,23 @@ class RemoteStore(Store):
 
     def put(self, temporary: Path, name: str) -> None:
         try:
+            require_writable(self.url)
             self._ask(name, lambda path: self._fs.put_file(str(temporary), path))
         finally:
             temporary.unlink(missing_ok=True)
 
     def upload(self, path: Path, name: str, may_write: Callable[[], None] = lambda: None) -> None:
         """Copy a local file, never whole in memory, replacing what is there. may_write: raises where this process must not."""
+        require_writable(self.url)
         options: dict[str, int] = {}
         if self._protocol in ("s3", "s3a"):  # ten parts at a time are in memory, and there are at most 10,000
             options["chunksize"] = max(PART_BYTES, -(-path.stat().st_size // 9000))
-        self._ask(name, lambda target: self._fs.put_file(str(path), target, **options), may_write, UPLOADS)
+        target = self.path(name)
+        asked_again(lambda: self._fs.put_file(str(path), target, **options), self.where(name), may_write, UPLOADS)
 
     def remove(self, folder: str = "", may_delete: Callable[[], None] = lambda: None) -> None:
-        try:
+        with contextlib.suppress(FileNotFoundError):
             self._ask(folder, lambda path: self._fs.rm(path, recursive=True), may_delete)
-        except FileNotFoundError:
-            pass
 
     def clean(self, folder: str = "") -> None:
         super().clean(folder)

@@ -39,8 +39,7 @@ def open_store(folder: "str | Path | Store") -> "Store":
 
 
 def is_remote(folder: "str | Path") -> bool:
-    """Whether a --corpus, --shards or --out is a URL rather than a path."""
-    # hf://NAME of a --corpus is a dataset for the library of that name
+    """Whether a --corpus, --shards or --out is a URL rather than a path; hf://NAME of a --corpus is a dataset."""
     return "://" in str(folder) and not str(folder).startswith("file://") and not is_dataset(folder)
 
 
@@ -51,9 +50,8 @@ def is_dataset(word: "str | Path") -> bool:
 
 def absolute(folder: "str | Path") -> str:
     """The same folder for processes with another working directory."""
-    if is_remote(folder) or is_dataset(folder):
-        return str(folder)
-    return str(Path(str(folder).removeprefix("file://")).absolute())
+    path = str(folder).removeprefix("file://")
+    return path if is_remote(folder) or is_dataset(folder) else str(Path(path).absolute())
 
 
 class Store:
@@ -90,8 +88,12 @@ class Store:
         raise NotImplementedError
 
     def folders(self, folder: str = "") -> list[str]:
-        """Sorted names of the folders directly in `folder`, without it; none where it does not exist."""
+        """The same of the folders in it."""
         raise NotImplementedError
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """Names and sizes in bytes of the files directly in `folder`, where one request tells all; else nothing."""
+        return {}
 
     def size(self, name: str) -> int | None:
         """Bytes of a file, None where there is none."""
@@ -117,8 +119,11 @@ class Store:
         """A local file to write before `publish`; no reader looks at it and no other process uses it."""
         raise NotImplementedError
 
-    def publish(self, temporary: Path, name: str, kind: str = "part") -> None:
-        """Give a finished temporary file its name; FileExistsError where it is taken. The temporary file goes."""
+    def publish(self, temporary: Path, name: str, kind: str = "part") -> str:
+        """Give a finished temporary file its name; FileExistsError where it is taken. The temporary file goes.
+
+        Returns what `version` says of the file that has these bytes.
+        """
         raise NotImplementedError
 
     def put(self, temporary: Path, name: str) -> None:
@@ -220,16 +225,15 @@ class LocalStore(Store):
                     into, offset = into[count:], offset + count
 
     def names(self, folder: str = "") -> list[str]:
-        try:
-            with os.scandir(self.path(folder)) as entries:
-                return sorted(entry.name for entry in entries if not entry.is_dir(follow_symlinks=False))
-        except FileNotFoundError:
-            return []
+        return self._entries(folder, are_folders=False)
 
     def folders(self, folder: str = "") -> list[str]:
+        return self._entries(folder, are_folders=True)
+
+    def _entries(self, folder: str, are_folders: bool) -> list[str]:
         try:
             with os.scandir(self.path(folder)) as entries:
-                return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+                return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False) == are_folders)
         except FileNotFoundError:
             return []
 
@@ -240,8 +244,7 @@ class LocalStore(Store):
             return None
 
     def create(self, name: str, data: bytes, kind: str = "") -> None:
-        final = self.path(name)
-        temporary = self._write(final, data)
+        temporary = self._write(self.path(name), data)
         if kind:
             crash_point(f"{kind}.written")
         self.publish(temporary, name, kind)
@@ -277,7 +280,7 @@ class LocalStore(Store):
         final.parent.mkdir(parents=True, exist_ok=True)
         return temporary_name(final)
 
-    def publish(self, temporary: Path, name: str, kind: str = "part") -> None:
+    def publish(self, temporary: Path, name: str, kind: str = "part") -> str:
         final = self.path(name)
         try:
             give_name(temporary, final)
@@ -288,6 +291,7 @@ class LocalStore(Store):
         fsync_folder(final.parent)
         if kind:
             crash_point(f"{kind}.published")
+        return self.version(name)
 
     def delete(self, name: str, may_delete: Callable[[], None] = lambda: None) -> None:
         may_delete()
@@ -301,9 +305,8 @@ class LocalStore(Store):
         fsync_folder(target.parent)
 
     def put(self, temporary: Path, name: str) -> None:
-        fd = os.open(temporary, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, self.path(name))
         fsync_folder(self.path(name).parent)
 

@@ -207,7 +207,7 @@ def make_model(
         "eos_token_id": 0,
         "pad_token_id": None,
     }
-    config = getattr(transformers, f"{family}Config")(**(settings | FAMILIES[family] | changes))
+    config = getattr(transformers, f"{family}Config")(**(settings | FAMILIES.get(family, {}) | changes))
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,7 +1,7 @@
 """Which attention over documents a base gets: the fastest that its class and this machine have, tried out before it is used.
 
-In: a loaded base. Out: its attention is set, and a line says which it is and, where it is not the first choice, why. The order:
-the flash-attn package (trainer/model.py loads the base with it); on a GPU in 16 bits PyTorch's varlen_attn; else its
+In: a loaded base. Out: its attention is set, and a line says which it is and, where it is not the first choice, why (that what it was
+loaded with leaves nothing out is made sure of before, by trainer/whole_attention.py). The order: the flash-attn package (trainer/model.py loads the base with it); on a GPU in 16 bits PyTorch's varlen_attn; else its
 scaled_dot_product_attention, one document after the other; and where a class does not take its attention from outside, a mask of T x T.
 """
 
@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from trainer.checks import FLASH, TOLERANCE, in_float32, relative
+from trainer.distributed import World
 from trainer.document_attention import (
     DOCUMENTS,
     HALF,
@@ -37,6 +38,8 @@ VARLEN_TOLERANCE = (
 )
 FAILURES = (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
+SLOWEST_FIRST = ("eager", "sdpa", DOCUMENTS, VARLEN, FLASH)  # others count as the second
+
 Heads = tuple[int, int, int, int]
 """Query heads, key heads, values of a query, values of a value."""
 
@@ -51,8 +54,8 @@ def choose_attention(base: "Base") -> Attention:
     before = model.config._attn_implementation
     if before == FLASH:
         return Attention(before, "the flash-attn package")
-    trial = _Trial()
-    problem = _problem_of_class(base, trial)
+    trial = Trial()
+    problem = problem_of_class(base, trial)
     if problem:
         return Attention(before, f"masks of T x T ({type(model).__name__} {problem})")
     each = "PyTorch's scaled_dot_product_attention, one document after the other"
@@ -66,8 +69,26 @@ def choose_attention(base: "Base") -> Attention:
     return found
 
 
+def agree(base: "Base", world: World) -> None:
+    """Have all ranks take the slowest form of attention that one of them has, and its line say so. All ranks take part.
+
+    Their GPUs may differ, or a trial may fail on one of them: other numerics on each, or collectives that never meet.
+    """
+    own: Any = base.ask(lambda asked: asked.model.config._attn_implementation)
+    everyones: list[tuple[str, Attention | None]] = world.from_all((own, base.attention))
+    form, attention = min(
+        everyones, key=lambda entry: SLOWEST_FIRST.index(entry[0]) if entry[0] in SLOWEST_FIRST else 1
+    )
+    if all(entry[0] == form for entry in everyones):
+        return
+    which = ", ".join(str(rank) for rank, entry in enumerate(everyones) if entry[0] == form)
+    text = f"{attention.text if attention else form}, on all processes since no better one was found on process {which}"
+    base.ask(lambda asked: asked.model.set_attn_implementation(form))
+    base.attention = Attention(form, text)
+
+
 @dataclass
-class _Trial:
+class Trial:
     """What the layers of a class ask of their attention, held against the mask that they would get.
 
     windows: masks that were made, and how far each lets look back, if not to the beginning. problem: the first difference.
@@ -124,7 +145,7 @@ def _masks(device: torch.device, window: int | None) -> tuple[Tensor, Tensor]:
     return inside_BHTT, inside_BHTT & seen_TT
 
 
-def _problem_of_class(base: "Base", trial: _Trial) -> str | None:
+def problem_of_class(base: "Base", trial: Trial) -> str | None:
     """Why a class cannot have its documents attended to one by one; None where it can, and `trial` knows its heads."""
     model: Any = base.model
     if not (getattr(model, "_supports_attention_backend", False) and model._can_set_attn_implementation()):

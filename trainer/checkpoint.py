@@ -8,7 +8,6 @@ A folder that does not match its list is passed over, never loaded.
 
 import base64
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -35,14 +34,18 @@ from shards.lease import Lease, LeaseLost
 from shards.part import encode_json, publish_json, sha256_file
 from shards.publish import fsync_folder
 from shards.store import open_store, temporary_name
-from trainer.average import Average
+from trainer.average import Average, local
+from trainer.checkpoint_files import INDEX, altered, checksum, read_files_of
 from trainer.distributed import PATIENCE, World
+from trainer.heap import frugal_heap
+from trainer.main_memory import free_main_memory
 from trainer.rank_reports import clear_reports, leave_report, signs_of_life, wait_for_report
 
 if TYPE_CHECKING:
     from trainer.mirror import Mirror
 
-INDEX = "checkpoint.json"
+COPIED_SHARE = 0.8
+"""Of the main memory that is free; a copy of the state that needs more is not made."""
 
 
 def _state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
@@ -52,6 +55,13 @@ def _state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
             state["step"].zero_()
     model_state, optimizer_state = get_state_dict(model, optimizer)
     return {"model": model_state, "optimizer": optimizer_state}
+
+
+def _own_bytes(state: Any) -> int:
+    """Of the tensors in nested dictionaries, those of this process's shares."""
+    if isinstance(state, dict):
+        return sum(map(_own_bytes, state.values()))
+    return local(state).nbytes if isinstance(state, torch.Tensor) else 0
 
 
 class Checkpoints:
@@ -104,7 +114,8 @@ class Checkpoints:
     def save(self, step: int, position: int, run_state: dict[str, Any] | None = None) -> None:
         """Copy the state after `step` steps and begin to save it; raises what went wrong in the save before.
 
-        run_state: more of the run's state, as JSON.
+        Where main memory has no room for the copy, the state is written before this returns. run_state: more of the run's state, as
+        JSON.
         """
         self.wait()
         self.world.meet()  # the first rank publishes, the others may be here long before it
@@ -115,12 +126,23 @@ class Checkpoints:
         state = _state(self.model, self.optimizer)
         if self.average is not None and self.average.tensors:
             state["average"] = self.average.tensors
-        written: Any = dcp.async_save(state, checkpoint_id=temporary, process_group=self._group)
+        with frugal_heap():
+            written = self._write(state, temporary)
         index = {"step": step, "position": position, "world_size": self.world.size, "settings": self.settings}
         index["run"] = (run_state or {}) | ({"average": self.average.state()} if self.average else {})
         self._saving = self._thread.submit(self._publish, written, temporary, final, index, random)
         if self.mirror and self.world.first:
             self.mirror.copy(step, self._saving)
+
+    def _write(self, state: dict[str, Any], folder: Path) -> Future:
+        """Begin to write the state; ranks that do so and ranks that wait until it is written may meet."""
+        if _own_bytes(state) < COPIED_SHARE * free_main_memory(self.world.local_size):
+            begun: Any = dcp.async_save(state, checkpoint_id=folder, process_group=self._group)
+            return begun
+        dcp.save(state, checkpoint_id=folder, process_group=self._group, no_dist=self._group is None)
+        written: Future = Future()
+        written.set_result(None)
+        return written
 
     def wait(self) -> None:
         """Until the save in work, if any, is published."""
@@ -138,7 +160,7 @@ class Checkpoints:
         clear_reports(temporary)
         index["random"] = [report["random"] for report in reports]
         index["files"] = dict(sorted(item for report in reports for item in report["files"].items()))
-        publish_json(open_store(temporary), INDEX, encode_json(index | {"checksum": _checksum(index)}), "")
+        publish_json(open_store(temporary), INDEX, encode_json(index | {"checksum": checksum(index)}), "")
         try:
             if final.exists():  # one that did not match its hashes, or the run would have gone on from it
                 self._delete(final)
@@ -197,11 +219,11 @@ class Checkpoints:
 
         settings: that it must have, None: any.
         """
-        found = self.world.from_first(_read_files(checkpoint, settings) if self.world.first else None)
+        found = self.world.from_first(read_files_of(checkpoint, settings) if self.world.first else None)
         if isinstance(found, str):
             return found
         names = sorted(found)[self.world.rank :: self.world.size]
-        return self.world.first_problem(_altered(checkpoint, {name: found[name] for name in names}))
+        return self.world.first_problem(altered(checkpoint, {name: found[name] for name in names}))
 
     def load_newest(self) -> tuple[int, list[str]]:
         """Load the newest valid checkpoint into model and optimizer. All ranks take part.
@@ -269,40 +291,3 @@ def _sync_and_hash(path: Path) -> str:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
     return sha256_file(path)
-
-
-def _checksum(index: dict[str, Any]) -> str:
-    return hashlib.sha256(encode_json(index)).hexdigest()
-
-
-def _read_files(checkpoint: Path, settings: str | None) -> dict[str, str] | str:
-    """`read_files` of a folder here."""
-    try:
-        return read_files((checkpoint / INDEX).read_bytes(), str(checkpoint / INDEX), settings)
-    except OSError as error:
-        return f"{checkpoint / INDEX}: {error}"
-
-
-def read_files(data: bytes, where: str, settings: str | None) -> dict[str, str] | str:
-    """The hashes of a checkpoint's files by name, or what is wrong with its index. data: of the index, which is `where`."""
-    try:
-        index = json.loads(data)
-        if index.pop("checksum") != _checksum(index):
-            return f"{where}: altered since it was written"
-        if settings is not None and index["settings"] != settings:
-            return f"{where.removesuffix(f'/{INDEX}')}: of a run with other settings"
-        return {str(name): str(sha256) for name, sha256 in index["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{where}: {error}"
-
-
-def _altered(checkpoint: Path, files: dict[str, str]) -> str | None:
-    """The first of some files that has not the hash that it should have, or None."""
-    try:
-        with ThreadPoolExecutor(8) as pool:
-            for name, sha256 in zip(files, pool.map(sha256_file, [checkpoint / name for name in files])):
-                if files[name] != sha256:
-                    return f"{checkpoint / name}: sha256 differs from {INDEX}"
-    except OSError as error:
-        return f"{checkpoint / INDEX}: {error}"
-    return None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from shards.folder import ShardFolder
 from shards.modelfolder import require_one_scaling
@@ -45,8 +46,9 @@ def check_plain_head(base: "Base") -> None:
     model, name = base.model, type(base.model).__name__
     refusal = f"{name}: cannot be trained here: "
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear:
-        raise ValueError(f"{refusal}its output embedding is {type(head).__name__}, expected torch.nn.Linear")
+    kind = type(head).__mro__[2] if isinstance(head, FSDPModule) else type(head)  # FSDP2 makes a class of its own of it
+    if kind is not nn.Linear:
+        raise ValueError(f"{refusal}its output embedding is {kind.__name__}, expected torch.nn.Linear")
     seen: list[Tensor] = []
 
     def replace(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -70,6 +70,14 @@ class World:
             dist.broadcast_object_list(values, src=0)
         return values[0]
 
+    def from_all(self, value: Any) -> list[Any]:
+        """The objects of all ranks, in their order."""
+        values = [value]
+        if self.size > 1:
+            values = [None] * self.size
+            dist.all_gather_object(values, value)
+        return values
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()

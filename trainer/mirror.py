@@ -22,7 +22,7 @@ from shards.part import sha256_file
 from shards.store import Store, open_store, temporary_name
 from shards.store_errors import text_of
 from shards.transfer import send, upload
-from trainer.checkpoint import INDEX, read_files
+from trainer.checkpoint_files import INDEX, read_files
 from trainer.config import TrainConfig
 from trainer.distributed import World
 from trainer.export import EXPORTS

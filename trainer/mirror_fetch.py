@@ -15,7 +15,7 @@ from shards.publish import fsync_folder
 from shards.store import temporary_name
 from shards.store_errors import text_of
 from shards.transfer import receive
-from trainer.checkpoint import INDEX, read_files
+from trainer.checkpoint_files import INDEX, read_files
 from trainer.config import TrainConfig
 from trainer.going_on import CHECKPOINTS, checkpoint_steps, fingerprint_of
 from trainer.mirror import Mirror

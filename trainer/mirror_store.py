@@ -13,7 +13,7 @@ from shards.lease import LEASE
 from shards.output_folder import RUN
 from shards.publish import TEMPORARY_SUFFIX
 from shards.store import Store
-from trainer.checkpoint import INDEX
+from trainer.checkpoint_files import INDEX
 from trainer.exported import EXPORTED
 from trainer.going_on import CHECKPOINTS
 from trainer.run_folder import EVALUATION, METRICS, TASK_SCORES

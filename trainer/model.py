@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 from shards.modelfolder import max_positions, require_base
+from trainer.attention_choice import agree
 from trainer.checks import check_plain_head, check_runs
 from trainer.distributed import World, spread
 from trainer.document_attention import FORMS, Attention, lengths_of, locate
@@ -22,6 +23,7 @@ from trainer.expert_products import use_autocast_in_experts
 from trainer.noise import silence
 from trainer.sharded import Shares, load_sharded
 from trainer.weight_map import Unmapped
+from trainer.whole_attention import honour
 
 Answer = TypeVar("Answer")
 
@@ -36,7 +38,7 @@ class Base:
     dtype: of the matrix products; the weights are kept in float32. max_position: longest sequence, or None
     where the architecture has no bound. dropout: the settings of the config, by dotted name, that were set to 0 for training
     (trainer/noise.py). sharding: how `spread` spreads it over the ranks; shares: where each process holds a part of the weights already,
-    until then. attention: over documents, as trainer/attention_choice.py has chosen it.
+    until then. attention: where one was chosen over what the base was loaded with (trainer/attention_choice.py, whole_attention.py).
     """
 
     model: PreTrainedModel
@@ -211,6 +213,9 @@ def load_base(
     if base is None:
         base = Base(load_whole(folder, config, attention).to(device), resolve_dtype(dtype, device), dropout, sharding)
         freeze_idle(base.model)
+    base.attention = base.ask(honour)
+    if world is not None:
+        agree(base, world)
     base.ask(check_plain_head)
     base.ask(check_runs)
     base.model.train()

@@ -171,12 +171,19 @@ def load_sharded(
     inverse = Inverse(weight_map)
     layout = read_layout(folder, model, inverse.require_equal)
     asked, mesh = Asked(model), make_mesh(world, sharding)
-    shard(asked, layers_of(model), mesh, torch.float32)
+    shard(asked, [*layers_of(model), *embeddings_of(model)], mesh, torch.float32)
     problem = world.first_problem(read_shares(folder, stored, weight_map, Slots(asked), inverse, world))
     if problem is not None:
         raise ValueError(problem)
     asked.load_state_dict({}, strict=False)
     return Shares(layout, mesh, skeleton, asked)
+
+
+def embeddings_of(model: PreTrainedModel) -> list[nn.Module]:
+    """Input and output embedding where each is a weight of its own, so that one of them is gathered at a time."""
+    found: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    is_plain = isinstance(found[0], nn.Embedding) and isinstance(found[1], nn.Linear)
+    return found if is_plain and found[0].weight is not found[1].weight else []
 
 
 def build(config: Any, attention: str | None) -> Any:

@@ -27,6 +27,7 @@ from trainer.first_pass import first_pass
 from trainer.gathered import Gathered
 from trainer.going_on import AVERAGE_MODEL, has_other_length, is_left_out, left_out_steps
 from trainer.guard import leave_out
+from trainer.heap import frugal_heap
 from trainer.loggers import Loggers, open_loggers
 from trainer.mirror import mirroring
 from trainer.option_text import parse_on_nonfinite
@@ -71,7 +72,8 @@ def train_in(session: Session, config: TrainConfig) -> TrainResult:
 
     A function of its own, so that the model is gone before the processes part (see trainer/distributed.py).
     """
-    run = prepare(config, session)
+    with frugal_heap():
+        run = prepare(config, session)
     is_finished = run is None or train_steps(run, session)
     if run is not None and is_finished:
         export_last(run, session)
@@ -216,6 +218,7 @@ def count(batch: GlobalBatch, run: Run, world: World) -> tuple[int, int, float]:
     return int(predicted), int(tokens), model_flops
 
 
+@frugal_heap()
 def export_model(
     run: Run, session: Session, name: str, step: int, more: dict[str, Any] | None = None
 ) -> Rounding | None:

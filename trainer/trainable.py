@@ -6,7 +6,7 @@ In: the run's settings and shards. Out: a Base; the layout of its files, its mod
 from pathlib import Path
 
 from shards.folder import ShardFolder
-from trainer.attention_choice import choose_attention
+from trainer.attention_choice import agree, choose_attention
 from trainer.auto_sharding import choose_sharding
 from trainer.checks import check_document_attention, check_fits
 from trainer.config import TrainConfig
@@ -32,12 +32,19 @@ def load_trainable(
     base = load_base(
         Path(config.model), config.dtype, session.world.device, context, session.world, sharding, session.note
     )
+    if base.attention is not None:
+        session.note(f"attention: {base.attention.text}")
+        if context == "packed" and not takes_masks:  # each row is a document then, without a mask of T x T
+            base.attention = base.ask(choose_attention)
+            agree(base, session.world)
+            session.note(f"attention over rows: {base.attention.text}")
     for shards in mixed.folders:
         check_fits(base, Path(config.model), shards)
     if context == "document":
         held_out = [] if config.eval_shards is None else [ShardFolder(config.eval_shards)]
         if not takes_masks:
             base.attention = base.ask(choose_attention)
+            agree(base, session.world)
             session.note(f"attention over documents: {base.attention.text}")
         base.ask(check_document_attention, max(shards.manifest.seq_len for shards in (mixed.first, *held_out)))
     if base.dropout:

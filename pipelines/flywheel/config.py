@@ -29,7 +29,7 @@ DECIDED = {
 FILES = {"data", "eval_shards", "task_dir"}  # name something that is read
 FAST = {  # change how fast or safely a stage runs, or what it logs, and not its result
     "activation_checkpointing", "checkpoint_every", "compile", "deterministic", "engine_memory", "grace_seconds",
-    "gradient_checkpointing", "keep_checkpoints", "max_num_batched_tokens", "micro_batch_size", "num_engines", "num_workers",
+    "gradient_checkpointing", "keep_checkpoints", "max_bad_rows", "max_num_batched_tokens", "micro_batch_size", "num_engines", "num_workers",
     "progress_timeout_seconds", "ray_workers", "sharding", "timeout_seconds", "wandb_project",
 }  # fmt: skip
 RESERVED = ("score", "train", "rmt", "score-heldout", "evaluate-midtrained", "evaluate-posttrained")

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from scorer.faults import BadDocument, BadFile
-from shards.store_errors import StoreSilent
+from shards.store_errors import NOT_THE_FILES
 
 BLOCK_TOKENS = 1 << 18  # of a block, unless one document has more
 BLOCK_DOCUMENTS = 1 << 16
@@ -52,7 +52,7 @@ class Numbers:
         size = self.dtype.itemsize
         try:
             data = self._file.read_at((stop - start) * size, self._first + start * size)
-        except StoreSilent:
+        except NOT_THE_FILES:
             raise
         except OSError as error:
             raise ValueError(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from faulty import Faulty
 from nodes import Nodes
-from processes import Command, committed, content, log_lines
+from processes import Command, committed, content, log_lines, token_of_one_row
 from s3_server import BUCKET, REGION, S3Server
 
 pytestmark = pytest.mark.usefixtures("ray_session", "starts_processes")
@@ -154,6 +154,29 @@ def test_nodes_without_credentials_and_without_room_for_temporary_files(
     assert full
     assert all(str(small) in line for line in full)
     assert len(unauthorised) + len(full) == len(lines)
+
+
+def test_the_sample_of_a_threshold_comes_from_a_good_engine(nodes: Nodes, tmp_path: Path, faulty: Faulty) -> None:
+    """The first node computes wrongly, the second hangs in the middle of the sample: the run is one without them."""
+    options = ("--top-k", 3, "--entropy", "--top-k-below-entropy", "quantile:0.3")
+    sound = Command(tmp_path, *faulty.command("score", tmp_path / "sound", *options))
+    assert sound.finish() == 0, sound.errors
+    token, _, _ = token_of_one_row(faulty.packed, range(1, faulty.num_parts))
+    nodes.add(**own(wrong=True))
+    options += ("--progress-timeout-seconds", 5)
+    run, out = start(nodes, tmp_path, faulty, *options, **faults(seconds=0, canary=True))
+    run.until(lambda: "gets no engine any more in this run" in run.errors)
+    nodes.add(**own(hang=[token]))
+    run.until(lambda: "no progress for" in run.errors)
+    assert not out.exists()
+    nodes.add()
+    assert run.finish() == 0, run.errors
+    assert content(out) == content(tmp_path / "sound")
+    lines = [
+        line for line in run.errors.splitlines() if "log-probs are not the model's" in line or "no progress for" in line
+    ]
+    assert "for the estimate: engine 1 on " in lines[0]
+    assert "for the estimate: engine 2 on " in lines[1]
 
 
 @pytest.mark.slow

@@ -180,6 +180,36 @@ def test_bad_row_once_comes_out_right(faulty: Faulty, tmp_path: Path, kind: str)
     assert summary(run, "parts tried again") == 0
 
 
+def test_many_bad_rows_end_the_run_until_they_are_allowed(faulty: Faulty, tmp_path: Path) -> None:
+    """As where float16 overflows: the command says so and why; with a larger share it goes on where it was."""
+    shards, out = tmp_path / "packed", tmp_path / "out"
+    pack(PackConfig([str(faulty.corpus)], str(faulty.tokenizer), str(shards), seq_len=12, tokens_per_shard=12 * 40))
+    rows = [row["input_ids"] for row in read_rows(shards)]
+    assert len(rows) > 600
+    shares = {token: np.mean([token in row for row in rows]) for token in range(VOCABULARY)}
+    token = min(shares, key=lambda token: abs(shares[token] - 0.3))
+    assert 0.15 < shares[token] < 0.5
+    words: list[object] = [shards if word == faulty.packed else word for word in faulty.command("score", out)]
+    run = Command(tmp_path, *words, **fault(nan=[token]))
+    assert run.finish() == 1, run.errors
+    assert re.search(
+        r"\d+ of [34]\d\d rows came out without log-probs \(\d+\.\d%\), mostly: scored twice, .* not finite",
+        run.last_error,
+    )
+    assert "expected at most 0.05 of them (--max-bad-rows); " in run.last_error
+    assert "training skips them" in run.errors  # a line, long before
+    done = set(committed(out))
+    assert 300 / 40 <= len(done) < len(rows) / 40
+    assert log_lines(out)[-1]["event"] == "failed"
+    again = Command(tmp_path, *words, "--max-bad-rows", 0.6, **fault(nan=[token]))
+    assert again.finish() == 0, again.errors
+    assert done < set(committed(out))
+    bad = [index for index, row in enumerate(read_rows(out)) if row["rl_logprobs"] == [None] * len(row["input_ids"])]
+    assert {index for index in bad if len(rows[index]) > 1} == {
+        index for index, row in enumerate(rows) if token in row and len(row) > 1
+    }
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_bad_row_twice_is_set_aside(faulty: Faulty, tmp_path: Path, remit: Remit, kind: str) -> None:
     token, part, place = token_of_one_row(faulty.packed, range(1, faulty.num_parts))

@@ -94,18 +94,26 @@ def test_the_only_node_leaves_and_another_comes(nodes: Nodes, tmp_path: Path, fa
     assert 0 in engines(out)[engines(out).index(1) :]
 
 
-def test_an_engine_that_no_node_can_hold(nodes: Nodes, tmp_path: Path, faulty: Faulty) -> None:
-    """Two nodes of one CPU have two, but an engine lives on one node."""
+def test_an_engine_that_no_node_can_hold_yet(nodes: Nodes, tmp_path: Path, faulty: Faulty) -> None:
+    """Two nodes of one CPU have two, but an engine lives on one node; a larger one comes."""
     nodes.have(2)
-    arguments = faulty.command("score", tmp_path / "out", "--tensor-parallel-size", 2, engines=None)
+    out = tmp_path / "out"
+    arguments = faulty.command("score", out, "--tensor-parallel-size", 2, engines=None)
     run = Command(tmp_path, *arguments, private=True, RAY_ADDRESS=nodes.address)
-    assert run.finish() == 1
-    assert run.last_error == (
-        "remit score: error: --tensor-parallel-size is 2, but no node of the cluster has more than 1 CPUs, and an engine "
-        "lives on one node; lower it"
+    run.until(
+        lambda: (
+            (
+                "waiting for a node with 2 CPUs; the cluster has 3 nodes so far, none with more than 1 (--tensor-parallel-size is 2, "
+                "and an engine lives on one node)"
+            )
+            in run.errors
+        )
     )
-    assert "Traceback" not in run.errors
-    assert not (tmp_path / "out").exists()
+    assert not out.exists()
+    nodes.add(cpus=2)
+    assert run.finish() == 0, run.errors
+    assert "a node with 2 CPUs is there, after " in run.errors
+    assert log_lines(out)[-1]["event"] == "done"
 
 
 @pytest.mark.slow

@@ -487,6 +487,7 @@ class RenamingFileSystem(MemoryFileSystem):
 
 def test_creation_by_rename_never_replaces(monkeypatch: pytest.MonkeyPatch) -> None:
     fsspec.register_implementation("renaming", RenamingFileSystem, clobber=True)
+    monkeypatch.setattr("shards.writable.EXCLUSIVE", {"renaming"})
     store = open_store("renaming://host/folder")
     assert isinstance(store, RemoteStore)
     store.create("sub/x", b"first")
@@ -541,7 +542,7 @@ def test_memory_filesystem_by_rename() -> None:
     assert store.names() == []
 
 
-def test_a_part_that_the_store_alters_is_not_committed() -> None:
+def test_a_part_that_the_store_alters_is_not_committed(monkeypatch: pytest.MonkeyPatch) -> None:
     class Altering(MemoryFileSystem):
         protocol, alters = "altering", True
 
@@ -549,6 +550,7 @@ def test_a_part_that_the_store_alters_is_not_committed() -> None:
             super().pipe_file(path, value[:-1] + b"?" if "part" in path and self.alters else value, **kwargs)
 
     fsspec.register_implementation("altering", Altering, clobber=True)
+    monkeypatch.setattr("shards.writable.EXCLUSIVE", {"altering"})
     store = open_store("altering://folder")
     part = pa.record_batch({"input_ids": pa.array([[1, 2]], pa.list_(pa.int32()))})
     with pytest.raises(OSError, match=r"part-00000.arrow: the store gives back other bytes than were written"):

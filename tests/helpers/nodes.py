@@ -25,11 +25,12 @@ def say(value):
 
 cluster = Cluster()
 here = {"object_store_memory": 80 << 20}
-head = cluster.add_node(num_cpus=0, include_dashboard=False, **here)
+memory = json.loads(sys.argv[1])
+head = cluster.add_node(num_cpus=0, include_dashboard=False, memory=memory, **here)
 say(cluster.address)
 for line in sys.stdin:
-    number, environment = json.loads(line)
-    node = cluster.add_node(num_cpus=number, env_vars=environment, **here)
+    number, memory, environment = json.loads(line)
+    node = cluster.add_node(num_cpus=number, memory=memory, env_vars=environment, **here)
     say(node.all_processes["raylet"][0].process.pid)
 os._exit(0)
 """
@@ -38,11 +39,12 @@ os._exit(0)
 class Nodes:
     """A Ray cluster in a process of its own: a head without CPUs, and nodes that come and go."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, memory: int | None = None) -> None:
+        """memory: bytes that Ray may promise on the head."""
         self._log, self._apart = log, list[subprocess.Popen[bytes]]()
         with open(log, "w") as file:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", HOLDER],
+                [sys.executable, "-c", HOLDER, json.dumps(memory)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,
@@ -60,10 +62,10 @@ class Nodes:
                 return json.loads(line.removeprefix("ANSWER "))
         raise AssertionError("the cluster did not start")
 
-    def add(self, cpus: int = 1, **environment: str) -> int:
-        """A node more, whose engines have these variables; returns the pid of its raylet."""
+    def add(self, cpus: int = 1, memory: int | None = None, **environment: str) -> int:
+        """A node more, whose engines have these variables; returns the pid of its raylet. memory: bytes, as of the head."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps([cpus, environment]) + "\n")
+        self._process.stdin.write(json.dumps([cpus, memory, environment]) + "\n")
         self._process.stdin.flush()
         self.raylets.append(int(self._answer()))
         return self.raylets[-1]

@@ -35,6 +35,8 @@ from processes import Command, content
 from scorer.below_entropy import Sample, sample_rows, threshold_of
 from scorer.config import BelowEntropy, ScoreConfig, parse_below
 from scorer.engine import Answer
+from scorer.reference import Reference
+from scorer.score import score
 from scorer.scored_rows import ScoredRows
 from shards import ShardFolder
 from shards.verify import verify_folder
@@ -112,19 +114,22 @@ def test_it_needs_both_columns() -> None:
 def test_threshold_by_brute_force(step: float) -> None:
     rng = np.random.default_rng(1)
     entropies = [rng.exponential(1, size).astype(np.float32) for size in (5, 200, 80, 1, 33)]
-    entropies[1][7] = np.nan  # of a broken token
     sample = Sample([np.zeros(len(one) + 1, int) for one in entropies], [0, 0, 1, 2, 3])
     found = threshold_of(sample, entropies, 0.2, 0.05, step)
-    values = sorted(round(float(v) / step) * step if step else float(v) for one in entropies for v in one if v == v)
-    assert len(values) == found["top_k_quantile"]["tokens"] == 318
+    values = sorted(round(float(v) / step) * step if step else float(v) for one in entropies for v in one)
+    assert len(values) == found["top_k_quantile"]["tokens"] == 319
     threshold = found["top_k_below_entropy"]
-    assert threshold == pytest.approx(values[math.ceil(0.25 * 318)])
-    share = sum(v <= threshold for v in values) / 318
+    assert threshold == pytest.approx(values[math.ceil(0.25 * 319)])
+    share = sum(v <= threshold for v in values) / 319
     assert found["top_k_quantile"] | {"share_error": 0} == {
-        "quantile": 0.2, "margin": 0.05, "rows": 4, "tokens": 318, "share": pytest.approx(share, abs=1e-6), "share_error": 0,
+        "quantile": 0.2, "margin": 0.05, "rows": 4, "tokens": 319, "share": pytest.approx(share, abs=1e-6), "share_error": 0,
     }  # fmt: skip
     assert share >= 0.25
     assert 0 < found["top_k_quantile"]["share_error"] < 0.2
+    for value in (np.nan, np.inf):
+        entropies[1][7] = value
+        with pytest.raises(ValueError, match="1 of the sample's 319 entropies are not finite"):
+            threshold_of(sample, entropies, 0.2, 0.05, step)
 
 
 def test_the_sample_comes_from_all_over(packed: Path) -> None:
@@ -252,3 +257,20 @@ def test_killed_and_damaged_runs_end_alike(faulty: Faulty, tmp_path: Path, remit
     last = Command(tmp_path, *faulty.command("score", killed, *options, "quantile:0.3"))
     assert last.finish() == 0, last.errors
     assert (killed / "part-00001.arrow").read_bytes() == (sound / "part-00001.arrow").read_bytes()
+
+
+@pytest.mark.slow  # the machinery is tested with the fake engine
+@pytest.mark.usefixtures("ray_session")
+def test_with_a_real_engine_that_passes_the_canary(tmp_path: Path, packed: Path, reference_model: Path) -> None:
+    """The quantile of the threshold is what the stored entropies of the whole folder say, whose sample was scored before."""
+    notes: list[str] = []
+    config = ScoreConfig(
+        str(packed), str(reference_model), str(tmp_path / "out"), num_engines=1, dtype="float32", top_k=3, entropy=True,
+        entropy_temperature=2.0, top_k_below_entropy="quantile:0.3", logprob_step=0.0,  # rounded, most would be equal
+    )  # fmt: skip
+    folder = score(config, Reference(reference_model, "m"), note=notes.append)
+    assert any(line.startswith("for the estimate: engine 1 on ") and " is ready" in line for line in notes), notes
+    assert verify_folder(folder).problems == []
+    threshold = folder.manifest.references["rl"]["top_k_below_entropy"]
+    entropies = [value for row in read_rows(folder.path) for value in row["rl_entropy_t2"] if value is not None]
+    assert np.mean(np.array(entropies) <= threshold) == pytest.approx(0.35, abs=0.03)

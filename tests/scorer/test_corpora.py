@@ -2,6 +2,7 @@
 
 import bz2
 import codecs
+import errno
 import gzip
 import io
 import json
@@ -12,6 +13,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -25,6 +27,7 @@ from scorer.decompress import Damaged, Decompressed, window_of_each
 from scorer.formats import format_of, suffix_of, text_of_path
 from scorer.sources import Source, find_corpus, find_sources
 from shards.manifest import Manifest
+from shards.store_errors import StoreForbidden, StoreRefused, StoreSilent
 from shards.verify import verify_folder
 
 Remit = Callable[..., tuple[int, str, str]]
@@ -499,6 +502,66 @@ def test_bad_files_are_left_out_whole_and_counted(many: Path, tokenizer_folder: 
     write_corpus(many / "3.jsonl.zst", source_texts(60, seed=3))
     code, _, error = remit(*command, "--out", out)
     assert (code, "holds another pack: corpus[3]" in error) == (1, True)
+
+
+class Refusing(io.FileIO):
+    """A file whose store refuses to give more than its first `limit` bytes and its last 64."""
+
+    def __init__(self, path: Path, limit: int, error: Exception) -> None:
+        super().__init__(path)
+        self.limit, self.error, self.size = limit, error, path.stat().st_size
+
+    def readall(self) -> bytes:
+        return self.read(self.size)
+
+    def read(self, count: int | None = -1) -> bytes:
+        at = self.tell()
+        end = self.size if count is None or count < 0 else min(self.size, at + count)
+        if end > self.limit and at < self.size - 64:
+            raise self.error
+        return super().read(end - at)
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+REFUSALS = [
+    StoreForbidden("s3://b/x: expired"),
+    StoreRefused("status 400"),
+    StoreSilent("600 s"),
+    PermissionError("no"),
+]
+REFUSALS += [FileNotFoundError("s3://b/x"), OSError(errno.EIO, "Input/output error")]
+
+
+@pytest.mark.parametrize("error", REFUSALS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("name", ["x.parquet", "file.arrow", "stream.arrow", "x.jsonl", "x.jsonl.gz"])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_what_a_store_refuses_is_no_bad_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, error: Exception, share: float
+) -> None:
+    """--on-bad-file reject would leave it out, though its bytes are sound."""
+    table = pa.table({"text": [f"{random.Random(row).random()}" * 9 for row in range(2000)]})
+    path = tmp_path / name
+    if name.endswith(".parquet"):
+        pa.parquet.write_table(table, path, row_group_size=100)
+    elif name.endswith(".arrow"):
+        new = pa.ipc.new_file if name.startswith("file") else pa.ipc.new_stream
+        with new(str(path), table.schema) as writer:
+            writer.write_table(table, max_chunksize=100)
+    else:
+        write_corpus(path, table["text"].to_pylist())
+    size = path.stat().st_size
+    monkeypatch.setattr(Source, "open", lambda self: pa.PythonFile(Refusing(path, int(size * share), error), mode="r"))
+    with pytest.raises((OSError, ValueError)) as found:
+        for _ in read_documents(Source(name, str(path)), "text"):
+            pass
+    assert not isinstance(found.value, BadFile)
+    assert "on-bad-file" not in str(found.value)
+    if not error.errno:  # one of the disk has words of its own
+        assert found.value is error
 
 
 @pytest.mark.usefixtures("ray_session")

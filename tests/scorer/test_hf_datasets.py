@@ -8,6 +8,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -18,6 +19,7 @@ from conftest import source_texts, write_corpus
 from hub_server import REVISION, Hub
 from tokenizers import Tokenizer
 
+from scorer import hf_datasets
 from scorer.corpus import BadDocument, read_documents
 from scorer.hf_datasets import MAX_HUB_SHARDS, Shard, find_shards
 from scorer.sources import find_sources
@@ -223,6 +225,21 @@ def test_datasets_that_cannot_be_opened(
     assert (code, message in error) == (1, True), error
     assert "Traceback" not in error
     assert not (local / "out").exists()
+
+
+def test_a_disk_that_fails_is_no_bad_file(local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--on-bad-file reject would leave the dataset out, though nothing is known of its bytes."""
+
+    def fail(shard: Shard, *rest: Any) -> Any:
+        try:
+            raise PermissionError(13, "Permission denied", "x.csv")
+        except PermissionError as error:
+            raise RuntimeError("as datasets puts it") from error
+
+    assert texts_of("csv:") == ["five", "six"]
+    monkeypatch.setattr(hf_datasets, "_open_rows", fail)
+    with pytest.raises(OSError, match=r"csv::train: cannot be read beyond row 0 \(RuntimeError: as datasets puts it\)"):
+        texts_of("csv:")
 
 
 def test_documents_that_cannot_be_read(local: Path) -> None:

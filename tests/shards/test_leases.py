@@ -27,7 +27,7 @@ from shards.fingerprint import config_fingerprint, weights_fingerprint
 from shards.lease import Lease, LeaseLost, check_fence, lease_numbers
 from shards.part import CommittedAlready, read_record
 from shards.quarantine import rows_name
-from shards.store import open_store
+from shards.store import LocalStore, open_store
 
 Remit = Callable[..., tuple[int, str, str]]
 FORKS = multiprocessing.get_context("fork")
@@ -205,6 +205,49 @@ def test_release_leaves_what_stands_in_the_folder(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["kept"]
 
 
+class HalfWritten:
+    """Stands before LocalStore.read: a lease file shows only its first bytes to the next `times` reads, as on HDFS while it
+    is replaced."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.times, self.bytes = 0, 0
+        read = LocalStore.read
+
+        def half(store: LocalStore, name: str) -> bytes:
+            data = read(store, name)
+            if name.startswith("_lease/") and self.times:
+                self.times -= 1
+                return data[: self.bytes]
+            return data
+
+        monkeypatch.setattr(LocalStore, "read", half)
+
+
+@pytest.mark.parametrize("shown", [0, 40])
+def test_a_lease_file_that_is_being_replaced_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shown: int
+) -> None:
+    monkeypatch.setattr(lease_module, "HEARTBEAT_SECONDS", 600)
+    monkeypatch.setattr(lease_module, "UNREADABLE_SECONDS", 0.6)
+    half = HalfWritten(monkeypatch)
+    half.bytes = shown
+    lease = Lease(tmp_path / "out").acquire()
+    half.times = 3
+    lease.check()  # not lost
+    assert half.times == 0
+    half.times = 3
+    with pytest.raises(RuntimeError, match=f"pid {os.getpid()}"):  # nor to be taken
+        Lease(tmp_path / "out").acquire()
+    half.times = 1_000_000
+    with pytest.raises(LeaseLost):
+        lease.check()
+    taken = Lease(tmp_path / "out").acquire()  # what stays unreadable is nobody's
+    assert taken.number == 2
+    half.times = 0
+    taken.release()
+    lease.release()
+
+
 # --- a driver that lost it ------------------------------------------------------------------------------
 
 ROWS = {"input_ids": [[5, 6, 0]], "doc_lengths": [[3]], "doc_ids": [[0]], "source": [0]}
@@ -378,6 +421,23 @@ def test_an_orphan_is_replaced_but_not_a_part_that_got_its_record_meanwhile(tmp_
     with pytest.raises(CommittedAlready):
         write_one_part(tmp_path / "out", commit_theirs, {"other": "bytes"})
     assert content(tmp_path / "out") == content(tmp_path / "theirs")
+
+
+def test_a_part_that_does_not_fit_its_record_is_named_by_the_same_command(
+    tmp_path: Path, faulty: Faulty, remit: Remit
+) -> None:
+    """As two engines may leave it, the second of which was killed: no word of nothing to do."""
+    out = tmp_path / "out"
+    shutil.copytree(faulty.scored, out)
+    part = out / "part-00001.arrow"
+    part.write_bytes(part.read_bytes() + b"x")
+    code, output, error = remit(*fake_score(faulty, out))
+    assert (code, "nothing to do" in output) == (1, False)
+    assert re.search(r"part-00001\.arrow: \d+ bytes, its commit record says \d+; run remit verify", error)
+    assert remit("verify", "--shards", out, "--repair")[0] == 1
+    code, output, error = remit(*fake_score(faulty, out))
+    assert code == 0, error
+    assert committed(out) == committed(faulty.scored)
 
 
 def test_another_scoring_that_began_while_we_waited_is_not_continued(

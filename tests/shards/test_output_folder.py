@@ -6,12 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
 from pipelines.posttrain.settings import SftConfig
 from scorer.config import PackConfig, ScoreConfig, SelectConfig
 from shards.lease import Lease
 from shards.output_folder import RUN, differences, refuse_other, require_empty, same_folder, writing, writing_run
+from shards.store import open_store
+from shards.writable import require_writable
 from trainer.config import TrainConfig
 
 
@@ -44,6 +47,49 @@ def test_one_folder_under_many_names(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_one_folder_of_a_store(one: str, other: str, same: bool) -> None:
     assert same_folder(one, other) is same
     assert same_folder(other, one) is same
+
+
+@pytest.mark.parametrize("protocol", ["abfs", "az", "oss", "ftp", "webhdfs", "local", "simplecache::s3"])
+def test_stores_without_an_exclusive_create_are_only_read(protocol: str, tmp_path: Path) -> None:
+    """Two drivers could replace each other's files there. It is told before anything is asked of the store."""
+    out, expected = f"{protocol}://place/out", f"{protocol}://place/out: {protocol}:// is only read"
+    for make in (
+        lambda: PackConfig(corpus=["c.jsonl"], tokenizer="t", out=out),
+        lambda: ScoreConfig(shards="shards", model="m", name="rl", out=out),
+        lambda: SelectConfig(shards="shards", out=out, teacher="a", small="b"),
+        lambda: require_writable(out),
+    ):
+        with pytest.raises(ValueError, match=re.escape(expected)):
+            make()
+    for url in (
+        "s3://b/x",
+        "s3a://b/x",
+        "gs://b/x",
+        "gcs://b/x",
+        "hdfs://h/x",
+        "memory://x",
+        str(tmp_path),
+        "file:///x",
+    ):
+        require_writable(url)
+
+
+def test_a_store_that_is_only_read_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.filesystem("memory").pipe_file("/kept/folder/x", b"there")
+    monkeypatch.setattr("shards.writable.EXCLUSIVE", frozenset())
+    store = open_store("memory://kept/folder")
+    assert (store.read("x"), store.names(), store.size("x")) == (b"there", ["x"], 5)
+    temporary = store.temporary("y")
+    for write in (lambda: store.create("y", b""), lambda: store.replace("y", b""), lambda: Lease(store).acquire()):
+        with pytest.raises(ValueError, match="memory:// is only read"):
+            write()
+    for write in (store.publish, store.put):
+        temporary.write_bytes(b"z")
+        with pytest.raises(ValueError, match="memory:// is only read"):
+            write(temporary, "y")
+        assert not temporary.exists()
+    assert store.names() == ["x"]
+    fsspec.filesystem("memory").rm("/kept", recursive=True)
 
 
 @pytest.mark.parametrize("name", ["{shards}", "{shards}/", "file://{shards}", "{link}"])
