@@ -6,46 +6,32 @@ ranks meet over files in OUT, in no collective. What cannot be copied is said, a
 """
 
 import contextlib
-import json
+import math
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from shards.lease import Lease
 from shards.output_folder import MODEL, read_record, refuse_other
-from shards.part import sha256_file
 from shards.store import Store, open_store, temporary_name
 from shards.store_errors import text_of
-from shards.transfer import send, upload
-from trainer.checkpoint_files import INDEX, read_files
 from trainer.config import TrainConfig
 from trainer.distributed import World
-from trainer.export import EXPORTS
-from trainer.exported import FOR_TASKS, Exported
-from trainer.going_on import AVERAGE_MODEL, CHECKPOINTS, fingerprint, first_settings, length_of, settings_now
-from trainer.mirror_store import (
-    CONFIG,
-    RECORDS,
-    checkpoint_name,
-    files_of,
-    require_mirror,
-    retain,
-    whole_steps,
-)
+from trainer.going_on import CHECKPOINTS, first_settings
+from trainer.mirror_copies import Copies
+from trainer.mirror_ranks import Shares
+from trainer.mirror_store import CONFIG, checkpoint_name, require_mirror, whole_steps
 from trainer.mirror_worker import Worker
-from trainer.rank_reports import leave_report, signs_of_life, wait_for_report
-from trainer.run_folder import TENSORBOARD, refuse_other_settings
+from trainer.run_folder import refuse_other_settings
 from trainer.session import Session
 
 RELEASE_SECONDS = 15.0
-ORDER_SECONDS = 0.5  # between two looks of a rank for what it is to copy
 ROUND_SECONDS = 1.0  # of waiting at the end, after each of which the ranks meet
-QUIET_SECONDS = 2.0  # of waiting before a line says so
+QUIET_ROUNDS = 2  # before a line says so
 LEFTOVERS = ".mirror*.tmp"
 
 
@@ -60,14 +46,13 @@ class Mirror:
         self.store: Store
         self.step_in_work: int | None = None
         self.damaged: set[int] = set()
-        self._meeting: Path | None = None  # where the ranks meet, if there are several
-        self._orders = 0
+        self._shares: Shares
+        self._copies: Copies  # on the first rank
         self._lease: Lease | None = None
         self._ending = threading.Event()
         self._worker = Worker()
         self._missing: dict[str, tuple[str, str]] = {}  # by the name of the job: what is not there, and why
         self._changing = threading.Lock()
-        self._sent: dict[str, tuple[int, int]] = {}  # records as they were when they were copied
 
     def open(self, session: Session, settings: dict[str, Any]) -> None:
         """Become its only writer. All ranks; settings: of the run, on the first.
@@ -89,13 +74,11 @@ class Mirror:
             if session.lease:
                 for leftover in self.out.glob(LEFTOVERS):
                     shutil.rmtree(leftover)  # of a command that was killed
-            if self.world.size > 1:
-                self._meeting = temporary_name(self.out / "mirror")
-                self._meeting.mkdir()
         self.world.meet()
-        self._meeting = self.world.from_first(self._meeting)
-        if self._meeting and not self.world.first:
-            threading.Thread(target=self._follow, args=(self._meeting,), name="mirror", daemon=True).start()
+        meeting = self.world.from_first(temporary_name(self.out / "mirror"))
+        self._shares = Shares(self.out, self.store, self.world, meeting, self._ending)
+        if self.world.first:
+            self._copies = Copies(self.out, self.store, self._shares, self.keep, self._check)
 
     def _require_own(self, settings: dict[str, Any]) -> None:
         require_mirror(self.store)
@@ -109,8 +92,8 @@ class Mirror:
             release = threading.Thread(target=self._lease.release, name="mirror", daemon=True)
             release.start()
             release.join(RELEASE_SECONDS)
-        if self._meeting and self.world.first:
-            shutil.rmtree(self._meeting, ignore_errors=True)
+            if hasattr(self, "_shares"):
+                shutil.rmtree(self._shares.meeting, ignore_errors=True)
 
     def require_behind(self, step: int) -> None:
         """ValueError where it has a checkpoint later than `step`, the one that OUT goes on from, or another run's. All ranks."""
@@ -145,15 +128,9 @@ class Mirror:
             self._submit("records", "the records", partial(self._catch_up, finished))
 
     def _catch_up(self, finished: bool) -> None:
-        self._send_records()
-        for name, entry in Exported(self.out).read()["models"].items():
-            stays = finished or name.startswith(EXPORTS)  # the others are made again
-            if stays and not entry.get(FOR_TASKS) and not self._has_export(name):
-                self.copy_export(name)
-
-    def _has_export(self, name: str) -> bool:
-        files = files_of(self.out / name)
-        return all(self.store.size(f"{name}/{file}") == path.stat().st_size for file, path in files.items())
+        self._copies.records()
+        for name in self._copies.missing_exports(finished):
+            self.copy_export(name)
 
     def copy(self, step: int, saved: Future | None = None) -> None:
         """Have a checkpoint copied beside the training. saved: the save that comes first."""
@@ -190,113 +167,22 @@ class Mirror:
 
     def _check(self) -> None:
         """LeaseLost where another run has taken the mirror over, RuntimeError where this one ends."""
+        self._shares.go_on()
         assert self._lease is not None
-        self._go_on()
         self._lease.check()
-
-    def _go_on(self) -> None:
-        if self._ending.is_set():
-            raise RuntimeError("the run ends")
 
     def _copy_checkpoint(self, step: int, saved: Future | None) -> None:
         if saved is not None and saved.exception() is not None:
             return  # which the save itself raises
-        name, self.step_in_work = checkpoint_name(step), step
-        index, theirs = self.out / name / INDEX, f"{checkpoint_name(step)}/{INDEX}"
+        self.step_in_work = step
         try:
-            settings = fingerprint(self.out)
-            files = read_files(index.read_bytes(), str(index), settings)
-            if isinstance(files, str):
-                raise ValueError(files)
-            self._send_records()
-            if self.store.size(theirs) is None or self.store.read(theirs) != index.read_bytes():
-                self.store.delete(theirs, self._check)
-                self._have_sent(step)
-                for stale in {*self.store.names(name)} - {*files}:  # of a copy that was cut off
-                    self.store.delete(f"{name}/{stale}", self._check)
-                upload(self.store, index, theirs, self._check)
-            retain(self.store, step, self.keep, settings, self.damaged - {step}, self._check)
+            self._copies.checkpoint(step, self.damaged)
         finally:
             self.step_in_work = None
 
     def _copy_export(self, name: str) -> None:
-        folder, config = self.out / name, f"{name}/{CONFIG}"
-        files = files_of(folder)
-        try:
-            last = files.pop(CONFIG)
-            self.store.delete(config, self._check)
-            send(self.store, {f"{name}/{file}": path for file, path in files.items()}, self._go_on)
-            self._send_records()
-            for stale in {*self.store.names(name)} - {*files}:
-                self.store.delete(f"{name}/{stale}", self._check)
-            upload(self.store, last, config, self._check)
-        except (KeyError, FileNotFoundError):
-            if (folder / CONFIG).exists():
-                raise
+        if not self._copies.export(name):
             self.note(f"{self.url}: {name} is no longer in {self.out}, and is not copied there")
-
-    def _send_records(self) -> None:
-        """Copy the records that have changed. A model there of a run that has another length now does not count any more."""
-        theirs, ours = read_record(self.store), read_record(self.out)
-        if theirs and ours and length_of(settings_now(theirs)) != length_of(settings_now(ours)):
-            for model in (MODEL, AVERAGE_MODEL):
-                self.store.delete(f"{model}/{CONFIG}", self._check)
-        board = self.out / TENSORBOARD
-        for path in (*(self.out / name for name in RECORDS), *(board.rglob("*") if board.exists() else ())):
-            if path.is_file():
-                name, state = path.relative_to(self.out).as_posix(), path.stat()
-                if self._sent.get(name) != (now := (state.st_size, state.st_mtime_ns)):
-                    upload(self.store, path, name, self._check)
-                    self._sent[name] = now
-
-    # --- the ranks -------------------------------------------------------------------------------------
-
-    def _have_sent(self, step: int) -> None:
-        """Have each rank copy its share of a checkpoint; the first error, once all are done with it."""
-        if self._meeting is None:
-            self._send_share(step)
-            return
-        self._orders += 1
-        order = self._meeting / f"{self._orders}-{step}"
-        order.mkdir()
-        quiet, task = max(60.0, self.world.timeout.total_seconds()), "copy its share; OUT has the checkpoint"
-        problems: list[Exception] = []
-        for rank in range(self.world.size):
-            try:
-                if rank == 0:
-                    self._send_share(step)
-                else:
-                    wait_for_report(order, rank, quiet, self._ending, "copy", task)
-            except Exception as error:
-                problems.append(error)
-        shutil.rmtree(order, ignore_errors=True)
-        if problems:
-            raise problems[0]
-
-    def _follow(self, meeting: Path) -> None:
-        rank, beat, done = self.world.rank, min(5.0, self.world.timeout.total_seconds() / 5), 0
-        while not self._ending.wait(ORDER_SECONDS):
-            with contextlib.suppress(OSError):  # a folder that went meanwhile
-                orders = [[int(word) for word in order.name.split("-")] for order in meeting.iterdir()]
-                for number, step in sorted(orders):
-                    if number > done:
-                        done, order = number, meeting / f"{number}-{step}"
-                        with signs_of_life(order, rank, beat):
-                            report = {}
-                            try:
-                                self._send_share(step)
-                            except Exception as error:
-                                report = {"error": text_of(error)}
-                            leave_report(order, rank, report)
-
-    def _send_share(self, step: int) -> None:
-        folder, name = self.out / checkpoint_name(step), checkpoint_name(step)
-        files = json.loads((folder / INDEX).read_text(encoding="utf-8"))["files"]
-        for file in sorted(files)[self.world.rank :: self.world.size]:
-            self._go_on()
-            if sha256_file(folder / file) != files[file]:
-                raise OSError(f"{folder / file}: sha256 differs from {INDEX}")
-            send(self.store, {f"{name}/{file}": folder / file}, self._go_on)
 
     # --- the end ---------------------------------------------------------------------------------------
 
@@ -306,19 +192,16 @@ class Mirror:
         Of a run that is not `finished`, or once a process is asked to stop, for --timeout-seconds at most. RuntimeError where a
         finished run is not there as a whole.
         """
-        world, began, end, is_said = self.world, time.monotonic(), None, False
+        world, end, rounds = self.world, math.inf, 0
         while True:
             is_done = not world.first or self._worker.wait(min(ROUND_SECONDS, self.limit / 4))
-            now, stops = time.monotonic(), session.somebody_stops() or not finished
-            if stops and end is None:
-                end = now + self.limit
-            if world.first and not is_said and not is_done and now - began > QUIET_SECONDS:
-                is_said = True
-                self.note(
-                    f"waiting for the copy in {self.url}{'' if end is None else f', for at most {self.limit:g} s'}"
-                )
-            if world.from_first(is_done or (end is not None and now > end)):
+            if session.somebody_stops() or not finished:
+                end = min(end, time.monotonic() + self.limit)
+            if world.from_first(is_done or time.monotonic() > end):
                 break
+            rounds += 1
+            if rounds == QUIET_ROUNDS:
+                self.note(f"waiting for the copy in {self.url}{'' if math.isinf(end) else f', up to {self.limit:g} s'}")
         problem = world.from_first(self._problem(finished) if world.first else None)
         if problem and finished:
             raise RuntimeError(problem)

@@ -30,6 +30,20 @@ MODEL = "model/model.safetensors"
 FOLDERS = ("checkpoints", "model", "model-average", "exports", "tensorboard")
 
 
+PATIENT = """
+from trainer.mirror import Mirror
+copy = Mirror.copy
+Mirror.copy = lambda self, *words: self._worker.wait(60) and copy(self, *words)
+"""
+COPY = mirror_module.Mirror.copy
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each save waits for the copy before it, so that none is left out."""
+    monkeypatch.setattr(mirror_module.Mirror, "copy", lambda self, *words: self._worker.wait(60) and COPY(self, *words))
+
+
 def figures(out: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in VOLATILE} for line in metrics_of(out)]
 
@@ -277,6 +291,7 @@ def test_a_slow_store_is_not_waited_for(
         put(store, temporary, name)
 
     monkeypatch.setattr(LocalStore, "put", slow)
+    monkeypatch.setattr(mirror_module.Mirror, "copy", COPY)
     began = time.monotonic()
     settings = {"mirror": str(mirror), "checkpoint_every": 1, "keep_checkpoints": 1}
     finished, notes = start(out, steps=3, timeout_seconds=1.0, **settings)
@@ -294,12 +309,6 @@ def test_a_slow_store_is_not_waited_for(
     assert not (mirror / "exports").exists()
     assert figures(out) == figures(whole)
 
-
-PATIENT = """
-from trainer.mirror import Mirror
-copy = Mirror.copy
-Mirror.copy = lambda self, *words: self._worker.wait(60) and copy(self, *words)  # each save, so that none is left out
-"""
 
 # --- processes and a server ----------------------------------------------------------------------------
 
