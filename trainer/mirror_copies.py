@@ -11,7 +11,7 @@ from trainer.export import EXPORTS
 from trainer.exported import FOR_TASKS, Exported
 from trainer.going_on import AVERAGE_MODEL, fingerprint, length_of, settings_now
 from trainer.mirror_ranks import Shares
-from trainer.mirror_store import CONFIG, RECORDS, checkpoint_name, files_of, retain
+from trainer.mirror_store import CONFIG, RECORDS, checkpoint_name, files_of, retain, settings_of
 from trainer.run_folder import TENSORBOARD
 
 
@@ -23,18 +23,21 @@ class Copies:
         self._sent: dict[str, tuple[int, int]] = {}  # records as they were when they were copied
 
     def checkpoint(self, step: int, damaged: set[int]) -> None:
-        """Copy a checkpoint, its list last, and delete older ones. damaged: steps of those there that are."""
+        """Copy a checkpoint, its list last, and delete older ones. damaged: steps of those there that are, less this one then."""
         name = checkpoint_name(step)
         index, theirs, settings = self.out / name / INDEX, f"{name}/{INDEX}", fingerprint(self.out)
         files = read_files(index.read_bytes(), str(index), settings)
         if isinstance(files, str):
             raise ValueError(files)
         self.records()
-        if self.store.size(theirs) is None or self.store.read(theirs) != index.read_bytes():
+        if step in damaged or self.store.size(theirs) is None or self.store.read(theirs) != index.read_bytes():
+            if settings_of(self.store, step) not in (None, settings):
+                raise ValueError(f"{self.store.where(name)}: is of another run, and stays")
             self.store.delete(theirs, self.check)
             self.shares.have_sent(step)
             self._finish(name, {*files}, index)
-        retain(self.store, step, self.keep, settings, damaged - {step}, self.check)
+            damaged.discard(step)
+        retain(self.store, step, self.keep, settings, damaged, self.check)
 
     def export(self, name: str) -> bool:
         """Copy an export, its config.json last; False where it is no longer in OUT."""

@@ -13,7 +13,7 @@ from shards.lease import LEASE
 from shards.output_folder import RUN
 from shards.publish import TEMPORARY_SUFFIX
 from shards.store import Store
-from trainer.checkpoint_files import INDEX
+from trainer.checkpoint_files import INDEX, read_files
 from trainer.exported import EXPORTED
 from trainer.going_on import CHECKPOINTS
 from trainer.run_folder import EVALUATION, METRICS, TASK_SCORES
@@ -58,17 +58,19 @@ def retain(
     What is not whole, or of another run, or in `damaged`, is not counted and stays.
     """
     there = (other for other in whole_steps(store) if other <= step and other not in damaged)
-    own = [other for other in there if _settings_of(store, other) == settings]
+    own = [other for other in there if settings_of(store, other) == settings]
     for old in own[:-keep]:
         store.delete(f"{checkpoint_name(old)}/{INDEX}", may_delete)
         store.remove(checkpoint_name(old), may_delete)
 
 
-def _settings_of(store: Store, step: int) -> str | None:
+def settings_of(store: Store, step: int) -> str | None:
+    """The fingerprint in a checkpoint.json; None where there is none, or one that was altered."""
     try:
-        return str(json.loads(store.read(f"{checkpoint_name(step)}/{INDEX}"))["settings"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        data = store.read(f"{checkpoint_name(step)}/{INDEX}")
+    except FileNotFoundError:
         return None
+    return None if isinstance(read_files(data, "", None), str) else str(json.loads(data)["settings"])
 
 
 def files_of(folder: Path) -> dict[str, Path]:

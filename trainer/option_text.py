@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from shards.store import HUB_IS_READ, is_remote
+from shards.writable import require_writable
 
 Ranges = tuple[tuple[int, int], ...]
 """Ranges of steps, first and last, both included; ascending, with a gap between any two."""
@@ -109,6 +110,7 @@ def check_mirror(mirror: str, out: Path) -> None:
     if not mirror.strip("/ "):
         raise ValueError(f"--mirror is {mirror!r}, expected a folder, as s3://bucket/run")
     if is_remote(mirror):
+        require_writable(mirror)
         if "/" not in mirror.rstrip("/").partition("://")[2]:
             raise ValueError(f"--mirror {mirror}: is a whole bucket; name a folder in it")
         return

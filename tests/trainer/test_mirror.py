@@ -21,6 +21,7 @@ from shards.store import LocalStore, open_store
 from shards.store_errors import StoreSilent
 from shards.transfer import receive, send
 from trainer import mirror as mirror_module
+from trainer.checkpoint_files import checksum
 from trainer.config import TrainConfig
 from trainer.mirror_store import require_mirror
 from trainer.train import train
@@ -131,8 +132,10 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, start: Callable, wh
     else:
         file.write_bytes(data[:200] + bytes([data[200] ^ 1]) + data[201:])
     shutil.rmtree(out)
-    finished, notes = start(out, mirror=str(mirror), keep_checkpoints=1)
-    assert finished
+    finished, notes = start(out, steps=1, mirror=str(mirror))
+    assert not finished
+    assert part(contents(mirror), "checkpoints") == part(contents(out), "checkpoints")  # step 5 of both is whole again
+    assert start(out, mirror=str(mirror))[0]
     assert "going on after step 4" in notes
     assert [line for line in notes if "passed over a damaged checkpoint" in line and "step-000005" in line]
     assert figures(out) == figures(whole)
@@ -206,8 +209,10 @@ def test_what_is_not_the_runs_own_stays(tmp_path: Path, start: Callable) -> None
     out, mirror = tmp_path / "out", tmp_path / "mirror"
     assert not start(out, steps=2, mirror=str(mirror))[0]
     index = json.loads((mirror / "checkpoints/step-000002/checkpoint.json").read_text())
+    del index["checksum"]
+    index["settings"] = "0" * 64
     theirs = {
-        "checkpoints/step-000001/checkpoint.json": json.dumps(index | {"settings": "0" * 64}).encode(),
+        "checkpoints/step-000001/checkpoint.json": json.dumps(index | {"checksum": checksum(index)}).encode(),
         "checkpoints/step-000000/weights": b"of another", "checkpoints/step-000003/half": b"x", "checkpoints/best/a": b"1",
         "notes/a/b": b"mine", "model-old/config.json": b"{}", "exports/step-000009/config.json": b"{}",
     }  # fmt: skip
@@ -236,7 +241,7 @@ def test_what_is_refused(tmp_path: Path, start: Callable, annotated: dict[str, P
         ({"mirror": str(tmp_path / "deep")}, other.format("checkpoints")),
         ({"mirror": str(tmp_path / "hidden")}, other.format(".git")),
         ({"mirror": str(annotated["packed"])}, other.format("_manifest.json")),
-        ({"mirror": "nosuch://bucket/run"}, "--mirror nosuch://bucket/run: nosuch:// cannot be used here"),
+        ({"mirror": "nosuch://bucket/run"}, "nosuch://bucket/run: nosuch:// is only read"),
         ({"mirror": "hf://datasets/a/b/run"}, "the hub is only read"),
         ({"mirror": "s3://bucket"}, "is a whole bucket; name a folder in it"),
         ({"mirror": str(tmp_path / "new" / "sub")}, "one is in the other"),
