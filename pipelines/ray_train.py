@@ -83,7 +83,7 @@ def for_workers(config: TrainConfig) -> TrainConfig:
     """The same run for Ray's workers, which have another working directory."""
     return replace(
         config, out=config.out.absolute(), shards=_absolute_shards(config), mix=config.mix and config.mix.absolute(),
-        model=absolute(config.model), eval_shards=config.eval_shards and absolute(config.eval_shards),
+        model=absolute(config.model), mirror=config.mirror and absolute(config.mirror), eval_shards=config.eval_shards and absolute(config.eval_shards),
         resume_from=config.resume_from and config.resume_from.absolute(),
         prometheus=config.prometheus and config.prometheus.absolute(),
     )  # fmt: skip

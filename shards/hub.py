@@ -118,7 +118,7 @@ class HubStore(RemoteStore):
     def delete(self, name: str, may_delete: Any = None) -> None:
         self._refuse()
 
-    def remove(self, folder: str = "") -> None:
+    def remove(self, folder: str = "", may_delete: Any = None) -> None:
         self._refuse()
 
     def _refuse(self) -> NoReturn:

@@ -66,10 +66,10 @@ def _clocks() -> tuple[float, float]:
 
 
 class Lease:
-    """The lease of a folder, held from `acquire` to `release`; a thread renews it."""
+    """The lease of a folder, held from `acquire` to `release`; a thread renews it. option: that the folder was given with."""
 
-    def __init__(self, folder: Store | str | Path) -> None:
-        self.store = open_store(folder)
+    def __init__(self, folder: Store | str | Path, option: str = "--out") -> None:
+        self.store, self.option = open_store(folder), option
         self.number = 0
         self._value: dict[str, Any] = {}
         self._confirmed = (-math.inf, -math.inf)  # when it was seen to be ours, by two clocks
@@ -196,7 +196,7 @@ class Lease:
         age = max(0.0, time.time() - value.get("started", time.time()))
         raise RuntimeError(
             f"{self.store.url}: another driver writes to this folder: host {value.get('host')}, pid {value.get('pid')}, "
-            f"since {age // 60:.0f} min {int(age % 60)} s; let it finish, stop it, or choose another --out"
+            f"since {age // 60:.0f} min {int(age % 60)} s; let it finish, stop it, or choose another {self.option}"
         )
 
     def _encoded(self) -> bytes:

@@ -8,8 +8,10 @@ sees a whole file or none, and of two writers one is told that the name is taken
 import ctypes
 import errno
 import os
+import secrets
 from pathlib import Path
 
+TEMPORARY_SUFFIX = ".tmp"
 AT_FDCWD = -100  # paths are relative to the current folder
 RENAME_NOREPLACE = 1
 # the name is taken or a file is gone; the disk is full or may not be written to: another way would not help
@@ -69,3 +71,8 @@ def fsync_folder(folder: Path) -> None:
             raise OSError(error.errno, os.strerror(error.errno or 0), str(folder)) from None
     finally:
         os.close(descriptor)
+
+
+def temporary_name(final: Path) -> Path:
+    """A name in the same folder that no reader looks at and no other process uses."""
+    return final.with_name(f".{final.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")

@@ -31,6 +31,8 @@ CONDITIONAL_PUT = {"s3", "s3a", "gs", "gcs"}
 PACKAGES = {"s3": "pip install s3fs", "gs": "pip install gcsfs", "hdfs": "it needs Java and Hadoop's libhdfs"}
 PACKAGES |= {"s3a": PACKAGES["s3"], "gcs": PACKAGES["gs"]}
 READ_BYTES = 8 << 20  # a request for the bytes of an open file asks for at least as many
+PART_BYTES = 8 << 20  # of a large file that is uploaded
+UPLOADS = 5  # of one file, where they break off
 T = TypeVar("T")
 
 
@@ -98,9 +100,10 @@ class RemoteStore(Store):
             raise ValueError(f"{self.url}: {name!r} is not a name inside this folder")
         return f"{self._root}/{name}" if name else self._root
 
-    def _ask(self, name: str, call: Callable[[str], T]) -> T:
+    def _ask(self, name: str, call: Callable[[str], T], may_ask: Callable[[], None] = lambda: None) -> T:
+        """may_ask: before each try, since the tries may outlast a lease."""
         path = self.path(name)
-        return asked_again(lambda: call(path), self.where(name))
+        return asked_again(lambda: call(path), self.where(name), may_ask)
 
     def read(self, name: str) -> bytes:
         return self._ask(name, self._fs.cat_file)
@@ -136,7 +139,9 @@ class RemoteStore(Store):
 
         return self._ask(name, piece) if start < stop else b""
 
-    def sizes(self, folder: str = "") -> dict[str, int]:
+    def _list(self, folder: str, kind: str) -> list[dict]:
+        """What is directly in a folder of one kind, file or directory."""
+
         def entries(path: str) -> list[dict]:
             try:
                 return self._fs.ls(path, detail=True, **self._refresh())
@@ -145,11 +150,19 @@ class RemoteStore(Store):
                     raise
                 return []
 
-        files = {entry["name"]: entry["size"] for entry in self._ask(folder, entries) if entry["type"] == "file"}
+        return [entry for entry in self._ask(folder, entries) if entry["type"] == kind]
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        files = {entry["name"]: entry["size"] for entry in self._list(folder, "file")}
         return {name.rsplit("/", 1)[-1]: size for name, size in files.items() if not name.endswith("/")}
 
     def names(self, folder: str = "") -> list[str]:
         return sorted(self.sizes(folder))
+
+    def folders(self, folder: str = "") -> list[str]:
+        found = {entry["name"].rstrip("/") for entry in self._list(folder, "directory")}
+        found -= {self.path(folder)}  # which consoles of stores put into it
+        return sorted(name.rsplit("/", 1)[-1] for name in found)
 
     def used_bytes(self) -> int:
         return sum(self.sizes().values())
@@ -252,14 +265,8 @@ class RemoteStore(Store):
             return None
 
     def delete(self, name: str, may_delete: Callable[[], None] = lambda: None) -> None:
-        def delete(path: str) -> None:
-            may_delete()  # before each try, since the tries may outlast a lease
-            try:
-                self._fs.rm_file(path)
-            except FileNotFoundError:
-                pass
-
-        self._ask(name, delete)
+        with contextlib.suppress(FileNotFoundError):
+            self._ask(name, self._fs.rm_file, may_delete)
 
     def move(self, name: str, to: str) -> None:
         self.replace(to, self.read(name))
@@ -272,11 +279,18 @@ class RemoteStore(Store):
         finally:
             temporary.unlink(missing_ok=True)
 
-    def remove(self, folder: str = "") -> None:
-        try:
-            self._ask(folder, lambda path: self._fs.rm(path, recursive=True))
-        except FileNotFoundError:
-            pass
+    def upload(self, path: Path, name: str, may_write: Callable[[], None] = lambda: None) -> None:
+        """Copy a local file, never whole in memory, replacing what is there. may_write: raises where this process must not."""
+        require_writable(self.url)
+        options: dict[str, int] = {}
+        if self._protocol in ("s3", "s3a"):  # ten parts at a time are in memory, and there are at most 10,000
+            options["chunksize"] = max(PART_BYTES, -(-path.stat().st_size // 9000))
+        target = self.path(name)
+        asked_again(lambda: self._fs.put_file(str(path), target, **options), self.where(name), may_write, UPLOADS)
+
+    def remove(self, folder: str = "", may_delete: Callable[[], None] = lambda: None) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._ask(folder, lambda path: self._fs.rm(path, recursive=True), may_delete)
 
     def clean(self, folder: str = "") -> None:
         super().clean(folder)

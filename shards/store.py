@@ -7,7 +7,6 @@ its bytes or not at all, and `create` and `publish` never replace what is there.
 import errno
 import hashlib
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,10 +16,9 @@ from typing import IO
 import pyarrow as pa
 
 from shards.crash import crash_point
-from shards.publish import fsync_folder, give_name
+from shards.publish import TEMPORARY_SUFFIX, fsync_folder, give_name, temporary_name
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-TEMPORARY_SUFFIX = ".tmp"
 HUB = "hf://"
 HUB_IS_READ = "{}: the hub is only read; write to a folder here or in an object store, then remit push it"
 
@@ -41,8 +39,7 @@ def open_store(folder: "str | Path | Store") -> "Store":
 
 
 def is_remote(folder: "str | Path") -> bool:
-    """Whether a --corpus, --shards or --out is a URL rather than a path."""
-    # hf://NAME of a --corpus is a dataset for the library of that name
+    """Whether a --corpus, --shards or --out is a URL rather than a path; hf://NAME of a --corpus is a dataset."""
     return "://" in str(folder) and not str(folder).startswith("file://") and not is_dataset(folder)
 
 
@@ -53,7 +50,8 @@ def is_dataset(word: "str | Path") -> bool:
 
 def absolute(folder: "str | Path") -> str:
     """The same folder for processes with another working directory."""
-    return str(folder) if is_remote(folder) or is_dataset(folder) else str(Path(folder).absolute())
+    path = str(folder).removeprefix("file://")
+    return path if is_remote(folder) or is_dataset(folder) else str(Path(path).absolute())
 
 
 class Store:
@@ -87,6 +85,10 @@ class Store:
 
     def names(self, folder: str = "") -> list[str]:
         """Sorted names of the files directly in `folder`, without it; none where it does not exist."""
+        raise NotImplementedError
+
+    def folders(self, folder: str = "") -> list[str]:
+        """The same of the folders in it."""
         raise NotImplementedError
 
     def sizes(self, folder: str = "") -> dict[str, int]:
@@ -144,8 +146,8 @@ class Store:
         """Rename a file, replacing what is there."""
         raise NotImplementedError
 
-    def remove(self, folder: str = "") -> None:
-        """Remove a folder with all that is in it, or everything."""
+    def remove(self, folder: str = "", may_delete: Callable[[], None] = lambda: None) -> None:
+        """Remove a folder with all that is in it, or everything. may_delete: raises where this process must not."""
         raise NotImplementedError
 
     def clean(self, folder: str = "") -> None:
@@ -223,9 +225,15 @@ class LocalStore(Store):
                     into, offset = into[count:], offset + count
 
     def names(self, folder: str = "") -> list[str]:
+        return self._entries(folder, are_folders=False)
+
+    def folders(self, folder: str = "") -> list[str]:
+        return self._entries(folder, are_folders=True)
+
+    def _entries(self, folder: str, are_folders: bool) -> list[str]:
         try:
             with os.scandir(self.path(folder)) as entries:
-                return sorted(entry.name for entry in entries if not entry.is_dir(follow_symlinks=False))
+                return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False) == are_folders)
         except FileNotFoundError:
             return []
 
@@ -236,8 +244,7 @@ class LocalStore(Store):
             return None
 
     def create(self, name: str, data: bytes, kind: str = "") -> None:
-        final = self.path(name)
-        temporary = self._write(final, data)
+        temporary = self._write(self.path(name), data)
         if kind:
             crash_point(f"{kind}.written")
         self.publish(temporary, name, kind)
@@ -298,21 +305,16 @@ class LocalStore(Store):
         fsync_folder(target.parent)
 
     def put(self, temporary: Path, name: str) -> None:
-        fd = os.open(temporary, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, self.path(name))
         fsync_folder(self.path(name).parent)
 
-    def remove(self, folder: str = "") -> None:
+    def remove(self, folder: str = "", may_delete: Callable[[], None] = lambda: None) -> None:
+        may_delete()
         shutil.rmtree(self.path(folder), ignore_errors=True)
 
     def free_bytes(self) -> int | None:
         assert self.local is not None
         existing = next(path for path in (self.local, *self.local.parents) if path.exists())
         return shutil.disk_usage(existing).free
-
-
-def temporary_name(final: Path) -> Path:
-    """A name in the same folder that no reader looks at and no other process uses."""
-    return final.with_name(f".{final.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")

@@ -8,7 +8,6 @@ A folder that does not match its list is passed over, never loaded.
 
 import base64
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ import threading
 import traceback
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -36,12 +35,15 @@ from shards.part import encode_json, publish_json, sha256_file
 from shards.publish import fsync_folder
 from shards.store import open_store, temporary_name
 from trainer.average import Average, local
+from trainer.checkpoint_files import INDEX, altered, checksum, read_files_of
 from trainer.distributed import PATIENCE, World
 from trainer.heap import frugal_heap
 from trainer.main_memory import free_main_memory
 from trainer.rank_reports import clear_reports, leave_report, signs_of_life, wait_for_report
 
-INDEX = "checkpoint.json"
+if TYPE_CHECKING:
+    from trainer.mirror import Mirror
+
 COPIED_SHARE = 0.8
 """Of the main memory that is free; a copy of the state that needs more is not made."""
 
@@ -67,7 +69,7 @@ class Checkpoints:
 
     settings: a fingerprint of all that decides the outcome; a checkpoint with another one is not loaded. lease: of the
     run's folder; once another process has taken it over, a save publishes and deletes nothing. average: of the weights,
-    saved with them.
+    saved with them. mirror: where each of them is copied.
     """
 
     def __init__(
@@ -80,7 +82,9 @@ class Checkpoints:
         keep: int,
         lease: Lease | None = None,
         average: Average | None = None,
+        mirror: "Mirror | None" = None,
     ) -> None:
+        self.mirror = mirror
         self.folder, self.model, self.optimizer, self.world = folder, model, optimizer, world
         self.settings, self.keep, self.lease, self.average = settings, keep, lease, average
         self.run_state: dict[str, Any] = {}
@@ -127,6 +131,8 @@ class Checkpoints:
         index = {"step": step, "position": position, "world_size": self.world.size, "settings": self.settings}
         index["run"] = (run_state or {}) | ({"average": self.average.state()} if self.average else {})
         self._saving = self._thread.submit(self._publish, written, temporary, final, index, random)
+        if self.mirror and self.world.first:
+            self.mirror.copy(step, self._saving)
 
     def _write(self, state: dict[str, Any], folder: Path) -> Future:
         """Begin to write the state; ranks that do so and ranks that wait until it is written may meet."""
@@ -154,7 +160,7 @@ class Checkpoints:
         clear_reports(temporary)
         index["random"] = [report["random"] for report in reports]
         index["files"] = dict(sorted(item for report in reports for item in report["files"].items()))
-        publish_json(open_store(temporary), INDEX, encode_json(index | {"checksum": _checksum(index)}), "")
+        publish_json(open_store(temporary), INDEX, encode_json(index | {"checksum": checksum(index)}), "")
         try:
             if final.exists():  # one that did not match its hashes, or the run would have gone on from it
                 self._delete(final)
@@ -164,14 +170,21 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         fsync_folder(self.folder)
-        passed_over = [path for path in self._passed_over if path != final]
-        kept = [path for step, path in checkpoints_of(self.folder).items() if step <= index["step"]]
-        older = [path for path in kept if path not in passed_over][: -self.keep]
-        for old in [*passed_over, *older]:
+        self._passed_over = [path for path in self._passed_over if path != final]
+        for old in self._passed_over:
             self._delete(old)
         self._passed_over = []
+        self.prune(index["step"])
         for leftover in self.folder.glob(".step-*.tmp"):
             self._delete(leftover)
+
+    def prune(self, step: int) -> None:
+        """Leave the newest checkpoints up to `step`, and one that is being copied, on the first rank."""
+        kept = {number: path for number, path in checkpoints_of(self.folder).items() if number <= step}
+        in_work = self.mirror.step_in_work if self.mirror else None
+        for number in [*kept][: -self.keep]:
+            if number != in_work:
+                self._delete(kept[number])
 
     def _hash_own(self, written: Future, temporary: Path, random: str) -> dict[str, Any]:
         """Random state and hashes of this rank's files, which a rank but the first leaves beside them."""
@@ -206,11 +219,11 @@ class Checkpoints:
 
         settings: that it must have, None: any.
         """
-        found = self.world.from_first(_read_files(checkpoint, settings) if self.world.first else None)
+        found = self.world.from_first(read_files_of(checkpoint, settings) if self.world.first else None)
         if isinstance(found, str):
             return found
         names = sorted(found)[self.world.rank :: self.world.size]
-        return self.world.first_problem(_altered(checkpoint, {name: found[name] for name in names}))
+        return self.world.first_problem(altered(checkpoint, {name: found[name] for name in names}))
 
     def load_newest(self) -> tuple[int, list[str]]:
         """Load the newest valid checkpoint into model and optimizer. All ranks take part.
@@ -228,7 +241,8 @@ class Checkpoints:
             self._passed_over.append(checkpoint)
         if problems:
             raise ValueError(
-                f"{self.folder}: no checkpoint can be used: {'; '.join(problems)}; delete the run's folder to start over"
+                f"{self.folder}: no checkpoint can be used: {'; '.join(problems)}; delete the run's folder to "
+                f"{f'go on from {self.mirror.url}' if self.mirror else 'start over'}"
             )
         return 0, problems
 
@@ -277,32 +291,3 @@ def _sync_and_hash(path: Path) -> str:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
     return sha256_file(path)
-
-
-def _checksum(index: dict[str, Any]) -> str:
-    return hashlib.sha256(encode_json(index)).hexdigest()
-
-
-def _read_files(checkpoint: Path, settings: str | None) -> dict[str, str] | str:
-    """The hashes of a checkpoint's files by name, or what is wrong with its index."""
-    try:
-        index = json.loads((checkpoint / INDEX).read_text(encoding="utf-8"))
-        if index.pop("checksum") != _checksum(index):
-            return f"{checkpoint / INDEX}: altered since it was written"
-        if settings is not None and index["settings"] != settings:
-            return f"{checkpoint}: of a run with other settings"
-        return {str(name): str(sha256) for name, sha256 in index["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{checkpoint / INDEX}: {error}"
-
-
-def _altered(checkpoint: Path, files: dict[str, str]) -> str | None:
-    """The first of some files that has not the hash that it should have, or None."""
-    try:
-        with ThreadPoolExecutor(8) as pool:
-            for name, sha256 in zip(files, pool.map(sha256_file, [checkpoint / name for name in files])):
-                if files[name] != sha256:
-                    return f"{checkpoint / name}: sha256 differs from {INDEX}"
-    except OSError as error:
-        return f"{checkpoint / INDEX}: {error}"
-    return None

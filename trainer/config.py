@@ -12,7 +12,7 @@ from shards.output_folder import require_new_folder
 from shards.ranges import require, require_at_least, require_not_negative, require_positive
 from trainer.mixture import Mixture, given_mixture
 from trainer.objectives.settings import ObjectiveSettings
-from trainer.option_text import check_eval_device, parse_average, parse_on_nonfinite, parse_steps
+from trainer.option_text import check_eval_device, check_mirror, parse_average, parse_on_nonfinite, parse_steps
 
 LOWEST = 1e-7
 
@@ -111,6 +111,9 @@ class TrainConfig(ObjectiveSettings):
     """Steps between checkpoints, and one after the last step; 0: none."""
     keep_checkpoints: int = 2
     """The newest so many checkpoints are kept."""
+    mirror: str | None = None
+    """Also copy checkpoints and exports to this folder of an object store (s3://, gs://) or disk, beside the training; a run whose
+    --out has no checkpoint and no model goes on from there. An --out that is behind it is refused."""
     export_every: int = 0
     """Steps between models in mid-run, OUT/exports/step-000100 and so on, as Hugging Face folders; 0: only OUT/model."""
     export_dtype: Literal["base", "float32", "bfloat16"] = "base"
@@ -176,6 +179,8 @@ class TrainConfig(ObjectiveSettings):
             )
         require_not_negative(self, "router_aux_loss", expected="0 (without) or more, as 0.001")
         require(self, lambda share: 0 < share <= 1, "a share of the steps above 0, up to 1", "decay_fraction")
+        if self.mirror is not None:
+            check_mirror(self.mirror, self.out)
         if self.average is not None:
             parse_average(self.average)
         parse_on_nonfinite(self.on_nonfinite)

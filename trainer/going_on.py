@@ -53,6 +53,11 @@ def fingerprint(out: Path) -> str:
     """Of what the run in `out` began with: a checkpoint stays its own whatever changes later."""
     record = read_record(out)
     assert record is not None
+    return fingerprint_of(record)
+
+
+def fingerprint_of(record: Mapping[str, Any]) -> str:
+    """The same of the run with this run.json."""
     return hashlib.sha256(encode_json(first_settings(record))).hexdigest()
 
 
@@ -212,7 +217,8 @@ def describe_source(config: TrainConfig, settings: Settings) -> tuple[Settings, 
         source = read_record(checkpoint.resolve().parent.parent)
         step, checksum = int(index["step"]), str(index["checksum"])
     except FileNotFoundError:
-        known = (read_record(config.out) or {}).get(RESUMED_FROM)
+        record = read_record(config.out) or (config.mirror and read_record(config.mirror)) or {}
+        known = record.get(RESUMED_FROM)
         if known:
             return known, None
         index, source = None, None

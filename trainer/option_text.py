@@ -2,7 +2,11 @@
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+
+from shards.store import HUB_IS_READ, is_remote
+from shards.writable import require_writable
 
 Ranges = tuple[tuple[int, int], ...]
 """Ranges of steps, first and last, both included; ascending, with a gap between any two."""
@@ -97,3 +101,21 @@ def check_eval_device(text: str, ray_workers: int) -> None:
         raise ValueError(f"--eval-device is {text!r}, expected auto, cpu, cuda or cuda:N, as cuda:7")
     if ray_workers and ":" in text:
         raise ValueError(f"--eval-device is {text} with --ray-workers, expected auto, cpu or cuda: Ray chooses the GPU")
+
+
+def check_mirror(mirror: str, out: Path) -> None:
+    """ValueError unless --mirror names a folder that can be written, apart from --out."""
+    if mirror.startswith("hf:"):
+        raise ValueError(HUB_IS_READ.format(f"--mirror {mirror}"))
+    if not mirror.strip("/ "):
+        raise ValueError(f"--mirror is {mirror!r}, expected a folder, as s3://bucket/run")
+    if is_remote(mirror):
+        require_writable(mirror)
+        if "/" not in mirror.rstrip("/").partition("://")[2]:
+            raise ValueError(f"--mirror {mirror}: is a whole bucket; name a folder in it")
+        return
+    here, there = Path(out).resolve(), Path(mirror.removeprefix("file://")).resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise ValueError(
+            f"--mirror {mirror} and --out {out} are one folder, or one is in the other; choose another --mirror"
+        )

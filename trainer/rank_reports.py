@@ -54,9 +54,14 @@ def signs_of_life(folder: Path, rank: int, seconds: float) -> Iterator[None]:
         thread.join()
 
 
-def wait_for_report(folder: Path, rank: int, quiet_seconds: float, ending: threading.Event) -> dict[str, Any]:
+HASH = "hash the files that it wrote; the checkpoint is not published, the one before it is"
+
+
+def wait_for_report(
+    folder: Path, rank: int, quiet_seconds: float, ending: threading.Event, verb: str = "save", task: str = HASH
+) -> dict[str, Any]:
     """What rank `rank` left; RuntimeError where it says that it failed, TimeoutError after `quiet_seconds` without a sign of
-    life, or after GRACE_SECONDS once `ending` is set.
+    life, or after GRACE_SECONDS once `ending` is set. verb, task: what it was to do, for the messages.
     """
     sign, since = None, time.monotonic()
     while not _report(folder, rank).exists():
@@ -65,14 +70,11 @@ def wait_for_report(folder: Path, rank: int, quiet_seconds: float, ending: threa
                 sign, since = newest, time.monotonic()
         limit = min(GRACE_SECONDS, quiet_seconds) if ending.is_set() else quiet_seconds
         if time.monotonic() - since > limit:
-            raise TimeoutError(
-                f"{folder}: no sign of rank {rank} for {limit:g} s, which was to hash the files that it wrote; the checkpoint is "
-                "not published, the one before it is"
-            )
+            raise TimeoutError(f"{folder}: no sign of rank {rank} for {limit:g} s, which was to {task}")
         time.sleep(POLL_SECONDS)
     report: dict[str, Any] = json.loads(_report(folder, rank).read_text(encoding="utf-8"))
     if "error" in report:
-        raise RuntimeError(f"{folder}: rank {rank} could not save its part: {report['error']}")
+        raise RuntimeError(f"{folder}: rank {rank} could not {verb} its part: {report['error']}")
     return report
 
 

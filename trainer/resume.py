@@ -72,9 +72,11 @@ def resume(
         refuse_other_settings(config.out, settings)  # of a writer that came in between
     checkpoints = Checkpoints(
         config.out / CHECKPOINTS, loss_model, optimizer, world, world.from_first(fingerprint(config.out) if world.first else None),
-        config.keep_checkpoints, session.lease, average,
+        config.keep_checkpoints, session.lease, average, session.mirror,
     )  # fmt: skip
     first_step, problems = checkpoints.load_newest()
+    if session.mirror:
+        session.mirror.require_behind(first_step)
     if world.first:
         session.check_lease()
         apply_changes(config.out, changes, session.lease, first_step)

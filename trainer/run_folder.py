@@ -12,7 +12,7 @@ from typing import Any
 from shards.fingerprint import model_origin, weights_fingerprint
 from shards.folder import ShardFolder
 from shards.output_folder import MODEL, read_record, refuse_other
-from shards.store import temporary_name
+from shards.store import Store, temporary_name
 from trainer.config import TrainConfig
 from trainer.data import unscored_rows
 from trainer.export import EXPORTS
@@ -30,7 +30,7 @@ NOT_SETTINGS = (
     *("out", "debug", "shards", "mix", "model", "eval_shards"),
     *("checkpoint_every", "keep_checkpoints", "timeout_seconds"),
     *("export_every", "export_dtype", "ray_workers", "wandb_project", "profile", "prometheus"),
-    *("eval_tasks", "eval_tasks_every", "eval_device"),
+    *("eval_tasks", "eval_tasks_every", "eval_device", "mirror"),
     # trainer/going_on.py records these
     *("on_nonfinite", "skip_steps", "resume_from"),
     # these change the machine's work and the last digits, not what is computed
@@ -126,19 +126,20 @@ def references_left_out(config: TrainConfig, shards: ShardFolder) -> tuple[str, 
     return () if config.objective == "ntp" else (config.reference,)
 
 
-def refuse_other_settings(out: Path, settings: dict[str, Any]) -> None:
-    """ValueError where `out` holds a run with other settings."""
+def refuse_other_settings(out: Path | Store, settings: dict[str, Any], option: str = "--out") -> None:
+    """ValueError where `out`, the folder that `option` names, holds a run with other settings."""
     before = read_record(out)
     if before is None:
         return
+    where = out.url if isinstance(out, Store) else str(out)
     apart = (*RECORDED, CHANGES, *LENGTH)  # trainer/going_on.py decides about the length
     ours, theirs = ({key: run[key] for key in run if key not in apart} for run in (settings, before))
     if ours.get("router_aux_loss") == 0:  # runs from before there was a choice trained without, too
         theirs.setdefault("router_aux_loss", ours["router_aux_loss"])
     if "order" in ours and "order" not in theirs:
         raise ValueError(
-            f"{out}: was begun by an earlier release, whose rows train in another order (order is not set there, {ORDER!r} "
-            "now); finish it with that release, or choose another --out"
+            f"{where}: was begun by an earlier release, whose rows train in another order (order is not set there, {ORDER!r} "
+            f"now); finish it with that release, or choose another {option}"
         )
     hints = {
         "leave_out": " (runs of earlier releases go on with --leave-out reference)",
@@ -149,10 +150,10 @@ def refuse_other_settings(out: Path, settings: dict[str, Any]) -> None:
         hints["base_weights_sha256"] = f" (it began with {began['model']}@{began['revision']})"
     options = {field.name: f"--{field.name.replace('_', '-')}" for field in fields(TrainConfig)}
     options[RESUMED_FROM] = "--resume-from"
-    remedy = "choose another --out, or delete that run to start over"
+    remedy = f"choose another {option}, or delete that run to start over"
     if "mixture" in ours and "mixture" in theirs:
         ours, theirs = _with_named_stages(ours), _with_named_stages(theirs)
-    refuse_other(str(out), "run", ours, theirs, remedy, options, hints)
+    refuse_other(where, "run", ours, theirs, remedy, options, hints)
 
 
 def _with_named_stages(settings: dict[str, Any]) -> dict[str, Any]:

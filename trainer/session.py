@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from shards.lease import Lease
 from trainer.distributed import World
+
+if TYPE_CHECKING:
+    from trainer.mirror import Mirror
 
 Progress = Callable[[int, int, dict[str, Any]], None]
 """Called as progress(steps done, steps in all, metrics of the step)."""
@@ -18,7 +21,7 @@ class Session:
     """One process's part in a training.
 
     lease: of --out, on the process that writes to it, None on the others and where the run is finished. The callbacks are
-    those of `trainer.train.train`; progress and note are called on the first process alone.
+    those of `trainer.train.train`; progress and note are called on the first process alone. mirror: of the run, with --mirror.
     """
 
     world: World
@@ -27,6 +30,7 @@ class Session:
     should_stop: Callable[[], bool]
     note: Callable[[str], None]
     phase: Callable[[str], None]
+    mirror: "Mirror | None" = None
 
     def check_lease(self) -> None:
         """LeaseLost where another process has taken --out over; nothing on the processes that do not write."""

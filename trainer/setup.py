@@ -26,12 +26,21 @@ from trainer.exchange import Processes
 from trainer.experts import RouterLoss
 from trainer.exported import Exported, untrained_notes
 from trainer.float8 import require_float8
-from trainer.going_on import RESUMED_FROM, begins_at, describe_source, left_out_steps, plan_changes, rows_begin_at
+from trainer.going_on import (
+    RESUMED_FROM,
+    begins_at,
+    describe_source,
+    left_out_steps,
+    newest_step,
+    plan_changes,
+    rows_begin_at,
+)
 from trainer.gpu_peaks import peak_of_all
 from trainer.guard import Guard
 from trainer.layout import Layout
 from trainer.loggers import require_wandb
 from trainer.loss_model import LossModel
+from trainer.mirror_fetch import fetch_newest
 from trainer.mix import MixedOrder
 from trainer.mixed_shards import MixedShards, choose_steps, require_epochs, table
 from trainer.model import Base
@@ -115,6 +124,9 @@ def prepare(config: TrainConfig, session: Session) -> Run | None:
     begin, rows_from = begins_at(settings), rows_begin_at(settings)
     require_epochs(mixed, order, num_steps, config.global_batch_size, rows_from)
     if world.from_first(is_finished(config, session)):
+        if session.mirror:
+            session.mirror.require_behind(num_steps)
+            session.mirror.catch_up(newest_step(config.out), finished=True)
         return None
     require_steps_fit(config, num_steps, begin)
     if mixed.mixture.is_mixed:
@@ -147,6 +159,8 @@ def prepare(config: TrainConfig, session: Session) -> Run | None:
     checkpoints, first_step = resume(
         config, session, settings, changes, loss_model, optimizer, layout, guard, average
     )  # fmt: skip
+    if session.mirror:
+        session.mirror.catch_up(first_step, finished=False)
     config = replace(
         config, warmup_steps=world.from_first(first_warmup(config, order.num_rows) if world.first else None)
     )
@@ -196,14 +210,19 @@ def check_settings(
     world = session.world
     differences = check_tokenizer(Path(config.model), *mixed.folders, note=session.note)
     found: Any = None
+    settings: dict[str, Any] = {}
+    line = None
     if world.first:
         settings = run_settings(config, mixed, context, world.size)
         if differences:
             settings["tokenizer_differences"] = differences
-        line = None
         if config.resume_from is not None:
             settings[RESUMED_FROM], line = describe_source(config, settings)
         refuse_other_settings(config.out, settings)
+    if session.mirror:
+        session.mirror.open(session, settings)
+        fetch_newest(config, session, session.mirror)
+    if world.first:
         changes = plan_changes(config, settings, sum(shards.manifest.rows for shards in mixed.folders))
         Exported(config.out).require_dtype(config.export_dtype)
         if line:

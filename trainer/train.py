@@ -29,6 +29,7 @@ from trainer.going_on import AVERAGE_MODEL, has_other_length, is_left_out, left_
 from trainer.guard import leave_out
 from trainer.heap import frugal_heap
 from trainer.loggers import Loggers, open_loggers
+from trainer.mirror import mirroring
 from trainer.option_text import parse_on_nonfinite
 from trainer.profiling import profiled
 from trainer.reporter import Reporter, StepNumbers
@@ -62,7 +63,8 @@ def train(
     ):
         if not world.first:
             progress, note, phase = lambda done, total, metrics: None, lambda line: None, lambda name: None
-        return train_in(Session(world, lease, progress, should_stop, note, phase), config)
+        with mirroring(config, world, note) as mirror:
+            return train_in(Session(world, lease, progress, should_stop, note, phase, mirror), config)
 
 
 def train_in(session: Session, config: TrainConfig) -> TrainResult:
@@ -72,9 +74,14 @@ def train_in(session: Session, config: TrainConfig) -> TrainResult:
     """
     with frugal_heap():
         run = prepare(config, session)
-    if run is not None and train_steps(run, session):
+    is_finished = run is None or train_steps(run, session)
+    if run is not None and is_finished:
         export_last(run, session)
     session.world.meet()  # the first process may still save
+    if session.mirror:
+        session.mirror.finish(session, is_finished)
+        if run is not None and session.lease:
+            run.checkpoints.prune(run.num_steps)
     return session.world.from_first(run_result(config.out) if session.world.first else None)
 
 
@@ -226,6 +233,8 @@ def export_model(
         out, dtype = run.config.out, run.config.export_dtype
         record = partial(Exported(out, session.lease).add, name, step, dtype, more=more)
         rounding = export(run.base.model, run.layout, weights, out / name, dtype, run.shards, record)
+        if session.mirror and not (more or {}).get(FOR_TASKS):
+            session.mirror.copy_export(name)
     else:
         weights.follow(run.layout.groups)
     world.meet()  # the first process writes on after the last weight was gathered

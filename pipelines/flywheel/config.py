@@ -24,6 +24,7 @@ DECIDED = {
     **dict.fromkeys(("debug", "mix", "model", "name", "out", "reference", "shards"), "the loop decides it"),
     **{name: f"give {name} at the top" for name in ("corpus", "seed", "seq_len", "tokenizer")},
     "compare": "use remit eval --compare afterwards",
+    "mirror": "the rounds of a loop are several runs, and a mirror has one",
 }
 FILES = {"data", "eval_shards", "task_dir"}  # name something that is read
 FAST = {  # change how fast or safely a stage runs, or what it logs, and not its result

@@ -46,17 +46,20 @@ def test_paths_reach_workers_in_another_folder(tmp_path: Path, monkeypatch: pyte
         "out": Path("out"),
         "resume_from": Path("r/checkpoints/step-000001"),
         "prometheus": Path("p"),
+        "mirror": "elsewhere",
     }
     sent = for_workers(TrainConfig(("a=0.5", "s3://x/b=0.5"), **given))
     assert sent.shards == (f"{tmp_path}/a=0.5", "s3://x/b=0.5")
     assert for_workers(TrainConfig(("a",), **given)).shards == (f"{tmp_path}/a",)
     mixed = for_workers(TrainConfig((), mix=Path("mix.yaml"), **given))
     assert (mixed.shards, mixed.mix) == ((), tmp_path / "mix.yaml")
+    local = for_workers(TrainConfig(("a",), **given | {"mirror": "file:///mnt/m"}))
+    assert local.mirror == "/mnt/m"
     monkeypatch.chdir("/")
     assert mixed.mixture.folders == [f"{tmp_path}/a", "s3://x/b"]
-    paths = (sent.model, sent.out, sent.resume_from, sent.prometheus)
+    paths = (sent.model, sent.out, sent.resume_from, sent.prometheus, sent.mirror)
     assert [str(path) for path in paths] == [
-        f"{tmp_path}/{name}" for name in ("m", "out", "r/checkpoints/step-000001", "p")
+        f"{tmp_path}/{name}" for name in ("m", "out", "r/checkpoints/step-000001", "p", "elsewhere")
     ]
 
 
