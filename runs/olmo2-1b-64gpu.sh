@@ -6,7 +6,7 @@
 #   train NTP: 5.0 h, 322 GPU-hours
 #   train ReMiT, stored log-probs: 5.1 h, 324 GPU-hours
 #   disk of both shard folders: 280 GB
-#   memory: 51 GB per GPU
+#   memory: 52 GB per GPU
 # Beside it: 200 GB for the token ids as downloaded, 20 GB for each of two checkpoints per run.
 #
 # Run it on the head of a Ray cluster (docs/cluster.md), with WORK on a filesystem that all machines share and remit installed on

@@ -6,7 +6,7 @@
 #   train NTP: 33.1 h, 265 GPU-hours
 #   train ReMiT, stored log-probs: 33.4 h, 268 GPU-hours
 #   disk of both shard folders: 280 GB
-#   memory: 51 GB per GPU
+#   memory: 52 GB per GPU
 # Beside it: 200 GB for the token ids as downloaded, 20 GB for each of two checkpoints per run.
 #
 # Needs `pip install '.[gpu,eval]'`, a token of the hub for the tasks' data and the last lines (hf auth login), and

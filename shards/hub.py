@@ -6,8 +6,10 @@ or HF_TOKEN; HF_ENDPOINT names another hub.
 """
 
 import re
+import threading
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -86,18 +88,36 @@ def _near(api: Any, place: Place) -> list[str]:
     return get_close_matches(place.revision or "", [ref.name for ref in [*refs.branches, *refs.tags]], 3)
 
 
+_listing = threading.RLock()
+
+
+@cache
+def _files() -> Any:
+    """The class of huggingface_hub, for several threads: while one fills its list of a folder, another would miss files in it."""
+    from huggingface_hub import HfFileSystem
+
+    class Files(HfFileSystem):
+        def ls(self, *arguments: Any, **named: Any) -> Any:
+            with _listing:
+                return super().ls(*arguments, **named)
+
+        def info(self, *arguments: Any, **named: Any) -> Any:
+            with _listing:
+                return super().info(*arguments, **named)
+
+    return Files
+
+
 class HubStore(RemoteStore):
     """A folder of a dataset at one commit. ValueError from the constructor where the hub has none, and from all that writes."""
 
     piece_options = MappingProxyType({"cache_type": "none"})  # its files would read five megabytes ahead of each piece
 
     def __init__(self, url: str, commit: str | None = None) -> None:
-        from huggingface_hub import HfFileSystem
-
         self.url, place = url.rstrip("/"), parse_place(url)
         self.commit = commit or asked_again(lambda: commit_of(self.url, place), self.url)
         self._protocol = "hf"
-        self._fs = HfFileSystem()
+        self._fs = _files()()
         self._root = f"datasets/{place.dataset}@{quote(self.commit, safe='')}/{place.folder}".rstrip("/")
 
     def __reduce__(self) -> tuple:
