@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from processes import Command
 from s3_server import BUCKET, REGION, S3Server
@@ -360,6 +361,7 @@ LocalStore.put = record
 
 @pytest.fixture(scope="module")
 def server(starts_processes: None) -> Iterator[S3Server]:
+    fsspec.filesystem("s3").clear_instance_cache()  # of tests before this one, with their servers
     server = S3Server()
     before = dict(os.environ)
     os.environ |= {
@@ -367,6 +369,7 @@ def server(starts_processes: None) -> Iterator[S3Server]:
         "AWS_DEFAULT_REGION": REGION, "AWS_EC2_METADATA_DISABLED": "true",
     }  # fmt: skip
     yield server
+    fsspec.filesystem("s3").clear_instance_cache()
     os.environ.clear()
     os.environ.update(before)
     server.close()
