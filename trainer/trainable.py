@@ -32,6 +32,7 @@ def load_trainable(
     base = load_base(
         Path(config.model), config.dtype, session.world.device, context, session.world, sharding, session.note
     )
+    agree(base, session.world)  # a base in shares asks all ranks or none
     if base.attention is not None:
         session.note(f"attention: {base.attention.text}")
         if context == "packed" and not takes_masks:  # each row is a document then, without a mask of T x T
